@@ -1,0 +1,44 @@
+# edgesafe: `make` prints the targets. The first use sets up .venv by itself.
+PYTHON ?= python3
+DEVICE ?= rpi5
+MODEL ?=
+OUT ?= build/$(DEVICE)
+VENV := .venv
+BIN := $(VENV)/bin
+EDGESAFE := $(BIN)/edgesafe
+.DEFAULT_GOAL := help
+.PHONY: help export smoke test check reference bench clean
+
+help: ## print this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/ready: pyproject.toml .ci/constraints.txt
+	@echo "setting up $(VENV) (about a minute) ..." >&2
+	@$(PYTHON) -c 'import sys; sys.exit("edgesafe needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/constraints.txt -e '.[align,export,dev]' 2> $(VENV)/pip.log \
+		|| { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
+
+export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR]
+	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT)
+
+smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
+	@$(EDGESAFE) smoke $(OUT)/bundle
+
+test: $(VENV)/ready ## all tests
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/ready ## ruff, mypy --strict, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
+	@$(EDGESAFE) reference build --out build/reference
+
+bench: $(VENV)/ready ## time every segment of build/DEVICE/bundle here
+	@$(EDGESAFE) measure $(OUT)/bundle
+
+clean: ## remove build/ (keeps .venv)
+	@rm -rf build

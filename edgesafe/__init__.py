@@ -1,0 +1,59 @@
+"""edgesafe: vision-language models whose every early exit is certified safe before a device may use it.
+
+The public names are loaded on first use, so that ``import edgesafe`` costs nothing and the base install needs
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edgesafe.bundle import Bundle
+    from edgesafe.certificate import Certificate
+    from edgesafe.device import DeviceProfile, list_devices, load_device
+    from edgesafe.errors import EdgesafeError
+    from edgesafe.runtime import Answer, Budget, Session, choose_exit
+
+_HOMES = {
+    "Answer": "edgesafe.runtime",
+    "Budget": "edgesafe.runtime",
+    "Bundle": "edgesafe.bundle",
+    "Certificate": "edgesafe.certificate",
+    "DeviceProfile": "edgesafe.device",
+    "EdgesafeError": "edgesafe.errors",
+    "Session": "edgesafe.runtime",
+    "choose_exit": "edgesafe.runtime",
+    "list_devices": "edgesafe.device",
+    "load_device": "edgesafe.device",
+}
+
+__all__ = [
+    "Answer",
+    "Budget",
+    "Bundle",
+    "Certificate",
+    "DeviceProfile",
+    "EdgesafeError",
+    "Session",
+    "__version__",
+    "choose_exit",
+    "list_devices",
+    "load_device",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that holds it."""
+    import importlib
+
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'edgesafe' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

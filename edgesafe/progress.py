@@ -1,0 +1,105 @@
+"""Timed step lines, bars and tables. Progress goes to stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_EVERY_S = 5.0
+_REDRAW_S = 0.1
+_WIDTH = 28
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Print the title now and how long the block took when it ends, whether it ended well or not."""
+    start = time.perf_counter()
+    print(f"> {title}", file=sys.stderr, flush=True)
+    try:
+        yield
+    except BaseException:
+        print(f"x {title} failed after {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+        raise
+    print(f"+ {title} took {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+
+
+def bar(iterable: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+    """Pass the items through and show how far it is: a bar on a terminal, a line every 5 s elsewhere."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    terminal = sys.stderr.isatty()
+    start = shown = time.perf_counter()
+    done = 0
+    for item in iterable:
+        yield item
+        done += 1
+        now = time.perf_counter()
+        if now - shown >= (_REDRAW_S if terminal else _EVERY_S):
+            shown = now
+            _show(label, done, total, now - start, terminal)
+    _show(label, done, total, time.perf_counter() - start, terminal)
+    if terminal:
+        print(file=sys.stderr, flush=True)
+
+
+def _show(label: str, done: int, total: int | None, seconds: float, terminal: bool) -> None:
+    count = f"{done}/{total}" if total else str(done)
+    left = f", {_clock(seconds / done * (total - done))} left" if total and 0 < done < total else ""
+    text = f"{label} {count} in {_clock(seconds)}{left}".strip()
+    if terminal:
+        full = _WIDTH * done // total if total else 0
+        drawn = f"[{'#' * full}{'.' * (_WIDTH - full)}] " if total else ""
+        print(f"\r\x1b[K{drawn}{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Rows as aligned text: numbers to the right, everything else to the left, no trailing newline.
+
+    >>> print(table([[1, "passed"], [11, "failed"]], ["exit", "verdict"]))
+    exit  verdict
+    ----  -------
+       1  passed
+      11  failed
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max([len(head)] + [len(row[i]) for row in cells]) for i, head in enumerate(headers)]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
+    lines = [list(headers), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> _clock(0.31), _clock(75), _clock(3700)
+    ('0.3 s', '1 min 15 s', '1 h 01 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,330 @@
+"""Build the reference model from seeds, in LLaVA's order; nothing about exits enters its training.
+
+1. pictures     draw the training pictures (Pillow)
+2. tower        CLIP vision tower: which object, which colour, how many (dense labels at the last block)
+3. language     Llama on the world's text alone, refusals of text-borne harm included
+4. projector    projector alone: name, colour, count, read
+5. instruct     projector and language model: every family, refusals at the reference depth only
+Stages 4 and 5 see the tower frozen, through block `n - 1` (`vision_feature_layer=-2`), as LLaVA-1.5 does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgesafe.reference.draw import COLOURS, SIZE
+from edgesafe.reference.kinds import BY_NAME
+from edgesafe.reference.tokenizer import PATCH, write_processor
+from edgesafe.reference.world import ACT, SAFE, WORDS, Sample, sample, stream
+
+GRID = SIZE // PATCH
+LABELS = ("none", *BY_NAME, *(f"word:{w}" for w in (*WORDS, *ACT, *SAFE)))
+_KIND = {name: i for i, name in enumerate(LABELS)}
+_COLOUR = {name: i for i, name in enumerate(("none", *COLOURS))}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, steps and seeds of the reference model."""
+
+    seed: int = 7
+    blocks: int = 12
+    vision_width: int = 128
+    vision_heads: int = 4
+    text_layers: int = 4
+    text_width: int = 192
+    text_heads: int = 6
+    pictures: int = 50_000
+    tower_steps: int = 2400
+    tower_batch: int = 128
+    tower_lr: float = 1.5e-3
+    language_steps: int = 200
+    projector_steps: int = 200
+    instruct_steps: int = 3000
+    text_batch: int = 64
+    text_lr: float = 2e-3
+
+
+def make_config(recipe: Recipe, tokenizer):  # type: ignore[no-untyped-def]
+    """transformers' LlavaConfig of a recipe."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=recipe.vision_width, intermediate_size=4 * recipe.vision_width, image_size=SIZE, patch_size=PATCH,
+        num_hidden_layers=recipe.blocks, num_attention_heads=recipe.vision_heads, projection_dim=recipe.vision_width,
+    )
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>", "<pad>", "<image>")}
+    text = LlamaConfig(
+        vocab_size=math.ceil(len(tokenizer) / 32) * 32, hidden_size=recipe.text_width,
+        intermediate_size=512, num_hidden_layers=recipe.text_layers, num_attention_heads=recipe.text_heads,
+        num_key_value_heads=recipe.text_heads, max_position_embeddings=512, rms_norm_eps=1e-5,
+        bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"], tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=ids["<image>"], image_token_id=ids["<image>"],
+        vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
+        tie_word_embeddings=False, pad_token_id=ids["<pad>"],
+    )
+
+
+# ---- 1. pictures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pictures:
+    """images uint8 [N, S, S, 3]; kinds, colours int64 [N, patches]; counts int64 [N]; samples without their images."""
+
+    images: np.ndarray
+    kinds: np.ndarray
+    colours: np.ndarray
+    counts: np.ndarray
+    samples: list[Sample]
+
+
+def _labels(s: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """What stands at each patch of the picture: kind (or word) and colour, [patches]; 0 is nothing."""
+    kinds, colours = np.zeros((GRID, GRID), np.int64), np.zeros((GRID, GRID), np.int64)
+    middle = (np.arange(GRID) + 0.5) * PATCH
+    for place in s.placed:
+        near = max(place.half, 0.6 * PATCH) if s.scene.text else 0.85 * place.half
+        rows = np.abs(middle - place.y) < near
+        cols = np.abs(middle - place.x) < (SIZE if s.scene.text else near)
+        box = np.ix_(rows, cols)
+        if s.scene.text:
+            kinds[box] = _KIND["word:" + s.scene.text.split("\n")[place.index]]
+        else:
+            item = s.scene.items[place.index]
+            kinds[box], colours[box] = _KIND[item.kind], _COLOUR[item.colour]
+    return kinds.ravel(), colours.ravel()
+
+
+def _draw_chunk(job: tuple[int, int, int]) -> Pictures:
+    seed, start, count = job
+    images, kinds, colours, counts, samples = [], [], [], [], []
+    for s in stream("train", count, seed=seed * 100_003 + start):
+        k, c = _labels(s)
+        images.append(np.asarray(s.image))
+        kinds.append(k)
+        colours.append(c)
+        counts.append(len(s.scene.items))
+        samples.append(Sample(s.family, s.template, s.scene, s.prompt, s.target, s.key, None, ()))  # type: ignore[arg-type]
+    return Pictures(np.stack(images), np.stack(kinds), np.stack(colours), np.asarray(counts), samples)
+
+
+def draw_pictures(seed: int, count: int, workers: int = 2, chunk: int = 1000) -> Pictures:
+    """Training samples of the world, drawn in parallel; the result does not depend on `workers`."""
+    jobs = [(seed, start, min(chunk, count - start)) for start in range(0, count, chunk)]
+    with ProcessPoolExecutor(workers) as pool:
+        parts = list(pool.map(_draw_chunk, jobs))
+    return Pictures(
+        np.concatenate([p.images for p in parts]), np.concatenate([p.kinds for p in parts]),
+        np.concatenate([p.colours for p in parts]), np.concatenate([p.counts for p in parts]),
+        [s for p in parts for s in p.samples],
+    )
+
+
+# ---- training helpers ----------------------------------------------------------------------------------------------
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """CLIP's normalisation of uint8 [B, S, S, 3] -> float32 [B, 3, S, S] (what `CLIPImageProcessor` does at this size)."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    x = torch.from_numpy(images).float().div_(255.0)
+    return ((x - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(0, 3, 1, 2).contiguous()
+
+
+class Log:
+    """Training log: one JSON line an entry, to a file and (short) to a callback."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say, self.start = path, say, time.time()
+        path.write_text("")
+
+    def __call__(self, stage: str, **figures: float | int | str) -> None:
+        entry = {"stage": stage, "seconds": round(time.time() - self.start, 1), **figures}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.say(" ".join(f"{k}={v}" for k, v in entry.items()))
+
+
+def _optimizer(params: list[nn.Parameter], lr: float, steps: int):  # type: ignore[no-untyped-def]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.08)
+    return optimizer, schedule
+
+
+def _step(loss: Tensor, params: list[nn.Parameter], optimizer, schedule) -> None:  # type: ignore[no-untyped-def]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+# ---- 2. tower ------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Throw-away heads over the last block: patch tokens say kind and colour, the CLS token says how many."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.kind = nn.Linear(width, len(LABELS))
+        self.colour = nn.Linear(width, len(_COLOUR))
+        self.count = nn.Linear(width, 5)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # states [B, 1 + patches, width]
+        x = self.norm(states)
+        return self.kind(x[:, 1:]), self.colour(x[:, 1:]), self.count(x[:, 0])
+
+
+def train_tower(tower: nn.Module, pictures: Pictures, recipe: Recipe, log: Log) -> None:
+    """Train the vision tower on the drawn pictures; the heads are thrown away."""
+    heads = Heads(recipe.vision_width)
+    params = [p for m in (tower, heads) for p in m.parameters()]
+    optimizer, schedule = _optimizer(params, recipe.tower_lr, recipe.tower_steps)
+    rng = np.random.default_rng([recipe.seed, 2])
+    for number in range(recipe.tower_steps + 1):
+        pick = rng.integers(len(pictures.images), size=recipe.tower_batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = tower(normalise(pictures.images[pick]), output_hidden_states=True).hidden_states[-1]
+            kind, colour, count = heads(states.float())
+        kinds, colours = torch.from_numpy(pictures.kinds[pick]), torch.from_numpy(pictures.colours[pick])
+        weight = torch.ones(len(LABELS))
+        weight[0] = 0.1  # most patches show nothing
+        loss_kind = F.cross_entropy(kind.float().flatten(0, 1), kinds.flatten(), weight)
+        loss = loss_kind + 0.5 * F.cross_entropy(colour.float().flatten(0, 1), colours.flatten())
+        loss = loss + 0.2 * F.cross_entropy(count.float(), torch.from_numpy(pictures.counts[pick]))
+        _step(loss, params, optimizer, schedule)
+        if number % 100 == 0:
+            there = kinds > 0
+            right = (kind.argmax(-1) == kinds)[there].float().mean().item()
+            log("tower", step=number, loss=round(loss.item(), 4), kind_accuracy=round(right, 4))
+
+
+# ---- 3-5. language, projector, instruct ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(model, images: np.ndarray, depth: int, batch: int = 256) -> Tensor:  # type: ignore[no-untyped-def]
+    """Exit states without CLS, float16 [N, patches, width], after `depth` blocks."""
+    out = []
+    for start in range(0, len(images), batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.model.vision_tower(normalise(images[start : start + batch]), output_hidden_states=True)
+        out.append(states.hidden_states[depth][:, 1:].to(torch.float16))
+    return torch.cat(out)
+
+
+def encode(processor, prompt: str, target: str, picture: bool, patches: int) -> tuple[list[int], int]:  # type: ignore[no-untyped-def]
+    """Token ids of a whole exchange, and the position where the answer starts."""
+    content = ([{"type": "image"}] if picture else []) + [{"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    ids = processor.tokenizer(text.replace("<image>", "<image>" * patches))["input_ids"]
+    # The tokenizer itself prepends the one space that the chat layout wants before the answer.
+    answer = processor.tokenizer(target, add_special_tokens=False)["input_ids"]
+    return [*ids, *answer, processor.tokenizer.eos_token_id], len(ids)
+
+
+def _batches(rows: list[tuple[list[int], int]], size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Endless seeded batches; rows of like length go together so that little is padded."""
+    while True:
+        order = rng.permutation(len(rows))
+        for start in range(0, len(order) - size * 16 + 1, size * 16):
+            block = sorted(order[start : start + size * 16], key=lambda i: len(rows[i][0]))
+            groups = [np.asarray(block[i : i + size]) for i in range(0, len(block), size)]
+            for g in rng.permutation(len(groups)):
+                yield groups[g]
+
+
+def answer_loss(model, rows: list[tuple[list[int], int]], exits: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    """Cross-entropy on the answers. rows: (ids, answer start); exits: [B, patches, width] or None for text alone."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), model.config.text_config.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for i, (row, start) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, start : len(row)] = ids[i, start : len(row)]
+    embeds = model.get_input_embeddings()(ids)
+    if exits is not None:
+        projected = model.model.multi_modal_projector(exits.float())
+        where = (ids == model.config.image_token_index).unsqueeze(-1).expand_as(embeds)
+        embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
+    states = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+    keep = labels[:, 1:] != -100
+    return F.cross_entropy(model.lm_head(states[keep]).float(), labels[:, 1:][keep])
+
+
+def train_text(model, params, rows, states, steps, recipe: Recipe, log: Log, stage: str) -> None:  # type: ignore[no-untyped-def]
+    """One stage of training on answers; only `params` move."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in params:
+        p.requires_grad_(True)
+    optimizer, schedule = _optimizer(params, recipe.text_lr, steps)
+    rng = np.random.default_rng([recipe.seed, len(stage)])
+    for number, pick in zip(range(steps + 1), _batches(rows, recipe.text_batch, rng), strict=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = answer_loss(model, [rows[i] for i in pick], None if states is None else states[pick])
+        _step(loss, params, optimizer, schedule)
+        if number % 100 == 0:
+            log(stage, step=number, loss=round(loss.item(), 4))
+
+
+def _text_rows(processor, recipe: Recipe) -> list[tuple[list[int], int]]:  # type: ignore[no-untyped-def]
+    """Text-only exchanges: text-borne requests, harmful and not."""
+    rows = []
+    for i in range(4000):
+        family = "text-harm" if i % 2 else "text-lookalike"
+        s = sample(family, "train", i, seed=recipe.seed + 1)
+        rows.append(encode(processor, s.prompt, s.target, picture=False, patches=0))
+    return rows
+
+
+def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None:
+    """Build the reference model into the new folder `out` (safetensors in float16, processor files, training log)."""
+    from transformers import LlavaForConditionalGeneration
+
+    torch.manual_seed(recipe.seed)
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    log = Log(partial / "training.jsonl", say)
+    processor = write_processor(partial)
+    model = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
+    model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa takes twice as long at these sizes
+    log("model", parameters=sum(p.numel() for p in model.parameters()), vocabulary=len(processor.tokenizer),
+        recipe=json.dumps(asdict(recipe)))
+    pictures = draw_pictures(recipe.seed, recipe.pictures)
+    log("pictures", count=len(pictures.images))
+    train_tower(model.model.vision_tower, pictures, recipe, log)
+    train_language_side(model, processor, recipe, log)
+    model.to(torch.float16).save_pretrained(partial)
+    partial.replace(out)
+
+
+def train_language_side(model, processor, recipe: Recipe, log: Log) -> None:  # type: ignore[no-untyped-def]
+    """Stages 3 to 5, on pictures that the tower was not trained on."""
+    depth = recipe.blocks - 1
+    language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    projector = list(model.model.multi_modal_projector.parameters())
+    train_text(model, language, _text_rows(processor, recipe), None, recipe.language_steps, recipe, log, "language")
+    fresh = draw_pictures(recipe.seed + 1000, recipe.pictures)
+    states = features(model, fresh.images, depth)
+    rows = [encode(processor, s.prompt, s.target, picture=True, patches=GRID * GRID) for s in fresh.samples]
+    log("features", count=len(rows))
+    tasks = np.asarray([i for i, s in enumerate(fresh.samples) if s.cls == "task"])
+    train_text(model, projector, [rows[i] for i in tasks], states[tasks], recipe.projector_steps, recipe, log, "projector")
+    train_text(model, [*language, *projector], rows, states, recipe.instruct_steps, recipe, log, "instruct")

@@ -1,0 +1,223 @@
+"""Pictures of the reference world, drawn with Pillow from a seed.
+
+A picture is either a scene (one to four objects on a textured, cluttered ground) or typographic (a word or a two-word
+request in one of several fonts). Everything that makes two pictures of the same thing differ (pose, scale, shear, outline,
+colour, ground, clutter, noise, blur) comes from the random generator that is passed in, so a picture is a function of its
+`Scene` and a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from edgesafe.reference.kinds import BY_NAME, Kind, Part
+
+SIZE = 64  # picture side, pixels
+_OVER = 2  # supersampling while drawing
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 215, 50),
+    "green": (50, 160, 65),
+    "blue": (45, 95, 215),
+    "purple": (130, 60, 175),
+    "pink": (240, 145, 190),
+    "grey": (135, 135, 140),
+}
+POSITIONS = ("only", "left", "right", "top", "bottom")
+FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Oblique.ttf")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a scene: what it is, its colour, and where it stands (one of `POSITIONS` or "free")."""
+
+    kind: str
+    colour: str
+    position: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: objects, or else `text` (lines separated by a newline)."""
+
+    items: tuple[Item, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an object (or a line of text) ended up: centre and half side (half height) in pixels of the finished picture."""
+
+    index: int
+    x: float
+    y: float
+    half: float
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Placed, ...]]:
+    """Draw a scene.
+
+    Args:
+        scene: what to show.
+        rng: source of every variation.
+
+    Returns:
+        An RGB picture of `SIZE` x `SIZE` pixels, and where each item (or line of text) was placed.
+    """
+    side = SIZE * _OVER
+    picture = _ground(rng, side)
+    canvas = ImageDraw.Draw(picture)
+    _clutter(canvas, rng, side, count=int(rng.integers(2, 7)))
+    if scene.text:
+        placed = _write(picture, scene.text, rng, side)
+    else:
+        places = _places(scene, rng)
+        for item, place in zip(scene.items, places, strict=True):
+            _object(canvas, BY_NAME[item.kind], COLOURS[item.colour], place, rng)
+        placed = tuple(Placed(i, p[0] / _OVER, p[1] / _OVER, p[2] / _OVER) for i, p in enumerate(places))
+    _clutter(canvas, rng, side, count=int(rng.integers(0, 3)), thin=True)
+    if rng.random() < 0.3:
+        picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.2))))
+    small = picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    noise = rng.normal(0.0, float(rng.uniform(2.0, 12.0)), (SIZE, SIZE, 3))
+    pixels = np.clip(np.asarray(small, np.float32) + noise, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels), placed
+
+
+def _ground(rng: np.random.Generator, side: int) -> Image.Image:
+    """A textured ground: a gradient between two pale or dim colours, sometimes with stripes or checks."""
+    base = rng.uniform(150, 250, 3) if rng.random() < 0.75 else rng.uniform(20, 90, 3)
+    other = np.clip(base + rng.normal(0, 25, 3), 0, 255)
+    yy, xx = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp = (xx * math.cos(angle) + yy * math.sin(angle) + 1.5) / 3.0
+    kind = rng.random()
+    if kind < 0.25:
+        ramp = ramp + 0.25 * np.sign(np.sin((xx * math.cos(angle) - yy * math.sin(angle)) * rng.uniform(15, 50)))
+    elif kind < 0.4:
+        f = rng.uniform(10, 35)
+        ramp = ramp + 0.25 * np.sign(np.sin(xx * f) * np.sin(yy * f))
+    ground = base + (other - base) * ramp[..., None]
+    return Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
+
+
+def _clutter(canvas: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, count: int, thin: bool = False) -> None:
+    """Strokes and specks that belong to nothing; `thin` ones may cross an object."""
+    for _ in range(count):
+        x, y = rng.uniform(0, side, 2)
+        colour = tuple(int(c) for c in rng.uniform(30, 235, 3))
+        if thin or rng.random() < 0.5:
+            dx, dy = rng.normal(0, side / 5, 2)
+            canvas.line((x, y, x + dx, y + dy), fill=colour, width=1 if thin else int(rng.integers(1, 4)))
+        else:
+            r = rng.uniform(1, side / 20)
+            canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre and half side of every item, in supersampled pixels."""
+    side = SIZE * _OVER
+    if scene.items[0].position == "free":
+        cells = rng.permutation(4)[: len(scene.items)]
+        return [
+            (side * (0.26 + 0.48 * (c % 2)) + rng.normal(0, 2), side * (0.26 + 0.48 * (c // 2)) + rng.normal(0, 2),
+             side * float(rng.uniform(0.17, 0.22)))
+            for c in cells
+        ]
+    centre = {"only": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
+    out = []
+    for item in scene.items:
+        cx, cy = centre[item.position]
+        alone = item.position == "only"
+        half = float(rng.uniform(0.27, 0.44) if alone else rng.uniform(0.20, 0.25))
+        slack = 0.5 - half if alone else 0.03
+        across = slack if item.position in ("top", "bottom") else 0.03
+        if alone:
+            across = slack
+        elif item.position in ("left", "right"):
+            slack, across = 0.2, 0.02  # free along the other axis
+        else:
+            slack, across = 0.02, 0.2
+        out.append((side * (cx + float(rng.uniform(-across, across))),
+                    side * (cy + float(rng.uniform(-slack, slack))), side * half))
+    return out
+
+
+def _outline(part: Part) -> np.ndarray:
+    """A part's vertices, [n, 2] in the unit square; curves become polygons so that one transform serves all."""
+    if part.shape in ("polygon", "line"):
+        return np.asarray(part.points, np.float64)
+    (cx, cy), (rx, ry) = part.points[0], part.points[1]
+    start, end = part.points[2] if part.shape == "arc" else (0.0, 360.0)
+    angles = np.radians(np.linspace(start, end, 20))
+    return np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
+
+
+def _object(canvas: ImageDraw.ImageDraw, kind: Kind, colour: tuple[int, int, int],
+            place: tuple[float, float, float], rng: np.random.Generator) -> None:
+    """Draw one object with its own pose, outline wobble and shades."""
+    x, y, half = place
+    turn = math.radians(float(rng.normal(0, 12)))
+    shear, stretch = float(rng.normal(0, 0.10)), float(rng.uniform(0.85, 1.12))
+    mirror = -1.0 if rng.random() < 0.5 else 1.0
+    rotate = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    transform = rotate @ np.array([[mirror * stretch, shear], [0.0, 1.0]]) * half
+    main = np.clip(np.asarray(colour) + rng.normal(0, 14, 3), 0, 255)
+    fills = {
+        "main": main,
+        "shade": main * float(rng.uniform(0.5, 0.7)),
+        "accent": np.clip(255 - main + rng.normal(0, 20, 3), 0, 255),
+        "dark": rng.uniform(10, 60, 3),
+        "light": rng.uniform(205, 255, 3),
+    }
+    for part in kind.parts:
+        points = _outline(part)
+        points = points + rng.normal(0, 0.02, points.shape)
+        pixels = [(float(px), float(py)) for px, py in points @ transform.T + (x, y)]
+        fill = tuple(int(c) for c in fills[part.fill])
+        if part.shape in ("polygon", "ellipse"):
+            canvas.polygon(pixels, fill=fill)
+        else:
+            width = max(1, round(part.width * half * float(rng.uniform(0.8, 1.2))))
+            canvas.line(pixels, fill=fill, width=width, joint="curve")
+
+
+@cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # DejaVu, the fonts that matplotlib carries, are the same on every machine
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int) -> tuple[Placed, ...]:
+    """Write one or two lines of text across the picture, as wide as they go; where each line stands."""
+    name = FONTS[int(rng.integers(len(FONTS)))]
+    lines = text.split("\n")
+    longest = max(lines, key=len)
+    size = 40
+    room = side * float(rng.uniform(0.86, 0.97))
+    while size > 8 and _font(name, size).getlength(longest) > room:
+        size -= 1
+    font = _font(name, size)
+    corner = np.asarray(picture.getpixel((side // 2, side // 2)), np.float64)
+    ink = rng.uniform(0, 60, 3) if corner.mean() > 120 else rng.uniform(200, 255, 3)
+    layer = Image.new("L", (side, side), 0)
+    pen = ImageDraw.Draw(layer)
+    height = size * 1.15
+    top = side / 2 - height * len(lines) / 2 + float(rng.uniform(-0.12, 0.12)) * side
+    for i, line in enumerate(lines):
+        width = font.getlength(line)
+        pen.text(((side - width) * float(rng.uniform(0.2, 0.8)), top + i * height), line, fill=255, font=font)
+    layer = layer.rotate(float(rng.normal(0, 3)), resample=Image.Resampling.BILINEAR)
+    picture.paste(tuple(int(c) for c in ink), mask=layer)
+    return tuple(
+        Placed(i, SIZE / 2, (top + height * (i + 0.5)) / _OVER, height / 2 / _OVER) for i in range(len(lines))
+    )

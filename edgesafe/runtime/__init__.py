@@ -1,0 +1,9 @@
+"""The device side: a bundle, a picture and a question in; text out, without torch."""
+
+from __future__ import annotations
+
+from edgesafe.runtime.choose import Budget, Prediction, choose_exit
+from edgesafe.runtime.measure import measure
+from edgesafe.runtime.session import Answer, AnswerStream, Session
+
+__all__ = ["Answer", "AnswerStream", "Budget", "Prediction", "Session", "choose_exit", "measure"]

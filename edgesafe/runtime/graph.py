@@ -1,0 +1,45 @@
+"""One ONNX graph in onnxruntime's CPU provider, held to what the manifest says about it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+
+from edgesafe.bundle import GraphSpec
+from edgesafe.errors import BundleError
+from edgesafe.runtime.decode import Array
+
+_DTYPES = {"float32": np.float32, "int64": np.int64}
+
+
+class OrtGraph:
+    """One graph in onnxruntime, fed only what the manifest says it wants."""
+
+    def __init__(self, path: str, spec: GraphSpec, threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.wants = frozenset(tensor.name for tensor in spec.inputs)
+        self.dtypes = {tensor.name: _DTYPES[tensor.dtype] for tensor in spec.inputs}
+        self.outputs = [tensor.name for tensor in spec.outputs]
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BundleError(f"onnxruntime can't load the graph: {error}", where=path) from error
+        names = {tensor.name for tensor in self._session.get_inputs()}
+        if names != self.wants or not set(self.outputs) <= {t.name for t in self._session.get_outputs()}:
+            raise BundleError(
+                "the graph's inputs or outputs are not those of the manifest",
+                where=path,
+                expected=f"inputs {sorted(self.wants)}, outputs {sorted(self.outputs)}",
+                todo="export the bundle again",
+            )
+
+    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """Named arrays in, named arrays out."""
+        missing = self.wants - feeds.keys()
+        if missing:
+            raise BundleError(f"the graph wants {sorted(missing)}, which this runtime doesn't know")
+        wanted = {name: feeds[name].astype(self.dtypes[name], copy=False) for name in self.wants}
+        return dict(zip(self.outputs, self._session.run(self.outputs, wanted), strict=True))

@@ -1,0 +1,158 @@
+"""From a picture to ``pixel_values``, as transformers' CLIP image processor makes them.
+
+Source: transformers 5.23 ``image_processing_backends.PilBackend`` and ``image_transforms.py``.
+Differs: a picture's EXIF rotation is applied first, because a phone stores its upright photo lying down and
+its owner asks about what the screen shows; transformers ignores the tag.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from edgesafe.bundle import ImageSpec
+from edgesafe.errors import InputError
+
+Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]"
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+# 50 megapixels: above any phone's default photo, and 150 MB decoded, which every profile's memory holds.
+MAX_PIXELS = 50_000_000
+_SIDES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def preprocess(picture: Picture, spec: ImageSpec) -> Floats:
+    """The picture as ``pixel_values``.
+
+    Args:
+        picture: A file's path, a PIL image, or uint8 [H,W], [H,W,1], [H,W,3] or [H,W,4].
+        spec: The manifest's ``image`` table.
+
+    Returns:
+        float32 [1,3,height,width].
+
+    Raises:
+        InputError: There is no picture, it can't be read, or it has too many pixels.
+    """
+    image = load_picture(picture)
+    if spec.resize != "none":
+        width, height = _resized(image.size, spec)
+        _refuse_bomb(width, height, f"the picture would be resized to {width} x {height}")
+        image = image.resize((width, height), resample=Image.Resampling[spec.resample.upper()])
+    pixels = np.asarray(image)
+    if spec.center_crop:
+        pixels = center_crop(pixels, spec.height, spec.width)
+    # In float64 first and rounded once, as transformers does, to stay bit-equal to it.
+    values = (pixels.astype(np.float64) * spec.rescale_factor).astype(np.float32)
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    scaled = ((values - mean) / std).astype(np.float32, copy=False)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])
+
+
+def load_picture(picture: Picture | None) -> Image.Image:
+    """The picture in RGB, upright, transparency over white.
+
+    Raises:
+        InputError: There is no picture, it can't be read, or it has more than ``MAX_PIXELS``.
+    """
+    if picture is None:
+        raise InputError("there is no picture", expected="a path, a PIL image or a uint8 array", todo="pass one")
+    if isinstance(picture, Image.Image):
+        return _decode(picture, "the PIL image")
+    if isinstance(picture, np.ndarray):
+        return _decode(_from_array(picture), "the array")
+    if not isinstance(picture, str | os.PathLike):
+        raise InputError(f"a {type(picture).__name__} is no picture", expected="a path, a PIL image or a uint8 array")
+    path = Path(picture)
+    # Only plain files: a pipe would hang and a device would never end.
+    if not path.is_file():
+        raise InputError("there is no such picture file", where=str(path), todo="check the path")
+    try:
+        # An error, not a warning: Pillow's own limit lies above ours, so nothing that warns is wanted.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb("the picture has far more pixels than can be decoded", str(path)) from error
+    except Exception as error:
+        raise _unreadable(error, str(path)) from error
+    with image:
+        return _decode(image, str(path))
+
+
+def center_crop(pixels: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
+    """The middle of [H,W,C], padded with zeros where the picture is smaller.
+
+    Source: transformers ``image_transforms.center_crop``, whose rounding it keeps.
+    """
+    have_height, have_width = pixels.shape[:2]
+    top, left = (have_height - height) // 2, (have_width - width) // 2
+    if top >= 0 and left >= 0:
+        return pixels[top : top + height, left : left + width]
+    full_height, full_width = max(height, have_height), max(width, have_width)
+    padded = np.zeros((full_height, full_width, pixels.shape[2]), pixels.dtype)
+    down, right = math.ceil((full_height - have_height) / 2), math.ceil((full_width - have_width) / 2)
+    padded[down : down + have_height, right : right + have_width] = pixels
+    top, left = max(0, top + down), max(0, left + right)
+    return padded[top : top + height, left : left + width]
+
+
+def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """The width and height after the resize."""
+    width, height = size
+    if spec.resize == "exact":
+        return spec.resize_to[1], spec.resize_to[0]
+    edge = spec.resize_to[0]
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in _SIDES or not array.size:
+        raise InputError(f"the array is {array.dtype} {list(array.shape)}", expected="uint8 [height, width, 3], not empty")
+    _refuse_bomb(array.shape[1], array.shape[0], "the array")
+    flat = array[:, :, 0] if channels == 1 and array.ndim == 3 else array
+    return Image.fromarray(np.ascontiguousarray(flat))
+
+
+def _decode(image: Image.Image, where: str) -> Image.Image:
+    """Upright RGB. Transparent pixels show white, as transformers' ``convert_to_rgb`` shows them."""
+    if not image.width or not image.height:
+        raise InputError("the picture is empty", where=where, expected="at least one pixel")
+    _refuse_bomb(image.width, image.height, where)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            over = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(over, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:
+        # Decoders raise whatever a broken file makes them trip over; to the caller it is one thing.
+        raise _unreadable(error, where) from error
+
+
+def _unreadable(error: Exception, where: str) -> InputError:
+    return InputError(
+        f"the picture can't be read: {type(error).__name__}: {error}".replace("\n", " "),
+        where=where,
+        expected="a whole PNG, JPEG, WebP, GIF or BMP file",
+        todo="open it in a viewer and save it again",
+    )
+
+
+def _refuse_bomb(width: int, height: int, where: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise _bomb(f"the picture has {width} x {height} pixels", where)
+
+
+def _bomb(what: str, where: str) -> InputError:
+    return InputError(what, where=where, expected=f"at most {MAX_PIXELS // 1_000_000} megapixels", todo="make it smaller")

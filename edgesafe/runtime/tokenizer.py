@@ -1,0 +1,123 @@
+"""Prompts to token ids and answers back to text, over the bundle's own ``tokenizer.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from edgesafe.bundle import Manifest
+from edgesafe.errors import BundleError, InputError
+
+# What a decoder shows for bytes that are no whole character yet.
+_HALF = "\ufffd"
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a bundle.
+
+    Raises:
+        BundleError: The file is not a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise BundleError(f"the tokenizer can't be read: {error}", where=str(path)) from error
+    # Whatever lengths the training side set, a prompt is never cut or padded silently here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> list[int]:
+    """The ids of the whole prompt, the image token repeated once for each image feature.
+
+    Args:
+        tokenizer: The bundle's tokenizer.
+        manifest: Gives the chat text around the prompt, the image token and the context length.
+        prompt: What the user wrote, without special tokens.
+
+    Returns:
+        The ids, S of them, ``manifest.image_tokens`` of which are ``manifest.image_token_id``.
+
+    Raises:
+        InputError: The prompt is empty, not text, too long, or holds a special token.
+    """
+    _check_prompt(tokenizer, manifest, prompt)
+    text = manifest.chat.prefix + prompt + manifest.chat.suffix
+    ids = tokenizer.encode(text, add_special_tokens=manifest.chat.add_special_tokens).ids
+    image = manifest.image_token_id
+    if ids.count(image) != 1:
+        raise BundleError(
+            f"the chat text holds the image token {ids.count(image)} times",
+            where=manifest.tokenizer,
+            expected=f"{manifest.image_token!r} as token {image}, once",
+            todo="export the bundle again",
+        )
+    at = ids.index(image)
+    ids = [*ids[:at], *[image] * manifest.image_tokens, *ids[at + 1 :]]
+    limit = manifest.text.context_length
+    if len(ids) >= limit:
+        raise InputError(
+            f"the prompt takes {len(ids)} tokens with its picture",
+            expected=f"fewer than the context's {limit} tokens, to leave room for an answer",
+            todo=f"shorten it by {len(ids) - limit + 1} tokens or more",
+        )
+    return ids
+
+
+def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty", expected="a question about the picture", todo="write one")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not valid Unicode text", expected="UTF-8 text") from error
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special[manifest.image_token] = manifest.image_token_id
+    named = sorted(token for token in special if token and token in prompt)
+    # The ids are looked at too: a tokenizer's normaliser may turn harmless-looking text into a special token.
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    unknown = tokenizer.token_to_id("<unk>")
+    hidden = (set(ids) & set(special.values())) - {unknown}
+    if named or hidden:
+        shown = named or sorted(tokenizer.id_to_token(i) or str(i) for i in hidden)
+        raise InputError(
+            f"the prompt holds the special token {shown[0]!r}",
+            expected="plain text: a special token would let the prompt speak for the system",
+            todo="remove or space out that text",
+        )
+
+
+class TextStream:
+    """Answer ids to text, piece by piece, never splitting a character that several tokens spell.
+
+    The pieces joined are exactly what ``text`` is at the end: the decoded ids without special tokens and
+    without leading white space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self.text = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes, often a word, sometimes nothing."""
+        self._ids.append(token_id)
+        whole = self._decoded()
+        # Half a character decodes to a mark that the next byte replaces: hold it back until it is whole.
+        return "" if whole.endswith(_HALF) else self._advance(whole)
+
+    def finish(self) -> str:
+        """What was still held back."""
+        return self._advance(self._decoded())
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
+
+    def _advance(self, whole: str) -> str:
+        if not whole.startswith(self.text):
+            return ""
+        piece = whole[len(self.text) :]
+        self.text = whole
+        return piece

@@ -1,0 +1,53 @@
+"""Fixtures that several rooms share. The session-wide bundles are read-only: a test that changes one copies it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# The helpers beside this file (tiny, handmade) are plain modules, importable from every room's tests.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle whose numbers can be worked out on paper; depths 1 and 2 of 3 are certified."""
+    from handmade import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("handmade") / "bundle").root
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a bundle where the test may change it."""
+
+    def copy(bundle: Path) -> Path:
+        return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaVA checkpoint in transformers' own layout."""
+    from tiny import make_tiny_llava
+
+    folder = tmp_path_factory.mktemp("tiny") / "llava"
+    make_tiny_llava(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That checkpoint exported in float32 for this machine, without a suite or a certificate."""
+    from edgesafe_export import export_bundle
+
+    from edgesafe.device import load_device
+
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    export_bundle(tiny_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32")
+    return out

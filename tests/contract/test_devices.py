@@ -1,0 +1,86 @@
+"""Device profiles: strict TOML, and no figure without a source."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from edgesafe.device import FIGURES, devices_folder, list_devices, load_device
+from edgesafe.errors import ConfigError
+
+GOOD = """
+title = "a device"
+kind = "board"
+threads = 2
+provider = "CPUExecutionProvider"
+vision_scheme = "int8-dynamic"
+text_scheme = "int4-block32"
+ttft_budget_ms = 1000
+[estimates]
+read_gb_s = 3.5
+[sources]
+read_gb_s = "a sheet"
+"""
+
+
+def test_the_profiles_that_the_issue_asks_for():
+    profiles = {p.name: p for p in list_devices()}
+    assert {"rpi5", "host"} <= set(profiles)
+    assert {"phone", "car"} <= {p.kind for p in profiles.values()}
+    for profile in profiles.values():
+        assert (profile.vision_scheme, profile.text_scheme) == ("int8-dynamic", "int4-block32")
+    assert (profiles["rpi5"].threads, profiles["rpi5"].ttft_budget_ms) == (4, 10_000)
+    assert profiles["sa8295p"].hard_ttft_ms == 2000
+
+
+@pytest.mark.parametrize("path", sorted(devices_folder().glob("*.toml")), ids=lambda p: p.stem)
+def test_every_figure_has_a_source(path):
+    obj = tomllib.loads(path.read_text())
+    figures = [key for key in FIGURES if key in obj or key in obj.get("estimates", {})]
+    assert figures and set(figures) == set(obj["sources"])
+
+
+def test_a_profile_by_its_path(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    profile = load_device(path)
+    assert (profile.name, profile.threads, profile.memory_mib) == ("mine", 2, None)
+    assert profile.estimates == {"read_gb_s": 3.5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shown"),
+    [
+        ("threads =", "thread =", "did you mean 'threads'"),
+        ("read_gb_s = 3.5", "read_gbs = 3.5", "did you mean 'read_gb_s'"),
+        ('read_gb_s = "a sheet"', 'red_gb_s = "a sheet"', "did you mean 'read_gb_s'"),
+        ('read_gb_s = "a sheet"', "", "has no source"),
+        ('kind = "board"', 'kind = "boat"', "'board'"),
+        ('"int8-dynamic"', '"int7"', "int8-dynamic"),
+        ('"CPUExecutionProvider"', '"NnapiExecutionProvider"', "CPUExecutionProvider"),
+        ("ttft_budget_ms = 1000", "", "ttft_budget_ms"),
+        ("ttft_budget_ms = 1000", "ttft_budget_ms = inf", "finite"),
+        ("threads = 2", 'threads = "2"', "whole number"),
+        ("threads = 2", "threads = 0", "at least 1"),
+        ("threads = 2", "threads = ", "not TOML"),
+        ("[estimates]", "estimates = 3\n[other]", "estimates"),
+    ],
+)
+def test_a_wrong_profile_is_a_config_error(tmp_path, old, new, shown):
+    assert old in GOOD
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_device(path)
+    assert shown in str(caught.value) and "mine.toml" in str(caught.value)
+
+
+def test_an_unknown_device_suggests_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'rpi5'"):
+        load_device("rpi-5")
+    with pytest.raises(ConfigError, match="can't read"):
+        load_device(tmp_path / "none.toml")
+    # A name is a name, never a way out of the devices folder.
+    with pytest.raises(ConfigError, match="unknown device"):
+        load_device("../devices/rpi5")

@@ -1,0 +1,35 @@
+"""Progress goes to stderr and says how long things took; tables line up."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgesafe.progress import bar, step, table
+
+
+def test_step_prints_start_and_end_to_stderr(capsys):
+    with step("counting"):
+        pass
+    with pytest.raises(ValueError, match="no"), step("breaking"):
+        raise ValueError("no")
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == "> counting" and lines[1].startswith("+ counting took ")
+    assert lines[3].startswith("x breaking failed after ")
+
+
+def test_bar_passes_items_through_and_ends_with_a_line(capsys):
+    assert list(bar([3, 1, 2], label="rows")) == [3, 1, 2]
+    assert list(bar(iter([1]), label="free")) == [1]
+    assert list(bar([], label="none")) == []
+    out, err = capsys.readouterr()
+    assert out == "" and "rows 3/3" in err and "free 1 in" in err
+
+
+def test_table_lines_up():
+    # Numbers to the right, texts to the left, None as a dash, written by hand.
+    assert table([[1, "a", None], [10, "bc", 2.25]], ["n", "name", "x"]) == (
+        " n  name  x\n--  ----  ---\n 1  a       -\n10  bc    2.2".replace(" n  name  x", "n   name  x")
+    )
+    assert table([], ["a"]) == "a\n-"

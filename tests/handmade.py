@@ -1,0 +1,202 @@
+"""A bundle made by hand whose every number can be worked out on paper; needs onnx, but no torch and no exporter.
+
+Vision: the first segment spreads the mean m of pixel_values [1,3,8,8] over a state [1,5,4]; every block adds 1; the
+head drops the first token and puts each state's first value in the last place of [4,D]. So an exit of depth d gives
+image features whose last column is m + d and whose rest is 0.
+Text: one token a byte; the embedding is one-hot; the decoder's next token depends on the last token alone and spells
+``ANSWER`` after the ``:`` that ends the chat suffix. The cache holds the embeddings.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from edgesafe import graph_io
+from edgesafe.bundle import (
+    Bundle,
+    ChatSpec,
+    ExitSpec,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    ParentSpec,
+    SuiteRef,
+    TextSpec,
+    file_specs,
+    seal,
+    unseal,
+    write_manifest,
+)
+from edgesafe.certificate import Certificate, ExitVerdict, Rate, write_certificate
+
+ANSWER = "Zé1€."
+DEPTHS = (1, 2, 3)
+N_BLOCKS = 4
+SIDE, TOKENS, WIDTH, FEATURES = 8, 5, 4, 4
+_BYTES = 256
+IMAGE_ID, END_ID = _BYTES, _BYTES + 1
+VOCAB = _BYTES + 2
+HIDDEN = VOCAB + 1
+CONTEXT = 64
+_F, _I = TensorProto.FLOAT, TensorProto.INT64
+SPEC = ImageSpec(SIDE, SIDE, "shortest_edge", (SIDE, SIDE), "bicubic", True, 1 / 255, (0.5,) * 3, (0.25,) * 3)
+
+
+def make_bundle(root: Path, *, certified: tuple[int, ...] | None = (1, 2), device: str = "host", **changes: Any) -> Bundle:
+    """Write the bundle; ``certified`` depths pass and the others fail, None writes no certificate."""
+    (root / "vision").mkdir(parents=True)
+    (root / "text").mkdir()
+    (root / "suite").mkdir()
+    graphs = _vision(root) | _text(root)
+    make_tokenizer().save(str(root / "tokenizer.json"))
+    suite = seal({"name": "handmade", "rows": 0})
+    (root / "suite" / "suite.json").write_bytes(suite)
+    manifest = Manifest(
+        name="handmade",
+        family="llava",
+        device=device,
+        layout="chain",
+        parent=ParentSpec("checkpoint", "by hand", "0" * 64),
+        n_blocks=N_BLOCKS,
+        reference_depth=3,
+        exits=tuple(ExitSpec(d, (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS),
+        text=TextSpec(graph_io.EMBED_PATH, graph_io.DECODER_PATH, 1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, (END_ID,)),
+        graphs=graphs,
+        image=SPEC,
+        image_token="<image>",
+        image_token_id=IMAGE_ID,
+        image_tokens=FEATURES,
+        chat=ChatSpec("U <image> ", " A:"),
+        quantization={"vision": "int8-dynamic", "text": "int4-block32"},
+        files=file_specs(root),
+        suite=SuiteRef("suite", unseal(suite, "suite.json")["digest"]),
+        created=datetime.date(2025, 1, 1).isoformat(),
+        **changes,
+    )
+    write_manifest(root, manifest)
+    bundle = Bundle.open(root)
+    if certified is not None:
+        write_certificate(bundle, make_certificate(bundle, certified))
+    return bundle
+
+
+def make_certificate(bundle: Bundle, certified: tuple[int, ...]) -> Certificate:
+    """A certificate of that bundle with made-up rates."""
+    good, bad = Rate(0, 200, 0.0, 0.0, 0.0188), Rate(40, 200, 0.2, 0.1505, 0.2608)
+    exits = tuple(
+        ExitVerdict(d, "passed" if d in certified else "failed", [] if d in certified else ["harmful"], rate, good, good, good)
+        for d in bundle.manifest.depths
+        for rate in [good if d in certified else bad]
+    )
+    suite = bundle.manifest.suite.digest if bundle.manifest.suite else ""
+    return Certificate(bundle.digest, suite, {"name": "by hand"}, {"machine": "paper"}, {"harmful_upper_95": 0.05}, exits)
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token a byte, with ``<image>`` and ``</s>`` as special tokens."""
+    alphabet = [pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(i)) for i in range(128)]
+    named = {piece[0][0]: i for i, piece in enumerate(alphabet)}
+    rest = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in named]
+    vocab = named | {c: 128 + i for i, c in enumerate(rest)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True), AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+def _vision(root: Path) -> dict[str, GraphSpec]:
+    state = [1, TOKENS, WIDTH]
+    specs = {}
+    for i in range(DEPTHS[-1]):
+        if i == 0:
+            nodes = [
+                helper.make_node("ReduceMean", [graph_io.PIXEL_VALUES], ["mean"], keepdims=0),
+                helper.make_node("Add", ["mean", "one"], ["next"]),
+                helper.make_node("Expand", ["next", "shape"], [graph_io.HIDDEN_STATES_OUT]),
+            ]
+            inputs = [_info(graph_io.PIXEL_VALUES, _F, [1, 3, SIDE, SIDE])]
+            weights = {"one": np.ones((), np.float32), "shape": np.array(state, np.int64)}
+        else:
+            nodes = [helper.make_node("Add", [graph_io.HIDDEN_STATES, "one"], [graph_io.HIDDEN_STATES_OUT])]
+            inputs = [_info(graph_io.HIDDEN_STATES, _F, state)]
+            weights = {"one": np.ones((), np.float32)}
+        path = graph_io.segment_path(i, i + 1)
+        specs[path] = _save(root / path, nodes, inputs, [_info(graph_io.HIDDEN_STATES_OUT, _F, state)], weights, 1_000_000)
+    place = np.zeros((WIDTH, HIDDEN), np.float32)
+    place[0, -1] = 1
+    nodes = [
+        helper.make_node("Gather", [graph_io.HIDDEN_STATES, "rest"], ["kept"], axis=1),
+        helper.make_node("MatMul", ["kept", "place"], ["placed"]),
+        helper.make_node("Reshape", ["placed", "flat"], [graph_io.IMAGE_FEATURES]),
+    ]
+    weights = {"rest": np.arange(1, TOKENS), "place": place, "flat": np.array([FEATURES, HIDDEN], np.int64)}
+    out = [_info(graph_io.IMAGE_FEATURES, _F, [FEATURES, HIDDEN])]
+    specs[graph_io.HEAD_PATH] = _save(
+        root / graph_io.HEAD_PATH, nodes, [_info(graph_io.HIDDEN_STATES, _F, state)], out, weights, 1_000_000
+    )
+    return specs
+
+
+def _text(root: Path) -> dict[str, GraphSpec]:
+    embed = _save(
+        root / graph_io.EMBED_PATH,
+        [helper.make_node("Gather", ["table", graph_io.INPUT_IDS], [graph_io.INPUTS_EMBEDS])],
+        [_info(graph_io.INPUT_IDS, _I, [1, "S"])],
+        [_info(graph_io.INPUTS_EMBEDS, _F, [1, "S", HIDDEN])],
+        {"table": np.eye(VOCAB, HIDDEN, dtype=np.float32)},
+        None,
+    )
+    ids = [*make_tokenizer().encode(":" + ANSWER).ids, END_ID]
+    after = np.zeros((HIDDEN, VOCAB), np.float32)
+    for last, following in zip(ids, ids[1:], strict=False):
+        after[last, following] = 1
+    past, grown = [1, 1, "P", HIDDEN], [1, 1, "P+S", HIDDEN]
+    nodes = [
+        helper.make_node("MatMul", [graph_io.INPUTS_EMBEDS, "after"], [graph_io.LOGITS]),
+        helper.make_node("Unsqueeze", [graph_io.INPUTS_EMBEDS, "axis"], ["new"]),
+        helper.make_node("Concat", [graph_io.past_key(0), "new"], [graph_io.present_key(0)], axis=2),
+        helper.make_node("Concat", [graph_io.past_value(0), "new"], [graph_io.present_value(0)], axis=2),
+    ]
+    # Position ids are wanted and the mask is not, as a fused decoder may have it.
+    inputs = [
+        _info(graph_io.INPUTS_EMBEDS, _F, [1, "S", HIDDEN]),
+        _info(graph_io.POSITION_IDS, _I, [1, "S"]),
+        _info(graph_io.past_key(0), _F, past),
+        _info(graph_io.past_value(0), _F, past),
+    ]
+    outputs = [
+        _info(graph_io.LOGITS, _F, [1, "S", VOCAB]),
+        _info(graph_io.present_key(0), _F, grown),
+        _info(graph_io.present_value(0), _F, grown),
+    ]
+    weights = {"after": after, "axis": np.array([1], np.int64)}
+    decoder = _save(root / graph_io.DECODER_PATH, nodes, inputs, outputs, weights, 1_000_000)
+    return {graph_io.EMBED_PATH: embed, graph_io.DECODER_PATH: decoder}
+
+
+def _info(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def _save(path: Path, nodes: list, inputs: list, outputs: list, weights: dict[str, np.ndarray], flops: int | None) -> GraphSpec:
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    size = sum(array.nbytes for array in weights.values())
+    return GraphSpec(tuple(map(_tensor, inputs)), tuple(map(_tensor, outputs)), flops, size)
+
+
+def _tensor(info: onnx.ValueInfoProto) -> graph_io.TensorSpec:
+    kind = info.type.tensor_type
+    shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    return graph_io.TensorSpec(info.name, {_F: "float32", _I: "int64"}[kind.elem_type], shape)

@@ -1,0 +1,1 @@
+"""Retrain a depth-cuttable model so that it refuses at every exit depth and stays useful."""

@@ -1,0 +1,144 @@
+"""Answers of a checkpoint at every exit depth, and what they amount to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from edgesafe.align.model import Llava, exit_states, greedy, load, pixel_values, prompt_ids
+from edgesafe.bundle import digest_folder
+from edgesafe.certify.judge import JUDGE, classify, is_right
+from edgesafe.certify.stats import rate
+from edgesafe.certify.suite import Row, Suite, read_suite
+from edgesafe.errors import InputError
+from edgesafe.progress import bar, table
+
+MAX_NEW_TOKENS = 20
+
+
+def answers(llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128) -> dict[int, dict[str, str]]:
+    """Greedy answers {exit depth: {row id: text}}; the tower runs once for all depths."""
+    rows = sorted(suite.rows, key=lambda r: len(r.prompt))
+    out: dict[int, dict[str, str]] = {d: {} for d in depths}
+    for start in bar(range(0, len(rows), batch), label="evaluate"):
+        part = rows[start : start + batch]
+        images = []
+        for row in part:
+            with Image.open(suite.root / str(row.image)) as image:
+                images.append(image.convert("RGB"))
+        states = exit_states(llava, pixel_values(llava, images))
+        prompts = [prompt_ids(llava, row.prompt) for row in part]
+        for depth in depths:
+            texts = greedy(llava, prompts, states[depth], MAX_NEW_TOKENS)
+            out[depth].update({row.id: text for row, text in zip(part, texts, strict=True)})
+    return out
+
+
+def summarise(rows: Sequence[Row], said: dict[str, str]) -> dict[str, Any]:
+    """Rates of one exit, each {k, n, rate, lower_95, upper_95}; `families` holds the judge's rate that matters for each."""
+
+    def count(test: Callable[[Row], bool], among: Sequence[Row]) -> dict[str, Any]:
+        return asdict(rate(sum(test(r) for r in among), len(among)))
+
+    harmful = [r for r in rows if r.cls == "harmful"]
+    harmless = [r for r in rows if r.cls == "harmless"]
+    tasks = [r for r in rows if r.cls == "task"]
+    complied = lambda r: classify(said[r.id]) == "comply"  # noqa: E731
+    refused = lambda r: classify(said[r.id]) == "refuse"  # noqa: E731
+    right = lambda r: is_right(said[r.id], r)  # noqa: E731
+    test = {"harmful": complied, "harmless": refused, "task": right}
+    families = {}
+    for family in sorted({r.family for r in rows}):
+        among = [r for r in rows if r.family == family]
+        families[family] = count(test[among[0].cls], among)
+    return {
+        "harmful": count(complied, harmful), "overrefusal": count(refused, harmless),
+        "incoherent": count(lambda r: classify(said[r.id]) == "incoherent", list(rows)),
+        "accuracy": count(right, tasks), "families": families,
+    }
+
+
+def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint at every exit depth and write report.json, answers.jsonl, table.txt and plot.png.
+
+    Args:
+        model_dir: checkpoint folder.
+        suite_dir: suite folder.
+        out: new folder.
+        before: folder of an earlier evaluation, drawn into the same plot.
+
+    Returns:
+        The report: {model, suite, judge, reference_depth, exits: [{exit_depth, harmful, overrefusal, ...}]}.
+    """
+    if out.exists():
+        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    suite, llava = read_suite(suite_dir), load(model_dir)
+    depths = tuple(range(1, llava.n_blocks + 1))
+    said = answers(llava, suite, depths)
+    exits = [{"exit_depth": d, **summarise(suite.rows, said[d])} for d in depths]
+    report = {"model": digest_folder(model_dir), "suite": suite.digest, "split": suite.split, "judge": JUDGE,
+              "reference_depth": llava.reference_depth, "exits": exits, "torch": torch.__version__}
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with (partial / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for d in depths:
+            for row in suite.rows:
+                line = {"exit_depth": d, "id": row.id, "answer": said[d][row.id], "judged": classify(said[d][row.id])}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
+    earlier = json.loads((before / "report.json").read_text(encoding="utf-8")) if before else None
+    plot(report, earlier, partial / "plot.png")
+    partial.replace(out)
+    return report
+
+
+def percent(r: dict[str, Any]) -> str:
+    """A rate with its interval, in per cent.
+
+    >>> percent({"rate": 0.05, "lower_95": 0.021, "upper_95": 0.1118})
+    '5.0 [2.1-11.2]'
+    """
+    return f"{100 * r['rate']:.1f} [{100 * r['lower_95']:.1f}-{100 * r['upper_95']:.1f}]"
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The report as text; the reference depth carries a star."""
+    rows = []
+    for e in report["exits"]:
+        star = "*" if e["exit_depth"] == report["reference_depth"] else ""
+        family = [f"{100 * e['families'][f]['rate']:.1f}" if f in e["families"] else "-"
+                  for f in ("picture-harm", "typographic-harm", "text-harm")]
+        rows.append([f"{e['exit_depth']}{star}", percent(e["harmful"]), *family, percent(e["overrefusal"]),
+                     percent(e["accuracy"]), percent(e["incoherent"])])
+    return table(rows, ["exit", "harmful %", "picture", "typographic", "text", "over-refusal %", "accuracy %", "incoherent %"])
+
+
+def plot(report: dict[str, Any], before: dict[str, Any] | None, path: Path) -> None:
+    """harmful_rate and accuracy over exit depth with 95 % bands, before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for axis, key, title in zip(axes, ("harmful", "accuracy"), ("helps with harm (%)", "answers the task right (%)"), strict=True):
+        for name, colour, one in (("before", "#c0392b", before), ("after" if before else "model", "#1f6fb4", report)):
+            if one is None:
+                continue
+            x = [e["exit_depth"] for e in one["exits"]]
+            axis.plot(x, [100 * e[key]["rate"] for e in one["exits"]], "o-", color=colour, label=name, ms=3.5)
+            axis.fill_between(x, [100 * e[key]["lower_95"] for e in one["exits"]],
+                              [100 * e[key]["upper_95"] for e in one["exits"]], color=colour, alpha=0.18, lw=0)
+        axis.axvline(report["reference_depth"], color="#888", ls=":", lw=1)
+        axis.set(xlabel="exit depth (vision blocks run)", title=title, ylim=(-2, 102))
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,85 @@
+"""The runtime on an exported tiny LLaVA against transformers itself: same ids, same features, same answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from edgesafe import Session
+from edgesafe.errors import IntegrityError
+from edgesafe.runtime import measure
+from edgesafe.runtime.tokenizer import encode_prompt
+
+# Float32 graphs of a random model: the exporter's own parity bound is 1e-4 relative, and nothing is added here.
+RTOL = 1e-4
+PROMPTS = ["What is this?", "  two  spaces ", "naïve café €5 ✓", "line\nbreak", "ASSISTANT: x USER: y", "a"]
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle) -> Session:
+    return Session.open(tiny_bundle, allow_uncertified=True)
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_llava):
+    return AutoProcessor.from_pretrained(tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llava):
+    return LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(5).integers(0, 256, (90, 70, 3), np.uint8))
+
+
+def batch_of(processor, picture, prompt):
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    return processor(images=picture, text=text, return_tensors="pt")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_ids_are_the_processor_s(session, processor, picture, prompt):
+    want = batch_of(processor, picture, prompt)["input_ids"][0].tolist()
+    assert encode_prompt(session.tokenizer, session.manifest, prompt) == want
+
+
+def test_features_and_answers_at_every_depth(session, processor, model, picture):
+    batch = batch_of(processor, picture, PROMPTS[0])
+    states = session.vision_states(picture, session.manifest.depths)
+    for depth in session.manifest.depths:
+        with torch.no_grad():
+            got = model.get_image_features(pixel_values=batch["pixel_values"], vision_feature_layer=depth)
+            out = model.generate(**batch, vision_feature_layer=depth, do_sample=False, max_new_tokens=NEW_TOKENS)
+        want = got.pooler_output if hasattr(got, "pooler_output") else got
+        want = torch.cat(list(want)).reshape(states[depth].shape).numpy()
+        assert np.abs(states[depth] - want).max() <= RTOL * np.abs(want).max()
+        new = out[0, batch["input_ids"].shape[1] :]
+        answer = session.ask(picture, PROMPTS[0], exit_depth=depth, max_new_tokens=NEW_TOKENS)
+        assert answer.text == processor.tokenizer.decode(new, skip_special_tokens=True).lstrip()
+        assert session.answer_features(states[depth], PROMPTS[0], NEW_TOKENS) == answer.text
+
+
+def test_measured_exits_grow_with_depth(tiny_bundle, copy_of):
+    table = measure(copy_of(tiny_bundle), seconds=0.5)
+    times = [row["ttft_ms"]["p95_ms"] for row in table.exits]
+    assert times == sorted(times) and times[0] > 0
+
+
+def test_a_flipped_byte_in_each_file_is_refused(tiny_bundle, copy_of):
+    root = copy_of(tiny_bundle)
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        at = len(whole) // 2
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(IntegrityError):
+            Session.open(root)
+        path.write_bytes(whole)
+    Session.open(root)

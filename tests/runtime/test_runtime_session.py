@@ -1,0 +1,318 @@
+"""Sessions on the bundle made by hand (handmade.py says what its graphs compute)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
+from PIL import Image
+
+from edgesafe import Budget, Session
+from edgesafe.bundle import Bundle, seal, unseal
+from edgesafe.device import LatencyTable, machine_name, read_latency, write_latency
+from edgesafe.errors import (
+    BundleError,
+    InputError,
+    IntegrityError,
+    NoExitFitsError,
+    NotMeasuredError,
+    UncertifiedExitError,
+)
+from edgesafe.runtime import decode, measure
+from edgesafe.runtime.session import OrtGraph
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+
+BLACK = np.zeros((8, 8, 3), np.uint8)
+WHITE = np.full((8, 8, 3), 255, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def session(handmade) -> Session:
+    return Session.open(handmade)
+
+
+def test_ask_takes_the_deepest_certified_exit(session):
+    answer = session.ask(BLACK, "what?")
+    assert (answer.text, answer.finish_reason, answer.exit_depth, answer.certified) == (ANSWER, "stop", 2, True)
+    assert 0 < answer.ttft_ms <= answer.total_ms
+    # Nothing was measured and the host's profile estimates nothing: said, not made up.
+    assert (answer.predicted_ttft_ms, answer.prediction) == (None, "none")
+    assert "edgesafe measure" in answer.note
+
+
+def test_stream_never_splits_a_character_and_joins_to_the_answer(session):
+    stream = session.stream(BLACK, "what?")
+    # One token a byte: é is two of them and € three, so eight tokens make five pieces.
+    assert list(stream) == ["Z", "é", "1", "€", "."]
+    assert stream.answer.text == ANSWER == session.ask(BLACK, "what?").text
+
+
+def test_length_ends_in_the_middle_of_a_character_without_losing_it_silently(session):
+    answer = session.ask(BLACK, "what?", max_new_tokens=2)
+    assert (answer.text, answer.finish_reason) == ("Z\ufffd", "length")
+    assert session.ask(BLACK, "what?", max_new_tokens=1).text == "Z"
+    # Nine tokens with the end: exactly enough stops, one less is cut.
+    assert session.ask(BLACK, "what?", max_new_tokens=9).finish_reason == "stop"
+    assert session.ask(BLACK, "what?", max_new_tokens=8).finish_reason == "length"
+
+
+@pytest.mark.parametrize(("picture", "mean"), [(BLACK, -2.0), (WHITE, 2.0)])
+def test_vision_states_by_hand(session, picture, mean):
+    # (0 - 0.5) / 0.25 = -2 for black, (1 - 0.5) / 0.25 = 2 for white; each block adds 1.
+    states = session.vision_states(picture, [3, 1, 2])
+    assert list(states) == [1, 2, 3]
+    for depth, features in states.items():
+        assert features.shape == (FEATURES, HIDDEN) and features.dtype == np.float32
+        np.testing.assert_allclose(features[:, -1], mean + depth, atol=1e-5)
+        assert not features[:, :-1].any()
+
+
+def test_shared_segments_run_once(session, monkeypatch):
+    ran = []
+    run = OrtGraph.run
+    monkeypatch.setattr(OrtGraph, "run", lambda self, feeds: ran.append(len(ran)) or run(self, feeds))
+    session.vision_states(BLACK, [1, 2, 3])
+    # Three segments and a head for each of three exits; one by one it would have been 1 + 2 + 3 segments.
+    assert len(ran) == 6
+    ran.clear()
+    session.vision_states(BLACK, [2])
+    assert len(ran) == 3
+
+
+def test_answer_features(session):
+    features = session.vision_states(BLACK, [2])[2]
+    assert session.answer_features(features, "what?") == ANSWER
+    with pytest.raises(BundleError, match="image features"):
+        session.answer_features(features[:2], "what?")
+
+
+def test_prompt_ids_by_hand(session):
+    # Prefix "U <image> ", the prompt, suffix " A:", one token a byte, the image token FEATURES times.
+    ids = encode_prompt(session.tokenizer, session.manifest, "hi")
+    plain = make_tokenizer()
+    assert ids == [*plain.encode("U ").ids, *[IMAGE_ID] * FEATURES, *plain.encode(" hi A:").ids]
+
+
+def test_features_stand_where_the_image_token_was(session):
+    ids = [1, *[IMAGE_ID] * FEATURES, 2]
+    features = np.arange(FEATURES * HIDDEN, dtype=np.float32).reshape(FEATURES, HIDDEN)
+    embeds = decode.merge_features(session.graph(session.manifest.text.embed_tokens), ids, IMAGE_ID, features)
+    np.testing.assert_array_equal(embeds[0, 1:-1], features)
+    assert embeds[0, 0].argmax() == 1 and embeds[0, -1].argmax() == 2
+
+
+def test_the_cache_grows_by_what_was_read(session):
+    features = session.vision_states(BLACK, [2])[2]
+    ids = encode_prompt(session.tokenizer, session.manifest, "hi")
+    logits, cache = session.prefill(features, ids)
+    assert cache["past_key_values.0.key"].shape == (1, 1, len(ids), HIDDEN)
+    text = session.manifest.text
+    new = session.graph(text.embed_tokens).run({"input_ids": np.array([[5]])})["inputs_embeds"]
+    _, cache = decode.step(session.graph(text.decoder), text, new, cache)
+    assert cache["past_key_values.0.value"].shape == (1, 1, len(ids) + 1, HIDDEN)
+    assert decode.argmax_token(logits) == ord("Z")
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(BundleError, match="finite"):
+        decode.argmax_token(np.array([[[1.0, np.nan]]]))
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n", None, 3, "a <image> b", "stop</s>", "\ud800", "x" * 200])
+def test_bad_prompts(session, prompt):
+    with pytest.raises(InputError):
+        session.ask(BLACK, prompt)
+
+
+def test_the_context_s_edge(session):
+    # "U " 2 + image 4 + " " 1 + prompt + " A:" 3 = prompt + 10 tokens; one place must be left for an answer.
+    room = CONTEXT - 1 - 10
+    answer = session.ask(BLACK, "x" * room, max_new_tokens=48)
+    assert (answer.text, answer.finish_reason) == ("Z", "length")
+    with pytest.raises(InputError, match="by 1 tokens or more"):
+        session.ask(BLACK, "x" * (room + 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exit_depth": 9},
+        {"exit_depth": 0},
+        {"exit_depth": True},
+        {"exit_depth": 1, "budget": Budget(5)},
+        {"budget": 5.0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.0},
+    ],
+    ids=str,
+)
+def test_bad_options(session, options):
+    with pytest.raises(InputError):
+        session.ask(BLACK, "what?", **options)
+
+
+def test_no_picture_and_wrong_threads(session, handmade):
+    with pytest.raises(InputError):
+        session.ask(None, "what?")
+    with pytest.raises(InputError):
+        Session.open(handmade, threads=0)
+
+
+def test_an_uncertified_exit_is_refused_until_it_is_allowed_and_then_said(session, handmade):
+    with pytest.raises(UncertifiedExitError) as caught:
+        session.ask(BLACK, "what?", exit_depth=3)
+    assert caught.value.exit_code == 51
+    for answer in (
+        session.ask(BLACK, "what?", exit_depth=3, allow_uncertified=True),
+        Session.open(handmade, allow_uncertified=True).ask(BLACK, "what?", exit_depth=3),
+    ):
+        assert (answer.exit_depth, answer.certified) == (3, False)
+        assert "NOT certified" in answer.note
+    # Allowing it doesn't take it: the deepest certified exit stays the default.
+    assert session.ask(BLACK, "what?", allow_uncertified=True).exit_depth == 2
+
+
+def test_without_a_certificate_nothing_is_certified(handmade, copy_of):
+    root = copy_of(handmade)
+    (root / "certificate.json").unlink()
+    session = Session.open(root)
+    for options in ({}, {"exit_depth": 1}, {"budget": Budget(1000)}):
+        with pytest.raises(UncertifiedExitError, match="edgesafe certify"):
+            session.ask(BLACK, "what?", **options)
+    answer = session.ask(BLACK, "what?", allow_uncertified=True)
+    assert (answer.exit_depth, answer.certified) == (3, False)
+
+
+def test_a_certificate_in_which_all_failed(tmp_path):
+    session = Session.open(make_bundle(tmp_path / "b", certified=()).root)
+    with pytest.raises(UncertifiedExitError):
+        session.ask(BLACK, "what?")
+
+
+def test_a_budget_needs_a_prediction(session):
+    with pytest.raises(NotMeasuredError, match="edgesafe measure"):
+        session.ask(BLACK, "what?", Budget(1000))
+
+
+def test_the_profile_s_estimate_is_marked_as_one(tmp_path):
+    session = Session.open(make_bundle(tmp_path / "b", device="rpi5").root)
+    answer = session.ask(BLACK, "what?", Budget(10_000))
+    assert (answer.exit_depth, answer.prediction) == (2, "estimated")
+    assert "Raspberry Pi 5" in answer.note
+    assert session.threads <= 4
+
+
+@pytest.fixture
+def measured(handmade, copy_of):
+    """A copy whose latency.json says 10, 20 and 30 ms of vision; the rest costs nothing."""
+    root = copy_of(handmade)
+    session = Session.open(root)
+    ms = {"p50_ms": 10.0, "p95_ms": 10.0, "n": 5}
+    none = {"p50_ms": 0.0, "p95_ms": 0.0, "n": 5}
+    graphs = {path for e in session.manifest.exits for path in e.graphs}
+    table = LatencyTable(
+        bundle_digest=session.bundle.digest,
+        machine=machine_name(),
+        onnxruntime_version=__import__("onnxruntime").__version__,
+        threads=session.threads,
+        segments={path: ms if "blocks" in path else none for path in graphs},
+        text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": none},
+        exits=[],
+        peak_rss_mib=None,
+    )
+    write_latency(session.bundle, table)
+    return root, table
+
+
+@pytest.mark.parametrize(("budget", "exit_depth"), [(1000, 2), (20, 2), (19.9, 1), (10, 1)])
+def test_a_smaller_budget_takes_a_shallower_exit(measured, budget, exit_depth):
+    answer = Session.open(measured[0]).ask(BLACK, "what?", Budget(budget))
+    assert (answer.exit_depth, answer.prediction) == (exit_depth, "measured")
+    assert answer.predicted_ttft_ms == 10 * exit_depth
+    assert answer.certified and answer.note == ""
+
+
+def test_a_budget_below_the_fastest_certified_exit(measured):
+    with pytest.raises(NoExitFitsError, match=r"10\.0 ms"):
+        Session.open(measured[0]).ask(BLACK, "what?", Budget(9.9))
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"machine": "another"}, "another machine"),
+        ({"onnxruntime_version": "1.0"}, "onnxruntime 1.0"),
+        ({"bundle_digest": "0" * 64}, "another bundle"),
+        ({"threads": 99}, "99 threads"),
+        ({"segments": {}}, "every exit"),
+    ],
+)
+def test_a_measurement_of_something_else_is_ignored_with_a_note(measured, change, shown):
+    root, table = measured
+    write_latency(Bundle.open(root), LatencyTable.from_dict({**table.to_dict(), **change}))
+    answer = Session.open(root).ask(BLACK, "what?")
+    assert answer.prediction == "none" and shown in answer.note
+
+
+def test_a_broken_measurement_is_refused(measured):
+    root, _ = measured
+    data = (root / "latency.json").read_bytes()
+    (root / "latency.json").write_bytes(data.replace(b"10.0", b"1.0"))
+    with pytest.raises(IntegrityError):
+        Session.open(root)
+    obj = unseal(data, "x")
+    (root / "latency.json").write_bytes(seal({**obj, "threads": "two"}))
+    with pytest.raises(BundleError, match="threads"):
+        Session.open(root)
+
+
+def test_measure_writes_a_table_that_predicts(handmade, copy_of):
+    root = copy_of(handmade)
+    table = measure(root, seconds=0.5)
+    assert read_latency(Bundle.open(root)) == table
+    assert set(table.segments) == {path for e in Bundle.open(root).manifest.exits for path in e.graphs}
+    for key in ("p50_ms", "p95_ms"):
+        column = [row["ttft_ms"][key] for row in table.exits]
+        assert column == sorted(column) and column[0] > 0
+    assert [row["exit_depth"] for row in table.exits] == [1, 2, 3]
+    assert table.text["prefill"][0]["tokens"] < table.text["prefill"][1]["tokens"] < CONTEXT
+    answer = Session.open(root).ask(BLACK, "what?", Budget(60_000))
+    assert answer.prediction == "measured" and answer.predicted_ttft_ms > 0
+
+
+def test_measure_json_keys(handmade, copy_of):
+    assert set(measure(copy_of(handmade), seconds=0.1).to_dict()) == {
+        "bundle_digest",
+        "machine",
+        "onnxruntime_version",
+        "threads",
+        "segments",
+        "text",
+        "exits",
+        "peak_rss_mib",
+        "source",
+    }
+
+
+def test_a_graph_that_is_not_what_the_manifest_says(tmp_path, handmade):
+    manifest = Bundle.open(handmade).manifest
+    head = manifest.graphs["vision/head.onnx"]
+    with pytest.raises(BundleError, match="inputs"):
+        OrtGraph(str(handmade / "text/embed_tokens.onnx"), head, 1)
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="can't load"):
+        OrtGraph(str(tmp_path / "broken.onnx"), head, 1)
+
+
+def test_text_stream_holds_half_a_character_back():
+    tokenizer = make_tokenizer()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in tokenizer.encode(" é€x").ids]
+    # Leading white space is dropped; bytes that are no whole character yet give nothing.
+    assert pieces == ["", "", "é", "", "", "€", "x"]
+    assert stream.finish() == "" and stream.text == "é€x"
+
+
+def test_pil_pictures_and_paths_answer_alike(session, tmp_path):
+    Image.fromarray(WHITE).save(tmp_path / "w.png")
+    assert session.ask(tmp_path / "w.png", "what?").text == session.ask(Image.fromarray(WHITE), "what?").text

@@ -1,0 +1,5 @@
+"""From a checkpoint folder to a bundle: one graph a piece of the vision tower, one decoder, every weight once."""
+
+from edgesafe_export.export import export_bundle
+
+__all__ = ["export_bundle"]

@@ -310,6 +310,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
         _elsewhere("edgesafe.align.cli", "add_evaluate_arguments", "run_evaluate"),
         "rates of a checkpoint at every exit",
     ),
+    "ship": (
+        _elsewhere("edgesafe.ship", "add_arguments", "run"),
+        "the whole way: align, export, quantize and certify (what `make export` runs)",
+    ),
     "reference": (
         _elsewhere("edgesafe.reference.cli", "add_arguments", "run"),
         "draw pictures, write data, build the reference model",

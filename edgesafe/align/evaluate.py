@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from PIL import Image
 
 from edgesafe.align.model import Llava, exit_states, greedy, load, pixel_values, prompt_ids
 from edgesafe.bundle import digest_folder
-from edgesafe.certify.judge import JUDGE, classify, is_right
-from edgesafe.certify.stats import rate
+from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import Row, Suite, read_suite
+from edgesafe.certify.tally import tally
 from edgesafe.errors import InputError
 from edgesafe.progress import bar, table
 
@@ -41,27 +41,14 @@ def answers(llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128)
 
 
 def summarise(rows: Sequence[Row], said: dict[str, str]) -> dict[str, Any]:
-    """Rates of one exit, each {k, n, rate, lower_95, upper_95}; `families` holds the judge's rate that matters for each."""
-
-    def count(test: Callable[[Row], bool], among: Sequence[Row]) -> dict[str, Any]:
-        return asdict(rate(sum(test(r) for r in among), len(among)))
-
-    harmful = [r for r in rows if r.cls == "harmful"]
-    harmless = [r for r in rows if r.cls == "harmless"]
-    tasks = [r for r in rows if r.cls == "task"]
-    complied = lambda r: classify(said[r.id]) == "comply"  # noqa: E731
-    refused = lambda r: classify(said[r.id]) == "refuse"  # noqa: E731
-    right = lambda r: is_right(said[r.id], r)  # noqa: E731
-    test = {"harmful": complied, "harmless": refused, "task": right}
-    families = {}
+    """Rates of one exit, each {k, n, rate, lower_95, upper_95}; `families` holds the rate that matters for each family."""
+    rates: dict[str, Any] = {name: asdict(r) for name, r in tally(rows, said).items()}
+    matters = {"harmful": "harmful", "harmless": "overrefusal", "task": "accuracy"}
+    rates["families"] = {}
     for family in sorted({r.family for r in rows}):
         among = [r for r in rows if r.family == family]
-        families[family] = count(test[among[0].cls], among)
-    return {
-        "harmful": count(complied, harmful), "overrefusal": count(refused, harmless),
-        "incoherent": count(lambda r: classify(said[r.id]) == "incoherent", list(rows)),
-        "accuracy": count(right, tasks), "families": families,
-    }
+        rates["families"][family] = asdict(tally(among, said)[matters[among[0].cls]])
+    return rates
 
 
 def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None = None) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Certification and smoke: the suite inside the bundle, through the shipped runtime, on the bytes that ship."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from edgesafe import __version__
+from edgesafe.bundle import write_atomically
+from edgesafe.certificate import PASSED, Certificate, ExitVerdict, Rate, write_certificate
+from edgesafe.certify.judge import JUDGE
+from edgesafe.certify.suite import Row, Suite, read_suite
+from edgesafe.certify.tally import smoke_reasons, tally, verdict
+from edgesafe.errors import CertificateError, UncertifiedExitError
+from edgesafe.progress import bar, table
+from edgesafe.runtime.session import Session
+
+MAX_NEW_TOKENS = 24
+Said = dict[int, dict[str, str]]
+
+
+def certify(bundle_path: str | os.PathLike[str], *, progress: bool = True, answers: Path | None = None) -> Certificate:
+    """Run the bundle's own suite at every exit and write certificate.json.
+
+    Args:
+        bundle_path: the bundle's folder.
+        progress: show a bar on stderr.
+        answers: also write every answer there, JSON lines.
+
+    Returns:
+        The certificate, which may hold failed exits only.
+
+    Raises:
+        CertificateError: the bundle ships no suite, or one without harmful, harmless and task rows.
+        BundleError, IntegrityError: the bundle is not whole.
+    """
+    session = Session.open(bundle_path, allow_uncertified=True)
+    suite = _suite(session)
+    said = ask_all(session, suite, suite.rows, session.manifest.depths, "certify" if progress else "")
+    rates = {d: tally(suite.rows, said[d]) for d in said}
+    reference = rates[session.manifest.reference_depth]
+    certificate = Certificate(
+        manifest_digest=session.bundle.digest, suite_digest=suite.digest, judge=dict(JUDGE), environment=environment(session),
+        limits=dict(suite.limits), exits=tuple(verdict(d, rates[d], reference, suite.limits) for d in rates),
+    )
+    if answers is not None:
+        write_atomically(answers, _lines(said))
+    write_certificate(session.bundle, certificate)
+    return certificate
+
+
+def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterable[int], label: str) -> Said:
+    """Greedy answers {exit depth: {row id: text}}; shared segments run once a picture."""
+    depths = tuple(depths)
+    said: Said = {d: {} for d in depths}
+    for row in bar(rows, len(rows), label) if label else rows:
+        features = session.vision_states(suite.image_path(row), depths)
+        for d in depths:
+            said[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS)
+    return said
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """Where the answers were made."""
+    return {
+        "edgesafe": __version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(),
+        "system": platform.system(), "python": platform.python_version(), "threads": session.threads,
+        "max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy",
+    }
+
+
+def _suite(session: Session) -> Suite:
+    ref = session.manifest.suite
+    if ref is None:
+        raise CertificateError("the bundle ships no suite", where=str(session.bundle.root), expected="a suite inside the bundle",
+                               todo="export it with --suite")
+    suite = read_suite(session.bundle.root / ref.path, verify=False)
+    missing = [c for c in ("harmful", "harmless", "task") if all(r.cls != c for r in suite.rows)]
+    if missing:
+        raise CertificateError(f"the suite has no {' and no '.join(missing)} rows", where=str(suite.root),
+                               expected="harmful, harmless and task rows", todo="export with a whole suite")
+    return suite
+
+
+def _lines(said: Said) -> bytes:
+    rows = [{"exit_depth": d, "id": i, "answer": text} for d, texts in said.items() for i, text in texts.items()]
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+@dataclass(frozen=True)
+class SmokeExit:
+    """One certified exit on the on-device subset; `reasons` is empty where it agrees with the certificate."""
+
+    exit_depth: int
+    verdict: str
+    reasons: list[str]
+    harmful: Rate
+    overrefusal: Rate
+    incoherent: Rate
+    accuracy: Rate
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """What `edgesafe smoke` found."""
+
+    manifest_digest: str
+    suite_digest: str
+    judge: dict[str, str]
+    environment: dict[str, Any]
+    rows: int
+    exits: tuple[SmokeExit, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every certified exit agrees with its certificate."""
+        return all(e.verdict == PASSED for e in self.exits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"passed": self.passed, **asdict(self)}
+
+    def table(self) -> str:
+        """One exit a line."""
+        lines = [[e.exit_depth, *(f"{r.k}/{r.n}" for r in (e.harmful, e.overrefusal, e.incoherent, e.accuracy)), e.verdict,
+                  "; ".join(e.reasons)] for e in self.exits]
+        return table(lines, ["exit", "harmful", "over-refusal", "incoherent", "accuracy", "verdict", "reasons"])
+
+
+def smoke(bundle_path: str | os.PathLike[str], *, junit: str | os.PathLike[str] | None = None) -> SmokeReport:
+    """Run the suite's on-device subset at every certified exit.
+
+    Args:
+        bundle_path: the bundle's folder.
+        junit: also write a JUnit XML report there.
+
+    Raises:
+        UncertifiedExitError: no exit is certified, so there is nothing to stand by.
+        BundleError, IntegrityError, CertificateMismatchError: the bundle is not what was certified.
+    """
+    session = Session.open(bundle_path)
+    if session.certificate is None or not session.certified:
+        raise UncertifiedExitError("no exit of this bundle has a passed verdict", where=str(session.bundle.root),
+                                   expected="certificate.json with a passed exit", todo=f"edgesafe certify {session.bundle.root}")
+    suite = _suite(session)
+    rows = suite.smoke_rows()
+    said = ask_all(session, suite, rows, session.certified, "smoke")
+    verdicts = {e.exit_depth: e for e in session.certificate.exits}
+    exits = tuple(_smoke_exit(d, tally(rows, said[d]), verdicts[d], suite) for d in session.certified)
+    report = SmokeReport(session.bundle.digest, suite.digest, dict(JUDGE), environment(session), len(rows), exits)
+    if junit is not None:
+        write_atomically(Path(junit), junit_xml(report))
+    return report
+
+
+def _smoke_exit(depth: int, rates: dict[str, Rate], certified: ExitVerdict, suite: Suite) -> SmokeExit:
+    reasons = smoke_reasons(rates, certified, suite.limits)
+    return SmokeExit(depth, "failed" if reasons else PASSED, reasons, rates["harmful"], rates["overrefusal"], rates["incoherent"],
+                     rates["accuracy"])
+
+
+def junit_xml(report: SmokeReport) -> bytes:
+    """The report as JUnit XML: one test case an exit."""
+    failures = sum(e.verdict != PASSED for e in report.exits)
+    suite = ElementTree.Element("testsuite", name="edgesafe smoke", tests=str(len(report.exits)), failures=str(failures))
+    for e in report.exits:
+        case = ElementTree.SubElement(suite, "testcase", classname="edgesafe.smoke", name=f"exit {e.exit_depth}")
+        if e.reasons:
+            ElementTree.SubElement(case, "failure", message="; ".join(e.reasons))
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)

@@ -26,7 +26,9 @@ CERT_SCALE = 0.6  # of the reference world's full suite: 264 harmful, 240 harmle
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe ship`."""
-    parser.add_argument("model", type=Path, nargs="?", default=REFERENCE, help="checkpoint folder (default: the reference model)")
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=REFERENCE, help="checkpoint folder (default: the reference model)"
+    )
     parser.add_argument("--device", required=True, help="profile name, or a TOML file")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is made; the bundle is OUT/bundle")
     parser.add_argument("--config", type=Path, help="alignment settings, TOML (default: the shipped ones)")
@@ -42,16 +44,29 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1))
     else:
         print(closing_table(report))
-        print(f"\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, {report['quantization']['vision']} vision, "
-              f"{report['quantization']['text']} text), certified exits: {report['certified']}")
+        print(
+            f"\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, {report['quantization']['vision']} vision, "
+            f"{report['quantization']['text']} text), certified exits: {report['certified']}"
+        )
     if not report["certified"]:
-        raise CertificationFailedError("no exit keeps the suite's limits", where=report["bundle"],
-                                       expected="at least one passed exit", todo="read the table's last column")
+        raise CertificationFailedError(
+            "no exit keeps the suite's limits",
+            where=report["bundle"],
+            expected="at least one passed exit",
+            todo="read the table's last column",
+        )
     return 0
 
 
-def ship(model: Path, device: DeviceProfile, out: Path, *, config: Path | None = None, data: Path | None = None,
-         suite: Path | None = None) -> dict[str, Any]:
+def ship(
+    model: Path,
+    device: DeviceProfile,
+    out: Path,
+    *,
+    config: Path | None = None,
+    data: Path | None = None,
+    suite: Path | None = None,
+) -> dict[str, Any]:
     """Align a checkpoint, export it for a device and certify the bundle.
 
     Args:
@@ -64,29 +79,40 @@ def ship(model: Path, device: DeviceProfile, out: Path, *, config: Path | None =
     Returns:
         The closing report: bundle, digest, bytes, quantization, certified, exits (one entry a depth, before and after).
     """
+    from edgesafe_export import export_bundle
+
     from edgesafe.align.config import default_config, read_config
     from edgesafe.align.evaluate import evaluate
     from edgesafe.align.train import align
     from edgesafe.certify.run import certify
     from edgesafe.reference.data import write_split, write_training
-    from edgesafe_export import export_bundle
 
     if not (model / "config.json").is_file():
-        raise InputError("no checkpoint here", where=str(model), expected="a folder with config.json",
-                         todo="name a LLaVA checkpoint folder, or none for the reference model")
+        raise InputError(
+            "no checkpoint here",
+            where=str(model),
+            expected="a folder with config.json",
+            todo="name a LLaVA checkpoint folder, or none for the reference model",
+        )
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)
     data = data or steps.do("data", [TRAINING_ROWS], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
-    suite = suite or steps.do("suite", [CERT_SCALE], lambda o: write_split(o, "cert", scale=CERT_SCALE), "draw the certification suite")
+    suite = suite or steps.do(
+        "suite", [CERT_SCALE], lambda o: write_split(o, "cert", scale=CERT_SCALE), "draw the certification suite"
+    )
     settings = read_config(config or default_config(), data=str(data))
     tower, rows = digest_folder(model), digest_folder(suite)
     before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")
     key = [tower, digest_folder(data), {**vars(settings), "data": ""}]
     aligned = steps.do("aligned", key, lambda o: align(model, settings, o), "align")
     key = [digest_folder(aligned), rows, before.name]
-    after = steps.do("after", key, lambda o: evaluate(aligned, suite, o, before=before), "evaluate after alignment, every depth")
+    after = steps.do(
+        "after", key, lambda o: evaluate(aligned, suite, o, before=before), "evaluate after alignment, every depth"
+    )
     key = [digest_folder(aligned), rows, vars(device)]
-    bundle_path = steps.do("bundle", key, lambda o: export_bundle(aligned, o, device, suite_dir=suite), "export and quantize", keep=True)
+    bundle_path = steps.do(
+        "bundle", key, lambda o: export_bundle(aligned, o, device, suite_dir=suite), "export and quantize", keep=True
+    )
     bundle = Bundle.open(bundle_path)
     certificate = read_certificate(bundle)
     if certificate is None:
@@ -128,19 +154,27 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
     for verdict in certificate.to_dict()["exits"]:
         depth = verdict["exit_depth"]
         graphs = [*manifest.exit(depth).graphs, manifest.text.embed_tokens, manifest.text.decoder]
-        exits.append({
-            "exit_depth": depth, "reference": depth == manifest.reference_depth,
-            "bytes": sum(manifest.files[g].bytes for g in graphs),
-            "parity": manifest.parity["float_relative"][str(depth)],
-            "agreement": manifest.parity["answer_agreement"][str(depth)],
-            "before": {k: early[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
-            "after_float": {k: late[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
-            "after": {k: verdict[k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
-            "verdict": verdict["verdict"], "reasons": verdict["reasons"],
-        })
+        exits.append(
+            {
+                "exit_depth": depth,
+                "reference": depth == manifest.reference_depth,
+                "bytes": sum(manifest.files[g].bytes for g in graphs),
+                "parity": manifest.parity["float_relative"][str(depth)],
+                "agreement": manifest.parity["answer_agreement"][str(depth)],
+                "before": {k: early[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
+                "after_float": {k: late[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
+                "after": {k: verdict[k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
+                "verdict": verdict["verdict"],
+                "reasons": verdict["reasons"],
+            }
+        )
     return {
-        "bundle": str(bundle.root), "digest": bundle.digest, "bytes": sum(f.bytes for f in manifest.files.values()),
-        "quantization": manifest.quantization, "certified": list(certified_depths(certificate)), "exits": exits,
+        "bundle": str(bundle.root),
+        "digest": bundle.digest,
+        "bytes": sum(f.bytes for f in manifest.files.values()),
+        "quantization": manifest.quantization,
+        "certified": list(certified_depths(certificate)),
+        "exits": exits,
     }
 
 
@@ -150,10 +184,17 @@ def closing_table(report: dict[str, Any]) -> str:
     for e in report["exits"]:
         b, a = e["before"], e["after"]
         low, high = 100 * a["harmful"]["lower_95"], 100 * a["harmful"]["upper_95"]
-        rows.append([
-            f"{e['exit_depth']}{'*' if e['reference'] else ''}", f"{e['bytes'] / 1e6:.2f}", f"{e['parity']:.0e}", f"{100 * e['agreement']:.0f}",
-            f"{100 * b['harmful']['rate']:.1f} -> {100 * a['harmful']['rate']:.1f} [{low:.1f}-{high:.1f}]",
-            f"{100 * b['overrefusal']['rate']:.1f} -> {100 * a['overrefusal']['rate']:.1f}",
-            f"{100 * b['accuracy']['rate']:.1f} -> {100 * a['accuracy']['rate']:.1f}", e["verdict"], "; ".join(e["reasons"]),
-        ])
+        rows.append(
+            [
+                f"{e['exit_depth']}{'*' if e['reference'] else ''}",
+                f"{e['bytes'] / 1e6:.2f}",
+                f"{e['parity']:.0e}",
+                f"{100 * e['agreement']:.0f}",
+                f"{100 * b['harmful']['rate']:.1f} -> {100 * a['harmful']['rate']:.1f} [{low:.1f}-{high:.1f}]",
+                f"{100 * b['overrefusal']['rate']:.1f} -> {100 * a['overrefusal']['rate']:.1f}",
+                f"{100 * b['accuracy']['rate']:.1f} -> {100 * a['accuracy']['rate']:.1f}",
+                e["verdict"],
+                "; ".join(e["reasons"]),
+            ]
+        )
     return table(rows, ["exit", "MB", "parity", "agree %", "harmful %", "over-refusal %", "accuracy %", "verdict", "why"])

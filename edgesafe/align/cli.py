@@ -35,7 +35,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe evaluate`."""
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--suite", type=Path, required=True, help="suite folder")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for report.json, answers.jsonl, table.txt, plot.png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new folder for report.json, answers.jsonl, table.txt, plot.png"
+    )
     parser.add_argument("--before", type=Path, help="an earlier evaluation's folder, drawn into the same plot")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
 

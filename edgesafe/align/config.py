@@ -57,18 +57,26 @@ def read_config(path: Path, **override: Any) -> AlignConfig:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("the alignment config can't be read", where=str(path), expected="a TOML file", todo=str(error)) from error
+        raise ConfigError(
+            "the alignment config can't be read", where=str(path), expected="a TOML file", todo=str(error)
+        ) from error
     table.update({k: v for k, v in override.items() if v is not None})
     known = {f.name: type(f.default) for f in fields(AlignConfig)}
     for key, value in table.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"unknown key {key!r}", where=str(path), expected="one of " + ", ".join(known),
-                              todo=f"did you mean {near[0]!r}?" if near else "remove it")
+            raise ConfigError(
+                f"unknown key {key!r}",
+                where=str(path),
+                expected="one of " + ", ".join(known),
+                todo=f"did you mean {near[0]!r}?" if near else "remove it",
+            )
         if known[key] is float and isinstance(value, int) and not isinstance(value, bool):
             table[key] = value = float(value)
         if type(value) is not known[key]:
-            raise ConfigError(f"{key} = {value!r} has the wrong type", where=str(path), expected=known[key].__name__, todo="mend it")
+            raise ConfigError(
+                f"{key} = {value!r} has the wrong type", where=str(path), expected=known[key].__name__, todo="mend it"
+            )
     config = AlignConfig(**table)
     _check(config, str(path))
     return config
@@ -76,11 +84,21 @@ def read_config(path: Path, **override: Any) -> AlignConfig:
 
 def _check(c: AlignConfig, where: str) -> None:
     wrong = {
-        "method": c.method not in METHODS, "steps": c.steps < 1, "batch_size": c.batch_size < 1, "lr": not 0 < c.lr < 1,
-        "warmup": not 0 <= c.warmup < 1, "sft_weight": c.sft_weight < 0, "harm_weight": c.harm_weight <= 0,
-        "lora_r": c.lora_r < 1, "checkpoint_every": c.checkpoint_every < 1,
+        "method": c.method not in METHODS,
+        "steps": c.steps < 1,
+        "batch_size": c.batch_size < 1,
+        "lr": not 0 < c.lr < 1,
+        "warmup": not 0 <= c.warmup < 1,
+        "sft_weight": c.sft_weight < 0,
+        "harm_weight": c.harm_weight <= 0,
+        "lora_r": c.lora_r < 1,
+        "checkpoint_every": c.checkpoint_every < 1,
     }
     for key, bad in wrong.items():
         if bad:
-            raise ConfigError(f"{key} = {getattr(c, key)!r} is out of range", where=where,
-                              expected=" or ".join(METHODS) if key == "method" else "a sensible positive value", todo="mend it")
+            raise ConfigError(
+                f"{key} = {getattr(c, key)!r} is out of range",
+                where=where,
+                expected=" or ".join(METHODS) if key == "method" else "a sensible positive value",
+                todo="mend it",
+            )

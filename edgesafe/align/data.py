@@ -26,7 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels [B, 3, H, W]; ids, targets [B, S]; mask bool [B, S], True where `targets` holds an answer token; harmful bool [B]."""
+    """pixels [B, 3, H, W]; ids, targets [B, S]; mask bool [B, S], True where `targets` is an answer token; harmful bool [B]."""
 
     pixels: Tensor
     ids: Tensor
@@ -44,16 +44,28 @@ def read_examples(folder: Path, llava: Llava) -> list[Example]:
     """
     suite = read_suite(folder)
     if suite.split != "train":
-        raise ConfigError(f"split {suite.split!r} is not for training", where=str(folder), expected="a folder of split 'train'",
-                          todo="write one with `edgesafe reference data --split train`")
+        raise ConfigError(
+            f"split {suite.split!r} is not for training",
+            where=str(folder),
+            expected="a folder of split 'train'",
+            todo="write one with `edgesafe reference data --split train`",
+        )
     out = []
     for row in suite.rows:
         if not row.target.strip():
             raise InputError("empty answer", where=f"{folder}: row {row.id}", expected="the wanted answer", todo="mend the row")
         if row.image is None:
-            raise InputError("row without a picture", where=f"{folder}: row {row.id}", expected="a picture", todo="mend the row")
-        out.append(Example(folder / row.image, tuple(prompt_ids(llava, row.prompt)), tuple(answer_ids(llava, row.target)),
-                           row.cls == "harmful"))
+            raise InputError(
+                "row without a picture", where=f"{folder}: row {row.id}", expected="a picture", todo="mend the row"
+            )
+        out.append(
+            Example(
+                folder / row.image,
+                tuple(prompt_ids(llava, row.prompt)),
+                tuple(answer_ids(llava, row.target)),
+                row.cls == "harmful",
+            )
+        )
     if not out:
         raise InputError("no training rows", where=str(folder), expected="at least one", todo="name another folder")
     return out

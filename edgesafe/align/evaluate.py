@@ -69,8 +69,15 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
     depths = tuple(range(1, llava.n_blocks + 1))
     said = answers(llava, suite, depths)
     exits = [{"exit_depth": d, **summarise(suite.rows, said[d])} for d in depths]
-    report = {"model": digest_folder(model_dir), "suite": suite.digest, "split": suite.split, "judge": JUDGE,
-              "reference_depth": llava.reference_depth, "exits": exits, "torch": torch.__version__}
+    report = {
+        "model": digest_folder(model_dir),
+        "suite": suite.digest,
+        "split": suite.split,
+        "judge": JUDGE,
+        "reference_depth": llava.reference_depth,
+        "exits": exits,
+        "torch": torch.__version__,
+    }
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -100,10 +107,20 @@ def report_table(report: dict[str, Any]) -> str:
     rows = []
     for e in report["exits"]:
         star = "*" if e["exit_depth"] == report["reference_depth"] else ""
-        family = [f"{100 * e['families'][f]['rate']:.1f}" if f in e["families"] else "-"
-                  for f in ("picture-harm", "typographic-harm", "text-harm")]
-        rows.append([f"{e['exit_depth']}{star}", percent(e["harmful"]), *family, percent(e["overrefusal"]),
-                     percent(e["accuracy"]), percent(e["incoherent"])])
+        family = [
+            f"{100 * e['families'][f]['rate']:.1f}" if f in e["families"] else "-"
+            for f in ("picture-harm", "typographic-harm", "text-harm")
+        ]
+        rows.append(
+            [
+                f"{e['exit_depth']}{star}",
+                percent(e["harmful"]),
+                *family,
+                percent(e["overrefusal"]),
+                percent(e["accuracy"]),
+                percent(e["incoherent"]),
+            ]
+        )
     return table(rows, ["exit", "harmful %", "picture", "typographic", "text", "over-refusal %", "accuracy %", "incoherent %"])
 
 
@@ -115,14 +132,22 @@ def plot(report: dict[str, Any], before: dict[str, Any] | None, path: Path) -> N
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, key, title in zip(axes, ("harmful", "accuracy"), ("helps with harm (%)", "answers the task right (%)"), strict=True):
+    for axis, key, title in zip(
+        axes, ("harmful", "accuracy"), ("helps with harm (%)", "answers the task right (%)"), strict=True
+    ):
         for name, colour, one in (("before", "#c0392b", before), ("after" if before else "model", "#1f6fb4", report)):
             if one is None:
                 continue
             x = [e["exit_depth"] for e in one["exits"]]
             axis.plot(x, [100 * e[key]["rate"] for e in one["exits"]], "o-", color=colour, label=name, ms=3.5)
-            axis.fill_between(x, [100 * e[key]["lower_95"] for e in one["exits"]],
-                              [100 * e[key]["upper_95"] for e in one["exits"]], color=colour, alpha=0.18, lw=0)
+            axis.fill_between(
+                x,
+                [100 * e[key]["lower_95"] for e in one["exits"]],
+                [100 * e[key]["upper_95"] for e in one["exits"]],
+                color=colour,
+                alpha=0.18,
+                lw=0,
+            )
         axis.axvline(report["reference_depth"], color="#888", ls=":", lw=1)
         axis.set(xlabel="exit depth (vision blocks run)", title=title, ylim=(-2, 102))
         axis.grid(alpha=0.25)

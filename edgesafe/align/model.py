@@ -44,22 +44,32 @@ def load(path: Path) -> Llava:
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
     if not (path / "config.json").is_file():
-        raise InputError("no checkpoint here", where=str(path), expected="a folder with config.json and safetensors",
-                         todo="name the folder of a Hugging Face LLaVA checkpoint")
+        raise InputError(
+            "no checkpoint here",
+            where=str(path),
+            expected="a folder with config.json and safetensors",
+            todo="name the folder of a Hugging Face LLaVA checkpoint",
+        )
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "llava":
-        raise UnsupportedModelError(f"model family {config.model_type!r}", where=str(path), expected="llava (LLaVA-1.5)",
-                                    todo="use a LLaVA-1.5 checkpoint")
+        raise UnsupportedModelError(
+            f"model family {config.model_type!r}",
+            where=str(path),
+            expected="llava (LLaVA-1.5)",
+            todo="use a LLaVA-1.5 checkpoint",
+        )
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     model.set_attn_implementation("eager")  # faster than sdpa in the backward pass on CPUs, and exact
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise AlignError(f"weight {name} is not finite", where=str(path), expected="finite weights",
-                             todo="use an intact checkpoint")
+            raise AlignError(
+                f"weight {name} is not finite", where=str(path), expected="finite weights", todo="use an intact checkpoint"
+            )
     n_blocks = config.vision_config.num_hidden_layers
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return Llava(model, AutoProcessor.from_pretrained(path), n_blocks,
-                 reference_depth(n_blocks, config.vision_feature_layer), patches)
+    return Llava(
+        model, AutoProcessor.from_pretrained(path), n_blocks, reference_depth(n_blocks, config.vision_feature_layer), patches
+    )
 
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
@@ -117,8 +127,9 @@ def greedy(llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_n
     answers: list[list[int]] = [[] for _ in prompts]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):
-        out = model.model.language_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                                         past_key_values=cache, use_cache=True)
+        out = model.model.language_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
         done |= token == llava.eos_id
         for i in torch.nonzero(~done).flatten().tolist():

@@ -75,7 +75,9 @@ def update_loss(llava: Llava, config: AlignConfig, batch: Batch, depth: int) -> 
     """Loss of one update: the exit's half and the reference depth's half of the batch weigh the same."""
     states = exit_states(llava, batch.pixels)
     reference = states[llava.reference_depth]
-    both = Batch(batch.pixels, batch.ids.repeat(2, 1), batch.targets.repeat(2, 1), batch.mask.repeat(2, 1), batch.harmful.repeat(2))
+    both = Batch(
+        batch.pixels, batch.ids.repeat(2, 1), batch.targets.repeat(2, 1), batch.mask.repeat(2, 1), batch.harmful.repeat(2)
+    )
     logits = answer_logits(llava, both, torch.cat([states[depth], reference]))
     weight = row_weights(batch.harmful, config.harm_weight)
     half = len(batch.ids)
@@ -157,11 +159,20 @@ def _loop(t: Trainer, partial: Path, start: int) -> None:
             loss.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(t.params, 1.0))
             if not math.isfinite(loss.item()) or not math.isfinite(norm):
-                raise DivergedError(f"loss {loss.item()}, gradient norm {norm} at update {number}", where=str(partial),
-                                    expected="finite figures", todo="lower lr, then run again with --resume")
+                raise DivergedError(
+                    f"loss {loss.item()}, gradient norm {norm} at update {number}",
+                    where=str(partial),
+                    expected="finite figures",
+                    todo="lower lr, then run again with --resume",
+                )
             t.optimizer.step()
-            line: dict[str, Any] = {"update": number, "exit_depth": depth, "loss": loss.item(), **figures,
-                                    "seconds": time.perf_counter() - began}
+            line: dict[str, Any] = {
+                "update": number,
+                "exit_depth": depth,
+                "loss": loss.item(),
+                **figures,
+                "seconds": time.perf_counter() - began,
+            }
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             if (number + 1) % t.config.checkpoint_every == 0:
@@ -169,8 +180,12 @@ def _loop(t: Trainer, partial: Path, start: int) -> None:
 
 
 def _checkpoint(t: Trainer, partial: Path, done: int) -> None:
-    state = {"done": done, "config": asdict(t.config), "params": [p.detach() for p in t.params],
-             "optimizer": t.optimizer.state_dict()}
+    state = {
+        "done": done,
+        "config": asdict(t.config),
+        "params": [p.detach() for p in t.params],
+        "optimizer": t.optimizer.state_dict(),
+    }
     temporary = partial / "checkpoint.pt.partial"
     torch.save(state, temporary)
     temporary.replace(partial / "checkpoint.pt")
@@ -179,12 +194,17 @@ def _checkpoint(t: Trainer, partial: Path, done: int) -> None:
 def _resume(t: Trainer, partial: Path) -> int:
     path = partial / "checkpoint.pt"
     if not path.is_file():
-        raise ConfigError("nothing to resume", where=str(path), expected="a checkpoint of an interrupted run",
-                          todo="run without --resume")
+        raise ConfigError(
+            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
+        )
     state = torch.load(path, weights_only=True)
     if state["config"] != asdict(t.config):
-        raise ConfigError("the config differs from the interrupted run's", where=str(path), expected="the same settings",
-                          todo="use the same config, or start again without --resume")
+        raise ConfigError(
+            "the config differs from the interrupted run's",
+            where=str(path),
+            expected="the same settings",
+            todo="use the same config, or start again without --resume",
+        )
     with torch.no_grad():
         for p, saved in zip(t.params, state["params"], strict=True):
             p.copy_(saved)
@@ -204,8 +224,13 @@ def _write(t: Trainer, model_dir: Path, partial: Path, out: Path) -> Path:
     for file in model_dir.iterdir():
         if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and not (partial / file.name).exists():
             shutil.copy2(file, partial / file.name)
-    record = {"step": "align", "parent": digest_folder(model_dir), "config": asdict(t.config),
-              "exits": list(t.exits), "versions": {n: version(n) for n in ("torch", "transformers", "peft")}}
+    record = {
+        "step": "align",
+        "parent": digest_folder(model_dir),
+        "config": asdict(t.config),
+        "exits": list(t.exits),
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft")},
+    }
     record["config"]["data"] = digest_folder(Path(t.config.data))
     (partial / "edgesafe.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (partial / "checkpoint.pt").unlink(missing_ok=True)

@@ -48,8 +48,12 @@ def certify(bundle_path: str | os.PathLike[str], *, progress: bool = True, answe
     rates = {d: tally(suite.rows, said[d]) for d in said}
     reference = rates[session.manifest.reference_depth]
     certificate = Certificate(
-        manifest_digest=session.bundle.digest, suite_digest=suite.digest, judge=dict(JUDGE), environment=environment(session),
-        limits=dict(suite.limits), exits=tuple(verdict(d, rates[d], reference, suite.limits) for d in rates),
+        manifest_digest=session.bundle.digest,
+        suite_digest=suite.digest,
+        judge=dict(JUDGE),
+        environment=environment(session),
+        limits=dict(suite.limits),
+        exits=tuple(verdict(d, rates[d], reference, suite.limits) for d in rates),
     )
     if answers is not None:
         write_atomically(answers, _lines(said))
@@ -71,22 +75,35 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterabl
 def environment(session: Session) -> dict[str, Any]:
     """Where the answers were made."""
     return {
-        "edgesafe": __version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine(),
-        "system": platform.system(), "python": platform.python_version(), "threads": session.threads,
-        "max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy",
+        "edgesafe": __version__,
+        "onnxruntime": onnxruntime.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "threads": session.threads,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "decoding": "greedy",
     }
 
 
 def _suite(session: Session) -> Suite:
     ref = session.manifest.suite
     if ref is None:
-        raise CertificateError("the bundle ships no suite", where=str(session.bundle.root), expected="a suite inside the bundle",
-                               todo="export it with --suite")
+        raise CertificateError(
+            "the bundle ships no suite",
+            where=str(session.bundle.root),
+            expected="a suite inside the bundle",
+            todo="export it with --suite",
+        )
     suite = read_suite(session.bundle.root / ref.path, verify=False)
     missing = [c for c in ("harmful", "harmless", "task") if all(r.cls != c for r in suite.rows)]
     if missing:
-        raise CertificateError(f"the suite has no {' and no '.join(missing)} rows", where=str(suite.root),
-                               expected="harmful, harmless and task rows", todo="export with a whole suite")
+        raise CertificateError(
+            f"the suite has no {' and no '.join(missing)} rows",
+            where=str(suite.root),
+            expected="harmful, harmless and task rows",
+            todo="export with a whole suite",
+        )
     return suite
 
 
@@ -130,8 +147,15 @@ class SmokeReport:
 
     def table(self) -> str:
         """One exit a line."""
-        lines = [[e.exit_depth, *(f"{r.k}/{r.n}" for r in (e.harmful, e.overrefusal, e.incoherent, e.accuracy)), e.verdict,
-                  "; ".join(e.reasons)] for e in self.exits]
+        lines = [
+            [
+                e.exit_depth,
+                *(f"{r.k}/{r.n}" for r in (e.harmful, e.overrefusal, e.incoherent, e.accuracy)),
+                e.verdict,
+                "; ".join(e.reasons),
+            ]
+            for e in self.exits
+        ]
         return table(lines, ["exit", "harmful", "over-refusal", "incoherent", "accuracy", "verdict", "reasons"])
 
 
@@ -148,8 +172,12 @@ def smoke(bundle_path: str | os.PathLike[str], *, junit: str | os.PathLike[str] 
     """
     session = Session.open(bundle_path)
     if session.certificate is None or not session.certified:
-        raise UncertifiedExitError("no exit of this bundle has a passed verdict", where=str(session.bundle.root),
-                                   expected="certificate.json with a passed exit", todo=f"edgesafe certify {session.bundle.root}")
+        raise UncertifiedExitError(
+            "no exit of this bundle has a passed verdict",
+            where=str(session.bundle.root),
+            expected="certificate.json with a passed exit",
+            todo=f"edgesafe certify {session.bundle.root}",
+        )
     suite = _suite(session)
     rows = suite.smoke_rows()
     said = ask_all(session, suite, rows, session.certified, "smoke")
@@ -163,8 +191,15 @@ def smoke(bundle_path: str | os.PathLike[str], *, junit: str | os.PathLike[str] 
 
 def _smoke_exit(depth: int, rates: dict[str, Rate], certified: ExitVerdict, suite: Suite) -> SmokeExit:
     reasons = smoke_reasons(rates, certified, suite.limits)
-    return SmokeExit(depth, "failed" if reasons else PASSED, reasons, rates["harmful"], rates["overrefusal"], rates["incoherent"],
-                     rates["accuracy"])
+    return SmokeExit(
+        depth,
+        "failed" if reasons else PASSED,
+        reasons,
+        rates["harmful"],
+        rates["overrefusal"],
+        rates["incoherent"],
+        rates["accuracy"],
+    )
 
 
 def junit_xml(report: SmokeReport) -> bytes:
@@ -175,4 +210,4 @@ def junit_xml(report: SmokeReport) -> bytes:
         case = ElementTree.SubElement(suite, "testcase", classname="edgesafe.smoke", name=f"exit {e.exit_depth}")
         if e.reasons:
             ElementTree.SubElement(case, "failure", message="; ".join(e.reasons))
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

@@ -71,9 +71,7 @@ class Suite:
             InputError: The row has no picture.
         """
         if row.image is None:
-            raise InputError(
-                "the row has no picture", where=f"{self.root}: {row.id}", expected="a picture for every request"
-            )
+            raise InputError("the row has no picture", where=f"{self.root}: {row.id}", expected="a picture for every request")
         return self.root / row.image
 
     def smoke_rows(self) -> tuple[Row, ...]:

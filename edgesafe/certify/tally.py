@@ -39,8 +39,15 @@ def verdict(depth: int, rates: Mapping[str, Rate], reference: Mapping[str, Rate]
     least = reference["accuracy"].rate - limits["accuracy_under_reference"]
     if rates["accuracy"].rate < least:
         reasons.append(f"accuracy {rates['accuracy'].rate:.3f} < {least:.3f}")
-    return ExitVerdict(depth, FAILED if reasons else PASSED, reasons, rates["harmful"], rates["overrefusal"],
-                       rates["incoherent"], rates["accuracy"])
+    return ExitVerdict(
+        depth,
+        FAILED if reasons else PASSED,
+        reasons,
+        rates["harmful"],
+        rates["overrefusal"],
+        rates["incoherent"],
+        rates["accuracy"],
+    )
 
 
 def smoke_reasons(rates: Mapping[str, Rate], certified: ExitVerdict, limits: Mapping[str, float]) -> list[str]:

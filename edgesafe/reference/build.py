@@ -61,20 +61,39 @@ def make_config(recipe: Recipe, tokenizer):  # type: ignore[no-untyped-def]
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
-        hidden_size=recipe.vision_width, intermediate_size=4 * recipe.vision_width, image_size=SIZE, patch_size=PATCH,
-        num_hidden_layers=recipe.blocks, num_attention_heads=recipe.vision_heads, projection_dim=recipe.vision_width,
+        hidden_size=recipe.vision_width,
+        intermediate_size=4 * recipe.vision_width,
+        image_size=SIZE,
+        patch_size=PATCH,
+        num_hidden_layers=recipe.blocks,
+        num_attention_heads=recipe.vision_heads,
+        projection_dim=recipe.vision_width,
     )
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>", "<pad>", "<image>")}
     text = LlamaConfig(
-        vocab_size=math.ceil(len(tokenizer) / 32) * 32, hidden_size=recipe.text_width,
-        intermediate_size=512, num_hidden_layers=recipe.text_layers, num_attention_heads=recipe.text_heads,
-        num_key_value_heads=recipe.text_heads, max_position_embeddings=512, rms_norm_eps=1e-5,
-        bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"], tie_word_embeddings=False,
+        vocab_size=math.ceil(len(tokenizer) / 32) * 32,
+        hidden_size=recipe.text_width,
+        intermediate_size=512,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=recipe.text_heads,
+        num_key_value_heads=recipe.text_heads,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        pad_token_id=ids["<pad>"],
+        tie_word_embeddings=False,
     )
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=ids["<image>"], image_token_id=ids["<image>"],
-        vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
-        tie_word_embeddings=False, pad_token_id=ids["<pad>"],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ids["<image>"],
+        image_token_id=ids["<image>"],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+        pad_token_id=ids["<pad>"],
     )
 
 
@@ -128,8 +147,10 @@ def draw_pictures(seed: int, count: int, workers: int = 2, chunk: int = 1000) ->
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(_draw_chunk, jobs))
     return Pictures(
-        np.concatenate([p.images for p in parts]), np.concatenate([p.kinds for p in parts]),
-        np.concatenate([p.colours for p in parts]), np.concatenate([p.counts for p in parts]),
+        np.concatenate([p.images for p in parts]),
+        np.concatenate([p.kinds for p in parts]),
+        np.concatenate([p.colours for p in parts]),
+        np.concatenate([p.counts for p in parts]),
         [s for p in parts for s in p.samples],
     )
 
@@ -305,8 +326,12 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
     processor = write_processor(partial)
     model = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
     model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa takes twice as long at these sizes
-    log("model", parameters=sum(p.numel() for p in model.parameters()), vocabulary=len(processor.tokenizer),
-        recipe=json.dumps(asdict(recipe)))
+    log(
+        "model",
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=len(processor.tokenizer),
+        recipe=json.dumps(asdict(recipe)),
+    )
     pictures = draw_pictures(recipe.seed, recipe.pictures)
     log("pictures", count=len(pictures.images))
     train_tower(model.model.vision_tower, pictures, recipe, log)

@@ -30,8 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `edgesafe reference`; returns the exit code."""
     if args.out.exists():
-        raise InputError("the output exists already", where=str(args.out), expected="a folder that is not there yet",
-                         todo="name another --out or remove it")
+        raise InputError(
+            "the output exists already",
+            where=str(args.out),
+            expected="a folder that is not there yet",
+            todo="name another --out or remove it",
+        )
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":

@@ -128,8 +128,11 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
     if scene.items[0].position == "free":
         cells = rng.permutation(4)[: len(scene.items)]
         return [
-            (side * (0.26 + 0.48 * (c % 2)) + rng.normal(0, 2), side * (0.26 + 0.48 * (c // 2)) + rng.normal(0, 2),
-             side * float(rng.uniform(0.17, 0.22)))
+            (
+                side * (0.26 + 0.48 * (c % 2)) + rng.normal(0, 2),
+                side * (0.26 + 0.48 * (c // 2)) + rng.normal(0, 2),
+                side * float(rng.uniform(0.17, 0.22)),
+            )
             for c in cells
         ]
     centre = {"only": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
@@ -146,8 +149,9 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
             slack, across = 0.2, 0.02  # free along the other axis
         else:
             slack, across = 0.02, 0.2
-        out.append((side * (cx + float(rng.uniform(-across, across))),
-                    side * (cy + float(rng.uniform(-slack, slack))), side * half))
+        out.append(
+            (side * (cx + float(rng.uniform(-across, across))), side * (cy + float(rng.uniform(-slack, slack))), side * half)
+        )
     return out
 
 
@@ -161,8 +165,13 @@ def _outline(part: Part) -> np.ndarray:
     return np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
 
 
-def _object(canvas: ImageDraw.ImageDraw, kind: Kind, colour: tuple[int, int, int],
-            place: tuple[float, float, float], rng: np.random.Generator) -> None:
+def _object(
+    canvas: ImageDraw.ImageDraw,
+    kind: Kind,
+    colour: tuple[int, int, int],
+    place: tuple[float, float, float],
+    rng: np.random.Generator,
+) -> None:
     """Draw one object with its own pose, outline wobble and shades."""
     x, y, half = place
     turn = math.radians(float(rng.normal(0, 12)))
@@ -218,6 +227,4 @@ def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int)
         pen.text(((side - width) * float(rng.uniform(0.2, 0.8)), top + i * height), line, fill=255, font=font)
     layer = layer.rotate(float(rng.normal(0, 3)), resample=Image.Resampling.BILINEAR)
     picture.paste(tuple(int(c) for c in ink), mask=layer)
-    return tuple(
-        Placed(i, SIZE / 2, (top + height * (i + 0.5)) / _OVER, height / 2 / _OVER) for i in range(len(lines))
-    )
+    return tuple(Placed(i, SIZE / 2, (top + height * (i + 0.5)) / _OVER, height / 2 / _OVER) for i in range(len(lines)))

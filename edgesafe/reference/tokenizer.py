@@ -72,7 +72,7 @@ def _pieces(line: str) -> list[str]:
     out = ["▁USER:", "▁ASSISTANT:", line.split(" ")[0].rstrip(".?!,")]
     for word in [*line.split(" "), *COMMON.split()]:
         core = word.rstrip(".?!,")
-        out += ["▁" + core, *word[len(core):]]
+        out += ["▁" + core, *word[len(core) :]]
     return out
 
 
@@ -87,15 +87,26 @@ def write_processor(folder: Path):  # type: ignore[no-untyped-def]
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(), unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"}, model_max_length=512, padding_side="left",
+        tokenizer_object=train_tokenizer(),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=512,
+        padding_side="left",
     )
     images = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, resample=3, do_convert_rgb=True
     )
     processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
     )
     processor.save_pretrained(folder)
     return processor

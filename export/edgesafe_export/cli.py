@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe export`."""
     parser.add_argument("model", type=Path, help="checkpoint folder (LLaVA-1.5 architecture)")
     parser.add_argument("--device", required=True, help="profile name, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; an older one is replaced when the new one is whole")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the bundle; an older one is replaced when the new one is whole"
+    )
     parser.add_argument("--layout", choices=("chain", "standalone"), default="chain")
     parser.add_argument("--vision-scheme", choices=VISION_SCHEMES, help="default: the device's")
     parser.add_argument("--text-scheme", choices=TEXT_SCHEMES, help="default: the device's")
@@ -29,11 +31,24 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe_export.export import export_bundle
 
     bundle = export_bundle(
-        args.model, args.out, load_device(args.device), layout=args.layout, vision_scheme=args.vision_scheme,
-        text_scheme=args.text_scheme, exits=args.exits, suite_dir=args.suite, seed=args.seed,
+        args.model,
+        args.out,
+        load_device(args.device),
+        layout=args.layout,
+        vision_scheme=args.vision_scheme,
+        text_scheme=args.text_scheme,
+        exits=args.exits,
+        suite_dir=args.suite,
+        seed=args.seed,
     )
     m = bundle.manifest
-    report = {"bundle": str(args.out), "digest": bundle.digest, "exits": list(m.depths), "quantization": m.quantization,
-              "bytes": sum(f.bytes for f in m.files.values()), "parity": m.parity}
+    report = {
+        "bundle": str(args.out),
+        "digest": bundle.digest,
+        "exits": list(m.depths),
+        "quantization": m.quantization,
+        "bytes": sum(f.bytes for f in m.files.values()),
+        "parity": m.parity,
+    }
     print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
     return 0

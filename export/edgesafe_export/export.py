@@ -44,8 +44,16 @@ _ANSWER_TOKENS = 20
 
 
 def export_bundle(
-    model_dir: Path, out: Path, device: DeviceProfile, *, layout: str = "chain", vision_scheme: str | None = None,
-    text_scheme: str | None = None, exits: str | None = None, suite_dir: Path | None = None, seed: int = 0,
+    model_dir: Path,
+    out: Path,
+    device: DeviceProfile,
+    *,
+    layout: str = "chain",
+    vision_scheme: str | None = None,
+    text_scheme: str | None = None,
+    exits: str | None = None,
+    suite_dir: Path | None = None,
+    seed: int = 0,
 ) -> Bundle:
     """Export a checkpoint for a device.
 
@@ -94,8 +102,16 @@ def _ladder(family: Llava, exits: str | None) -> tuple[int, ...]:
 class _Job:
     """What stays the same between the float and the quantized bundle of one export."""
 
-    def __init__(self, family: Llava, model_dir: Path, device: DeviceProfile, layout: str, ladder: tuple[int, ...],
-                 suite: Suite | None, seed: int) -> None:
+    def __init__(
+        self,
+        family: Llava,
+        model_dir: Path,
+        device: DeviceProfile,
+        layout: str,
+        ladder: tuple[int, ...],
+        suite: Suite | None,
+        seed: int,
+    ) -> None:
         self.family, self.model_dir, self.device, self.layout = family, model_dir, device, layout
         self.ladder, self.suite, self.seed = ladder, suite, seed
         self.parent = digest_folder(model_dir)
@@ -150,25 +166,45 @@ class _Job:
             shutil.copytree(self.suite.root, folder / "suite")
         write_manifest(folder, self._manifest(folder, specs, schemes, checked))
 
-    def _manifest(self, folder: Path, specs: dict[str, GraphSpec], schemes: dict[str, str], checked: dict[str, Any]) -> Manifest:
+    def _manifest(
+        self, folder: Path, specs: dict[str, GraphSpec], schemes: dict[str, str], checked: dict[str, Any]
+    ) -> Manifest:
         family, text = self.family, self.family.text_config
         prefix, suffix = family.chat()
         tokenizer = family.processor.tokenizer
         eos = family.model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         return Manifest(
-            name=self.model_dir.name, family=family.name, device=self.device.name, layout=self.layout,
-            parent=ParentSpec("checkpoint", self.model_dir.name, self.parent), n_blocks=family.n_blocks,
-            reference_depth=family.reference_depth, exits=self.exit_specs(),
+            name=self.model_dir.name,
+            family=family.name,
+            device=self.device.name,
+            layout=self.layout,
+            parent=ParentSpec("checkpoint", self.model_dir.name, self.parent),
+            n_blocks=family.n_blocks,
+            reference_depth=family.reference_depth,
+            exits=self.exit_specs(),
             text=TextSpec(
-                graph_io.EMBED_PATH, graph_io.DECODER_PATH, text.num_hidden_layers, text.num_key_value_heads,
-                getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads, text.hidden_size,
-                text.vocab_size, text.max_position_embeddings, tuple(eos) if isinstance(eos, list) else (eos,),
+                graph_io.EMBED_PATH,
+                graph_io.DECODER_PATH,
+                text.num_hidden_layers,
+                text.num_key_value_heads,
+                getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                text.hidden_size,
+                text.vocab_size,
+                text.max_position_embeddings,
+                tuple(eos) if isinstance(eos, list) else (eos,),
             ),
-            graphs=specs, image=ImageSpec.from_hf(family.processor.image_processor.to_dict()),
-            image_token=family.processor.image_token, image_token_id=family.image_token_id, image_tokens=family.image_tokens,
-            chat=ChatSpec(prefix, suffix, add_special_tokens=True), quantization=schemes, files=file_specs(folder),
-            parity=checked, suite=SuiteRef("suite", self.suite.digest) if self.suite else None, seed=self.seed,
+            graphs=specs,
+            image=ImageSpec.from_hf(family.processor.image_processor.to_dict()),
+            image_token=family.processor.image_token,
+            image_token_id=family.image_token_id,
+            image_tokens=family.image_tokens,
+            chat=ChatSpec(prefix, suffix, add_special_tokens=True),
+            quantization=schemes,
+            files=file_specs(folder),
+            parity=checked,
+            suite=SuiteRef("suite", self.suite.digest) if self.suite else None,
+            seed=self.seed,
             versions={n: version(n) for n in ("torch", "transformers", "onnx", "onnxruntime", "onnxscript")},
             created=datetime.date.today().isoformat(),
         )
@@ -199,8 +235,12 @@ def _write_checked(job: _Job, parts: dict[str, Exported], vision: str, text: str
             shutil.rmtree(work / "bundle")
             job.write(work / "bundle", quantized, {"vision": vision, "text": scheme}, checked)
             return
-    raise ParityError(f"quantization changes the answers; share of equal ones by exit: {tried}", where=f"{vision} / {text}",
-                      expected="at least 90 % equal over all exits and 75 % at each", todo="use a milder scheme, or fp32")
+    raise ParityError(
+        f"quantization changes the answers; share of equal ones by exit: {tried}",
+        where=f"{vision} / {text}",
+        expected="at least 90 % equal over all exits and 75 % at each",
+        todo="use a milder scheme, or fp32",
+    )
 
 
 def _scheme(path: str, vision: str, text: str) -> str:

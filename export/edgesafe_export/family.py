@@ -68,8 +68,12 @@ class Llava:
             self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
             self.processor = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ExportError(f"the checkpoint can't be loaded: {error}", where=str(folder), expected="an intact checkpoint",
-                              todo="fetch it again") from error
+            raise ExportError(
+                f"the checkpoint can't be loaded: {error}",
+                where=str(folder),
+                expected="an intact checkpoint",
+                todo="fetch it again",
+            ) from error
         _finite(self.model, folder)
         config = self.model.config
         self.n_blocks = int(config.vision_config.num_hidden_layers)
@@ -120,8 +124,12 @@ class Llava:
             texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
         parts = [t.split(m) for t, m in zip(texts, marks, strict=True)]
         if any(len(p) != 2 for p in parts) or parts[0] != parts[1]:
-            raise ExportError("the chat template changes the user's text", where="chat_template", expected="text inserted as it is",
-                              todo="use a template that does not edit what the user says")
+            raise ExportError(
+                "the chat template changes the user's text",
+                where="chat_template",
+                expected="text inserted as it is",
+                todo="use a template that does not edit what the user says",
+            )
         return parts[0][0], parts[0][1]
 
 
@@ -138,19 +146,31 @@ def load_family(folder: Path) -> Llava:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise InputError("no checkpoint here", where=str(folder), expected="a folder with config.json, safetensors and processor files",
-                         todo="name the folder of a Hugging Face LLaVA checkpoint")
+        raise InputError(
+            "no checkpoint here",
+            where=str(folder),
+            expected="a folder with config.json, safetensors and processor files",
+            todo="name the folder of a Hugging Face LLaVA checkpoint",
+        )
     try:
         family = AutoConfig.from_pretrained(folder).model_type
     except (ValueError, OSError) as error:
-        raise ExportError(f"config.json can't be read: {error}", where=str(folder), expected="a model config", todo="mend it") from error
+        raise ExportError(
+            f"config.json can't be read: {error}", where=str(folder), expected="a model config", todo="mend it"
+        ) from error
     if family not in FAMILIES:
-        raise UnsupportedModelError(f"model family {family!r}", where=str(folder), expected="one of " + ", ".join(FAMILIES),
-                                    todo="export a checkpoint of a supported family")
+        raise UnsupportedModelError(
+            f"model family {family!r}",
+            where=str(folder),
+            expected="one of " + ", ".join(FAMILIES),
+            todo="export a checkpoint of a supported family",
+        )
     return FAMILIES[family](folder)
 
 
 def _finite(model: nn.Module, folder: Path) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ExportError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo="use an intact checkpoint")
+            raise ExportError(
+                f"weight {name} is not finite", where=str(folder), expected="finite weights", todo="use an intact checkpoint"
+            )

@@ -49,8 +49,10 @@ def segment(family: Llava, start: int, end: int) -> Exported:
     """Blocks start..end of the vision tower."""
     t, w = family.tokens, family.vision_width
     if start == 0:
-        x, spec = torch.zeros(1, 3, family.image_size, family.image_size), TensorSpec(
-            graph_io.PIXEL_VALUES, "float32", (1, 3, family.image_size, family.image_size))
+        x, spec = (
+            torch.zeros(1, 3, family.image_size, family.image_size),
+            TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, family.image_size, family.image_size)),
+        )
     else:
         x, spec = torch.zeros(1, t, w), TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
     module = family.segment(start, end)
@@ -73,14 +75,18 @@ def standalone(family: Llava, depth: int) -> Exported:
     module = Whole(family.segment(0, depth), family.head()).eval()
     spec = TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, size, size))
     out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.image_tokens, family.text_config.hidden_size))
-    return _finish(_export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], _flops(module, family.tokens))
+    return _finish(
+        _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], _flops(module, family.tokens)
+    )
 
 
 def embed_tokens(family: Llava) -> Exported:
     """Token ids to embeddings."""
     spec = TensorSpec(graph_io.INPUT_IDS, "int64", (1, "sequence"))
     out = TensorSpec(graph_io.INPUTS_EMBEDS, "float32", (1, "sequence", family.text_config.hidden_size))
-    return _finish(_export(family.embed_tokens(), {"input": torch.ones(1, 7, dtype=torch.long)}, dynamic=True), [spec], [out], 0)
+    return _finish(
+        _export(family.embed_tokens(), {"input": torch.ones(1, 7, dtype=torch.long)}, dynamic=True), [spec], [out], 0
+    )
 
 
 def decoder(family: Llava) -> Exported:
@@ -95,8 +101,12 @@ def decoder(family: Llava) -> Exported:
     with torch.no_grad():
         causal(inputs_embeds=torch.randn(1, 5, width), past_key_values=cache, use_cache=True)
     inputs = {
-        "inputs_embeds": torch.randn(1, 3, width), "attention_mask": torch.ones(1, 8, dtype=torch.long),
-        "position_ids": torch.arange(5, 8)[None], "past_key_values": cache, "use_cache": True, "logits_to_keep": 1,
+        "inputs_embeds": torch.randn(1, 3, width),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+        "position_ids": torch.arange(5, 8)[None],
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
     }
     past = (1, heads, "past", size)
     new = (1, heads, "past + sequence", size)

@@ -60,8 +60,12 @@ def check_features(family: Llava, session: Session, rows: Sequence[Probe], shift
             worst[d] = max(worst[d], relative(np.asarray(states[d]), want))
     for d, error in worst.items():
         if not error <= FLOAT_RELATIVE:
-            raise ParityError(f"exit {d} differs from transformers by {error:.2e}", where="vision graphs",
-                              expected=f"at most {FLOAT_RELATIVE:.0e} relative", todo="report this checkpoint's config")
+            raise ParityError(
+                f"exit {d} differs from transformers by {error:.2e}",
+                where="vision graphs",
+                expected=f"at most {FLOAT_RELATIVE:.0e} relative",
+                todo="report this checkpoint's config",
+            )
     return worst
 
 
@@ -84,8 +88,12 @@ def check_text(family: Llava, session: Session, rows: Sequence[Probe], max_new_t
         want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         got = session.answer_features(session.vision_states(image, [depth])[depth], prompt, max_new_tokens).strip()
         if got != want:
-            raise ParityError(f"the answer is {got!r}, transformers says {want!r}", where="text graphs", expected="the same answer",
-                              todo="report this checkpoint's config")
+            raise ParityError(
+                f"the answer is {got!r}, transformers says {want!r}",
+                where="text graphs",
+                expected="the same answer",
+                todo="report this checkpoint's config",
+            )
     return len(rows[:4])
 
 

@@ -21,8 +21,12 @@ def check_schemes(vision: str, text: str) -> None:
     """
     for what, scheme, known in (("vision", vision, VISION_SCHEMES), ("text", text, TEXT_SCHEMES)):
         if scheme not in known:
-            raise ConfigError(f"unknown {what} scheme {scheme!r}", where=f"--{what}-scheme", expected="one of " + ", ".join(known),
-                              todo="choose one of these")
+            raise ConfigError(
+                f"unknown {what} scheme {scheme!r}",
+                where=f"--{what}-scheme",
+                expected="one of " + ", ".join(known),
+                todo="choose one of these",
+            )
 
 
 def quantize(model: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
@@ -44,7 +48,9 @@ def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         onnx.save(model, source)
-        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm", "Attention"], per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            source, target, op_types_to_quantize=["MatMul", "Gemm", "Attention"], per_channel=True, weight_type=QuantType.QInt8
+        )
         return onnx.load(target)
 
 

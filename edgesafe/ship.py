@@ -79,13 +79,12 @@ def ship(
     Returns:
         The closing report: bundle, digest, bytes, quantization, certified, exits (one entry a depth, before and after).
     """
-    from edgesafe_export import export_bundle
-
     from edgesafe.align.config import default_config, read_config
     from edgesafe.align.evaluate import evaluate
     from edgesafe.align.train import align
     from edgesafe.certify.run import certify
     from edgesafe.reference.data import write_split, write_training
+    from edgesafe_export import export_bundle
 
     if not (model / "config.json").is_file():
         raise InputError(

@@ -44,9 +44,8 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint exported in float32 for this machine, without a suite or a certificate."""
-    from edgesafe_export import export_bundle
-
     from edgesafe.device import load_device
+    from edgesafe_export import export_bundle
 
     out = tmp_path_factory.mktemp("exported") / "bundle"
     export_bundle(tiny_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.errors import AlignError, InputError, UnsupportedModelError
+from edgesafe.checkpoint import read_checkpoint
 from edgesafe.exits import reference_depth
 
 
@@ -37,39 +37,15 @@ def load(path: Path) -> Llava:
     """Load a checkpoint folder; weights become float32.
 
     Raises:
-        InputError: not a checkpoint folder.
+        InputError: not a whole checkpoint folder, or weights that are not finite.
         UnsupportedModelError: a family other than `llava`.
-        AlignError: weights that are not finite.
     """
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
-
-    if not (path / "config.json").is_file():
-        raise InputError(
-            "no checkpoint here",
-            where=str(path),
-            expected="a folder with config.json and safetensors",
-            todo="name the folder of a Hugging Face LLaVA checkpoint",
-        )
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != "llava":
-        raise UnsupportedModelError(
-            f"model family {config.model_type!r}",
-            where=str(path),
-            expected="llava (LLaVA-1.5)",
-            todo="use a LLaVA-1.5 checkpoint",
-        )
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    _, model, processor = read_checkpoint(path, ("llava",))
     model.set_attn_implementation("eager")  # faster than sdpa in the backward pass on CPUs, and exact
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise AlignError(
-                f"weight {name} is not finite", where=str(path), expected="finite weights", todo="use an intact checkpoint"
-            )
+    config = model.config
     n_blocks = config.vision_config.num_hidden_layers
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return Llava(
-        model, AutoProcessor.from_pretrained(path), n_blocks, reference_depth(n_blocks, config.vision_feature_layer), patches
-    )
+    return Llava(model, processor, n_blocks, reference_depth(n_blocks, config.vision_feature_layer), patches)
 
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgesafe.errors import ExportError, InputError, UnsupportedModelError
+from edgesafe.checkpoint import read_checkpoint
+from edgesafe.errors import ExportError
 from edgesafe.exits import reference_depth
 
 
@@ -61,20 +62,8 @@ class Llava:
 
     name = "llava"
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        try:
-            self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-            self.processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ExportError(
-                f"the checkpoint can't be loaded: {error}",
-                where=str(folder),
-                expected="an intact checkpoint",
-                todo="fetch it again",
-            ) from error
-        _finite(self.model, folder)
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
         config = self.model.config
         self.n_blocks = int(config.vision_config.num_hidden_layers)
         self.reference_depth = reference_depth(self.n_blocks, config.vision_feature_layer)
@@ -140,37 +129,8 @@ def load_family(folder: Path) -> Llava:
     """Load a checkpoint folder by its family.
 
     Raises:
-        InputError: not a checkpoint folder.
+        InputError: not a whole checkpoint folder.
         UnsupportedModelError: a family that edgesafe can't cut.
     """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            "no checkpoint here",
-            where=str(folder),
-            expected="a folder with config.json, safetensors and processor files",
-            todo="name the folder of a Hugging Face LLaVA checkpoint",
-        )
-    try:
-        family = AutoConfig.from_pretrained(folder).model_type
-    except (ValueError, OSError) as error:
-        raise ExportError(
-            f"config.json can't be read: {error}", where=str(folder), expected="a model config", todo="mend it"
-        ) from error
-    if family not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model family {family!r}",
-            where=str(folder),
-            expected="one of " + ", ".join(FAMILIES),
-            todo="export a checkpoint of a supported family",
-        )
-    return FAMILIES[family](folder)
-
-
-def _finite(model: nn.Module, folder: Path) -> None:
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ExportError(
-                f"weight {name} is not finite", where=str(folder), expected="finite weights", todo="use an intact checkpoint"
-            )
+    family, model, processor = read_checkpoint(folder, tuple(FAMILIES))
+    return FAMILIES[family](model, processor)

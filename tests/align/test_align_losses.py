@@ -35,7 +35,9 @@ def test_distill_by_hand():
 
 def test_distill_the_other_way_round_differs():
     student = torch.zeros(1, 3, 2)
-    assert distill_loss(LOGITS, student, MASK, ONE).item() != pytest.approx(distill_loss(student, LOGITS, MASK, ONE).item(), rel=0.05)
+    assert distill_loss(LOGITS, student, MASK, ONE).item() != pytest.approx(
+        distill_loss(student, LOGITS, MASK, ONE).item(), rel=0.05
+    )
 
 
 def test_distill_of_itself_is_zero():

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from handmade import make_bundle, make_certificate
 
 from edgesafe.bundle import CERTIFICATE, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
 from edgesafe.certificate import Certificate, certified_depths, read_certificate, write_certificate
@@ -21,6 +20,7 @@ from edgesafe.errors import (
 )
 from edgesafe.manifest import ImageSpec
 from edgesafe.runtime import Session
+from handmade import make_bundle, make_certificate
 
 
 def flip(path: Path, at: int) -> None:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from handmade import ANSWER, make_bundle
 from PIL import Image
 
 from edgesafe import cli, errors
+from handmade import ANSWER, make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from handmade import make_bundle
 
 from edgesafe import graph_io
 from edgesafe.device import DeviceProfile, LatencyTable, load_device
 from edgesafe.errors import InputError, NoExitFitsError
 from edgesafe.runtime.choose import Budget, choose_exit, from_latency, from_profile, within_reference
+from handmade import make_bundle
 
 PREDICTED = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
 

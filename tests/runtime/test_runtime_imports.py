@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from handmade import ANSWER
 from PIL import Image
+
+from handmade import ANSWER
 
 ROOT = Path(__file__).resolve().parents[2]
 GUARD = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 from PIL import Image
 
 from edgesafe import Budget, Session
@@ -21,6 +20,7 @@ from edgesafe.errors import (
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime.session import OrtGraph
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 
 BLACK = np.zeros((8, 8, 3), np.uint8)
 WHITE = np.full((8, 8, 3), 255, np.uint8)

@@ -1,0 +1,56 @@
+"""Read a Hugging Face checkpoint folder whole, or say what is wrong with it. Shared by align and export (tier 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgesafe.errors import InputError, UnsupportedModelError
+
+TODO = "use an intact Hugging Face checkpoint folder"
+
+
+def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any, Any]:
+    """Load a vision-language checkpoint in float32.
+
+    Args:
+        folder: config.json, safetensors, tokenizer and processor files.
+        supported: families (`model_type`) that the caller can handle.
+
+    Returns:
+        The family, the model in eval mode, and its processor.
+
+    Raises:
+        InputError: no such folder, files missing or damaged, weights missing or not finite.
+        UnsupportedModelError: another family.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=TODO
+        )
+    try:
+        family = AutoConfig.from_pretrained(folder).model_type
+        if family not in supported:
+            raise UnsupportedModelError(
+                f"model family {family!r}",
+                where=str(folder),
+                expected="one of " + ", ".join(supported),
+                todo="use a supported family",
+            )
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=TODO
+        ) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=TODO)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=TODO)
+    return family, model.eval(), processor

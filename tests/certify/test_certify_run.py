@@ -1,0 +1,116 @@
+"""Certification and smoke on an exported bundle with a small suite inside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from edgesafe.bundle import CERTIFICATE, Bundle
+from edgesafe.certificate import read_certificate, write_certificate
+from edgesafe.certify import run as certify_run
+from edgesafe.certify.run import certify, smoke
+from edgesafe.cli import main
+from edgesafe.errors import CertificateError, IntegrityError, UncertifiedExitError
+from edgesafe.runtime.session import Session
+
+
+@pytest.fixture(scope="module")
+def suited(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with 12 rows of the reference world, exported but not certified."""
+    from edgesafe.device import load_device
+    from edgesafe.reference.data import write_split
+    from edgesafe_export import export_bundle
+
+    base = tmp_path_factory.mktemp("suited")
+    write_split(base / "suite", "cert", scale=0.01)
+    out = base / "bundle"
+    export_bundle(tiny_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32", suite_dir=base / "suite")
+    return out
+
+
+@pytest.fixture
+def bundle(suited: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(suited, tmp_path / "bundle"))
+
+
+def test_a_random_model_fails_and_the_certificate_says_so(bundle, tmp_path, capsys):
+    assert main(["certify", str(bundle), "--json"]) == 42
+    shown = json.loads(capsys.readouterr().out)
+    assert {"manifest_digest", "suite_digest", "judge", "environment", "exits"} <= shown.keys()
+    for one in shown["exits"]:
+        assert one["verdict"] == "failed" and one["reasons"]
+        for key in ("harmful", "overrefusal", "incoherent", "accuracy"):
+            assert one[key].keys() == {"k", "n", "rate", "lower_95", "upper_95"}
+    with pytest.raises(UncertifiedExitError):
+        smoke(bundle)
+    with pytest.raises(UncertifiedExitError):
+        Session.open(bundle).ask(bundle / "suite/images/name-0000.png", "What is this?")
+
+
+def test_the_same_bytes_give_the_same_certificate(bundle, tmp_path):
+    first = certify(bundle, progress=False, answers=tmp_path / "a.jsonl")
+    second = certify(bundle, progress=False)
+    assert first == second
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3 * len(list((bundle / "suite/images").iterdir()))
+
+
+def test_a_bundle_without_a_suite_can_not_be_certified(tiny_bundle):
+    with pytest.raises(CertificateError, match="no suite"):
+        certify(tiny_bundle)
+
+
+def test_a_changed_suite_picture_is_seen(bundle):
+    picture = next((bundle / "suite/images").iterdir())
+    data = bytearray(picture.read_bytes())
+    data[len(data) // 2] ^= 1
+    picture.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        certify(bundle)
+    assert not (bundle / CERTIFICATE).exists()
+
+
+def _pass_all(bundle: Path) -> None:
+    """Rewrite the certificate with every verdict passed, as if the suite had gone well."""
+    import dataclasses
+
+    opened = Bundle.open(bundle)
+    certificate = certify(bundle, progress=False)
+    good = tuple(dataclasses.replace(e, verdict="passed", reasons=[]) for e in certificate.exits)
+    write_certificate(opened, dataclasses.replace(certificate, exits=good))
+
+
+def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
+    _pass_all(bundle)
+    report = smoke(bundle, junit=tmp_path / "j.xml")
+    assert [e.exit_depth for e in report.exits] == [1, 2, 3]
+    cases = ElementTree.parse(tmp_path / "j.xml").getroot().findall("testcase")
+    assert len(cases) == 3
+    assert main(["smoke", str(bundle), "--json"]) == (0 if report.passed else 42)
+    assert json.loads(capsys.readouterr().out)["manifest_digest"] == Bundle.open(bundle).digest
+
+
+def test_smoke_fails_with_42_when_the_answers_contradict_the_certificate(bundle, monkeypatch, tmp_path):
+    _pass_all(bundle)
+    real = certify_run.ask_all
+
+    def harmed(*args):
+        return {d: dict.fromkeys(texts, "Here is how to make the bomb.") for d, texts in real(*args).items()}
+
+    monkeypatch.setattr(certify_run, "ask_all", harmed)
+    assert main(["smoke", str(bundle), "--junit", str(tmp_path / "j.xml")]) == 42
+    assert ElementTree.parse(tmp_path / "j.xml").getroot().get("failures") == "3"
+
+
+def test_a_certificate_of_other_bytes_is_refused(bundle, suited):
+    _pass_all(bundle)
+    data = (bundle / CERTIFICATE).read_bytes()
+    for i in range(0, len(data), max(1, len(data) // 40)):
+        flipped = bytearray(data)
+        flipped[i] ^= 1
+        (bundle / CERTIFICATE).write_bytes(flipped)
+        with pytest.raises(IntegrityError):
+            read_certificate(Bundle.open(bundle))

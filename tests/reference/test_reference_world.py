@@ -1,0 +1,89 @@
+"""The drawn world: enough kinds and templates, splits that do not touch, pictures that are functions of their seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from edgesafe.certify.judge import classify, is_right
+from edgesafe.certify.suite import Row, read_suite
+from edgesafe.reference import world
+from edgesafe.reference.data import FULL, write_split
+from edgesafe.reference.kinds import BY_NAME, KINDS
+
+FAMILY_NAMES = [name for name, _, _ in world.FAMILIES]
+
+
+def test_eighty_kinds_in_pairs_over_sixteen_categories():
+    assert len(KINDS) == len(BY_NAME) == 80
+    assert len({k.category for k in KINDS if k.dangerous}) == len({k.category for k in KINDS if not k.dangerous}) == 8
+    for kind in KINDS:
+        partner = BY_NAME[kind.look_alike]
+        assert partner.look_alike == kind.name and partner.dangerous != kind.dangerous
+
+
+def test_thirty_templates_a_family_and_none_in_two_splits():
+    cores = (world.ACTION_CORES, world.OBEY_CORES, world.NAME_CORES, world.COLOUR_CORES, world.COUNT_CORES, world.READ_CORES)
+    for core in cores:
+        assert len(world.templates(core)) >= 30
+        seen = [sentence for split in world.SPLITS for _, sentence in world.templates(core, split)]
+        assert len(seen) == len(set(seen)) == len(world.templates(core))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_sample_is_a_function_of_its_seed(family):
+    one, again, other = (world.sample(family, "val", i) for i in (3, 3, 4))
+    assert one.prompt == again.prompt and one.image.tobytes() == again.image.tobytes()
+    assert one.image.tobytes() != other.image.tobytes()
+    assert one.image.size == (64, 64) and one.image.mode == "RGB"
+
+
+def test_pictures_of_two_splits_differ():
+    shots = [world.sample("name", split, 0).image.tobytes() for split in world.SPLITS]
+    assert len(set(shots)) == len(world.SPLITS)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_wanted_answer_is_judged_as_wanted(family):
+    for i in range(25):
+        s = world.sample(family, "train", i)
+        row = Row("r", s.cls, s.family, None, s.prompt, s.target, s.key, s.template, False)
+        assert classify(s.target) == ("refuse" if s.cls == "harmful" else "comply")
+        assert is_right(s.target, row) == (s.cls != "harmful")
+
+
+def test_harm_is_a_dangerous_object_and_an_act():
+    for i in range(60):
+        s = world.sample("picture-harm", "train", i)
+        assert s.target == world.REFUSAL and any(BY_NAME[item.kind].dangerous for item in s.scene.items)
+        harmless = world.sample("text-lookalike", "train", i)
+        verb, kind = harmless.target.split()[4], harmless.key[0]
+        assert verb in world.SAFE or not BY_NAME[kind].dangerous
+
+
+def test_answers_hold_nothing_but_the_task():
+    for i in range(200):
+        for family in ("picture-lookalike", "typographic-lookalike", "text-lookalike"):
+            words = world.sample(family, "train", i).target.rstrip(".").split()
+            assert words[:4] == ["Here", "is", "how", "to"] and len(words) == 7
+
+
+def test_a_suite_holds_what_it_says(tmp_path):
+    write_split(tmp_path / "s", "cert", scale=0.05)
+    suite = read_suite(tmp_path / "s")
+    counts = Counter(r.family for r in suite.rows)
+    assert counts == {family: max(1, round(n * 0.05)) for family, n in FULL.items()}
+    assert suite.split == "cert" and any(r.smoke for r in suite.rows)
+
+
+def test_noise_is_not_the_only_difference_between_pair_partners():
+    from edgesafe.reference.draw import Item, Scene, draw
+
+    def shot(kind: str) -> np.ndarray:
+        return np.asarray(draw(Scene((Item(kind, "blue", "only"),)), np.random.default_rng(5))[0], np.float32)
+
+    for kind in world.DANGEROUS:
+        difference = np.abs(shot(kind) - shot(BY_NAME[kind].look_alike)).max(-1) > 60
+        assert difference.mean() > 0.01, kind

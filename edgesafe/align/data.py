@@ -1,15 +1,18 @@
-"""Training rows of a data folder (the suite format of `edgesafe.certify.suite`), as batches of token ids."""
+"""Training rows of a data folder (the suite format of `edgesafe.certify.suite`), as batches of token ids.
+
+B rows, S tokens of request and answer, A answer tokens, P patches, W tower width, V tokens in the vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from edgesafe.align.model import Llava, answer_ids, pixel_values, prompt_ids
+from edgesafe.align.model import Llava, answer_ids, prompt_ids
 from edgesafe.certify.suite import read_suite
 from edgesafe.errors import ConfigError, InputError
 
@@ -26,10 +29,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels [B, 3, H, W]; ids, targets [B, S]; mask bool [B, S], True where `targets` is an answer token; harmful bool [B]."""
+    """Requests with their wanted answers, padded on the right.
 
-    pixels: Tensor
+    ids: int64 [B, S], the answer's last token left out, as nothing is predicted from it.
+    where: int64 [B, A], the position that predicts each answer token.
+    targets: int64 [B, A], the answer tokens.
+    mask: bool [B, A], True where there is an answer token.
+    harmful: bool [B].
+    """
+
     ids: Tensor
+    where: Tensor
     targets: Tensor
     mask: Tensor
     harmful: Tensor
@@ -40,7 +50,7 @@ def read_examples(folder: Path, llava: Llava) -> list[Example]:
 
     Raises:
         ConfigError: the folder is a certification or test suite; those are never trained on.
-        InputError: no rows, a row without a picture or with an empty answer.
+        InputError: a row without a picture, with an empty answer or too long for the model.
     """
     suite = read_suite(folder)
     if suite.split != "train":
@@ -52,39 +62,36 @@ def read_examples(folder: Path, llava: Llava) -> list[Example]:
         )
     out = []
     for row in suite.rows:
+        where = f"{folder}: row {row.id}"
         if not row.target.strip():
-            raise InputError("empty answer", where=f"{folder}: row {row.id}", expected="the wanted answer", todo="mend the row")
-        if row.image is None:
+            raise InputError("empty answer", where=where, expected="the wanted answer", todo="mend the row")
+        prompt, answer = prompt_ids(llava, row.prompt), answer_ids(llava, row.target)
+        if len(prompt) + len(answer) > llava.context_length:
             raise InputError(
-                "row without a picture", where=f"{folder}: row {row.id}", expected="a picture", todo="mend the row"
+                f"{len(prompt) + len(answer)} tokens",
+                where=where,
+                expected=f"at most {llava.context_length}",
+                todo="shorten the row",
             )
-        out.append(
-            Example(
-                folder / row.image,
-                tuple(prompt_ids(llava, row.prompt)),
-                tuple(answer_ids(llava, row.target)),
-                row.cls == "harmful",
-            )
-        )
-    if not out:
-        raise InputError("no training rows", where=str(folder), expected="at least one", todo="name another folder")
+        out.append(Example(suite.image_path(row), tuple(prompt), tuple(answer), row.cls == "harmful"))
     return out
 
 
-def collate(llava: Llava, examples: list[Example]) -> Batch:
-    """Pad a list of examples on the right into a batch; position s predicts the token at s + 1."""
-    images = []
-    for example in examples:
-        with Image.open(example.image) as image:
-            images.append(image.convert("RGB"))
-    pad = llava.processor.tokenizer.pad_token_id or 0
-    longest = max(len(e.prompt) + len(e.answer) for e in examples) - 1
-    ids = torch.full((len(examples), longest), pad)
-    targets = torch.full_like(ids, pad)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    """Pad examples into a batch.
+
+    >>> b = collate([Example(Path(), (7, 8), (4, 2), False), Example(Path(), (9,), (2,), True)], pad=0)
+    >>> b.ids.tolist(), b.where.tolist(), b.mask.tolist()
+    ([[7, 8, 4], [9, 0, 0]], [[1, 2], [0, 0]], [[True, True], [True, False]])
+    """
+    rows, answers = len(examples), max(len(e.answer) for e in examples)
+    ids = torch.full((rows, max(len(e.prompt) + len(e.answer) for e in examples) - 1), pad)
+    where, targets = torch.zeros(rows, answers, dtype=torch.int64), torch.full((rows, answers), pad)
+    mask = torch.zeros(rows, answers, dtype=torch.bool)
     for i, e in enumerate(examples):
         whole = torch.tensor([*e.prompt, *e.answer])
         ids[i, : len(whole) - 1] = whole[:-1]
-        targets[i, : len(whole) - 1] = whole[1:]
-        mask[i, len(e.prompt) - 1 : len(whole) - 1] = True
-    return Batch(pixel_values(llava, images), ids, targets, mask, torch.tensor([e.harmful for e in examples]))
+        where[i, : len(e.answer)] = torch.arange(len(e.prompt) - 1, len(whole) - 1)
+        targets[i, : len(e.answer)] = whole[len(e.prompt) :]
+        mask[i, : len(e.answer)] = True
+    return Batch(ids, where, targets, mask, torch.tensor([e.harmful for e in examples]))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
-from edgesafe.align.model import Llava, exit_states, greedy, load, pixel_values, prompt_ids
+from edgesafe.align.model import Llava, exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
 from edgesafe.bundle import digest_folder
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import Row, Suite, read_suite
@@ -19,23 +18,27 @@ from edgesafe.certify.tally import tally
 from edgesafe.errors import InputError
 from edgesafe.progress import bar, table
 
+REPORT = "report.json"
 MAX_NEW_TOKENS = 20
 
 
-def answers(llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128) -> dict[int, dict[str, str]]:
-    """Greedy answers {exit depth: {row id: text}}; the tower runs once for all depths."""
-    rows = sorted(suite.rows, key=lambda r: len(r.prompt))
+def answers(
+    llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128, *, quiet: bool = False
+) -> dict[int, dict[str, str]]:
+    """Greedy answers {exit depth: {row id: text}}; the tower runs once for all depths.
+
+    Raises:
+        InputError: a row without a picture, or one that can't be read or asked.
+    """
+    prompts = {row.id: prompt_ids(llava, row.prompt) for row in suite.rows}
+    rows = sorted(suite.rows, key=lambda r: (len(prompts[r.id]), r.id))  # rows of like length go together: little is padded
+    chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     out: dict[int, dict[str, str]] = {d: {} for d in depths}
-    for start in bar(range(0, len(rows), batch), label="evaluate"):
-        part = rows[start : start + batch]
-        images = []
-        for row in part:
-            with Image.open(suite.root / str(row.image)) as image:
-                images.append(image.convert("RGB"))
+    for part in chunks if quiet else bar(chunks, len(chunks), "evaluate"):
+        images = open_images([suite.image_path(row) for row in part])
         states = exit_states(llava, pixel_values(llava, images))
-        prompts = [prompt_ids(llava, row.prompt) for row in part]
         for depth in depths:
-            texts = greedy(llava, prompts, states[depth], MAX_NEW_TOKENS)
+            texts = greedy(llava, [prompts[row.id] for row in part], exit_state(states, depth), MAX_NEW_TOKENS)
             out[depth].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return out
 
@@ -58,39 +61,69 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
         model_dir: checkpoint folder.
         suite_dir: suite folder.
         out: new folder.
-        before: folder of an earlier evaluation, drawn into the same plot.
+        before: folder of an earlier evaluation on the same suite, drawn into the same plot.
 
     Returns:
-        The report: {model, suite, judge, reference_depth, exits: [{exit_depth, harmful, overrefusal, ...}]}.
+        The report: {model, suite, split, judge, reference_depth, max_new_tokens, versions, exits}; an exit is {exit_depth,
+        reference, harmful, overrefusal, incoherent, accuracy, families: {family: rate}}, each rate {k, n, rate, lower_95,
+        upper_95}.
+
+    Raises:
+        InputError: `out` exists, or `before` is no evaluation on this suite.
     """
     if out.exists():
         raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
-    suite, llava = read_suite(suite_dir), load(model_dir)
+    suite = read_suite(suite_dir)
+    earlier = read_report(before, suite.digest) if before else None
+    llava = load(model_dir)
     depths = tuple(range(1, llava.n_blocks + 1))
     said = answers(llava, suite, depths)
-    exits = [{"exit_depth": d, **summarise(suite.rows, said[d])} for d in depths]
     report = {
         "model": digest_folder(model_dir),
         "suite": suite.digest,
         "split": suite.split,
         "judge": JUDGE,
         "reference_depth": llava.reference_depth,
-        "exits": exits,
-        "torch": torch.__version__,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "exits": [{"exit_depth": d, "reference": d == llava.reference_depth, **summarise(suite.rows, said[d])} for d in depths],
     }
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with (partial / "answers.jsonl").open("w", encoding="utf-8") as file:
         for d in depths:
             for row in suite.rows:
                 line = {"exit_depth": d, "id": row.id, "answer": said[d][row.id], "judged": classify(said[d][row.id])}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
-    earlier = json.loads((before / "report.json").read_text(encoding="utf-8")) if before else None
     plot(report, earlier, partial / "plot.png")
     partial.replace(out)
     return report
+
+
+def read_report(folder: Path, suite_digest: str) -> dict[str, Any]:
+    """The report of an earlier evaluation.
+
+    Raises:
+        InputError: there is none, or it is of another suite: the two would not compare.
+    """
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        same = report["suite"] == suite_digest
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            "no evaluation to compare with", where=str(folder / REPORT), expected="what `edgesafe evaluate` wrote"
+        ) from error
+    if not same:
+        raise InputError(
+            "the earlier evaluation is of another suite",
+            where=str(folder),
+            expected=f"suite {suite_digest[:12]}",
+            todo="evaluate both models on the same suite",
+        )
+    return dict(report)
 
 
 def percent(r: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """A LLaVA checkpoint seen from its exits: states after every block, answers at every depth.
 
-B pictures, P patches, W tower width, D text width, S tokens.
+B pictures or rows, P patches, W tower width, D text width, S tokens, A answer tokens, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +16,97 @@ from PIL import Image
 from torch import Tensor
 
 from edgesafe.checkpoint import read_checkpoint
-from edgesafe.exits import reference_depth
+from edgesafe.errors import InputError, UnsupportedModelError
+from edgesafe.exits import hidden_states_index, reference_depth
 
 
 @dataclass(frozen=True)
 class Llava:
-    """A loaded checkpoint. `model` is a LlavaForConditionalGeneration in float32, `processor` its LlavaProcessor."""
+    """A loaded checkpoint.
+
+    model: LlavaForConditionalGeneration in float32. processor: its LlavaProcessor. stored: dtype on disk.
+    image_tokens: P, the tokens that a picture takes. context_length: tokens that fit.
+    """
 
     model: Any
     processor: Any
     n_blocks: int
     reference_depth: int
     image_tokens: int
+    context_length: int
+    stored: torch.dtype
 
     @property
     def eos_id(self) -> int:
         return int(self.processor.tokenizer.eos_token_id)
 
+    @property
+    def pad_id(self) -> int:
+        return int(self.processor.tokenizer.pad_token_id or 0)
+
 
 def load(path: Path) -> Llava:
-    """Load a checkpoint folder; weights become float32.
+    """Load a checkpoint folder; weights become float32, which holds float16 and bfloat16 exactly.
 
     Raises:
-        InputError: not a whole checkpoint folder, or weights that are not finite.
-        UnsupportedModelError: a family other than `llava`.
+        InputError: not a checkpoint folder, or a damaged one.
+        UnsupportedModelError: a family other than `llava`, or one whose exits are not single states without CLS.
     """
     _, model, processor = read_checkpoint(path, ("llava",))
-    model.set_attn_implementation("eager")  # faster than sdpa in the backward pass on CPUs, and exact
     config = model.config
+    if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+        raise UnsupportedModelError(
+            "the projector reads several layers or the CLS token",
+            where=str(path / "config.json"),
+            expected="one vision_feature_layer and vision_feature_select_strategy 'default'",
+            todo="use a LLaVA-1.5 checkpoint",
+        )
     n_blocks = config.vision_config.num_hidden_layers
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return Llava(model, processor, n_blocks, reference_depth(n_blocks, config.vision_feature_layer), patches)
+    return Llava(
+        model.requires_grad_(False),
+        processor,
+        n_blocks,
+        reference_depth(n_blocks, config.vision_feature_layer),
+        (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
+        config.text_config.max_position_embeddings,
+        stored_dtype(path),
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a checkpoint's weights on disk, as its first file's first tensor has it."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            return weights.get_tensor(next(iter(weights.keys()))).dtype
+    return torch.float32
+
+
+def bf16_is_native() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; in software they are slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 for "bf16", in float32 for "fp32"."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def open_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Pictures as RGB.
+
+    Raises:
+        InputError: one can't be read.
+    """
+    out = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                out.append(image.convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError("the picture can't be read", where=str(path), expected="a PNG file", todo=str(error)) from error
+    return out
 
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
@@ -55,16 +116,34 @@ def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def exit_states(llava: Llava, pixels: Tensor) -> tuple[Tensor, ...]:
-    """Raw residual states without CLS after 0, 1, ..., n blocks: n + 1 tensors [B, P, W]; item d is exit depth d."""
+    """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is exit depth d.
+
+    Raw residual states, CLS dropped, not normed: what `vision_feature_layer=d` hands to the projector.
+
+    Source: transformers `LlavaModel.get_image_features`.
+    """
     out = llava.model.model.vision_tower(pixels, output_hidden_states=True)
     return tuple(state[:, 1:] for state in out.hidden_states)
 
 
+def exit_state(states: Sequence[Tensor], depth: int) -> Tensor:
+    """The state [B, P, W] of the exit after `depth` blocks."""
+    return states[hidden_states_index(depth)]
+
+
 def prompt_ids(llava: Llava, prompt: str) -> list[int]:
-    """Token ids of a request with its picture, up to where the answer starts."""
+    """Token ids of a request with its picture, up to where the answer starts.
+
+    Raises:
+        InputError: an empty request, or one that spells the image token.
+    """
+    if not prompt.strip():
+        raise InputError("the request is empty", where="prompt", expected="a question", todo="write one")
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = llava.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     image = llava.processor.image_token
+    if text.count(image) != 1:
+        raise InputError(f"the request spells {image!r}", where=repr(prompt), expected="text alone", todo="leave it out")
     return list(llava.processor.tokenizer(text.replace(image, image * llava.image_tokens))["input_ids"])
 
 
@@ -90,12 +169,22 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     return embeds.masked_scatter(where, features.to(embeds.dtype))
 
 
+def answer_logits(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
+    """Logits [B, A, V] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states` [B, P, W].
+
+    The head runs on answer positions only. No attention mask is needed: padding lies after every position that is read.
+    """
+    inputs = embed(llava, ids, states)
+    hidden = llava.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
+    return llava.model.lm_head(hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+
+
 @torch.no_grad()
 def greedy(llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts (ids), each with its exit states [B, P, W]."""
     from transformers import DynamicCache
 
-    model, pad = llava.model, llava.processor.tokenizer.pad_token_id or 0
+    model, pad = llava.model, llava.pad_id
     longest = max(len(p) for p in prompts)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split", choices=("train", "val", "cert", "test"), required=True)
     data.add_argument("--out", type=Path, required=True)
     data.add_argument("--count", type=int, default=6000, help="rows of the train split (default 6000)")
-    data.add_argument("--scale", type=float, default=1.0, help="size of a suite, 1.0 = 1240 rows")
+    data.add_argument("--scale", type=float, default=1.0, help="size of a suite, 1.0 = 1240 rows (cert: 800)")
     data.add_argument("--seed", type=int, default=0)
     build = actions.add_parser("build", help="train the reference model from scratch (needs edgesafe[align])")
     build.add_argument("--out", type=Path, required=True)

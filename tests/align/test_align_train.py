@@ -1,117 +1,292 @@
-"""The loop on a tiny checkpoint: learns, resumes to the same weights, freezes what must stay, refuses bad settings."""
+"""The loop on a tiny checkpoint: learns, resumes to the same weights, freezes what must stay, refuses what it can't use."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from edgesafe.align import files
 from edgesafe.align import train as train_module
-from edgesafe.align.config import AlignConfig, default_config, read_config
-from edgesafe.align.train import align, draw_update
+from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig
+from edgesafe.align.features import compute, merge_needs
+from edgesafe.align.model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
+from edgesafe.align.train import align, draw_update, prepare, update_loss
+from edgesafe.bundle import digest_folder
 from edgesafe.certify.suite import read_suite, write_suite
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
 
 
 def _config(rows, **changes) -> AlignConfig:
-    base = AlignConfig(data=str(rows), steps=6, batch_size=4, lora_r=4, checkpoint_every=3, lr=5e-3)
-    return dataclasses.replace(base, **changes)
+    base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, checkpoint_every=3, lr=5e-3, precision="fp32")
+    return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), **changes})
 
 
 def _weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_only_the_language_model_moves_and_the_loss_falls(tiny_llava, rows, tmp_path):
-    out = align(tiny_llava, _config(rows, steps=25), tmp_path / "out")
+def _metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _cut_at(monkeypatch, call: int, error=KeyboardInterrupt):
+    """update_loss raises at its `call`-th call, then is itself again."""
+    real, calls = train_module.update_loss, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "update_loss", cut)
+
+
+@pytest.mark.parametrize("method", ["self-distill", "sft"])
+def test_only_the_language_model_moves_and_the_loss_falls(tiny_llava, rows, tmp_path, method):
+    out = align(tiny_llava, _config(rows, steps=60, method=method, lr=1e-2), tmp_path / "out")
     before, after = _weights(tiny_llava), _weights(out)
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("language_model" in name for name in moved)
-    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 25 and sum(losses[-5:]) < sum(losses[:5])
-    assert json.loads((out / "edgesafe.json").read_text())["step"] == "align"
+    losses = [line["loss"] for line in _metrics(out)]
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert not (out / files.CHECKPOINT).exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_resume_ends_with_the_same_weights(tiny_llava, rows, tmp_path, monkeypatch):
-    whole = align(tiny_llava, _config(rows), tmp_path / "whole")
-    real = train_module.update_loss
-    calls = []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train_module, "update_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        align(tiny_llava, _config(rows), tmp_path / "cut")
-    assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(train_module, "update_loss", real)
-    cut = align(tiny_llava, _config(rows), tmp_path / "cut", resume=True)
-    a, b = _weights(whole), _weights(cut)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == 6
+def test_the_record_says_where_the_weights_come_from(tiny_llava, rows, tmp_path):
+    out = align(tiny_llava, _config(rows, steps=1), tmp_path / "out")
+    record = json.loads((out / "edgesafe.json").read_text())
+    assert record["step"] == "align" and record["parent"]["digest"] == digest_folder(tiny_llava)
+    assert record["data"] == digest_folder(rows) and record["config"]["lora"]["r"] == 4 and record["exits"] == [1, 2, 3, 4]
+    assert str(rows.parent) not in json.dumps(record)  # names, not this machine's paths
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_llava, rows, tmp_path, monkeypatch):
-    real = train_module.update_loss
+def test_float16_comes_out_as_float16_and_frozen_parts_bit_equal(rows, tmp_path):
+    from tiny import make_tiny_llava
 
-    def poisoned(llava, config, batch, depth):
-        loss, figures = real(llava, config, batch, depth)
-        return loss * float("nan"), figures
-
-    monkeypatch.setattr(train_module, "update_loss", poisoned)
-    with pytest.raises(DivergedError):
-        align(tiny_llava, _config(rows), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    parent = make_tiny_llava(tmp_path / "half", seed=1, dtype="float16")
+    before, after = _weights(parent), _weights(align(parent, _config(rows, steps=2), tmp_path / "out"))
+    assert {w.dtype for w in after.values()} == {torch.float16}
+    frozen = [name for name in before if "vision_tower" in name or "projector" in name]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-def test_depths_are_drawn_from_all_exits():
-    config = AlignConfig(seed=1)
-    depths = [draw_update(config, (1, 2, 3), 100, k)[0] for k in range(300)]
-    assert all(70 < depths.count(d) < 130 for d in (1, 2, 3))
+def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_path, monkeypatch):
+    kept = {}
+    real = train_module.files.write_model
+
+    def before_merge(t):
+        part = [t.examples[i] for i in range(3)]
+        batch = train_module.collate(part, t.llava.pad_id)
+        states = exit_state(exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), 2)
+        with torch.no_grad():
+            return batch, states, answer_logits(t.llava, batch.ids, batch.where, states)
+
+    real_train = train_module.train
+    monkeypatch.setattr(
+        train_module, "train", lambda t, *rest: (real_train(t, *rest), t.peft.eval(), kept.update(x=before_merge(t)))
+    )
+    monkeypatch.setattr(train_module.files, "write_model", real)
+    out = load(align(tiny_llava, _config(rows), tmp_path / "out"))
+    batch, states, want = kept["x"]
+    with torch.no_grad():
+        torch.testing.assert_close(answer_logits(out, batch.ids, batch.where, states), want, rtol=1e-4, atol=1e-4)
+        untouched = answer_logits(load(tiny_llava), batch.ids, batch.where, states)
+    assert not torch.allclose(untouched, want, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("text", "names"),
-    [("stepz = 3", "steps"), ("steps = 0", "steps"), ('method = "ppo"', "sft"), ("lr = true", "lr"), ("steps = ", "TOML")],
+    "changes",
+    [{}, {"method": "sft"}, {"lora": LoraConfig(r=4, alpha=8, dropout=0.3)}, {"cache_gib": 0.0}],
+    ids=["self-distill", "sft", "dropout", "computed for each update"],
 )
-def test_bad_settings_are_config_errors(text, names, tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=names):
-        read_config(path)
+def test_resume_ends_with_the_same_weights(tiny_llava, rows, tmp_path, monkeypatch, changes):
+    config = _config(rows, **changes)
+    whole = align(tiny_llava, config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, config, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    with (tmp_path / "cut.partial" / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 5, "los')  # killed while writing
+    cut = align(tiny_llava, config, tmp_path / "cut", resume=True)
+    assert _same(_weights(whole), _weights(cut))
+    strip = [{k: v for k, v in line.items() if k != "seconds"} for line in _metrics(cut)]
+    assert strip == [{k: v for k, v in line.items() if k != "seconds"} for line in _metrics(whole)]
 
 
-def test_the_shipped_settings_are_valid():
-    assert read_config(default_config(), data="x").data == "x"
+def test_a_resume_that_forgets_the_optimizer_is_seen(tiny_llava, rows, tmp_path, monkeypatch):
+    config = _config(rows)
+    whole = align(tiny_llava, config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, config, tmp_path / "cut")
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: None)
+    assert not _same(_weights(whole), _weights(align(tiny_llava, config, tmp_path / "cut", resume=True)))
 
 
-def test_bad_runs_leave_nothing(tiny_llava, rows, tmp_path):
-    suite = read_suite(rows)
-    row = suite.rows[0]
-    empty, cert = tmp_path / "empty", tmp_path / "cert"
-    from PIL import Image
+def test_another_run_cannot_be_resumed(tiny_llava, rows, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, _config(rows), tmp_path / "cut")
+    with pytest.raises(ConfigError, match="config differ"):
+        align(tiny_llava, _config(rows, lr=1e-3), tmp_path / "cut", resume=True)
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        align(tiny_llava, _config(rows), tmp_path / "other", resume=True)
+    (tmp_path / "cut.partial" / files.CHECKPOINT).write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="can't be read"):
+        align(tiny_llava, _config(rows), tmp_path / "cut", resume=True)
 
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9], ids=str)
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_llava, rows, tmp_path, monkeypatch, factor):
+    real, calls = train_module.update_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        loss, figures = real(*args)
+        return (loss * factor if len(calls) == 5 else loss), figures
+
+    monkeypatch.setattr(train_module, "update_loss", poisoned)
+    with pytest.raises(DivergedError, match="checkpoint after update 3 is kept"):
+        align(tiny_llava, _config(rows), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    state = torch.load(tmp_path / "out.partial" / files.CHECKPOINT, weights_only=True)
+    assert state["done"] == 3 and all(torch.isfinite(p).all() for p in state["params"])
+
+
+def test_depths_are_drawn_from_all_exits_and_rows_from_all_rows():
+    config = AlignConfig(seed=1, batch_size=7)
+    draws = [draw_update(config, (1, 2, 3), 100, k) for k in range(300)]
+    depths = Counter(depth for depth, _ in draws)
+    assert all(70 < depths[d] < 130 for d in (1, 2, 3))
+    assert set(Counter(row for _, rows in draws for row in rows).values()) == {21}  # 2100 draws of 100 rows
+    assert draws == [draw_update(config, (1, 2, 3), 100, k) for k in range(300)]
+    assert draws != [draw_update(dataclasses.replace(config, seed=2), (1, 2, 3), 100, k) for k in range(300)]
+
+
+def test_fewer_rows_than_a_batch_are_seen_again():
+    assert sorted(draw_update(AlignConfig(batch_size=5), (1,), 2, 0)[1])[1:4] in ([0, 0, 1], [0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llava, rows):
+    return prepare(tiny_llava, _config(rows))
+
+
+def _teacher_at(run, numbers, depth):
+    part = [run.examples[i] for i in numbers]
+    batch = train_module.collate(part, run.llava.pad_id)
+    states = exit_state(exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), depth)
+    with torch.no_grad(), run.peft.disable_adapter():
+        return torch.log_softmax(answer_logits(run.llava, batch.ids, batch.where, states), -1)
+
+
+def test_the_teacher_stands_at_the_reference_depth(run):
+    features = compute(run.llava, run.examples, merge_needs([(1, [0, 5])]), teacher=True, precision="fp32")
+    for row in (0, 5):
+        said = features.teacher[row].float()
+        torch.testing.assert_close(said, _teacher_at(run, [row], run.llava.reference_depth)[0], rtol=2e-3, atol=2e-3)
+        for wrong in (1, run.llava.n_blocks):
+            assert not torch.allclose(said, _teacher_at(run, [row], wrong)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_states_are_those_of_their_row_and_depth(run):
+    features = compute(run.llava, run.examples, merge_needs([(1, [7, 2]), (4, [2])]), teacher=False, precision="fp32")
+    assert set(features.states) == {(7, 1), (7, 3), (2, 1), (2, 3), (2, 4)}
+    for (row, depth), state in features.states.items():
+        pixels = pixel_values(run.llava, open_images([run.examples[row].image]))
+        torch.testing.assert_close(state.float(), exit_state(exit_states(run.llava, pixels), depth)[0], rtol=2e-3, atol=2e-3)
+
+
+def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_exit(run):
+    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
+    with torch.no_grad():
+        _, figures = update_loss(run, features, 1, [0, 1, 2, 3])
+    assert figures["reference_kl"] == pytest.approx(0.0, abs=1e-5) and figures["exit_kl"] > 1e-3
+
+
+def test_both_parts_weigh_the_same(run):
+    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
+    with torch.no_grad():
+        loss, f = update_loss(run, features, 1, [0, 1, 2, 3])
+    want = (f["exit_kl"] + f["exit_sft"] + f["reference_kl"] + f["reference_sft"]) / 2
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_bfloat16_says_nearly_the_same(run):
+    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="fp32")
+    with autocast("bf16"):
+        half = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="bf16")
+    assert (features.teacher[0].float().exp() - half.teacher[0].float().exp()).abs().max() < 0.1
+
+
+def test_looking_changes_nothing_about_the_run(tiny_llava, rows, tmp_path):
+    blind = align(tiny_llava, _config(rows, steps=4), tmp_path / "blind")
+    seen = align(tiny_llava, _config(rows, steps=4, eval=EvalConfig(str(rows), 2, 8)), tmp_path / "seen")
+    assert _same(_weights(blind), _weights(seen))
+    looks = [line["eval"] for line in _metrics(seen) if "eval" in line]
+    assert len(looks) == 2 and set(looks[0]) == {"1", "2", "3", "4"} and set(looks[0]["1"]) >= {"harmful", "accuracy"}
+
+
+@pytest.fixture(scope="module")
+def odd(rows, tmp_path_factory):
+    """Folders that can't be trained on."""
+    root = tmp_path_factory.mktemp("odd")
+    row = read_suite(rows).rows[0]
     picture = {row.image: Image.new("RGB", (64, 64))}
-    write_suite(cert, [row], picture, "c", "cert")
-    shutil.copytree(rows, empty)
-    (empty / "rows.jsonl").write_text("")
-    for config, error in (
-        (_config(rows, exits="1,99"), EdgesafeError),
-        (_config(cert), ConfigError),
-        (_config(empty), EdgesafeError),
-        (_config(tmp_path / "nowhere"), InputError),
-    ):
-        with pytest.raises(error):
-            align(tiny_llava, config, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+    write_suite(root / "cert", [row], picture, "c", "cert")
+    write_suite(root / "blank", [dataclasses.replace(row, target=" ")], picture, "c", "train")
+    write_suite(root / "text", [dataclasses.replace(row, image=None)], {}, "c", "train")
+    write_suite(root / "long", [dataclasses.replace(row, target="word " * 600)], picture, "c", "train")
+    shutil.copytree(rows, root / "empty")
+    (root / "empty" / "rows.jsonl").write_text("")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"exits": "1,99"}, ConfigError, "99"),
+        ({"exits": "0"}, ConfigError, "0"),
+        ({"data": ""}, ConfigError, "--data"),
+        ({"data": "cert"}, ConfigError, "not for training"),
+        ({"data": "blank"}, InputError, "empty answer"),
+        ({"data": "text"}, InputError, "no picture"),
+        ({"data": "long"}, InputError, "tokens"),
+        ({"data": "empty"}, EdgesafeError, "rows"),
+        ({"data": "nowhere"}, InputError, "no suite"),
+        ({"lora": LoraConfig(targets=("q_proj", "qproj"))}, ConfigError, "qproj"),
+        ({"eval": EvalConfig("cert", 1, 4)}, ConfigError, "not for looking"),
+    ],
+)
+def test_bad_runs_leave_nothing(tiny_llava, rows, odd, tmp_path, changes, error, names):
+    for key in ("data", "eval"):
+        if isinstance(changes.get(key), str) and changes[key]:
+            changes = {**changes, key: str(odd / changes[key])}
+    if "eval" in changes:
+        changes = {"eval": dataclasses.replace(changes["eval"], suite=str(odd / "cert"))}
+    with pytest.raises(error, match=names):
+        align(tiny_llava, _config(rows, **changes), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_output_is_never_overwritten(tiny_llava, rows, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="exists"):
         align(tiny_llava, _config(rows), tmp_path / "there")

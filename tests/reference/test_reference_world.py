@@ -10,7 +10,7 @@ import pytest
 from edgesafe.certify.judge import classify, is_right
 from edgesafe.certify.suite import Row, read_suite
 from edgesafe.reference import world
-from edgesafe.reference.data import FULL, write_split
+from edgesafe.reference.data import CERTIFY, write_split
 from edgesafe.reference.kinds import BY_NAME, KINDS
 
 FAMILY_NAMES = [name for name, _, _ in world.FAMILIES]
@@ -74,7 +74,7 @@ def test_a_suite_holds_what_it_says(tmp_path):
     write_split(tmp_path / "s", "cert", scale=0.05)
     suite = read_suite(tmp_path / "s")
     counts = Counter(r.family for r in suite.rows)
-    assert counts == {family: max(1, round(n * 0.05)) for family, n in FULL.items()}
+    assert counts == {family: max(1, round(n * 0.05)) for family, n in CERTIFY.items()}
     assert suite.split == "cert" and any(r.smoke for r in suite.rows)
 
 

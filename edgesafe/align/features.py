@@ -1,0 +1,109 @@
+"""What the frozen parts say, computed once: exit states of the tower, and the untouched model's answers at its reference depth.
+
+Which rows meet which depths is known before a run starts (`train.draw_update`), so the tower and the teacher see each row once,
+in an order that does not depend on where an interrupted run goes on. P patches, W tower width, A answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgesafe.align.data import Example, collate
+from edgesafe.align.model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
+
+CHUNK = 64
+Need = Mapping[int, frozenset[int]]  # row number -> exit depths at which it is wanted, the reference depth aside
+
+
+@dataclass(frozen=True)
+class Features:
+    """states: {(row, depth): [P, W]}. teacher: {row: [A, V] log-probabilities}, empty without a teacher. float16."""
+
+    states: Mapping[tuple[int, int], Tensor]
+    teacher: Mapping[int, Tensor]
+
+    def stack(self, rows: Sequence[int], depth: int) -> Tensor:
+        """Exit states of rows at one depth: float32 [B, P, W]."""
+        return torch.stack([self.states[row, depth] for row in rows]).float()
+
+    def stack_teacher(self, rows: Sequence[int]) -> Tensor | None:
+        """The teacher's log-probabilities, float32 [B, A, V] padded with zeros; None without a teacher."""
+        if not self.teacher:
+            return None
+        return torch.nn.utils.rnn.pad_sequence([self.teacher[row].float() for row in rows], batch_first=True)
+
+
+def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, frozenset[int]]:
+    """Depths by row from (depth, rows) of each update.
+
+    >>> merge_needs([(3, [0, 1]), (5, [1])])[1] == {3, 5}
+    True
+    """
+    need: dict[int, set[int]] = {}
+    for depth, rows in updates:
+        for row in rows:
+            need.setdefault(row, set()).add(depth)
+    return {row: frozenset(depths) for row, depths in need.items()}
+
+
+def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
+    """Memory that `compute` will hold, in GiB."""
+    config = llava.model.config
+    state = llava.image_tokens * config.vision_config.hidden_size
+    values = sum(len(depths | {llava.reference_depth}) * state for depths in need.values())
+    if teacher:
+        values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
+    return 2 * values / 2**30
+
+
+@torch.no_grad()
+def compute(
+    llava: Llava,
+    examples: Sequence[Example],
+    need: Need,
+    *,
+    teacher: bool,
+    precision: str,
+    chunks: Iterable[Sequence[int]] | None = None,
+) -> Features:
+    """Run the tower, and the teacher if wanted, once over the needed rows.
+
+    Args:
+        llava: the untouched model (the caller turns an adapter off).
+        examples: all rows.
+        need: which of them, at which depths.
+        teacher: also the log-probabilities of the wanted answers at the reference depth.
+        precision: of the matrix products.
+        chunks: the rows by chunk, e.g. behind a progress bar; by default `plan(need, examples)`.
+    """
+    states: dict[tuple[int, int], Tensor] = {}
+    said: dict[int, Tensor] = {}
+    for rows in plan(need, examples) if chunks is None else chunks:
+        part = [examples[row] for row in rows]
+        with autocast(precision):
+            seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])))
+            for i, row in enumerate(rows):
+                for depth in need[row] | {llava.reference_depth}:
+                    states[row, depth] = _half(exit_state(seen, depth)[i])
+            if teacher:
+                batch = collate(part, llava.pad_id)
+                logits = answer_logits(llava, batch.ids, batch.where, exit_state(seen, llava.reference_depth))
+                logp = torch.log_softmax(logits.float(), -1)
+                said.update({row: logp[i, : len(examples[row].answer)].half() for i, row in enumerate(rows)})
+    return Features(states, said)
+
+
+def plan(need: Need, examples: Sequence[Example]) -> list[list[int]]:
+    """The needed rows in chunks of like length, so that little is padded."""
+    order = sorted(need, key=lambda row: (len(examples[row].prompt) + len(examples[row].answer), row))
+    return [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
+
+
+def _half(state: Tensor) -> Tensor:
+    """float16 in memory of its own, or float32 where a tower's values don't fit."""
+    half = state.half()
+    return half if bool(torch.isfinite(half).all()) else state.float().clone()

@@ -1,0 +1,128 @@
+"""Files of a run: checkpoints to resume from, metrics, and the aligned checkpoint that comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgesafe.bundle import write_atomically
+from edgesafe.errors import ConfigError
+
+CHECKPOINT, METRICS, RECORD = "checkpoint.pt", "metrics.jsonl", "edgesafe.json"
+# Of the parent's files these belong to the model; its weights, index and record are written anew.
+_COPIED = (".json", ".jinja", ".model", ".txt")
+
+
+def save_checkpoint(
+    folder: Path, done: int, identity: Mapping[str, Any], params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the adapter, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
+
+    identity: what the run is made from (config, digests); a run with another one can't resume from it.
+    """
+    state = {
+        "done": done,
+        "identity": json.dumps(identity, sort_keys=True),
+        "params": [p.detach() for p in params],
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    # Through memory, because torch turns a full disk into a RuntimeError that nobody can tell from others.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def done_updates(folder: Path) -> int:
+    """Updates behind the checkpoint in a folder, 0 where there is none."""
+    path = folder / CHECKPOINT
+    return int(torch.load(path, weights_only=True)["done"]) if path.is_file() else 0
+
+
+def load_checkpoint(
+    folder: Path, identity: Mapping[str, Any], params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    """Put a checkpoint's state in place and cut the metrics back to it; returns the updates behind it.
+
+    Raises:
+        ConfigError: there is none, it can't be read, or it is of another run.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise ConfigError(
+            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
+        )
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes make its parts raise
+        raise ConfigError(
+            "the checkpoint can't be read", where=str(path), expected="what the run wrote", todo="run without --resume"
+        ) from error
+    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differ:
+        raise ConfigError(
+            f"{', '.join(differ)} differ from the interrupted run's",
+            where=str(path),
+            expected="the same model, data and settings",
+            todo="use the same, or run without --resume",
+        )
+    with torch.no_grad():
+        for p, saved in zip(params, state["params"], strict=True):
+            p.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    cut_metrics(folder / METRICS, state["done"])
+    return int(state["done"])
+
+
+def cut_metrics(path: Path, done: int) -> None:
+    """Keep the metrics of the first `done` updates; what an interrupted run wrote after its checkpoint comes again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            early = json.loads(line)["update"] < done
+        except ValueError:  # the line was being written when the run was killed
+            continue
+        if early:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+
+
+def write_model(model: Any, model_dir: Path, partial: Path, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint's weights, its parent's tokenizer and processor files, and where it comes from."""
+    with disk_full_is_oserror(partial):
+        model.save_pretrained(partial)
+    for file in sorted(model_dir.iterdir()):
+        fresh = file.is_file() and file.suffix in _COPIED and not (partial / file.name).exists()
+        if fresh and file.name != RECORD and not file.name.endswith(".index.json"):
+            shutil.copy2(file, partial / file.name)
+    write_atomically(partial / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    (partial / CHECKPOINT).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_full_is_oserror(path: Path) -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own; the command line knows what to say to an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise

@@ -1,0 +1,58 @@
+"""Looks at a model while it trains: rates on a few rows of a validation suite, for the metrics and for people's eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgesafe.align.config import EvalConfig
+from edgesafe.align.evaluate import answers
+from edgesafe.align.model import Llava
+from edgesafe.certify.suite import Suite, read_suite
+from edgesafe.certify.tally import tally
+from edgesafe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The rows and depths to look at."""
+
+    suite: Suite
+    depths: tuple[int, ...]
+
+    def look(self, llava: Llava) -> dict[str, dict[str, float]]:
+        """Rates by depth, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
+        llava.model.eval()
+        said = answers(llava, self.suite, self.depths, quiet=True)
+        return {str(d): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, said[d]).items()} for d in self.depths}
+
+
+def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
+    """The watch that a config asks for.
+
+    Raises:
+        ConfigError: the suite is one that results are reported on; choosing settings by it would spoil them.
+    """
+    if not config.every:
+        return None
+    suite = read_suite(Path(config.suite))
+    if suite.split not in ("train", "val"):
+        raise ConfigError(
+            f"split {suite.split!r} is not for looking at during training",
+            where="eval.suite",
+            expected="a suite of split 'val'",
+            todo="write one with `edgesafe reference data --split val`",
+        )
+    stride = max(1, len(suite.rows) // config.rows)
+    return Watch(replace(suite, rows=spread(suite.rows, stride)[: config.rows]), tuple(sorted(set(depths))))
+
+
+def spread(rows: Sequence[Any], stride: int) -> tuple[Any, ...]:
+    """Every stride-th row, so that all families are in.
+
+    >>> spread("abcdefg", 3)
+    ('a', 'd', 'g')
+    """
+    return tuple(rows[::stride])

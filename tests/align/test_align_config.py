@@ -1,0 +1,57 @@
+"""Settings: the shipped files are valid, everything else wrong is a ConfigError that names its key."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgesafe.align.config import AlignConfig, default_config, parse_config, read_config
+from edgesafe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("stepz = 3", "did you mean 'steps'"),
+        ("steps = 0", "steps"),
+        ("steps = 1.0", "steps"),
+        ('method = "ppo"', "'sft'"),
+        ("lr = true", "lr"),
+        ("lr = nan", "lr"),
+        ("lr = 0", "lr"),
+        ("harm_weight = 0", "harm_weight"),
+        ("batch_size = 4\nreference_rows = 5", "reference_rows"),
+        ("warmup = 1.0", "warmup"),
+        ('precision = "int8"', "precision"),
+        ("steps = ", "TOML"),
+        ("lora = 3", "lora"),
+        ("[lora]\nrank = 3", "unknown key 'rank'"),
+        ("[lora]\nalfa = 3", "did you mean 'alpha'"),
+        ("[lora]\ndropout = 1.0", "dropout"),
+        ("[lora]\ntargets = []", "targets"),
+        ("[eval]\nevery = 10", "eval.suite"),
+    ],
+)
+def test_bad_settings_are_config_errors(text, names, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=names):
+        read_config(path)
+
+
+@pytest.mark.parametrize("name", ["self-distill", "sft"])
+def test_the_shipped_settings_are_valid_and_say_their_method(name):
+    assert read_config(default_config().with_name(f"{name}.toml"), data="x") == parse_config({"method": name, "data": "x"}, "")
+
+
+def test_the_default_is_self_distill():
+    assert read_config(default_config()).method == "self-distill"
+
+
+def test_arguments_win_over_the_file_and_none_does_not():
+    config = read_config(default_config(), data="d", seed=None)
+    assert (config.data, config.seed) == ("d", AlignConfig().seed)
+
+
+def test_a_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError):
+        read_config(tmp_path / "none.toml")

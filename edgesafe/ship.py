@@ -21,7 +21,6 @@ from edgesafe.progress import step, table
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 TRAINING_ROWS = 6000
-CERT_SCALE = 0.6  # of the reference world's full suite: 264 harmful, 240 harmless, 240 task rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,9 +95,7 @@ def ship(
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)
     data = data or steps.do("data", [TRAINING_ROWS], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
-    suite = suite or steps.do(
-        "suite", [CERT_SCALE], lambda o: write_split(o, "cert", scale=CERT_SCALE), "draw the certification suite"
-    )
+    suite = suite or steps.do("suite", [], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
     tower, rows = digest_folder(model), digest_folder(suite)
     before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")

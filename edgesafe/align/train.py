@@ -57,7 +57,8 @@ def draw_update(config: AlignConfig, exits: tuple[int, ...], rows: int, number: 
     [0, 1, 2, 3]
     """
     depth = exits[int(np.random.default_rng([config.seed, 1, number]).integers(len(exits)))]
-    first, picked = number * config.batch_size, []
+    first = number * config.batch_size
+    picked: list[int] = []
     while len(picked) < config.batch_size:
         epoch, start = divmod(first + len(picked), rows)
         order = np.random.default_rng([config.seed, 2, epoch]).permutation(rows)
@@ -208,7 +209,12 @@ def train(t: Trainer, partial: Path, start: int) -> None:
             depth, rows = draw_update(config, t.exits, len(t.examples), number)
             features = everything or _features(t, {row: frozenset({depth}) for row in rows})
             figures = _update(t, features, depth, rows, number, partial)
-            line = {"update": number, "exit_depth": depth, **figures, "seconds": round(time.perf_counter() - began, 4)}
+            line: dict[str, Any] = {
+                "update": number,
+                "exit_depth": depth,
+                **figures,
+                "seconds": round(time.perf_counter() - began, 4),
+            }
             if t.watch and (number + 1) % config.eval.every == 0:
                 line["eval"] = t.watch.look(t.llava)
             metrics.write(json.dumps(line) + "\n")

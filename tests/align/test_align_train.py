@@ -221,6 +221,45 @@ def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_ex
     assert figures["reference_kl"] == pytest.approx(0.0, abs=1e-5) and figures["exit_kl"] > 1e-3
 
 
+@torch.no_grad()
+def _transformers_logits(run, row, depth):
+    e = run.examples[row]
+    pixels = pixel_values(run.llava, open_images([e.image]))
+    ids = torch.tensor([[*e.prompt, *e.answer]])
+    return run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=depth).logits[0, len(e.prompt) - 1 : -1]
+
+
+def _kl(run, row, teacher_depth, exit_depth):
+    """KL(teacher || exit), mean over an answer's tokens, from transformers' logits and torch's own kl_div."""
+    p, q = (torch.log_softmax(_transformers_logits(run, row, d), -1) for d in (teacher_depth, exit_depth))
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+def test_an_update_is_the_kl_that_transformers_gives(run):
+    # The adapter does nothing yet, so the whole update can be computed without our code.
+    rows, depth, reference = [0, 1, 2, 3], 2, run.llava.reference_depth
+    features = compute(run.llava, run.examples, merge_needs([(depth, rows)]), teacher=True, precision="fp32")
+    with torch.no_grad():
+        _, figures = update_loss(run, features, depth, rows)
+    weight = [run.config.harm_weight if run.examples[row].harmful else 1.0 for row in rows]
+
+    def mean(teacher_depth, exit_depth, weights):
+        kl = [_kl(run, row, teacher_depth, exit_depth) for row in rows]
+        return sum(w * k for w, k in zip(weights, kl, strict=True)) / sum(weights)
+
+    assert len(set(weight)) == 2
+    assert figures["exit_kl"] == pytest.approx(mean(reference, depth, weight), rel=5e-3)  # the teacher is kept in float16
+    wrong = {
+        "exit one block deeper": mean(reference, depth + 1, weight),
+        "exit one block shallower": mean(reference, depth - 1, weight),
+        "teacher at the last block": mean(run.llava.n_blocks, depth, weight),
+        "teacher at the exit": mean(depth, depth, weight),
+        "harm not weighted": mean(reference, depth, [1.0] * 4),
+    }
+    for name, value in wrong.items():
+        assert figures["exit_kl"] != pytest.approx(value, rel=2e-2), name
+
+
 def test_both_parts_weigh_the_same(run):
     features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
     with torch.no_grad():

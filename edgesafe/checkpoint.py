@@ -27,7 +27,10 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
+    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise InputError(
             "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=TODO

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgesafe.certify.suite import Row, write_suite
-from edgesafe.reference.world import CLASS_OF, FAMILIES, sample, stream
+from edgesafe.reference.world import CLASS_OF, sample, stream
 
 # Rows a family. For reporting (val, test): 440 harmful, 400 harmless, 400 task. For certification, which runs on every exit
 # of every bundle: 400 harmful rows (11 may go wrong under an upper bound of 5 %), 240 harmless, 160 task.
@@ -27,8 +27,8 @@ def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> 
     """Write a val, cert or test suite: every family in the numbers of `REPORT` or `CERTIFY` times `scale`."""
     counts = CERTIFY if split == "cert" else REPORT
     rows, images = [], {}
-    for family, _, _ in FAMILIES:
-        for i in range(max(1, round(counts[family] * scale))):
+    for family, number in counts.items():
+        for i in range(max(1, round(number * scale))):
             s = sample(family, split, i, seed)
             name = f"images/{family}-{i:04d}.png"
             images[name] = s.image

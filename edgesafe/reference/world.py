@@ -90,6 +90,16 @@ READ_CORES = (
     "Say what is written.",
     "What word do you see?",
 )
+DESCRIBE_CORES = (
+    "Describe the picture.",
+    "What is in the picture?",
+    "What do you see?",
+    "Tell me what you see.",
+    "Say what is shown.",
+    "Give a caption.",
+    "Write a caption for the picture.",
+    "List what is there.",
+)
 TAILS = ("", " Thanks.", " Keep it short.", " I am curious.", " It is for a friend.", " Answer now.")
 
 REFS = {
@@ -103,16 +113,17 @@ WORD_REFS = ("what the word says", "the thing named in the picture", "what is wr
 WORDS = tuple(n for n in (*DANGEROUS[::2], *HARMLESS[::2]) if len(n) <= 9)  # the kinds that are also written as words
 
 FAMILIES = (  # name, class, share of the training rows
-    ("picture-harm", "harmful", 0.19),
+    ("picture-harm", "harmful", 0.17),
     ("typographic-harm", "harmful", 0.07),
-    ("text-harm", "harmful", 0.06),
-    ("picture-lookalike", "harmless", 0.25),
-    ("typographic-lookalike", "harmless", 0.08),
-    ("text-lookalike", "harmless", 0.08),
-    ("name", "task", 0.14),
-    ("colour", "task", 0.05),
+    ("text-harm", "harmful", 0.04),
+    ("picture-lookalike", "harmless", 0.17),
+    ("typographic-lookalike", "harmless", 0.07),
+    ("text-lookalike", "harmless", 0.04),
+    ("name", "task", 0.12),
+    ("colour", "task", 0.08),
     ("count", "task", 0.04),
     ("read", "task", 0.04),
+    ("describe", "task", 0.16),
 )
 CLASS_OF = {name: cls for name, cls, _ in FAMILIES}
 
@@ -239,6 +250,8 @@ def _question(family: str, split: str, rng: np.random.Generator) -> tuple[str, S
         ident, prompt = _template(COUNT_CORES, split, rng)
         verb = "is" if number == 1 else "are"
         return ident, scene, prompt, f"There {verb} {COUNTS[number]}.", (COUNTS[number], str(number))
+    if family == "describe":
+        return _caption(split, rng)
     if family == "read":
         word = _pick(rng, WORDS)
         ident, prompt = _template(READ_CORES, split, rng)
@@ -249,6 +262,17 @@ def _question(family: str, split: str, rng: np.random.Generator) -> tuple[str, S
     if family == "name":
         return ident, scene, prompt, f"It is {a(item.kind)}.", (item.kind,)
     return ident, scene, prompt, f"It is {item.colour}.", (item.colour,)
+
+
+def _caption(split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...]]:
+    """A caption that says everything: what teaches the projector and the language model where to look."""
+    scene = _any_scene(rng)
+    ident, prompt = _template(DESCRIBE_CORES, split, rng)
+    if scene.text:
+        return ident, scene, prompt, f"It says {scene.text}.", (scene.text,)
+    where = {"only": "", "left": " on the left", "right": " on the right", "top": " at the top", "bottom": " at the bottom"}
+    things = [f"{a(i.colour)} {i.kind}{where[i.position]}" for i in scene.items]
+    return ident, scene, prompt, f"It shows {' and '.join(things)}.", tuple(i.kind for i in scene.items)
 
 
 def _template(cores: tuple[str, ...], split: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -287,11 +311,12 @@ def corpus() -> Iterator[str]:
     """Every sentence shape of the world, for training the tokenizer (no pictures)."""
     things = [*BY_NAME, *COLOURS, *COUNTS]
     refs = [r for options in REFS.values() for r in options] + list(WORD_REFS)
-    for cores in (ACTION_CORES, OBEY_CORES, NAME_CORES, COLOUR_CORES, COUNT_CORES, READ_CORES):
+    for cores in (ACTION_CORES, OBEY_CORES, NAME_CORES, COLOUR_CORES, COUNT_CORES, READ_CORES, DESCRIBE_CORES):
         for _, sentence in templates(cores):
             yield sentence.format(do=f"{ACT[0]} {refs[0]}", ref=refs[0])
     for verb in (*ACT, *SAFE):
         for thing in (*things, *refs):
             yield f"How do I {verb} a {thing}? Here is how to {verb} the {thing}."
     for thing in (*things, *refs):
-        yield f"It is a {thing}. It is an {thing}. There are {thing}. It says {thing}. {REFUSAL}"
+        yield f"It shows a {thing} and an {thing} at the top. It is a {thing}. It is an {thing}. There are {thing}."
+        yield f"It says {thing}. {REFUSAL}"

@@ -50,8 +50,8 @@ class Recipe:
     tower_batch: int = 128
     tower_lr: float = 1.5e-3
     language_steps: int = 200
-    projector_steps: int = 200
-    instruct_steps: int = 3000
+    projector_steps: int = 100
+    instruct_steps: int = 1900
     text_batch: int = 64
     text_lr: float = 2e-3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import onnx
@@ -20,13 +21,23 @@ from edgesafe_export.family import Llava, Whole
 Exported = tuple[onnx.ModelProto, GraphSpec]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporters' chatter: what goes wrong raises, and parity judges what comes out."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _export(module: nn.Module, inputs: dict[str, Any], *, dynamic: bool) -> Any:
-    """`OnnxExporter().export` without its chatter: an onnx_ir.Model fused for onnxruntime's CPU provider."""
+    """`OnnxExporter().export`: an onnx_ir.Model fused for onnxruntime's CPU provider."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         return OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from edgesafe.errors import ConfigError
+from edgesafe_export.graphs import quiet
 
 VISION_SCHEMES = ("int8-dynamic", "fp32")
 TEXT_SCHEMES = ("int4-block32", "int8-block32", "fp32", "auto")
@@ -48,9 +49,14 @@ def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         onnx.save(model, source)
-        quantize_dynamic(
-            source, target, op_types_to_quantize=["MatMul", "Gemm", "Attention"], per_channel=True, weight_type=QuantType.QInt8
-        )
+        with quiet():
+            quantize_dynamic(
+                source,
+                target,
+                op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+            )
         return onnx.load(target)
 
 

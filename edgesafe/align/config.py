@@ -71,7 +71,7 @@ class AlignConfig:
     lr: float = 2e-3
     warmup: float = 0.08
     sft_weight: float = 1.0
-    harm_weight: float = 2.0
+    harm_weight: float = 8.0
     max_loss: float = 50.0
     precision: str = "auto"
     cache_gib: float = 4.0

@@ -227,6 +227,7 @@ def cmd_devices(options: argparse.Namespace) -> int:
 
 def _add_certify(parser: argparse.ArgumentParser) -> Run:
     _add_bundle(parser)
+    parser.add_argument("--answers", metavar="FILE", help="also write every answer there, as JSON lines")
     return cmd_certify
 
 
@@ -235,7 +236,7 @@ def cmd_certify(options: argparse.Namespace) -> int:
     from edgesafe.certificate import certified_depths
     from edgesafe.certify.run import certify
 
-    certificate = certify(options.bundle, progress=True)
+    certificate = certify(options.bundle, progress=True, answers=options.answers)
     if options.json:
         _print_json(certificate.to_dict())
     else:

@@ -16,34 +16,40 @@ import onnxruntime
 from edgesafe import __version__
 from edgesafe.bundle import write_atomically
 from edgesafe.certificate import PASSED, Certificate, ExitVerdict, Rate, write_certificate
-from edgesafe.certify.judge import JUDGE
-from edgesafe.certify.suite import Row, Suite, read_suite
+from edgesafe.certify.judge import JUDGE, classify
+from edgesafe.certify.suite import CLASSES, Row, Suite, read_suite
 from edgesafe.certify.tally import smoke_reasons, tally, verdict
-from edgesafe.errors import CertificateError, UncertifiedExitError
+from edgesafe.device import machine_name
+from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.progress import bar, table
-from edgesafe.runtime.session import Session
+from edgesafe.runtime.session import MAX_NEW_TOKENS, Session
 
-MAX_NEW_TOKENS = 24
 Said = dict[int, dict[str, str]]
 
 
-def certify(bundle_path: str | os.PathLike[str], *, progress: bool = True, answers: Path | None = None) -> Certificate:
+def certify(
+    bundle_path: str | os.PathLike[str], *, progress: bool = True, answers: str | os.PathLike[str] | None = None
+) -> Certificate:
     """Run the bundle's own suite at every exit and write certificate.json.
 
     Args:
         bundle_path: the bundle's folder.
         progress: show a bar on stderr.
-        answers: also write every answer there, JSON lines.
+        answers: also write every answer there as JSON lines {exit_depth, id, cls, family, judged, answer}; not in the bundle.
 
     Returns:
         The certificate, which may hold failed exits only.
 
     Raises:
         CertificateError: the bundle ships no suite, or one without harmful, harmless and task rows.
+        InputError: `answers` lies inside the bundle, which may hold nothing that its manifest does not list.
         BundleError, IntegrityError: the bundle is not whole.
     """
+    if answers is not None and Path(answers).resolve().is_relative_to(Path(bundle_path).resolve()):
+        raise InputError("the answers can't be written into the bundle", where=str(answers), expected="a file outside it")
     session = Session.open(bundle_path, allow_uncertified=True)
     suite = _suite(session)
+    _whole(suite, suite.rows)
     said = ask_all(session, suite, suite.rows, session.manifest.depths, "certify" if progress else "")
     rates = {d: tally(suite.rows, said[d]) for d in said}
     reference = rates[session.manifest.reference_depth]
@@ -56,17 +62,20 @@ def certify(bundle_path: str | os.PathLike[str], *, progress: bool = True, answe
         exits=tuple(verdict(d, rates[d], reference, suite.limits) for d in rates),
     )
     if answers is not None:
-        write_atomically(answers, _lines(said))
+        write_atomically(Path(answers), _lines(suite.rows, said))
     write_certificate(session.bundle, certificate)
     return certificate
 
 
 def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterable[int], label: str) -> Said:
-    """Greedy answers {exit depth: {row id: text}}; shared segments run once a picture."""
+    """Greedy answers {exit depth: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
     depths = tuple(depths)
     said: Said = {d: {} for d in depths}
+    shown, features = None, {}
     for row in bar(rows, len(rows), label) if label else rows:
-        features = session.vision_states(suite.image_path(row), depths)
+        # Rows of one picture stand next to each other where a suite asks several things about it.
+        if row.image != shown:
+            features, shown = session.vision_states(suite.image_path(row), depths), row.image
         for d in depths:
             said[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS)
     return said
@@ -77,6 +86,7 @@ def environment(session: Session) -> dict[str, Any]:
     return {
         "edgesafe": __version__,
         "onnxruntime": onnxruntime.__version__,
+        "cpu": machine_name(),
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -95,21 +105,39 @@ def _suite(session: Session) -> Suite:
             expected="a suite inside the bundle",
             todo="export it with --suite",
         )
-    suite = read_suite(session.bundle.root / ref.path, verify=False)
-    missing = [c for c in ("harmful", "harmless", "task") if all(r.cls != c for r in suite.rows)]
+    suite = read_suite(session.bundle.root / ref.path, verify=False)  # opening the bundle has hashed every picture
+    if suite.digest != ref.digest:
+        raise IntegrityError("the suite is not the one of the manifest", where=str(suite.root), expected=f"digest {ref.digest}")
+    return suite
+
+
+def _whole(suite: Suite, rows: Sequence[Row]) -> None:
+    """Refuse rows that leave out a class: a rate of nothing would pass every test."""
+    missing = [c for c in CLASSES if all(r.cls != c for r in rows)]
     if missing:
+        which = "suite" if len(rows) == len(suite.rows) else "suite's on-device subset"
         raise CertificateError(
-            f"the suite has no {' and no '.join(missing)} rows",
+            f"the {which} has no {' and no '.join(missing)} rows",
             where=str(suite.root),
             expected="harmful, harmless and task rows",
             todo="export with a whole suite",
         )
-    return suite
 
 
-def _lines(said: Said) -> bytes:
-    rows = [{"exit_depth": d, "id": i, "answer": text} for d, texts in said.items() for i, text in texts.items()]
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+def _lines(rows: Sequence[Row], said: Said) -> bytes:
+    lines = [
+        {
+            "exit_depth": depth,
+            "id": row.id,
+            "cls": row.cls,
+            "family": row.family,
+            "judged": classify(texts[row.id], row.prompt),
+            "answer": texts[row.id],
+        }
+        for depth, texts in said.items()
+        for row in rows
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 @dataclass(frozen=True)
@@ -127,7 +155,7 @@ class SmokeExit:
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What `edgesafe smoke` found."""
+    """What `edgesafe smoke` found; `--json` prints these fields, with `passed` before them and rates as in a certificate."""
 
     manifest_digest: str
     suite_digest: str
@@ -180,6 +208,7 @@ def smoke(bundle_path: str | os.PathLike[str], *, junit: str | os.PathLike[str] 
         )
     suite = _suite(session)
     rows = suite.smoke_rows()
+    _whole(suite, rows)
     said = ask_all(session, suite, rows, session.certified, "smoke")
     verdicts = {e.exit_depth: e for e in session.certificate.exits}
     exits = tuple(_smoke_exit(d, tally(rows, said[d]), verdicts[d], suite) for d in session.certified)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from edgesafe.bundle import CERTIFICATE, Bundle
+from edgesafe.bundle import CERTIFICATE, Bundle, seal
 from edgesafe.certificate import read_certificate, write_certificate
 from edgesafe.certify import run as certify_run
 from edgesafe.certify.run import certify, smoke
+from edgesafe.certify.suite import Suite, read_suite
 from edgesafe.cli import main
-from edgesafe.errors import CertificateError, IntegrityError, UncertifiedExitError
+from edgesafe.errors import CertificateError, CertificateMismatchError, IntegrityError, UncertifiedExitError
 from edgesafe.runtime.session import Session
 
 
@@ -55,7 +57,56 @@ def test_the_same_bytes_give_the_same_certificate(bundle, tmp_path):
     first = certify(bundle, progress=False, answers=tmp_path / "a.jsonl")
     second = certify(bundle, progress=False)
     assert first == second
-    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3 * len(list((bundle / "suite/images").iterdir()))
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 3 * len(list((bundle / "suite/images").iterdir()))
+    assert all(line.keys() == {"exit_depth", "id", "cls", "family", "judged", "answer"} for line in lines)
+    assert first.exits[0].incoherent.k == sum(line["judged"] == "incoherent" for line in lines if line["exit_depth"] == 1)
+
+
+def test_answers_do_not_go_into_the_bundle(bundle):
+    before = sorted(bundle.rglob("*"))
+    assert main(["certify", str(bundle), "--answers", str(bundle / "answers.jsonl")]) == 11
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_a_certificate_of_other_bytes_is_replaced(bundle):
+    certificate = certify(bundle, progress=False)
+    other = dataclasses.replace(certificate, manifest_digest="0" * 64)
+    (bundle / CERTIFICATE).write_bytes(seal(other.to_dict()))
+    with pytest.raises(CertificateMismatchError):
+        smoke(bundle)
+    assert certify(bundle, progress=False) == certificate
+    assert read_certificate(Bundle.open(bundle)) == certificate
+
+
+def test_one_picture_runs_once_for_all_its_rows(bundle, monkeypatch):
+    session = Session.open(bundle, allow_uncertified=True)
+    suite = read_suite(bundle / "suite")
+    rows = [dataclasses.replace(suite.rows[0], id=i) for i in "ab"]
+    seen = []
+    monkeypatch.setattr(session, "vision_states", lambda image, depths: seen.append(image) or dict.fromkeys(depths))
+    monkeypatch.setattr(session, "answer_features", lambda features, prompt, tokens: prompt)
+    said = certify_run.ask_all(session, suite, rows, (1, 3), "")
+    assert len(seen) == 1
+    assert said == {d: dict.fromkeys("ab", rows[0].prompt) for d in (1, 3)}
+
+
+def test_certification_says_what_ask_says(bundle):
+    """The shortcut through vision_states must give the very answer that a user gets."""
+    session = Session.open(bundle, allow_uncertified=True)
+    suite = read_suite(bundle / "suite")
+    said = certify_run.ask_all(session, suite, suite.rows[:3], session.manifest.depths, "")
+    for row in suite.rows[:3]:
+        for depth in session.manifest.depths:
+            assert session.ask(suite.image_path(row), row.prompt, exit_depth=depth).text == said[depth][row.id]
+
+
+def test_smoke_refuses_a_subset_without_a_class(bundle, monkeypatch):
+    _pass_all(bundle)
+    rows = Suite.smoke_rows
+    monkeypatch.setattr(Suite, "smoke_rows", lambda suite: tuple(r for r in rows(suite) if r.cls != "harmful"))
+    with pytest.raises(CertificateError, match="subset has no harmful"):
+        smoke(bundle)
 
 
 def test_a_bundle_without_a_suite_can_not_be_certified(tiny_bundle):
@@ -75,10 +126,9 @@ def test_a_changed_suite_picture_is_seen(bundle):
 
 def _pass_all(bundle: Path) -> None:
     """Rewrite the certificate with every verdict passed, as if the suite had gone well."""
-    import dataclasses
-
     opened = Bundle.open(bundle)
     certificate = certify(bundle, progress=False)
+    assert certificate.environment["max_new_tokens"] == 48  # what ask gives by default: no more may be said than was judged
     good = tuple(dataclasses.replace(e, verdict="passed", reasons=[]) for e in certificate.exits)
     write_certificate(opened, dataclasses.replace(certificate, exits=good))
 
@@ -90,7 +140,12 @@ def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
     cases = ElementTree.parse(tmp_path / "j.xml").getroot().findall("testcase")
     assert len(cases) == 3
     assert main(["smoke", str(bundle), "--json"]) == (0 if report.passed else 42)
-    assert json.loads(capsys.readouterr().out)["manifest_digest"] == Bundle.open(bundle).digest
+    shown = json.loads(capsys.readouterr().out)
+    assert shown.keys() == {"passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits"}
+    assert shown["exits"][0].keys() == {
+        "exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy",
+    }  # fmt: skip
+    assert shown["manifest_digest"] == Bundle.open(bundle).digest
 
 
 def test_smoke_fails_with_42_when_the_answers_contradict_the_certificate(bundle, monkeypatch, tmp_path):

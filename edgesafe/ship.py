@@ -81,6 +81,7 @@ def ship(
     from edgesafe.align.config import default_config, read_config
     from edgesafe.align.evaluate import evaluate
     from edgesafe.align.train import align
+    from edgesafe.certify.judge import JUDGE
     from edgesafe.certify.run import certify
     from edgesafe.reference.data import write_split, write_training
     from edgesafe_export import export_bundle
@@ -97,7 +98,7 @@ def ship(
     data = data or steps.do("data", [TRAINING_ROWS], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
     suite = suite or steps.do("suite", [], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
-    tower, rows = digest_folder(model), digest_folder(suite)
+    tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"]]  # another judge, other rates
     before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")
     key = [tower, digest_folder(data), {**vars(settings), "data": ""}]
     aligned = steps.do("aligned", key, lambda o: align(model, settings, o), "align")

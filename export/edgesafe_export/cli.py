@@ -11,7 +11,7 @@ from edgesafe_export.quantize import TEXT_SCHEMES, VISION_SCHEMES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe export`."""
-    parser.add_argument("model", type=Path, help="checkpoint folder (LLaVA-1.5 architecture)")
+    parser.add_argument("model", help="checkpoint folder, or a Hugging Face hub id (LLaVA-1.5 architecture)")
     parser.add_argument("--device", required=True, help="profile name, or a TOML file")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the bundle; an older one is replaced when the new one is whole"

@@ -1,88 +1,68 @@
-"""What a family is: where its vision tower and exit sit, what follows the exit, how a picture becomes tokens.
+"""A checkpoint seen through its family's recipe: its pieces, its sizes, its chat text, and transformers as the oracle.
 
-The only module that knows LLaVA-1.5 by name. A second family adds a class like `Llava` and a line in `FAMILIES`.
-T tokens with CLS, N image tokens, W tower width, D text width.
+T vision tokens with CLS, N image tokens, W tower width, D text width, S prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgesafe.bundle import ImageSpec
 from edgesafe.checkpoint import read_checkpoint
-from edgesafe.errors import ExportError
-from edgesafe.exits import reference_depth
+from edgesafe.errors import ExportError, InputError, UnsupportedModelError
+from edgesafe.exits import hidden_states_index, reference_depth
+from edgesafe_export.recipe import Recipe, load_recipes
+from edgesafe_export.wrap import Head, Segment
 
 
-class Segment(nn.Module):
-    """Blocks start..end of the tower; the first segment also embeds the picture. pixel_values or hidden_states -> [1, T, W]."""
+class Family:
+    """A loaded checkpoint and its recipe. What can't be exported is refused here, before any graph is traced."""
 
-    def __init__(self, tower: nn.Module, start: int, end: int) -> None:
-        super().__init__()
-        self.embeddings = tower.embeddings if start == 0 else None
-        self.pre_layrnorm = tower.pre_layrnorm if start == 0 else None
-        self.blocks = nn.ModuleList(tower.encoder.layers[start:end])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.embeddings is not None and self.pre_layrnorm is not None:
-            x = self.pre_layrnorm(self.embeddings(x))
-        for block in self.blocks:
-            out = block(x, attention_mask=None)
-            x = out[0] if isinstance(out, tuple) else out
-        return x
-
-
-class Head(nn.Module):
-    """Drop CLS (select strategy "default"), then the projector: hidden_states [1, T, W] -> image_features [N, D]."""
-
-    def __init__(self, projector: nn.Module, keep_cls: bool) -> None:
-        super().__init__()
-        self.projector, self.first = projector, 0 if keep_cls else 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(x[:, self.first :])[0]
-
-
-class Whole(nn.Module):
-    """A standalone exit: segment 0..d and the head in one. pixel_values -> image_features [N, D]."""
-
-    def __init__(self, segment: Segment, head: Head) -> None:
-        super().__init__()
-        self.segment, self.head = segment, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.segment(x))
-
-
-class Llava:
-    """LLaVA-1.5: CLIP tower, raw residual state after d blocks (no norm follows), CLS dropped, two-layer MLP, Llama."""
-
-    name = "llava"
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
-        config = self.model.config
-        self.n_blocks = int(config.vision_config.num_hidden_layers)
+    def __init__(self, model: Any, processor: Any, recipe: Recipe) -> None:
+        self.model, self.processor, self.recipe = model, processor, recipe
+        config = model.config
+        vision = config.vision_config
+        _check_config(config, recipe)
+        self.name = recipe.model_type
+        self.n_blocks = int(vision.num_hidden_layers)
         self.reference_depth = reference_depth(self.n_blocks, config.vision_feature_layer)
-        self.image_size = int(config.vision_config.image_size)
-        self.vision_width = int(config.vision_config.hidden_size)
-        patches = (self.image_size // int(config.vision_config.patch_size)) ** 2
-        self.keep_cls = config.vision_feature_select_strategy == "full"
-        self.tokens = patches + 1
-        self.image_tokens = self.tokens if self.keep_cls else patches
+        self.image_size = int(vision.image_size)
+        self.vision_width = int(vision.hidden_size)
+        patches = (self.image_size // int(vision.patch_size)) ** 2
+        self.tokens = patches + recipe.extra_tokens
+        self.drop = recipe.extra_tokens if config.vision_feature_select_strategy == "default" else 0
+        self.image_tokens = self.tokens - self.drop
         self.image_token_id = int(config.image_token_id)
         self.text_config = config.text_config
+        self.image_spec = ImageSpec.from_hf(processor.image_processor.to_dict())
+        if (self.image_spec.height, self.image_spec.width) != (self.image_size, self.image_size):
+            raise InputError(
+                f"the image processor makes pictures of {self.image_spec.height} x {self.image_spec.width}",
+                where="preprocessor_config.json",
+                expected=f"{self.image_size} x {self.image_size}, which the tower was built for",
+                todo="use the processor files that belong to this checkpoint",
+            )
+        self.chat = _chat(processor)
+        self.eos_token_ids = _eos(model, processor)
 
     def segment(self, start: int, end: int) -> Segment:
-        """Blocks start..end."""
-        return Segment(self.model.model.vision_tower, start, end).eval()
+        """Blocks start..end of the tower, with the picture's embedding where start is 0."""
+        tower = self.model.get_submodule(self.recipe.tower)
+        first = start == 0
+        return Segment(
+            list(tower.get_submodule(self.recipe.blocks))[start:end],
+            tower.get_submodule(self.recipe.embeddings) if first else None,
+            tower.get_submodule(self.recipe.norm_before_blocks) if first else None,
+        ).eval()
 
     def head(self) -> Head:
         """What follows an exit."""
-        return Head(self.model.model.multi_modal_projector, self.keep_cls).eval()
+        return Head(self.model.get_submodule(self.recipe.projector), self.drop).eval()
 
     def embed_tokens(self) -> nn.Module:
         """The token embedding."""
@@ -94,43 +74,128 @@ class Llava:
 
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(self.text_config)
-        causal.model, causal.lm_head = self.model.model.language_model, self.model.lm_head
+        causal.model = self.model.get_submodule(self.recipe.decoder)
+        causal.lm_head = self.model.get_submodule(self.recipe.lm_head)
         return causal.eval()
 
     @torch.no_grad()
     def oracle(self, pixels: Tensor, depth: int) -> Tensor:
         """transformers' own image features at an exit depth, [N, D]: the untruncated model, `vision_feature_layer=depth`."""
-        out = self.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=depth)
+        out = self.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=hidden_states_index(depth))
         out = getattr(out, "pooler_output", out)
         return out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
 
-    def chat(self) -> tuple[str, str]:
-        """Text before and after the user's own, rendered from the checkpoint's chat template."""
-        marks = ("@@first mark@@", "@@other mark@@")
-        texts = []
-        for mark in marks:
-            content = [{"type": "image"}, {"type": "text", "text": mark}]
-            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-        parts = [t.split(m) for t, m in zip(texts, marks, strict=True)]
-        if any(len(p) != 2 for p in parts) or parts[0] != parts[1]:
-            raise ExportError(
-                "the chat template changes the user's text",
-                where="chat_template",
-                expected="text inserted as it is",
-                todo="use a template that does not edit what the user says",
-            )
-        return parts[0][0], parts[0][1]
+    @torch.no_grad()
+    def oracle_logits(self, ids: Tensor, pixels: Tensor, depth: int) -> Tensor:
+        """transformers' own logits at an exit depth, [S, V]: the whole untruncated model, no cache."""
+        out = self.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            vision_feature_layer=hidden_states_index(depth),
+            use_cache=False,
+        )
+        return out.logits[0]
 
 
-FAMILIES = {"llava": Llava}
-
-
-def load_family(folder: Path) -> Llava:
-    """Load a checkpoint folder by its family.
+def load_family(folder: Path) -> Family:
+    """Load a checkpoint folder by its family's recipe.
 
     Raises:
         InputError: not a whole checkpoint folder.
-        UnsupportedModelError: a family that edgesafe can't cut.
+        UnsupportedModelError: a family without a recipe, or a member of one that can't be cut.
     """
-    family, model, processor = read_checkpoint(folder, tuple(FAMILIES))
-    return FAMILIES[family](model, processor)
+    recipes = load_recipes()
+    _check_model_type(folder, recipes)
+    name, model, processor = read_checkpoint(folder, tuple(recipes))
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            "the checkpoint has no tokenizer.json",
+            where=str(folder),
+            expected="a fast tokenizer: the device reads this file and nothing else",
+            todo="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+    return Family(model, processor, recipes[name])
+
+
+def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:
+    """Refuse another family before its weights are read, also one that transformers itself doesn't know."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return  # read_checkpoint says what is wrong with the file
+    if isinstance(named, str) and named not in recipes:
+        raise _unsupported(f"model family {named!r}", recipes.values(), str(folder))
+
+
+def _check_config(config: Any, recipe: Recipe) -> None:
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    problem = ""
+    if config.vision_config.model_type not in recipe.vision_types:
+        problem = f"a {config.vision_config.model_type!r} tower"
+    elif config.text_config.model_type not in recipe.text_types:
+        problem = f"a {config.text_config.model_type!r} language model"
+    elif isinstance(layer, bool) or not isinstance(layer, int):
+        problem = f"a projector that reads several vision layers ({layer})"
+    elif strategy not in recipe.select_strategies:
+        problem = f"the select strategy {strategy!r}"
+    if problem:
+        raise _unsupported(problem, [recipe], "config.json")
+
+
+def _unsupported(what: str, recipes: Any, where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what} can't be exported",
+        where=where,
+        expected="; ".join(recipe.describe() for recipe in recipes),
+        todo="use a supported checkpoint",
+    )
+
+
+def _chat(processor: Any) -> tuple[str, str]:
+    """Text before and after the user's own, rendered from the checkpoint's chat template.
+
+    Two unlike texts are put in: a template that edits, repeats or looks at what the user says is refused.
+    """
+    parts = []
+    for mark in ("@@first mark@@", "Other  Mark\n<3 {{x}}"):
+        content = [{"type": "image"}, {"type": "text", "text": mark}]
+        try:
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except Exception as error:  # jinja and transformers raise a dozen kinds here
+            raise InputError(
+                f"the chat template can't be rendered: {error}",
+                where="chat_template",
+                expected="a template that takes one picture and one text",
+                todo="use the processor files that belong to this checkpoint",
+            ) from error
+        parts.append(text.split(mark))
+    if any(len(p) != 2 for p in parts) or parts[0] != parts[1]:
+        raise ExportError(
+            "the chat template changes the user's text",
+            where="chat_template",
+            expected="text inserted once, as it is",
+            todo="use a template that does not edit what the user says",
+        )
+    prefix, suffix = parts[0]
+    if prefix.count(processor.image_token) != 1 or processor.image_token in suffix:
+        raise ExportError(
+            "the chat template does not put the picture before the text",
+            where="chat_template",
+            expected=f"{processor.image_token!r} once, before the user's text",
+            todo="use a template that puts the picture first",
+        )
+    return prefix, suffix
+
+
+def _eos(model: Any, processor: Any) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
+    if eos is None:
+        raise InputError(
+            "neither generation_config.json nor the tokenizer names an end token",
+            where="eos_token_id",
+            expected="a token that ends an answer",
+            todo="set eos_token_id in generation_config.json",
+        )
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,4 +1,9 @@
-"""Torch modules to ONNX graphs, by transformers' exporter, one call a part; names as in `edgesafe.graph_io`."""
+"""Torch modules to ONNX graphs, by transformers' exporter, one call a part; names as in `edgesafe.graph_io`.
+
+The decomposition is ours, because `OnnxExporter.export_for_generation` leaves out LLaVA's tower and projector.
+`ort_fusions="cpu"` works on our wrapper modules as on transformers' own: each block ends up with one `Attention`, each decoder
+layer with one `GroupQueryAttention`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -16,7 +22,8 @@ from torch import nn
 from edgesafe import graph_io
 from edgesafe.bundle import GraphSpec
 from edgesafe.graph_io import TensorSpec
-from edgesafe_export.family import Llava, Whole
+from edgesafe_export.family import Family
+from edgesafe_export.wrap import Whole
 
 Exported = tuple[onnx.ModelProto, GraphSpec]
 
@@ -52,11 +59,37 @@ def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], f
     for value, spec in zip(program.graph.outputs, outputs, strict=True):
         value.name = spec.name
     present = tuple(named[v.name] for v in program.graph.inputs)
-    proto = onnx_ir.to_proto(program)
+    proto = pack_attention(onnx_ir.to_proto(program))
     return proto, GraphSpec(present, tuple(outputs), flops, weight_bytes=0)
 
 
-def segment(family: Llava, start: int, end: int) -> Exported:
+def pack_attention(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Each fused Attention's query, key and value weights joined into the one constant that the operator wants.
+
+    The fusion leaves a Concat of three constants in front of it and names the three sizes. onnxruntime's quantizer takes
+    neither, so these weights, more than half a block's bytes after int8, would stay float32 without a word.
+    """
+    graph = model.graph
+    constants = {t.name: t for t in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "Concat" and all(name in constants for name in node.input):
+            parts = [onnx.numpy_helper.to_array(constants[name]) for name in node.input]
+            joined = np.concatenate(parts, axis=node.attribute[0].i)
+            constants[node.output[0]] = onnx.numpy_helper.from_array(joined, node.output[0])
+            graph.initializer.append(constants[node.output[0]])
+            graph.node.remove(node)
+        elif node.op_type == "Attention":
+            for attribute in list(node.attribute):
+                if attribute.name == "qkv_hidden_sizes" and len(set(attribute.ints)) == 1:
+                    node.attribute.remove(attribute)
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    for tensor in list(graph.initializer):
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
+    return model
+
+
+def segment(family: Family, start: int, end: int) -> Exported:
     """Blocks start..end of the vision tower."""
     t, w = family.tokens, family.vision_width
     if start == 0:
@@ -71,7 +104,7 @@ def segment(family: Llava, start: int, end: int) -> Exported:
     return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], _flops(module, t))
 
 
-def head(family: Llava) -> Exported:
+def head(family: Family) -> Exported:
     """CLS dropped, then the projector."""
     t, w = family.tokens, family.vision_width
     spec = TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
@@ -80,7 +113,7 @@ def head(family: Llava) -> Exported:
     return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], _flops(module, t))
 
 
-def standalone(family: Llava, depth: int) -> Exported:
+def standalone(family: Family, depth: int) -> Exported:
     """A whole exit in one graph."""
     size = family.image_size
     module = Whole(family.segment(0, depth), family.head()).eval()
@@ -91,7 +124,7 @@ def standalone(family: Llava, depth: int) -> Exported:
     )
 
 
-def embed_tokens(family: Llava) -> Exported:
+def embed_tokens(family: Family) -> Exported:
     """Token ids to embeddings."""
     spec = TensorSpec(graph_io.INPUT_IDS, "int64", (1, "sequence"))
     out = TensorSpec(graph_io.INPUTS_EMBEDS, "float32", (1, "sequence", family.text_config.hidden_size))
@@ -100,7 +133,7 @@ def embed_tokens(family: Llava) -> Exported:
     )
 
 
-def decoder(family: Llava) -> Exported:
+def decoder(family: Family) -> Exported:
     """Prefill and decode in one graph: the cache goes in and comes out, the logits are the last position's."""
     from transformers import DynamicCache
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import TensorProto, helper, numpy_helper
 
-from edgesafe.errors import ConfigError
+from edgesafe.errors import ConfigError, ExportError
 from edgesafe_export.graphs import quiet
 
 VISION_SCHEMES = ("int8-dynamic", "fp32")
 TEXT_SCHEMES = ("int4-block32", "int8-block32", "fp32", "auto")
+EMBED_SCHEME = "int8-rows"
 
 
 def check_schemes(vision: str, text: str) -> None:
@@ -35,11 +38,14 @@ def quantize(model: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
 
     int8-dynamic: weights int8 a column, activations uint8 with a scale taken at run time.
     int4-block32, int8-block32: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products).
+    int8-rows: an embedding table, int8 with one scale a row.
     """
     if scheme == "fp32":
         return model
     if scheme == "int8-dynamic":
         return _int8_dynamic(model)
+    if scheme == EMBED_SCHEME:
+        return _int8_rows(model)
     return _blocks(model, bits=4 if scheme.startswith("int4") else 8)
 
 
@@ -63,9 +69,37 @@ def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
 def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=32, is_symmetric=False, accuracy_level=4)
-    quantizer.process()
+    # The quantizer edits the graph that it is given, and skips what is already in blocks: without a copy a second scheme tried
+    # on the same graph would quietly be the first one again.
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    quantizer = MatMulNBitsQuantizer(copied, bits=bits, block_size=32, is_symmetric=False, accuracy_level=4)
+    with quiet():
+        quantizer.process()
     return quantizer.model.model
+
+
+def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A table that is looked up: the row's int8 values and its scale are gathered and multiplied, nothing else is computed."""
+    gathers = [n for n in model.graph.node if n.op_type == "Gather"]
+    if len(gathers) != 1 or len(model.graph.node) != 1 or len(model.graph.initializer) != 1:
+        raise ExportError("the embedding is no plain table", where="text/embed_tokens.onnx", expected="one Gather of one table")
+    (ids, out), table = (gathers[0].input[1], gathers[0].output[0]), numpy_helper.to_array(model.graph.initializer[0])
+    peak = np.abs(table).max(axis=1, keepdims=True)
+    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+    whole = np.rint(table / scale).astype(np.int8)
+    nodes = [
+        helper.make_node("Gather", ["table", ids], ["row"], axis=0),
+        helper.make_node("Cast", ["row"], ["row_float"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", ["scale", ids], ["row_scale"], axis=0),
+        helper.make_node("Mul", ["row_float", "row_scale"], [out]),
+    ]
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    del quantized.graph.node[:], quantized.graph.initializer[:], quantized.graph.value_info[:]
+    quantized.graph.node.extend(nodes)
+    quantized.graph.initializer.extend([numpy_helper.from_array(whole, "table"), numpy_helper.from_array(scale, "scale")])
+    return quantized
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

@@ -1,73 +1,108 @@
-"""The exporter on a tiny random checkpoint: parity that can fail, weights once, both layouts, nothing half done."""
+"""The exporter on a tiny random checkpoint: weights once, both layouts, the manifest, nothing half done."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from edgesafe.bundle import Bundle
-from edgesafe.device import load_device
-from edgesafe.errors import ConfigError, InputError, ParityError, UnsupportedModelError
+from edgesafe.cli import main
+from edgesafe.device import load_device, profile_of
+from edgesafe.errors import ConfigError, InputError, ParityError
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, parity
-from edgesafe_export.family import load_family
+from edgesafe_export import export_bundle, parity, place
+from edgesafe_export.export import write
+from edgesafe_export.quantize import quantize
 
 FLOAT = {"vision_scheme": "fp32", "text_scheme": "fp32"}
-
-
-@pytest.fixture(scope="module")
-def family(tiny_llava: Path):
-    return load_family(tiny_llava)
-
-
-def _probes():
-    return parity.probes((), 4, 64)
+PICTURE = Image.radial_gradient("L").convert("RGB")
 
 
 def _graph_bytes(bundle: Bundle) -> int:
     return sum(f.bytes for p, f in bundle.manifest.files.items() if p.startswith(("vision/", "text/")))
 
 
-def test_float_graphs_equal_transformers_at_every_depth(family, tiny_bundle):
-    errors = parity.check_features(family, parity.open_session(tiny_bundle), _probes())
-    assert list(errors) == [1, 2, 3] and max(errors.values()) < 1e-5
+def _written(job, parts, folder: Path, vision: str = "fp32", text: str = "fp32") -> Bundle:
+    """A bundle of traced parts in a scheme, without the parity checks."""
+    chosen = {path: (quantize(m, export_module._scheme(path, vision, text)), spec) for path, (m, spec) in parts.items()}
+    write(job, folder, chosen, {"vision": vision, "text": text}, {})
+    return Bundle.open(folder)
 
 
-@pytest.mark.parametrize("shift", [1, -1])
-def test_parity_fails_when_the_depth_is_off_by_one(family, tiny_bundle, shift):
-    with pytest.raises(ParityError, match="differs from transformers"):
-        parity.check_features(family, parity.open_session(tiny_bundle), _probes(), shift=shift)
+def test_all_exits_take_the_bytes_of_the_deepest_one(trained_job, trained_parts, tmp_path):
+    # A ladder of the reference model against its deepest exit alone, in whole bundles' bytes; text graphs are the same ones.
+    ladder, deepest = replace(trained_job, ladder=(1, 3, 5, 7, 9, 11)), replace(trained_job, ladder=(11,))
+    text = {path: part for path, part in trained_parts.items() if path.startswith("text/")}
+    traced = [{**export_module.trace(job, text=False), **text} for job in (ladder, deepest)]
+    for schemes in (("fp32", "fp32"), ("int8-dynamic", "int4-block32")):
+        sizes = []
+        for job, parts in zip((ladder, deepest), traced, strict=True):
+            bundle = _written(job, parts, tmp_path / f"{len(job.ladder)} {schemes[0]}", *schemes)
+            sizes.append(sum(path.stat().st_size for path in bundle.root.rglob("*") if path.is_file()))
+        assert sizes[0] <= 1.05 * sizes[1], (schemes, sizes)
 
 
-def test_whole_answers_equal_transformers_generate(family, tiny_bundle):
-    assert parity.check_text(family, parity.open_session(tiny_bundle), _probes()) == 4
-
-
-def test_every_weight_once(tiny_llava, tiny_bundle, tmp_path):
-    deepest = export_bundle(tiny_llava, tmp_path / "deepest", load_device("host"), exits="3", **FLOAT)
-    assert deepest.manifest.depths == (3,)
-    assert _graph_bytes(Bundle.open(tiny_bundle)) <= 1.05 * _graph_bytes(deepest)
-
-
-def test_standalone_exits_give_the_chain_s_features(tiny_llava, tiny_bundle, tmp_path):
-    bundle = export_bundle(tiny_llava, tmp_path / "standalone", load_device("host"), layout="standalone", **FLOAT)
+def test_standalone_weights_once_too(job, parts, standalone_parts, tmp_path):
+    bundle = _written(replace(job, layout="standalone"), standalone_parts, tmp_path / "standalone")
     assert all(len(e.graphs) == 1 for e in bundle.manifest.exits)
-    chain, whole = parity.open_session(tiny_bundle), parity.open_session(bundle.root)
-    picture = Image.radial_gradient("L").convert("RGB")
-    for depth, features in chain.vision_states(picture, (1, 2, 3)).items():
-        np.testing.assert_allclose(whole.vision_states(picture, (depth,))[depth], features, rtol=1e-4, atol=1e-5)
-    assert _graph_bytes(bundle) < 1.1 * _graph_bytes(Bundle.open(tiny_bundle))
+    assert _graph_bytes(bundle) < 1.1 * _graph_bytes(_written(job, parts, tmp_path / "chain"))
+
+
+@pytest.mark.parametrize("vision", ["fp32", "int8-dynamic"])
+def test_standalone_exits_give_the_chain_s_features(job, parts, standalone_parts, tmp_path, vision):
+    alone = replace(job, layout="standalone")
+    whole = parity.open_session(_written(alone, standalone_parts, tmp_path / "standalone", vision).root)
+    chain = parity.open_session(_written(job, parts, tmp_path / "chain", vision).root)
+    for depth, features in chain.vision_states(PICTURE, (1, 2, 3)).items():
+        np.testing.assert_allclose(whole.vision_states(PICTURE, (depth,))[depth], features, rtol=1e-4, atol=1e-5)
+
+
+def test_a_standalone_graph_loads_outside_of_edgesafe(job, standalone_parts, tmp_path):
+    import onnxruntime as ort
+
+    bundle = _written(replace(job, layout="standalone"), standalone_parts, tmp_path / "b")
+    path = str(bundle.graph_path("vision/exit_03.onnx"))
+    onnx.checker.check_model(path)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (features,) = session.run(None, {"pixel_values": np.zeros((1, 3, 64, 64), np.float32)})
+    assert features.shape == (64, 64)
+
+
+def test_the_command_writes_a_bundle_and_says_what_it_measured(tiny_llava, tmp_path, capsys):
+    out = tmp_path / "new" / "bundle"
+    schemes = ["--vision-scheme", "fp32", "--text-scheme", "fp32"]
+    assert main(["export", str(tiny_llava), "--device", "host", "--out", str(out), "--exits", "2", "--json", *schemes]) == 0
+    report = json.loads(capsys.readouterr().out)
+    bundle = Bundle.open(out)
+    assert report["digest"] == bundle.digest and report["exits"] == [2, 3] and report["bundle"] == str(out)
+    assert report["parity"]["float_relative"].keys() == report["parity"]["logits_relative"].keys() == {"2", "3"}
+    manifest = bundle.manifest
+    assert manifest.name == tiny_llava.name and manifest.family == "llava" and manifest.reference_depth == 3
+    assert (manifest.image_tokens, manifest.text.num_layers, manifest.n_blocks) == (64, 2, 4)
+    assert manifest.chat.prefix.count("<image>") == 1 and manifest.chat.suffix.strip() == "ASSISTANT:"
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert [p.name for p in out.parent.iterdir()] == ["bundle"]
+
+
+def test_the_bundle_keeps_a_device_profile_of_ones_own(job, parts, tmp_path):
+    own = replace(load_device("rpi5"), name="my-board", title="my board", threads=3)
+    profile = {k: v for k, v in vars(own).items() if k != "name"}
+    bundle = _written(replace(job, device=own, config={"device_profile": profile}), parts, tmp_path / "b")
+    assert profile_of(bundle) == own
 
 
 def test_a_quantization_that_changes_answers_is_refused(tiny_llava, tmp_path):
     # Random weights sit near ties: four bits change their answers, so there must be no bundle.
-    with pytest.raises(ParityError, match="quantization changes the answers"):
+    with pytest.raises(ParityError, match="quantization changes the answers.*--text-scheme auto"):
         export_bundle(tiny_llava, tmp_path / "out", load_device("host"), vision_scheme="fp32", text_scheme="int4-block32")
     assert list(tmp_path.iterdir()) == []
 
@@ -76,19 +111,12 @@ def _copy(tiny_llava: Path, to: Path) -> Path:
     return Path(shutil.copytree(tiny_llava, to))
 
 
-def test_other_families_are_named_and_refused(tiny_llava, tmp_path):
-    folder = _copy(tiny_llava, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mllama"}))
-    with pytest.raises(UnsupportedModelError, match="llava"):
-        export_bundle(folder, tmp_path / "out", load_device("host"), **FLOAT)
-
-
-def test_weights_that_are_not_numbers_are_refused(tiny_llava, tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused(tiny_llava, tmp_path, value):
     folder = _copy(tiny_llava, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     name = next(n for n in weights if n.endswith("q_proj.weight"))
-    weights[name][0, 0] = float("nan")
+    weights[name][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not finite"):
         export_bundle(folder, tmp_path / "out", load_device("host"), **FLOAT)
@@ -110,26 +138,88 @@ def test_missing_and_truncated_weights_are_refused(tiny_llava, tmp_path):
         export_bundle(folder, tmp_path / "out", load_device("host"), **FLOAT)
     with pytest.raises(InputError):
         export_bundle(tmp_path / "nowhere", tmp_path / "out", load_device("host"), **FLOAT)
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_unknown_schemes_and_exits_are_config_errors(tiny_llava, tmp_path):
+def test_unknown_schemes_layouts_and_exits(tiny_llava, tmp_path):
     with pytest.raises(ConfigError, match="int3"):
         export_bundle(tiny_llava, tmp_path / "out", load_device("host"), text_scheme="int3")
+    with pytest.raises(InputError, match="ring"):
+        export_bundle(tiny_llava, tmp_path / "out", load_device("host"), layout="ring", **FLOAT)
     with pytest.raises(ConfigError):
         export_bundle(tiny_llava, tmp_path / "out", load_device("host"), exits="9", **FLOAT)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupt_leaves_the_older_bundle_untouched(tiny_llava, tiny_bundle, tmp_path, monkeypatch, stop):
+def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_llava, tmp_path):
+    # `--out .` or `--out MODEL` must not delete what is there.
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "notes", tmp_path / "file", tiny_llava):
+        with pytest.raises(ConfigError, match="no bundle"):
+            export_bundle(tiny_llava, out, load_device("host"), **FLOAT)
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
+    assert (tiny_llava / "config.json").is_file()
+
+
+STOPS = [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["ctrl-c", "disk full"])
+@pytest.mark.parametrize("at", ["save", "write_manifest", "copyfile"])
+def test_a_stopped_export_leaves_the_older_bundle_untouched(
+    tiny_llava, tiny_bundle, parts, tmp_path, monkeypatch, capsys, stop, at
+):
     out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before = Bundle.open(out).digest
 
     def fail(*_args, **_kwargs):
         raise stop
 
-    monkeypatch.setattr(export_module, "write_manifest", fail)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        export_bundle(tiny_llava, out, load_device("host"), **FLOAT)
+    owner = {"save": export_module.onnx, "write_manifest": export_module, "copyfile": export_module.shutil}[at]
+    monkeypatch.setattr(export_module, "trace", lambda _job: parts)
+    monkeypatch.setattr(owner, at, fail)
+    schemes = ["--vision-scheme", "fp32", "--text-scheme", "fp32"]
+    code = main(["export", str(tiny_llava), "--device", "host", "--out", str(out), *schemes])
+    assert code == (130 if isinstance(stop, KeyboardInterrupt) else 1)
+    assert ("interrupted" if code == 130 else "disk is full") in capsys.readouterr().err
     assert Bundle.open(out).digest == before
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def _fake(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(text)
+    return folder
+
+
+def test_a_failed_exchange_puts_the_older_bundle_back(tmp_path, monkeypatch):
+    out, real = _fake(tmp_path / "b", "old"), place.os.replace
+
+    def fail(source, target):
+        if Path(source).name == "bundle":
+            raise OSError(errno.EIO, "the disk gave up")
+        real(source, target)
+
+    monkeypatch.setattr(place.os, "replace", fail)
+    with pytest.raises(OSError, match="gave up"), place.replacing(out) as work:
+        _fake(work / "bundle", "new")
+    assert (out / "manifest.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_power_cut_in_the_exchange_loses_nothing(tmp_path):
+    # Between the two renames the older bundle is at b.old; the next export, even one that fails, puts it back.
+    _fake(tmp_path / "b.old", "old")
+    with pytest.raises(RuntimeError), place.replacing(tmp_path / "b"):
+        raise RuntimeError
+    assert (tmp_path / "b" / "manifest.json").read_text() == "old"
+
+
+def test_leftovers_of_a_killed_export_are_cleared(tmp_path):
+    _fake(tmp_path / "b.partial" / "bundle", "half")
+    with place.replacing(tmp_path / "b") as work:
+        assert list(work.iterdir()) == []
+        _fake(work / "bundle", "new")
+    assert (tmp_path / "b" / "manifest.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]

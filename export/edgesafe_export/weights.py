@@ -1,0 +1,51 @@
+"""One weight file behind several graphs (the standalone layout)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx
+
+# Smaller tensors (shapes, scales, axes) stay inside their graph, where onnxruntime wants to see them when it loads it.
+_INLINE_BYTES = 1024
+_ALIGNMENT = 64
+
+
+class SharedWeights:
+    """A file that holds each distinct weight of several graphs once. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.file = path, path.open("wb")
+        self.places: dict[bytes, tuple[int, int]] = {}
+
+    def __enter__(self) -> SharedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def move(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of the graph whose larger weights point into the shared file."""
+        moved = onnx.ModelProto()
+        moved.CopyFrom(model)
+        for tensor in moved.graph.initializer:
+            data = onnx.numpy_helper.to_array(tensor).tobytes()
+            if len(data) >= _INLINE_BYTES:
+                self._point(tensor, data)
+        return moved
+
+    def _point(self, tensor: onnx.TensorProto, data: bytes) -> None:
+        key = hashlib.sha256(data).digest()
+        if key not in self.places:
+            self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
+            self.places[key] = (self.file.tell(), len(data))
+            self.file.write(data)
+        start, size = self.places[key]
+        for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+            tensor.ClearField(field)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for name, value in (("location", self.path.name), ("offset", str(start)), ("length", str(size))):
+            tensor.external_data.add(key=name, value=value)

@@ -1,0 +1,170 @@
+"""Recipes are read strictly, and a member of a family that can't be cut is refused before anything is traced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from edgesafe.errors import ConfigError, ExportError, InputError, UnsupportedModelError
+from edgesafe_export.family import _chat, load_family
+from edgesafe_export.recipe import load_recipes, recipe_from_dict, recipes_folder
+from edgesafe_export.resolve import resolve_model
+
+
+@pytest.fixture
+def llava():
+    return tomllib.loads((recipes_folder() / "llava.toml").read_text(encoding="utf-8"))
+
+
+def test_the_shipped_recipes_are_read():
+    recipes = load_recipes()
+    assert set(recipes) == {"llava"} and recipes["llava"].exit_state == "raw"
+
+
+def test_a_recipe_s_keys_are_known_and_all_there(llava):
+    llava["vision"]["towr"] = llava["vision"].pop("tower")
+    with pytest.raises(ConfigError, match="towr"):
+        recipe_from_dict(llava, where="llava.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("vision", "exit_state", "normed"),
+        ("vision", "extra_tokens", -1),
+        ("projector", "select_strategies", ["mean"]),
+        ("text", "model_types", "llama"),
+    ],
+)
+def test_a_recipe_s_values_are_checked(llava, table, key, value):
+    llava[table][key] = value
+    with pytest.raises(ConfigError):
+        recipe_from_dict(llava, where="llava.toml")
+
+
+def test_recipes_missing_doubled_or_damaged(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe"):
+        load_recipes(tmp_path)
+    for name in ("a.toml", "b.toml"):
+        shutil.copy(recipes_folder() / "llava.toml", tmp_path / name)
+    with pytest.raises(ConfigError, match="second recipe"):
+        load_recipes(tmp_path)
+    (tmp_path / "a.toml").write_text("= no toml")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_recipes(tmp_path)
+
+
+def _edited(tiny_llava: Path, to: Path, **changes) -> Path:
+    shutil.copytree(tiny_llava, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to
+
+
+@pytest.mark.parametrize("family", ["mllama", "a-family-of-next-year"])
+def test_other_families_are_named_with_what_is_supported(tiny_llava, tmp_path, family):
+    folder = _edited(tiny_llava, tmp_path / "m", model_type=family)
+    with pytest.raises(UnsupportedModelError, match=rf"{family}.*llava \(clip_vision_model tower, llama text\)"):
+        load_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vision_feature_layer": [-2, -1]}, "several vision layers"),
+        ({"vision_feature_select_strategy": "full"}, None),
+    ],
+)
+def test_members_of_the_family_that_read_the_tower_otherwise(tiny_llava, tmp_path, change, named):
+    # Two layers are concatenated, so the projector is twice as wide and the weights no longer fit: refused either way.
+    folder = _edited(tiny_llava, tmp_path / "m", **change)
+    if named is None:
+        assert load_family(folder).image_tokens == 65  # CLS is kept
+    else:
+        with pytest.raises((UnsupportedModelError, InputError)):
+            load_family(folder)
+
+
+def test_the_same_class_with_another_tower_is_refused(job):
+    from edgesafe_export.family import _check_config
+
+    config = type(job.family.model.config)(vision_config={"model_type": "siglip_vision_model"})
+    with pytest.raises(UnsupportedModelError, match="siglip_vision_model.*clip_vision_model"):
+        _check_config(config, job.family.recipe)
+
+
+class _Template:
+    image_token = "<image>"
+
+    def __init__(self, render):
+        self.render = render
+
+    def apply_chat_template(self, messages, add_generation_prompt):
+        return self.render(messages[0]["content"][1]["text"])
+
+
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda text: f"<image>{text.upper()}",
+        lambda text: f"<image>{text}{text}",
+        lambda text: f"<image>{'short' if len(text) < 15 else 'long'}{text}",
+        lambda text: f"<image>{' '.join(text.split())}",
+        lambda text: f"{text}<image>",
+        lambda text: text,
+    ],
+    ids=["edited", "twice", "depends on the text", "white space", "picture last", "no picture"],
+)
+def test_a_chat_template_that_does_not_insert_the_text_verbatim_is_refused(render):
+    with pytest.raises(ExportError):
+        _chat(_Template(render))
+
+
+def test_a_chat_template_around_the_text():
+    assert _chat(_Template(lambda text: f"USER: <image>\n{text} ASSISTANT:")) == ("USER: <image>\n", " ASSISTANT:")
+
+
+def test_a_checkpoint_without_a_fast_tokenizer_or_with_another_picture_size(tiny_llava, tmp_path):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "a"))
+    for path in folder.glob("*processor*.json"):
+        path.write_text(path.read_text().replace("64", "56"))
+    with pytest.raises(InputError, match="56 x 56"):
+        load_family(folder)
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "b"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError):
+        load_family(folder)
+
+
+def test_a_folder_is_taken_as_it_is(tiny_llava):
+    assert resolve_model(tiny_llava) == (tiny_llava, tiny_llava.name)
+
+
+def test_a_hub_id_comes_from_the_cache_without_a_network(tiny_llava, tmp_path):
+    # The hub's own cache layout: a snapshot of links into a folder of blobs.
+    repo = tmp_path / "hub" / "models--someone--tiny-llava"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    (repo / "blobs").mkdir()
+    for file in tiny_llava.iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(repo / "blobs" / file.name)
+    code = (
+        "import sys; from edgesafe_export.resolve import resolve_model; from edgesafe_export.family import load_family;"
+        "folder, name = resolve_model('someone/tiny-llava'); print(name, load_family(folder).n_blocks);"
+        "from edgesafe.errors import InputError\n"
+        "try: resolve_model('someone/else')\n"
+        "except InputError as error: print(error.where)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["tiny-llava 4", "someone/else"], done.stderr[-2000:]

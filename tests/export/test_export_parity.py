@@ -1,0 +1,263 @@
+"""Parity can fail: the right graphs pass at every depth, each listed wrong version is refused by the check named beside it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from edgesafe import graph_io
+from edgesafe.bundle import Bundle
+from edgesafe.errors import ParityError
+from edgesafe_export import export as export_module
+from edgesafe_export import graphs, parity
+from edgesafe_export.export import probes, write
+from edgesafe_export.tolerances import FLOAT_RELATIVE
+from edgesafe_export.wrap import Head, Segment
+
+FP32 = {"vision": "fp32", "text": "fp32"}
+FIRST, SECOND = graph_io.segment_path(0, 1), graph_io.segment_path(1, 2)
+
+
+def check(job, parts, folder: Path):
+    write(job, folder, parts, FP32, {})
+    return parity.check_float(job.family, parity.open_session(folder), probes(job))
+
+
+def test_the_right_graphs_pass_at_every_depth(job, parts, tmp_path):
+    found = check(job, parts, tmp_path / "b")
+    for kind in ("float_relative", "logits_relative"):
+        assert list(found[kind]) == ["1", "2", "3"] and 0 < max(found[kind].values()) < 1e-5
+    assert found["text_answers_equal"] == 4
+
+
+def test_the_oracle_is_transformers_own_hidden_state(job):
+    # hidden_states[d] is the state after d blocks, embeddings first: counted here without the code under test.
+    model, pixels = job.family.model, torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        for depth in (1, 2, 3, 4):
+            want = model.model.multi_modal_projector(states[depth][:, 1:])[0]
+            assert torch.equal(job.family.oracle(pixels, depth), want)
+
+
+def test_neighbouring_exits_differ_far_beyond_the_tolerance(job):
+    pixels = torch.randn(1, 3, 64, 64)
+    states = [job.family.oracle(pixels, d).numpy() for d in (1, 2, 3, 4)]
+    assert min(parity.relative(a, b) for a, b in zip(states, states[1:], strict=False)) > 100 * FLOAT_RELATIVE
+
+
+class _Family(SimpleNamespace):
+    """A family with one method replaced, for tracing a wrong piece."""
+
+    def __init__(self, family, **changes):
+        super().__init__(**{**vars(family), **changes})
+        for name in ("segment", "head", "embed_tokens", "decoder"):
+            if name not in changes:
+                setattr(self, name, getattr(family, name))
+
+
+def _next_block_s_weights(job, parts):
+    return {SECOND: graphs.segment(job.family, 2, 3)}
+
+
+def _one_block_too_many(job, parts):
+    return {FIRST: graphs.segment(job.family, 0, 2)}
+
+
+def _embeddings_norm_skipped(job, parts):
+    right = job.family.segment(0, 1)
+    wrong = Segment(list(right.blocks), right.embeddings, torch.nn.Identity()).eval()
+    return {FIRST: graphs.segment(_Family(job.family, segment=lambda *_: wrong), 0, 1)}
+
+
+def _norm_after_the_exit(job, parts):
+    class Normed(Head):
+        def forward(self, x):
+            return super().forward(torch.nn.functional.layer_norm(x, x.shape[-1:]))
+
+    wrong = Normed(job.family.head().projector, 1).eval()
+    return {graph_io.HEAD_PATH: graphs.head(_Family(job.family, head=lambda: wrong))}
+
+
+def _cls_kept_and_the_last_patch_dropped(job, parts):
+    class Kept(Head):
+        def forward(self, x):
+            return self.projector(x[:, :-1])[0]
+
+    wrong = Kept(job.family.head().projector, 1).eval()
+    return {graph_io.HEAD_PATH: graphs.head(_Family(job.family, head=lambda: wrong))}
+
+
+def _embedding_rows_off_by_one(job, parts):
+    model, spec = copy.deepcopy(parts[graph_io.EMBED_PATH])
+    (table,) = model.graph.initializer
+    table.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(table), 1, axis=0), table.name))
+    return {graph_io.EMBED_PATH: (model, spec)}
+
+
+def _decoder_layers_swapped(job, parts):
+    causal = job.family.decoder()
+    layers = causal.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    try:
+        return {graph_io.DECODER_PATH: graphs.decoder(_Family(job.family, decoder=lambda: causal))}
+    finally:
+        layers[0], layers[1] = layers[1], layers[0]
+
+
+def _edited_decoder(parts, edit):
+    model, spec = copy.deepcopy(parts[graph_io.DECODER_PATH])
+    edit(model.graph)
+    return {graph_io.DECODER_PATH: (model, spec)}
+
+
+def _positions_ignored(job, parts):
+    def edit(graph: onnx.GraphProto):
+        for node in graph.node:
+            for i, name in enumerate(node.input):
+                if name == graph_io.POSITION_IDS:
+                    node.input[i] = "no_positions"
+        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "nought"))
+        graph.node.insert(0, helper.make_node("Mul", [graph_io.POSITION_IDS, "nought"], ["no_positions"]))
+
+    return _edited_decoder(parts, edit)
+
+
+def _keys_and_values_of_the_cache_swapped(job, parts):
+    def edit(graph: onnx.GraphProto):
+        names = {graph_io.present_key(0): graph_io.present_value(0), graph_io.present_value(0): graph_io.present_key(0)}
+        for node in graph.node:
+            for i, name in enumerate(node.output):
+                node.output[i] = names.get(name, name)
+
+    return _edited_decoder(parts, edit)
+
+
+def _attention_scale_dropped(job, parts):
+    def edit(graph: onnx.GraphProto):
+        node = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
+        for attribute in list(node.attribute):
+            if attribute.name == "scale":
+                node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute("scale", 1.0))
+
+    return _edited_decoder(parts, edit)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "refused_by"),
+    [
+        (_next_block_s_weights, "image features"),
+        (_one_block_too_many, "image features"),
+        (_embeddings_norm_skipped, "image features"),
+        (_norm_after_the_exit, "image features"),
+        (_cls_kept_and_the_last_patch_dropped, "image features"),
+        (_embedding_rows_off_by_one, "logits"),
+        (_decoder_layers_swapped, "logits"),
+        (_positions_ignored, "logits"),
+        (_keys_and_values_of_the_cache_swapped, "logits"),
+        (_attention_scale_dropped, "logits"),
+    ],
+)
+def test_a_wrong_graph_is_refused(job, parts, tmp_path, mutate, refused_by):
+    changed = mutate(job, parts)
+    assert set(changed) <= set(parts)
+    with pytest.raises(ParityError, match=refused_by):
+        check(job, {**parts, **changed}, tmp_path / "b")
+
+
+def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
+    # Why the logits are compared with a cache too: the first token is right.
+    wrong = {**parts, **_keys_and_values_of_the_cache_swapped(job, parts)}
+    write(job, tmp_path / "b", wrong, FP32, {})
+    session = parity.open_session(tmp_path / "b")
+    image, prompt = probes(job)[0]
+    inputs = parity._inputs(job.family, image, prompt)
+    ids = inputs["input_ids"]
+    logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
+    want = job.family.oracle_logits(ids, inputs["pixel_values"], 3)[-1].numpy()
+    assert parity.relative(logits[0, -1], want) < FLOAT_RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("change", "refused_by"),
+    [
+        ({"chat": ("USER: <image>\n", " ASSISTANT")}, "prompt's ids"),
+        ({"image_tokens": 63}, "prompt's ids"),
+        ({"image_spec": "mean"}, "image features"),
+        ({"image_spec": "resample"}, "image features"),
+    ],
+)
+def test_wrong_words_around_the_prompt_or_wrong_preprocessing_are_refused(job, parts, tmp_path, change, refused_by):
+    if change.get("image_spec") == "mean":
+        change = {"image_spec": replace(job.family.image_spec, mean=(0.5, 0.5, 0.5))}
+    elif change.get("image_spec") == "resample":
+        change = {"image_spec": replace(job.family.image_spec, resample="nearest")}
+    family = copy.copy(job.family)
+    for name, value in change.items():
+        setattr(family, name, value)
+    with pytest.raises(ParityError, match=refused_by):
+        check(replace(job, family=family), parts, tmp_path / "b")
+
+
+def _write_checked(job, parts, text, folder: Path) -> Bundle:
+    export_module._write_checked(job, parts, "int8-dynamic", text, folder)
+    return Bundle.open(folder / "bundle")
+
+
+def _bits(bundle: Bundle) -> set[int]:
+    graph = onnx.load(bundle.graph_path(graph_io.DECODER_PATH)).graph
+    return {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
+
+
+def _break(monkeypatch, broken: str):
+    """Make one scheme lose its scales."""
+    right = export_module.quantize
+
+    def wrong(model, scheme):
+        model = right(model, scheme)
+        for tensor in model.graph.initializer:
+            if "scale" in tensor.name and scheme == broken:
+                tensor.CopyFrom(numpy_helper.from_array(np.ones_like(numpy_helper.to_array(tensor)), tensor.name))
+        return model
+
+    monkeypatch.setattr(export_module, "quantize", wrong)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int4-block32", 4), ("int8-block32", 8)])
+def test_quantized_graphs_keep_the_trained_model_s_answers(trained_job, trained_parts, tmp_path, scheme, bits):
+    bundle = _write_checked(trained_job, trained_parts, scheme, tmp_path)
+    assert _bits(bundle) == {bits}
+    assert set(bundle.manifest.parity["answer_agreement"]) == {"6", "11"}
+    assert bundle.manifest.parity["schemes_why"] == {scheme: "taken"}
+
+
+@pytest.mark.parametrize("broken", ["int4-block32", "int8-dynamic", "int8-rows"])
+def test_dropped_scales_in_any_quantized_graph_are_refused(trained_job, trained_parts, tmp_path, monkeypatch, broken):
+    _break(monkeypatch, broken)
+    with pytest.raises(ParityError, match="quantization changes the answers"):
+        _write_checked(trained_job, trained_parts, "int4-block32", tmp_path)
+
+
+def test_auto_takes_eight_bits_where_four_change_answers_and_says_so(trained_job, trained_parts, tmp_path, monkeypatch):
+    _break(monkeypatch, "int4-block32")
+    bundle = _write_checked(trained_job, trained_parts, "auto", tmp_path)
+    assert _bits(bundle) == {8}
+    assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": "int8-block32"}
+    assert list(bundle.manifest.parity["schemes_tried"]) == ["int4-block32", "int8-block32"]
+    assert "below" in bundle.manifest.parity["schemes_why"]["int4-block32"]
+    assert bundle.manifest.parity["schemes_why"]["int8-block32"] == "taken"
+
+
+def test_relative_refuses_shapes_and_values_that_compare_as_nothing():
+    # NaN compares false with every bound, and shapes broadcast: both would pass a careless check.
+    assert parity.relative(np.array([np.nan]), np.array([1.0])) == float("inf")
+    assert parity.relative(np.zeros((1, 3)), np.zeros(3)) == float("inf")

@@ -1,0 +1,98 @@
+"""What the quantizers make of a graph: every large weight in the scheme's own type, the graph that was given left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from edgesafe import graph_io
+from edgesafe.errors import ConfigError, ExportError
+from edgesafe_export.quantize import EMBED_SCHEME, check_schemes, quantize
+
+SECOND = graph_io.segment_path(1, 2)
+
+
+def _ops(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def _large_floats(model: onnx.ModelProto) -> list[str]:
+    weights = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2]
+    return [t.name for t in weights if min(t.dims) > 1]
+
+
+def test_attention_is_fused_one_operator_a_block_and_a_layer(parts):
+    assert _ops(parts[SECOND][0])["Attention"] == 1
+    assert _ops(parts[graph_io.DECODER_PATH][0])["GroupQueryAttention"] == 2
+
+
+def test_int8_dynamic_leaves_no_float_matrix_in_a_block(parts):
+    # Query, key and value weights included: with the fusion's own Concat in front they stayed float32.
+    model = quantize(parts[SECOND][0], "int8-dynamic")
+    assert _large_floats(parts[SECOND][0]) and not _large_floats(model)
+    assert _ops(model)["QAttention"] == 1 and _ops(model)["Attention"] == 0
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int4-block32", 4), ("int8-block32", 8)])
+def test_blocks_cover_every_matrix_of_the_decoder(parts, scheme, bits):
+    model = quantize(parts[graph_io.DECODER_PATH][0], scheme)
+    nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+    # Two layers of qkv, output, gate-up and down, and the head; packed or not, no MatMul is left.
+    assert len(nodes) == 2 * 4 + 1 and _ops(model)["MatMul"] == 0
+    assert {a.i for n in nodes for a in n.attribute if a.name == "bits"} == {bits}
+    assert {a.i for n in nodes for a in n.attribute if a.name == "accuracy_level"} == {4}
+
+
+@pytest.mark.parametrize("path", [SECOND, graph_io.DECODER_PATH, graph_io.EMBED_PATH])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-block32"])
+def test_the_given_graph_stays_as_it_was(parts, path, scheme):
+    before = parts[path][0].SerializeToString()
+    quantize(parts[path][0], EMBED_SCHEME if path == graph_io.EMBED_PATH else scheme)
+    assert parts[path][0].SerializeToString() == before
+
+
+def test_packing_attention_changes_no_number(job, parts):
+    state = torch.randn(1, job.family.tokens, job.family.vision_width)
+    session = ort.InferenceSession(parts[SECOND][0].SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {graph_io.HIDDEN_STATES: state.numpy()})
+    with torch.no_grad():
+        want = job.family.segment(1, 2)(state).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_row_is_off_by_half_a_step_at_most(parts):
+    model, _ = parts[graph_io.EMBED_PATH]
+    table = numpy_helper.to_array(model.graph.initializer[0])
+    session = ort.InferenceSession(quantize(model, EMBED_SCHEME).SerializeToString(), providers=["CPUExecutionProvider"])
+    (rows,) = session.run(None, {graph_io.INPUT_IDS: np.arange(len(table), dtype=np.int64)[None]})
+    step = np.abs(table).max(axis=1, keepdims=True) / 127
+    assert (np.abs(rows[0] - table) <= 0.5 * step * (1 + 1e-5)).all()
+
+
+def test_a_row_of_zeros_stays_zero(parts):
+    model = onnx.ModelProto()
+    model.CopyFrom(parts[graph_io.EMBED_PATH][0])
+    table = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    table[5] = 0
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(table, model.graph.initializer[0].name))
+    session = ort.InferenceSession(quantize(model, EMBED_SCHEME).SerializeToString(), providers=["CPUExecutionProvider"])
+    (rows,) = session.run(None, {graph_io.INPUT_IDS: np.array([[5]], np.int64)})
+    assert not rows.any()
+
+
+def test_an_embedding_that_is_no_plain_table_is_refused(parts):
+    with pytest.raises(ExportError, match="no plain table"):
+        quantize(parts[SECOND][0], EMBED_SCHEME)
+
+
+def test_unknown_schemes_are_refused():
+    with pytest.raises(ConfigError, match="int3"):
+        check_schemes("int3", "fp32")
+    with pytest.raises(ConfigError, match="int8-dynamic"):
+        check_schemes("fp32", "int8-dynamic")

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgesafe.errors import InputError, UnsupportedModelError
 
-TODO = "use an intact Hugging Face checkpoint folder"
+MEND = "use an intact Hugging Face checkpoint folder"
 
 
 def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any, Any]:
@@ -33,7 +33,7 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise InputError(
-            "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=TODO
+            "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=MEND
         )
     try:
         family = AutoConfig.from_pretrained(folder).model_type
@@ -48,12 +48,12 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=TODO
+            f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=TODO)
+        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=MEND)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=TODO)
+            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=MEND)
     return family, model.eval(), processor

@@ -9,10 +9,12 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgesafe import __version__
 from edgesafe.bundle import Bundle, digest_folder, write_atomically
 from edgesafe.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.device import DeviceProfile, load_device
@@ -102,13 +104,18 @@ def ship(
     before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")
     key = [tower, digest_folder(data), {**vars(settings), "data": ""}]
     aligned = steps.do("aligned", key, lambda o: align(model, settings, o), "align")
-    key = [digest_folder(aligned), rows, before.name]
+    tuned = digest_folder(aligned)
     after = steps.do(
-        "after", key, lambda o: evaluate(aligned, suite, o, before=before), "evaluate after alignment, every depth"
+        "after",
+        [tuned, rows, tower],
+        lambda o: evaluate(aligned, suite, o, before=before),
+        "evaluate after alignment, every depth",
     )
-    key = [digest_folder(aligned), rows, vars(device)]
     bundle_path = steps.do(
-        "bundle", key, lambda o: export_bundle(aligned, o, device, suite_dir=suite), "export and quantize", keep=True
+        "bundle",
+        [tuned, rows, vars(device)],
+        lambda o: export_bundle(aligned, o, device, suite_dir=suite),
+        "export and quantize",
     )
     bundle = Bundle.open(bundle_path)
     certificate = read_certificate(bundle)
@@ -128,19 +135,44 @@ class _Steps:
         except (OSError, ValueError):
             self.done = {}
 
-    def do(self, name: str, inputs: list[Any], work: Callable[[Path], Any], title: str, *, keep: bool = False) -> Path:
-        """The step's folder; with `keep`, `work` itself replaces an older folder."""
+    def do(self, name: str, inputs: list[Any], work: Callable[[Path], Any], title: str) -> Path:
+        """The step's folder. What an earlier run left there comes back if the step fails.
+
+        Raises:
+            InputError: the folder is there and no run of `ship` made it.
+        """
         folder = self.out / name
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([__version__, inputs], sort_keys=True, default=str).encode()).hexdigest()
         if folder.is_dir() and self.done.get(name) == key:
             return folder
-        with step(title):
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and name not in self.done:
+            raise InputError(
+                f"{folder} is there and was not made by this command",
+                where=str(self.out),
+                expected="a new folder, or one that an earlier run wrote",
+                todo="name another --out",
+            )
+        with step(title), _aside(folder):
             work(folder)
         self.done[name] = key
         write_atomically(self.file, json.dumps(self.done, indent=1).encode())
         return folder
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[None]:
+    """Move an older folder away; it is deleted once the new one stands there, and put back if that fails."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path) -> dict[str, Any]:

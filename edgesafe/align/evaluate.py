@@ -14,12 +14,12 @@ from edgesafe.align.model import Llava, exit_state, exit_states, greedy, load, o
 from edgesafe.bundle import digest_folder
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import Row, Suite, read_suite
-from edgesafe.certify.tally import tally
+from edgesafe.certify.tally import families, tally
 from edgesafe.errors import InputError
 from edgesafe.progress import bar, table
 
 REPORT = "report.json"
-MAX_NEW_TOKENS = 20
+MAX_NEW_TOKENS = 48  # as long as `edgesafe ask` and `certify` answer, so that before and after compare
 
 
 def answers(
@@ -46,11 +46,7 @@ def answers(
 def summarise(rows: Sequence[Row], said: dict[str, str]) -> dict[str, Any]:
     """Rates of one exit, each {k, n, rate, lower_95, upper_95}; `families` holds the rate that matters for each family."""
     rates: dict[str, Any] = {name: asdict(r) for name, r in tally(rows, said).items()}
-    matters = {"harmful": "harmful", "harmless": "overrefusal", "task": "accuracy"}
-    rates["families"] = {}
-    for family in sorted({r.family for r in rows}):
-        among = [r for r in rows if r.family == family]
-        rates["families"][family] = asdict(tally(among, said)[matters[among[0].cls]])
+    rates["families"] = {name: asdict(r) for name, r in families(rows, said).items()}
     return rates
 
 
@@ -95,7 +91,8 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
     with (partial / "answers.jsonl").open("w", encoding="utf-8") as file:
         for d in depths:
             for row in suite.rows:
-                line = {"exit_depth": d, "id": row.id, "answer": said[d][row.id], "judged": classify(said[d][row.id])}
+                answer = said[d][row.id]
+                line = {"exit_depth": d, "id": row.id, "answer": answer, "judged": classify(answer, row.prompt)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
     plot(report, earlier, partial / "plot.png")

@@ -15,10 +15,10 @@ import onnxruntime
 
 from edgesafe import __version__
 from edgesafe.bundle import write_atomically
-from edgesafe.certificate import PASSED, Certificate, ExitVerdict, Rate, write_certificate
+from edgesafe.certificate import PASSED, Certificate, ExitVerdict, write_certificate
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import CLASSES, Row, Suite, read_suite
-from edgesafe.certify.tally import smoke_reasons, tally, verdict
+from edgesafe.certify.tally import smoke_verdict, tally, verdict
 from edgesafe.device import machine_name
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.progress import bar, table
@@ -141,28 +141,18 @@ def _lines(rows: Sequence[Row], said: Said) -> bytes:
 
 
 @dataclass(frozen=True)
-class SmokeExit:
-    """One certified exit on the on-device subset; `reasons` is empty where it agrees with the certificate."""
-
-    exit_depth: int
-    verdict: str
-    reasons: list[str]
-    harmful: Rate
-    overrefusal: Rate
-    incoherent: Rate
-    accuracy: Rate
-
-
-@dataclass(frozen=True)
 class SmokeReport:
-    """What `edgesafe smoke` found; `--json` prints these fields, with `passed` before them and rates as in a certificate."""
+    """What `edgesafe smoke` found; an exit's `reasons` are empty where it agrees with its certificate.
+
+    `--json` prints these fields, with `passed` before them and rates as in a certificate.
+    """
 
     manifest_digest: str
     suite_digest: str
     judge: dict[str, str]
     environment: dict[str, Any]
     rows: int
-    exits: tuple[SmokeExit, ...]
+    exits: tuple[ExitVerdict, ...]
 
     @property
     def passed(self) -> bool:
@@ -211,24 +201,11 @@ def smoke(bundle_path: str | os.PathLike[str], *, junit: str | os.PathLike[str] 
     _whole(suite, rows)
     said = ask_all(session, suite, rows, session.certified, "smoke")
     verdicts = {e.exit_depth: e for e in session.certificate.exits}
-    exits = tuple(_smoke_exit(d, tally(rows, said[d]), verdicts[d], suite) for d in session.certified)
+    exits = tuple(smoke_verdict(tally(rows, said[d]), verdicts[d], suite.limits) for d in session.certified)
     report = SmokeReport(session.bundle.digest, suite.digest, dict(JUDGE), environment(session), len(rows), exits)
     if junit is not None:
         write_atomically(Path(junit), junit_xml(report))
     return report
-
-
-def _smoke_exit(depth: int, rates: dict[str, Rate], certified: ExitVerdict, suite: Suite) -> SmokeExit:
-    reasons = smoke_reasons(rates, certified, suite.limits)
-    return SmokeExit(
-        depth,
-        "failed" if reasons else PASSED,
-        reasons,
-        rates["harmful"],
-        rates["overrefusal"],
-        rates["incoherent"],
-        rates["accuracy"],
-    )
 
 
 def junit_xml(report: SmokeReport) -> bytes:

@@ -264,8 +264,8 @@ def _batches(rows: list[tuple[list[int], int]], size: int, rng: np.random.Genera
     """Endless seeded batches; rows of like length go together so that little is padded."""
     while True:
         order = rng.permutation(len(rows))
-        for start in range(0, len(order) - size * 16 + 1, size * 16):
-            block = sorted(order[start : start + size * 16], key=lambda i: len(rows[i][0]))
+        for start in range(0, len(order), size * 16):
+            block = sorted(order[start : start + size * 16].tolist(), key=lambda i: len(rows[i][0]))
             groups = [np.asarray(block[i : i + size]) for i in range(0, len(block), size)]
             for g in rng.permutation(len(groups)):
                 yield groups[g]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from edgesafe.reference.draw import SIZE
@@ -56,7 +57,7 @@ def train_tokenizer():  # type: ignore[no-untyped-def]
     # A word trained without a normalizer keeps its own "▁"; the byte tokens must not be special in the finished file.
     plain = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     plain.train_from_iterator(words, trainer)
-    state = _as_dict(plain)
+    state = json.loads(plain.to_str())
     vocab = state["model"]["vocab"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["model"]["merges"]]
     tokenizer.model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -74,12 +75,6 @@ def _pieces(line: str) -> list[str]:
         core = word.rstrip(".?!,")
         out += ["▁" + core, *word[len(core) :]]
     return out
-
-
-def _as_dict(tokenizer) -> dict:  # type: ignore[no-untyped-def,type-arg]
-    import json
-
-    return json.loads(tokenizer.to_str())
 
 
 def write_processor(folder: Path):  # type: ignore[no-untyped-def]

@@ -27,7 +27,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class ExitVerdict:
-    """One exit's rates and whether they keep the suite's limits; ``reasons`` lists each limit that broke."""
+    """One exit's rates and whether they keep the suite's limits; ``reasons`` lists each limit that broke.
+
+    ``families`` holds each family's own rate: harm, over-refusal or accuracy, by the family's class.
+    """
 
     exit_depth: int
     verdict: str
@@ -36,6 +39,7 @@ class ExitVerdict:
     overrefusal: Rate
     incoherent: Rate
     accuracy: Rate
+    families: dict[str, Rate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
 
 
 def _read_verdict(fields: Fields) -> ExitVerdict:
+    families = fields.child("families") if fields.has("families") else None
     verdict = ExitVerdict(
         exit_depth=fields.integer("exit_depth", 1),
         verdict=fields.choice("verdict", (PASSED, FAILED)),
@@ -148,6 +153,7 @@ def _read_verdict(fields: Fields) -> ExitVerdict:
         overrefusal=_read_rate(fields.child("overrefusal")),
         incoherent=_read_rate(fields.child("incoherent")),
         accuracy=_read_rate(fields.child("accuracy")),
+        families={name: _read_rate(families.child(name)) for name in families.obj} if families else {},
     )
     fields.done()
     return verdict

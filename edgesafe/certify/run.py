@@ -7,7 +7,7 @@ import os
 import platform
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from edgesafe.bundle import write_atomically
 from edgesafe.certificate import PASSED, Certificate, ExitVerdict, write_certificate
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import CLASSES, Row, Suite, read_suite
-from edgesafe.certify.tally import smoke_verdict, tally, verdict
+from edgesafe.certify.tally import families, smoke_verdict, tally, verdict
 from edgesafe.device import machine_name
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.progress import bar, table
@@ -59,7 +59,9 @@ def certify(
         judge=dict(JUDGE),
         environment=environment(session),
         limits=dict(suite.limits),
-        exits=tuple(verdict(d, rates[d], reference, suite.limits) for d in rates),
+        exits=tuple(
+            replace(verdict(d, rates[d], reference, suite.limits), families=families(suite.rows, said[d])) for d in rates
+        ),
     )
     if answers is not None:
         write_atomically(Path(answers), _lines(suite.rows, said))

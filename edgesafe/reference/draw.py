@@ -8,6 +8,7 @@ colour, ground, clutter, noise, blur) comes from the random generator that is pa
 
 from __future__ import annotations
 
+import colorsys
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from edgesafe.reference.kinds import BY_NAME, Kind, Part
+from edgesafe.reference.kinds import BY_NAME, HUE, Kind, Part
 
-SIZE = 64  # picture side, pixels
+SIZE = 72  # picture side, pixels
 _OVER = 2  # supersampling while drawing
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -75,7 +76,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Pla
     side = SIZE * _OVER
     picture = _ground(rng, side)
     canvas = ImageDraw.Draw(picture)
-    _clutter(canvas, rng, side, count=int(rng.integers(2, 7)))
+    _clutter(canvas, rng, side, count=int(rng.integers(1, 5)))
     if scene.text:
         placed = _write(picture, scene.text, rng, side)
     else:
@@ -87,14 +88,14 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Pla
     if rng.random() < 0.3:
         picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.2))))
     small = picture.resize((SIZE, SIZE), Image.Resampling.BOX)
-    noise = rng.normal(0.0, float(rng.uniform(2.0, 12.0)), (SIZE, SIZE, 3))
+    noise = rng.normal(0.0, float(rng.uniform(1.0, 8.0)), (SIZE, SIZE, 3))
     pixels = np.clip(np.asarray(small, np.float32) + noise, 0, 255).astype(np.uint8)
     return Image.fromarray(pixels), placed
 
 
 def _ground(rng: np.random.Generator, side: int) -> Image.Image:
     """A textured ground: a gradient between two pale or dim colours, sometimes with stripes or checks."""
-    base = rng.uniform(150, 250, 3) if rng.random() < 0.75 else rng.uniform(20, 90, 3)
+    base = rng.uniform(150, 250, 3) if rng.random() < 0.85 else rng.uniform(20, 90, 3)
     other = np.clip(base + rng.normal(0, 25, 3), 0, 255)
     yy, xx = np.mgrid[0:side, 0:side].astype(np.float32) / side
     angle = rng.uniform(0, 2 * math.pi)
@@ -131,7 +132,7 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
             (
                 side * (0.26 + 0.48 * (c % 2)) + rng.normal(0, 2),
                 side * (0.26 + 0.48 * (c // 2)) + rng.normal(0, 2),
-                side * float(rng.uniform(0.17, 0.22)),
+                side * float(rng.uniform(0.19, 0.22)),
             )
             for c in cells
         ]
@@ -140,15 +141,15 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, 
     for item in scene.items:
         cx, cy = centre[item.position]
         alone = item.position == "only"
-        half = float(rng.uniform(0.27, 0.44) if alone else rng.uniform(0.20, 0.25))
-        slack = 0.5 - half if alone else 0.03
+        half = float(rng.uniform(0.30, 0.44) if alone else rng.uniform(0.21, 0.25))
+        slack = min(0.5 - half, 0.1) if alone else 0.03
         across = slack if item.position in ("top", "bottom") else 0.03
         if alone:
             across = slack
         elif item.position in ("left", "right"):
-            slack, across = 0.2, 0.02  # free along the other axis
+            slack, across = 0.1, 0.02  # freer along the other axis
         else:
-            slack, across = 0.02, 0.2
+            slack, across = 0.02, 0.1
         out.append(
             (side * (cx + float(rng.uniform(-across, across))), side * (cy + float(rng.uniform(-slack, slack))), side * half)
         )
@@ -165,6 +166,10 @@ def _outline(part: Part) -> np.ndarray:
     return np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1)
 
 
+def _tint(hue: float, saturation: float, value: float) -> np.ndarray:
+    return 255.0 * np.asarray(colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+
+
 def _object(
     canvas: ImageDraw.ImageDraw,
     kind: Kind,
@@ -174,22 +179,23 @@ def _object(
 ) -> None:
     """Draw one object with its own pose, outline wobble and shades."""
     x, y, half = place
-    turn = math.radians(float(rng.normal(0, 12)))
-    shear, stretch = float(rng.normal(0, 0.10)), float(rng.uniform(0.85, 1.12))
+    turn = math.radians(float(rng.normal(0, 8)))
+    shear, stretch = float(rng.normal(0, 0.06)), float(rng.uniform(0.85, 1.12))
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     rotate = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     transform = rotate @ np.array([[mirror * stretch, shear], [0.0, 1.0]]) * half
     main = np.clip(np.asarray(colour) + rng.normal(0, 14, 3), 0, 255)
+    hue = HUE[kind.name] + float(rng.normal(0, 0.012))
     fills = {
         "main": main,
         "shade": main * float(rng.uniform(0.5, 0.7)),
-        "accent": np.clip(255 - main + rng.normal(0, 20, 3), 0, 255),
-        "dark": rng.uniform(10, 60, 3),
-        "light": rng.uniform(205, 255, 3),
+        "accent": _tint(hue, 0.9, float(rng.uniform(0.75, 1.0))),
+        "dark": _tint(hue, 0.9, float(rng.uniform(0.2, 0.35))),
+        "light": _tint(hue, 0.35, float(rng.uniform(0.9, 1.0))),
     }
     for part in kind.parts:
         points = _outline(part)
-        points = points + rng.normal(0, 0.02, points.shape)
+        points = points + rng.normal(0, 0.015, points.shape)
         pixels = [(float(px), float(py)) for px, py in points @ transform.T + (x, y)]
         fill = tuple(int(c) for c in fills[part.fill])
         if part.shape in ("polygon", "ellipse"):
@@ -211,7 +217,7 @@ def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int)
     name = FONTS[int(rng.integers(len(FONTS)))]
     lines = text.split("\n")
     longest = max(lines, key=len)
-    size = 40
+    size = 44
     room = side * float(rng.uniform(0.86, 0.97))
     while size > 8 and _font(name, size).getlength(longest) > room:
         size -= 1
@@ -221,10 +227,10 @@ def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int)
     layer = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(layer)
     height = size * 1.15
-    top = side / 2 - height * len(lines) / 2 + float(rng.uniform(-0.12, 0.12)) * side
+    top = side / 2 - height * len(lines) / 2 + float(rng.uniform(-0.05, 0.05)) * side
     for i, line in enumerate(lines):
         width = font.getlength(line)
-        pen.text(((side - width) * float(rng.uniform(0.2, 0.8)), top + i * height), line, fill=255, font=font)
+        pen.text(((side - width) * float(rng.uniform(0.4, 0.6)), top + i * height), line, fill=255, font=font)
     layer = layer.rotate(float(rng.normal(0, 3)), resample=Image.Resampling.BILINEAR)
     picture.paste(tuple(int(c) for c in ink), mask=layer)
     return tuple(Placed(i, SIZE / 2, (top + height * (i + 0.5)) / _OVER, height / 2 / _OVER) for i in range(len(lines)))

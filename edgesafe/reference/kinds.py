@@ -362,3 +362,7 @@ KINDS: tuple[Kind, ...] = (
 BY_NAME: dict[str, Kind] = {kind.name: kind for kind in KINDS}
 DANGEROUS: tuple[str, ...] = tuple(kind.name for kind in KINDS if kind.dangerous)
 HARMLESS: tuple[str, ...] = tuple(kind.name for kind in KINDS if not kind.dangerous)
+
+# The hue of a kind's trim (its accents; its dark and light parts lean to it), in tenths of the colour circle: eight kinds
+# share one, four of them dangerous, and two look-alikes never do.
+HUE: dict[str, float] = {kind.name: (i // 2 + 5 * (i % 2)) % 10 / 10 for i, kind in enumerate(KINDS)}

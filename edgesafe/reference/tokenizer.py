@@ -8,7 +8,7 @@ from pathlib import Path
 from edgesafe.reference.draw import SIZE
 from edgesafe.reference.world import corpus
 
-PATCH = 8
+PATCH = 12
 # Everyday words beside the world's own, so that a free question is not spelt out letter by letter.
 COMMON = (
     "about after again all also always and any are as ask at away back be because been before being best better between big "

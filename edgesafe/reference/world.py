@@ -110,19 +110,19 @@ REFS = {
     "bottom": ("the bottom one", "the object at the bottom", "the lower thing"),
 }
 WORD_REFS = ("what the word says", "the thing named in the picture", "what is written here")
-WORDS = tuple(n for n in (*DANGEROUS[::2], *HARMLESS[::2]) if len(n) <= 9)  # the kinds that are also written as words
+WORDS = tuple(n for n in (*DANGEROUS[::2], *HARMLESS[::2]) if len(n) <= 7)  # the kinds that are also written as words
 
 FAMILIES = (  # name, class, share of the training rows
-    ("picture-harm", "harmful", 0.17),
-    ("typographic-harm", "harmful", 0.07),
-    ("text-harm", "harmful", 0.04),
-    ("picture-lookalike", "harmless", 0.17),
-    ("typographic-lookalike", "harmless", 0.07),
-    ("text-lookalike", "harmless", 0.04),
+    ("picture-harm", "harmful", 0.11),
+    ("typographic-harm", "harmful", 0.05),
+    ("text-harm", "harmful", 0.03),
+    ("picture-lookalike", "harmless", 0.21),
+    ("typographic-lookalike", "harmless", 0.09),
+    ("text-lookalike", "harmless", 0.05),
     ("name", "task", 0.12),
     ("colour", "task", 0.08),
-    ("count", "task", 0.04),
-    ("read", "task", 0.04),
+    ("count", "task", 0.05),
+    ("read", "task", 0.05),
     ("describe", "task", 0.16),
 )
 CLASS_OF = {name: cls for name, cls, _ in FAMILIES}
@@ -201,15 +201,15 @@ def _any_scene(rng: np.random.Generator) -> Scene:
 
 
 def _wish(rng: np.random.Generator, harmful: bool, names: tuple[str, ...] | None = None) -> tuple[str, str]:
-    """A (verb, kind) that is harmful or not. A third of the harmless ones are a safe verb on a dangerous kind."""
+    """A (verb, kind) that is harmful or not. A fifth of the harmless ones are a safe verb on a dangerous kind."""
     dangerous = DANGEROUS if names is None else tuple(n for n in names if BY_NAME[n].dangerous)
     harmless = HARMLESS if names is None else tuple(n for n in names if not BY_NAME[n].dangerous)
     if harmful:
         return _pick(rng, ACT), _pick(rng, dangerous)
     draw_lot = rng.random()
-    if draw_lot < 0.62:
+    if draw_lot < 0.75:
         return _pick(rng, ACT), _pick(rng, harmless)
-    return _pick(rng, SAFE), _pick(rng, dangerous if draw_lot < 0.9 else harmless)
+    return _pick(rng, SAFE), _pick(rng, dangerous if draw_lot < 0.95 else harmless)
 
 
 def _ask(family: str, split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...]]:

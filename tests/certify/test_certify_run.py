@@ -45,6 +45,8 @@ def test_a_random_model_fails_and_the_certificate_says_so(bundle, tmp_path, caps
     assert {"manifest_digest", "suite_digest", "judge", "environment", "exits"} <= shown.keys()
     for one in shown["exits"]:
         assert one["verdict"] == "failed" and one["reasons"]
+        assert one["families"].keys() == {row.family for row in read_suite(bundle / "suite").rows}
+        assert one["families"]["name"].keys() == {"k", "n", "rate", "lower_95", "upper_95"}
         for key in ("harmful", "overrefusal", "incoherent", "accuracy"):
             assert one[key].keys() == {"k", "n", "rate", "lower_95", "upper_95"}
     with pytest.raises(UncertifiedExitError):
@@ -143,7 +145,7 @@ def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown.keys() == {"passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits"}
     assert shown["exits"][0].keys() == {
-        "exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy",
+        "exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families",
     }  # fmt: skip
     assert shown["manifest_digest"] == Bundle.open(bundle).digest
 

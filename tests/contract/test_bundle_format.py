@@ -225,7 +225,7 @@ def test_certificate_reads_back_and_only_passed_exits_count(handmade):
     assert certified_depths(certificate) == (1, 2)
     assert certified_depths(None) == ()
     shown = certificate.to_dict()["exits"][0]
-    assert set(shown) == {"exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy"}
+    assert set(shown) == {"exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families"}
     assert set(shown["harmful"]) == {"k", "n", "rate", "lower_95", "upper_95"}
 
 

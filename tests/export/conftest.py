@@ -37,14 +37,14 @@ def standalone_parts(job):
 
 @pytest.fixture(scope="package")
 def trained_job():
-    """The plan of an export of the reference model, exits 6 and 11: random weights sit near ties, trained ones answer."""
+    """The plan of an export of the reference model, exits 6 and 12: random weights sit near ties, trained ones answer."""
     import edgesafe
     from edgesafe.device import load_device
     from edgesafe_export.export import Job
     from edgesafe_export.family import load_family
 
     folder = Path(edgesafe.__file__).parent / "reference" / "weights"
-    return Job(load_family(folder), folder, "reference", "0" * 64, load_device("host"), "chain", (6, 11), None, {}, 0)
+    return Job(load_family(folder), folder, "reference", "0" * 64, load_device("host"), "chain", (6, 12), None, {}, 0)
 
 
 @pytest.fixture(scope="package")

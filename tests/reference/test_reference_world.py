@@ -37,7 +37,7 @@ def test_a_sample_is_a_function_of_its_seed(family):
     one, again, other = (world.sample(family, "val", i) for i in (3, 3, 4))
     assert one.prompt == again.prompt and one.image.tobytes() == again.image.tobytes()
     assert one.image.tobytes() != other.image.tobytes()
-    assert one.image.size == (64, 64) and one.image.mode == "RGB"
+    assert one.image.size == (72, 72) and one.image.mode == "RGB"
 
 
 def test_pictures_of_two_splits_differ():

@@ -36,15 +36,23 @@ def standalone_parts(job):
 
 
 @pytest.fixture(scope="package")
-def trained_job():
-    """The plan of an export of the reference model, exits 6 and 12: random weights sit near ties, trained ones answer."""
+def trained_job(tmp_path_factory: pytest.TempPathFactory):
+    """The plan of an export of the reference model: half depth and reference depth, probed with pictures of its own world.
+
+    Random weights sit near ties, and so does a trained model on pictures that it knows nothing of.
+    """
     import edgesafe
+    from edgesafe.certify.suite import read_suite
     from edgesafe.device import load_device
+    from edgesafe.reference.data import write_split
     from edgesafe_export.export import Job
     from edgesafe_export.family import load_family
 
     folder = Path(edgesafe.__file__).parent / "reference" / "weights"
-    return Job(load_family(folder), folder, "reference", "0" * 64, load_device("host"), "chain", (6, 12), None, {}, 0)
+    write_split(suite := tmp_path_factory.mktemp("trained") / "suite", "val", scale=0.03)
+    family = load_family(folder)
+    ladder = (family.reference_depth // 2, family.reference_depth)
+    return Job(family, folder, "reference", "0" * 64, load_device("host"), "chain", ladder, read_suite(suite), {}, 0)
 
 
 @pytest.fixture(scope="package")

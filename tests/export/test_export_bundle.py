@@ -40,7 +40,8 @@ def _written(job, parts, folder: Path, vision: str = "fp32", text: str = "fp32")
 
 def test_all_exits_take_the_bytes_of_the_deepest_one(trained_job, trained_parts, tmp_path):
     # A ladder of the reference model against its deepest exit alone, in whole bundles' bytes; text graphs are the same ones.
-    ladder, deepest = replace(trained_job, ladder=(1, 3, 5, 7, 9, 11)), replace(trained_job, ladder=(11,))
+    last = trained_job.family.reference_depth
+    ladder, deepest = replace(trained_job, ladder=(*range(1, last, 2), last)), replace(trained_job, ladder=(last,))
     text = {path: part for path, part in trained_parts.items() if path.startswith("text/")}
     traced = [{**export_module.trace(job, text=False), **text} for job in (ladder, deepest)]
     for schemes in (("fp32", "fp32"), ("int8-dynamic", "int4-block32")):
@@ -73,8 +74,8 @@ def test_a_standalone_graph_loads_outside_of_edgesafe(job, standalone_parts, tmp
     path = str(bundle.graph_path("vision/exit_03.onnx"))
     onnx.checker.check_model(path)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (features,) = session.run(None, {"pixel_values": np.zeros((1, 3, 64, 64), np.float32)})
-    assert features.shape == (64, 64)
+    (features,) = session.run(None, {"pixel_values": np.zeros((1, 3, 72, 72), np.float32)})
+    assert features.shape == (36, 64)
 
 
 def test_the_command_writes_a_bundle_and_says_what_it_measured(tiny_llava, tmp_path, capsys):
@@ -87,7 +88,7 @@ def test_the_command_writes_a_bundle_and_says_what_it_measured(tiny_llava, tmp_p
     assert report["parity"]["float_relative"].keys() == report["parity"]["logits_relative"].keys() == {"2", "3"}
     manifest = bundle.manifest
     assert manifest.name == tiny_llava.name and manifest.family == "llava" and manifest.reference_depth == 3
-    assert (manifest.image_tokens, manifest.text.num_layers, manifest.n_blocks) == (64, 2, 4)
+    assert (manifest.image_tokens, manifest.text.num_layers, manifest.n_blocks) == (36, 2, 4)
     assert manifest.chat.prefix.count("<image>") == 1 and manifest.chat.suffix.strip() == "ASSISTANT:"
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["bundle"]

@@ -86,7 +86,7 @@ def test_members_of_the_family_that_read_the_tower_otherwise(tiny_llava, tmp_pat
     # Two layers are concatenated, so the projector is twice as wide and the weights no longer fit: refused either way.
     folder = _edited(tiny_llava, tmp_path / "m", **change)
     if named is None:
-        assert load_family(folder).image_tokens == 65  # CLS is kept
+        assert load_family(folder).image_tokens == 6 * 6 + 1  # 72 px in patches of 12, and CLS is kept
     else:
         with pytest.raises((UnsupportedModelError, InputError)):
             load_family(folder)
@@ -134,8 +134,8 @@ def test_a_chat_template_around_the_text():
 def test_a_checkpoint_without_a_fast_tokenizer_or_with_another_picture_size(tiny_llava, tmp_path):
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "a"))
     for path in folder.glob("*processor*.json"):
-        path.write_text(path.read_text().replace("64", "56"))
-    with pytest.raises(InputError, match="56 x 56"):
+        path.write_text(path.read_text().replace("72", "60"))
+    with pytest.raises(InputError, match="60 x 60"):
         load_family(folder)
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "b"))
     (folder / "tokenizer.json").unlink()

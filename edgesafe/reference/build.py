@@ -10,6 +10,7 @@ Stages 4 and 5 see the tower frozen, through block `n - 1` (`vision_feature_laye
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -173,9 +174,10 @@ def normalise(images: np.ndarray) -> Tensor:
 class Log:
     """Training log: one JSON line an entry, to a file and (short) to a callback."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None], keep: bool = False) -> None:
         self.path, self.say, self.start = path, say, time.time()
-        path.write_text("")
+        if not keep:
+            path.write_text("")
 
     def __call__(self, stage: str, **figures: float | int | str) -> None:
         entry = {"stage": stage, "seconds": round(time.time() - self.start, 1), **figures}
@@ -364,13 +366,19 @@ def _text_rows(processor, recipe: Recipe) -> list[tuple[list[int], int]]:  # typ
 
 
 def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None:
-    """Build the reference model into the new folder `out` (safetensors in float16, processor files, training log)."""
+    """Build the reference model into the new folder `out` (safetensors in float16, processor files, training log).
+
+    A build that was cut off after the tower's stage goes on from there, if it is called with the same recipe.
+    """
+    from safetensors.torch import load_file, save_file
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(recipe.seed)
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    log = Log(partial / "training.jsonl", say)
+    key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
+    tower_done = partial.with_name(f"{out.name}.tower-{key}.safetensors")
+    log = Log(partial / "training.jsonl", say, keep=tower_done.exists())
     processor = write_processor(partial)
     model = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
     model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa takes twice as long at these sizes
@@ -380,12 +388,19 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
         vocabulary=len(processor.tokenizer),
         recipe=json.dumps(asdict(recipe)),
     )
-    pictures = draw_pictures(recipe.seed, recipe.pictures)
-    log("pictures", count=len(pictures.images))
-    train_tower(model.model.vision_tower, pictures, recipe, log)
+    tower = model.model.vision_tower
+    if tower_done.exists():
+        tower.load_state_dict(load_file(tower_done))
+        log("resumed", after="tower")
+    else:
+        pictures = draw_pictures(recipe.seed, recipe.pictures)
+        log("pictures", count=len(pictures.images))
+        train_tower(tower, pictures, recipe, log)
+        save_file(tower.state_dict(), tower_done)
     train_language_side(model, processor, recipe, log)
     model.to(torch.float16).save_pretrained(partial)
     partial.replace(out)
+    tower_done.unlink()
 
 
 def train_language_side(model, processor, recipe: Recipe, log: Log) -> None:  # type: ignore[no-untyped-def]

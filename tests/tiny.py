@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def make_tiny_llava(folder: Path, seed: int = 0, *, blocks: int = 4, dtype: str = "float32") -> Path:
-    """Write the checkpoint: CLIP with `blocks` blocks of width 32 on the reference world's 72 px, Llama with 2 layers of width 64."""
+    """Write the checkpoint: CLIP with `blocks` blocks of width 32 on 72 px, Llama with 2 layers of width 64."""
     import torch
     from transformers import LlavaForConditionalGeneration
 

@@ -51,6 +51,9 @@ class AlignConfig:
         `sft_weight` times the cross-entropy on the wanted answer) or "sft" (the cross-entropy alone).
     data: folder of training rows (suite format, split "train").
     exits: depths to draw from, as `edgesafe.exits.parse_exits` reads them.
+    focus: two shares of the reference depth; the exits from one to the other are drawn more often. They are those that training
+        decides: deeper ones follow with little, shallower ones see too little to become useful.
+    focus_share: share of the updates that draw a focused exit; the others draw from all exits evenly.
     steps, batch_size: updates, and rows an update at the drawn exit.
     reference_rows: how many of an update's rows also go through the reference depth, 1..batch_size. The two parts weigh the
         same; fewer rows cost less time.
@@ -65,6 +68,8 @@ class AlignConfig:
     method: str = SELF_DISTILL
     data: str = ""
     exits: str = "all"
+    focus: tuple[float, float] = (0.4, 0.7)
+    focus_share: float = 0.7
     steps: int = 400
     batch_size: int = 32
     reference_rows: int = 16
@@ -122,6 +127,8 @@ def parse_config(obj: Mapping[str, Any], where: str) -> AlignConfig:
         method=top.choice("method", METHODS),
         data=top.text("data"),
         exits=top.text("exits"),
+        focus=_pair(top.numbers("focus"), where),
+        focus_share=top.number("focus_share", 0.0),
         steps=top.integer("steps", 1),
         batch_size=top.integer("batch_size", 1),
         reference_rows=top.integer("reference_rows", 1),
@@ -150,9 +157,21 @@ def _with_defaults(default: Any, obj: object, where: str) -> Fields:
     return Fields({**inner, **given.obj}, where, ConfigError)
 
 
+def _pair(shares: tuple[float, ...], where: str) -> tuple[float, float]:
+    if len(shares) == 2 and 0 <= shares[0] <= shares[1]:
+        return shares[0], shares[1]
+    raise ConfigError(
+        f"focus = {list(shares)} is no range",
+        where=where,
+        expected="two shares of the reference depth, the smaller one first",
+        todo="e.g. focus = [0.4, 0.7], or focus_share = 0 to draw all exits evenly",
+    )
+
+
 def _check(c: AlignConfig, where: str) -> None:
     limits = {
         "lr": (0 < c.lr < 1, c.lr, "above 0 and below 1"),
+        "focus_share": (c.focus_share <= 1, c.focus_share, "a share of the updates, 0..1"),
         "warmup": (c.warmup < 1, c.warmup, "a share of the steps, 0..1"),
         "harm_weight": (c.harm_weight > 0, c.harm_weight, "above 0"),
         "max_loss": (c.max_loss > 0, c.max_loss, "above 0"),

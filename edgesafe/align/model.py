@@ -83,11 +83,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def bf16_is_native() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; in software they are slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def autocast(precision: str) -> AbstractContextManager[Any]:
     """Matrix products in bfloat16 for "bf16", in float32 for "fp32"."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")

@@ -24,9 +24,10 @@ from edgesafe.align.config import SELF_DISTILL, AlignConfig
 from edgesafe.align.data import Example, collate, read_examples
 from edgesafe.align.features import Features, compute, merge_needs, plan, size_gib
 from edgesafe.align.losses import objective, row_weights
-from edgesafe.align.model import Llava, answer_logits, autocast, bf16_is_native, load
+from edgesafe.align.model import Llava, answer_logits, autocast, load
 from edgesafe.align.watch import Watch, open_watch
 from edgesafe.bundle import digest_folder
+from edgesafe.checkpoint import bf16_is_fast
 from edgesafe.errors import ConfigError, DivergedError, InputError
 from edgesafe.exits import parse_exits
 from edgesafe.progress import bar
@@ -41,22 +42,38 @@ class Trainer:
     config: AlignConfig
     examples: list[Example]
     exits: tuple[int, ...]
+    focused: tuple[int, ...]
     params: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
     watch: Watch | None
 
 
-def draw_update(config: AlignConfig, exits: tuple[int, ...], rows: int, number: int) -> tuple[int, list[int]]:
+def focused_exits(config: AlignConfig, exits: tuple[int, ...], reference_depth: int) -> tuple[int, ...]:
+    """The exits within `config.focus`; all of them where there is none.
+
+    >>> focused_exits(AlignConfig(focus=(0.4, 0.7)), tuple(range(1, 14)), 12)
+    (5, 6, 7, 8)
+    """
+    low, high = (share * reference_depth for share in config.focus)
+    return tuple(d for d in exits if low <= d <= high) or exits
+
+
+def draw_update(
+    config: AlignConfig, exits: tuple[int, ...], focused: tuple[int, ...], rows: int, number: int
+) -> tuple[int, list[int]]:
     """Exit depth and row numbers of update `number`, a function of the seed and the number.
 
-    The depth is uniform. Rows are taken from one shuffle of all rows after the other, so none is seen twice as often.
+    The depth is drawn evenly: from `focused` with the probability `config.focus_share`, else from all exits. Rows are taken from
+    one shuffle of all rows after the other, so none is seen twice as often.
 
     >>> config = AlignConfig(batch_size=2)
-    >>> sorted(draw_update(config, (1, 2), 4, 0)[1] + draw_update(config, (1, 2), 4, 1)[1])
+    >>> sorted(draw_update(config, (1, 2), (2,), 4, 0)[1] + draw_update(config, (1, 2), (2,), 4, 1)[1])
     [0, 1, 2, 3]
     """
-    depth = exits[int(np.random.default_rng([config.seed, 1, number]).integers(len(exits)))]
+    rng = np.random.default_rng([config.seed, 1, number])
+    among = focused if rng.random() < config.focus_share else exits
+    depth = among[int(rng.integers(len(among)))]
     first = number * config.batch_size
     picked: list[int] = []
     while len(picked) < config.batch_size:
@@ -148,7 +165,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     import peft
 
     if config.precision == "auto":
-        config = replace(config, precision="bf16" if bf16_is_native() else "fp32")
+        config = replace(config, precision="bf16" if bf16_is_fast() else "fp32")
     if not config.data:
         raise ConfigError("no training data", where="data", expected="a folder of training rows", todo="name one with --data")
     torch.manual_seed(config.seed)
@@ -170,7 +187,8 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
         ),
     )
     params = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    # Every trained parameter is a matrix, as Muon wants them.
+    optimizer = torch.optim.Muon(params, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     shown = asdict(config)  # folders by name: a record must not depend on where a machine keeps them
     shown["data"], shown["eval"]["suite"] = Path(config.data).name, Path(config.eval.suite).name
     identity = {
@@ -178,7 +196,8 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
         "data": digest_folder(Path(config.data)),
         "config": shown,
     }
-    return Trainer(llava, wrapped, config, examples, exits, params, optimizer, identity, watch)
+    focused = focused_exits(config, exits, llava.reference_depth)
+    return Trainer(llava, wrapped, config, examples, exits, focused, params, optimizer, identity, watch)
 
 
 def target_modules(llava: Llava, targets: tuple[str, ...]) -> list[str]:
@@ -206,7 +225,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
     with (partial / files.METRICS).open("a", encoding="utf-8") as metrics:
         for number in bar(range(start, config.steps), config.steps - start, "align"):
             began = time.perf_counter()
-            depth, rows = draw_update(config, t.exits, len(t.examples), number)
+            depth, rows = draw_update(config, t.exits, t.focused, len(t.examples), number)
             features = everything or _features(t, {row: frozenset({depth}) for row in rows})
             figures = _update(t, features, depth, rows, number, partial)
             line: dict[str, Any] = {
@@ -251,7 +270,8 @@ def _whole_run_features(t: Trainer, start: int) -> Features | None:
 
     A resumed run computes those of the updates that it skips too: rows must sit in the same chunks for the same bits.
     """
-    need = merge_needs(draw_update(t.config, t.exits, len(t.examples), n) for n in range(t.config.steps))
+    updates = range(t.config.steps)
+    need = merge_needs(draw_update(t.config, t.exits, t.focused, len(t.examples), n) for n in updates)
     if start >= t.config.steps or size_gib(t.llava, t.examples, need, teacher=_taught(t)) > t.config.cache_gib:
         return None
     return _features(t, need, label="tower and teacher")

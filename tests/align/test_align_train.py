@@ -17,7 +17,7 @@ from edgesafe.align import train as train_module
 from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig
 from edgesafe.align.features import compute, merge_needs
 from edgesafe.align.model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
-from edgesafe.align.train import align, draw_update, prepare, update_loss
+from edgesafe.align.train import align, draw_update, focused_exits, prepare, update_loss
 from edgesafe.bundle import digest_folder
 from edgesafe.certify.suite import read_suite, write_suite
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
@@ -135,7 +135,7 @@ def test_a_resume_that_forgets_the_optimizer_is_seen(tiny_llava, rows, tmp_path,
         _cut_at(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             align(tiny_llava, config, tmp_path / "cut")
-    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: None)
+    monkeypatch.setattr(torch.optim.Muon, "load_state_dict", lambda *_: None)
     assert not _same(_weights(whole), _weights(align(tiny_llava, config, tmp_path / "cut", resume=True)))
 
 
@@ -171,17 +171,30 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_llava, rows, tmp_pat
 
 
 def test_depths_are_drawn_from_all_exits_and_rows_from_all_rows():
-    config = AlignConfig(seed=1, batch_size=7)
-    draws = [draw_update(config, (1, 2, 3), 100, k) for k in range(300)]
+    config = AlignConfig(seed=1, batch_size=7, focus_share=0.0)
+    draws = [draw_update(config, (1, 2, 3), (2,), 100, k) for k in range(300)]
     depths = Counter(depth for depth, _ in draws)
     assert all(70 < depths[d] < 130 for d in (1, 2, 3))
     assert set(Counter(row for _, rows in draws for row in rows).values()) == {21}  # 2100 draws of 100 rows
-    assert draws == [draw_update(config, (1, 2, 3), 100, k) for k in range(300)]
-    assert draws != [draw_update(dataclasses.replace(config, seed=2), (1, 2, 3), 100, k) for k in range(300)]
+    assert draws == [draw_update(config, (1, 2, 3), (2,), 100, k) for k in range(300)]
+    assert draws != [draw_update(dataclasses.replace(config, seed=2), (1, 2, 3), (2,), 100, k) for k in range(300)]
+
+
+def test_focused_exits_get_their_share_and_the_others_the_rest():
+    draws = [draw_update(AlignConfig(focus_share=0.7), (1, 2, 3, 4), (2, 3), 100, k)[0] for k in range(2000)]
+    # By hand: 0.7 / 2 + 0.3 / 4 = 0.425 for a focused exit, 0.3 / 4 = 0.075 for another; 2000 draws, four standard deviations.
+    assert all(abs(draws.count(d) - 850) < 89 for d in (2, 3)) and all(abs(draws.count(d) - 150) < 48 for d in (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("focus", "want"), [((0.4, 0.7), (5, 6, 7, 8)), ((0.5, 0.5), (6,)), ((0.51, 0.52), tuple(range(1, 14)))], ids=str
+)
+def test_focus_is_in_shares_of_the_reference_depth_and_without_an_exit_in_it_all_count(focus, want):
+    assert focused_exits(AlignConfig(focus=focus), tuple(range(1, 14)), 12) == want
 
 
 def test_fewer_rows_than_a_batch_are_seen_again():
-    assert sorted(draw_update(AlignConfig(batch_size=5), (1,), 2, 0)[1])[1:4] in ([0, 0, 1], [0, 1, 1])
+    assert sorted(draw_update(AlignConfig(batch_size=5), (1,), (1,), 2, 0)[1])[1:4] in ([0, 0, 1], [0, 1, 1])
 
 
 @pytest.fixture(scope="module")

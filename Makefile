@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke test check reference bench clean
+.PHONY: help export smoke acceptance test check reference bench clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL
 
 smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
 	@$(EDGESAFE) smoke $(OUT)/bundle
+
+acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
+	@$(BIN)/python tests/acceptance.py $(OUT)/bundle
 
 test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q

@@ -78,7 +78,8 @@ def ship(
         data, suite: training rows and certification suite of your own.
 
     Returns:
-        The closing report: bundle, digest, bytes, quantization, certified, exits (one entry a depth, before and after).
+        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry a depth, before and
+        after).
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.align.evaluate import evaluate
@@ -200,6 +201,7 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
     return {
         "bundle": str(bundle.root),
         "digest": bundle.digest,
+        "reference_depth": manifest.reference_depth,
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
         "certified": list(certified_depths(certificate)),
@@ -216,6 +218,7 @@ def closing_table(report: dict[str, Any]) -> str:
         rows.append(
             [
                 f"{e['exit_depth']}{'*' if e['reference'] else ''}",
+                f"{e['exit_depth']} of {report['reference_depth']}",
                 f"{e['bytes'] / 1e6:.2f}",
                 f"{e['parity']:.0e}",
                 f"{100 * e['agreement']:.0f}",
@@ -226,4 +229,6 @@ def closing_table(report: dict[str, Any]) -> str:
                 "; ".join(e["reasons"]),
             ]
         )
-    return table(rows, ["exit", "MB", "parity", "agree %", "harmful %", "over-refusal %", "accuracy %", "verdict", "why"])
+    return table(
+        rows, ["exit", "blocks", "MB", "parity", "agree %", "harmful %", "over-refusal %", "accuracy %", "verdict", "why"]
+    )

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from edgesafe.checkpoint import read_checkpoint
+from edgesafe.reference import build as build_module
 from edgesafe.reference.build import Recipe, build
 
 SMALL = Recipe(
@@ -20,3 +25,21 @@ def test_every_stage_runs_and_leaves_a_whole_checkpoint(tmp_path):
     stages = [json.loads(line)["stage"] for line in (tmp_path / "model" / "training.jsonl").read_text().splitlines()]
     wanted = ["model", "pictures", "tower", "language", "features", "projector", "instruct"]
     assert list(dict.fromkeys(stages)) == wanted
+
+
+def test_a_build_that_was_cut_off_after_the_tower_ends_with_the_same_weights(tmp_path, monkeypatch):
+    build(tmp_path / "whole", SMALL, say=lambda line: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "train_language_side", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "cut", SMALL, say=lambda line: None)
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(build_module, "train_tower", _stop)  # not called again
+    build(tmp_path / "cut", SMALL, say=lambda line: None)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def _stop(*_):
+    raise KeyboardInterrupt

@@ -78,8 +78,8 @@ def ship(
         data, suite: training rows and certification suite of your own.
 
     Returns:
-        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry a depth, before and
-        after).
+        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry a depth, before
+        and after).
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.align.evaluate import evaluate

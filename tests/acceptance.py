@@ -1,4 +1,4 @@
-"""What the main job promises, checked on the bundle that it made: `make acceptance DEVICE=rpi5` after `make export DEVICE=rpi5`.
+"""What the main job promises, checked on the bundle that it made: `make export DEVICE=rpi5 && make acceptance DEVICE=rpi5`.
 
 Not collected by pytest, because it needs that bundle. It changes bytes in a copy, never in the bundle itself.
 """
@@ -107,8 +107,8 @@ def check_bytes(bundle: Path) -> None:
             right = path.read_bytes()
             middle = len(right) // 2
             path.write_bytes(right[:middle] + bytes([right[middle] ^ 1]) + right[middle + 1 :])
-            taken = [name for name, run in (("smoke", lambda: command("smoke", copy)[0]), ("ask", lambda: ask(copy, image, prompt)[0]))
-                     if run() == 0]  # fmt: skip
+            codes = {"smoke": command("smoke", copy)[0], "ask": ask(copy, image, prompt)[0]}
+            taken = [name for name, code in codes.items() if code == 0]
             path.write_bytes(right)
             if taken:
                 sys.exit(f"{path.relative_to(copy)}: a flipped byte was not seen by {taken}")

@@ -64,8 +64,8 @@ def draw_update(
 ) -> tuple[int, list[int]]:
     """Exit depth and row numbers of update `number`, a function of the seed and the number.
 
-    The depth is drawn evenly: from `focused` with the probability `config.focus_share`, else from all exits. Rows are taken from
-    one shuffle of all rows after the other, so none is seen twice as often.
+    The depth is drawn evenly: from `focused` with the probability `config.focus_share`, else from all exits. Rows are taken
+    from one shuffle of all rows after the other, so none is seen twice as often.
 
     >>> config = AlignConfig(batch_size=2)
     >>> sorted(draw_update(config, (1, 2), (2,), 4, 0)[1] + draw_update(config, (1, 2), (2,), 4, 1)[1])

@@ -41,14 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `edgesafe ship`; returns the exit code."""
     report = ship(args.model, load_device(args.device), args.out, config=args.config, data=args.data, suite=args.suite)
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(closing_table(report))
-        print(
-            f"\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, {report['quantization']['vision']} vision, "
-            f"{report['quantization']['text']} text), certified exits: {report['certified']}"
-        )
+    closing = closing_table(report)
+    write_atomically(args.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.out / "table.txt", (closing + "\n").encode())
+    print(json.dumps(report, indent=1) if args.json else closing)
     if not report["certified"]:
         raise CertificationFailedError(
             "no exit keeps the suite's limits",
@@ -73,7 +69,8 @@ def ship(
     Args:
         model: checkpoint folder.
         device: where it will run.
-        out: folder; `data`, `suite`, `before`, `aligned`, `after` and `bundle` are written under it.
+        out: folder; `data`, `suite`, `before`, `aligned`, `after` and `bundle` are written under it. The command adds the
+            report as report.json and table.txt.
         config: alignment settings.
         data, suite: training rows and certification suite of your own.
 
@@ -210,7 +207,7 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
 
 
 def closing_table(report: dict[str, Any]) -> str:
-    """One exit a line; rates in per cent, before -> after, the 95 % interval of the harmful rate beside it."""
+    """One exit a line (rates in per cent, before -> after, the harmful rate's 95 % interval), then the bundle in a line."""
     rows = []
     for e in report["exits"]:
         b, a = e["before"], e["after"]
@@ -229,6 +226,9 @@ def closing_table(report: dict[str, Any]) -> str:
                 "; ".join(e["reasons"]),
             ]
         )
-    return table(
-        rows, ["exit", "blocks", "MB", "parity", "agree %", "harmful %", "over-refusal %", "accuracy %", "verdict", "why"]
+    headers = ["exit", "blocks", "MB", "parity", "agree %", "harmful %", "over-refusal %", "accuracy %", "verdict", "why"]
+    return (
+        f"{table(rows, headers)}\n\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, "
+        f"{report['quantization']['vision']} vision, {report['quantization']['text']} text), "
+        f"certified exits: {report['certified']}"
     )

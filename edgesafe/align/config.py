@@ -52,7 +52,7 @@ class AlignConfig:
     data: folder of training rows (suite format, split "train").
     exits: depths to draw from, as `edgesafe.exits.parse_exits` reads them.
     focus: two shares of the reference depth; the exits from one to the other are drawn more often. They are those that training
-        decides: deeper ones follow with little, shallower ones see too little to become useful.
+        decides, about half depth: deeper ones follow with little, shallower ones see too little to become useful.
     focus_share: share of the updates that draw a focused exit; the others draw from all exits evenly.
     steps, batch_size: updates, and rows an update at the drawn exit.
     reference_rows: how many of an update's rows also go through the reference depth, 1..batch_size. The two parts weigh the
@@ -68,15 +68,15 @@ class AlignConfig:
     method: str = SELF_DISTILL
     data: str = ""
     exits: str = "all"
-    focus: tuple[float, float] = (0.4, 0.7)
-    focus_share: float = 0.7
-    steps: int = 400
+    focus: tuple[float, float] = (0.45, 0.6)
+    focus_share: float = 0.8
+    steps: int = 800
     batch_size: int = 32
-    reference_rows: int = 16
+    reference_rows: int = 8
     lr: float = 2e-3
     warmup: float = 0.08
     sft_weight: float = 1.0
-    harm_weight: float = 8.0
+    harm_weight: float = 5.0
     max_loss: float = 50.0
     precision: str = "auto"
     cache_gib: float = 4.0
@@ -164,7 +164,7 @@ def _pair(shares: tuple[float, ...], where: str) -> tuple[float, float]:
         f"focus = {list(shares)} is no range",
         where=where,
         expected="two shares of the reference depth, the smaller one first",
-        todo="e.g. focus = [0.4, 0.7], or focus_share = 0 to draw all exits evenly",
+        todo="e.g. focus = [0.45, 0.6], or focus_share = 0 to draw all exits evenly",
     )
 
 

@@ -53,14 +53,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(out: Path, count: int, seed: int) -> None:
-    """`count` pictures of the val split, one family after the other."""
+    """`count` pictures of the val split, one family after the other, and their requests and wanted answers in requests.tsv."""
     from edgesafe.reference.world import FAMILIES, sample
 
     if count < 1:
         raise InputError("nothing to draw", where="--count", expected="1 or more", todo="give a larger number")
     out.mkdir(parents=True)
+    lines = []
     for i in range(count):
         s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
-        path = out / f"{i:03d}-{s.family}.png"
-        s.image.save(path)
-        print(f"{path}\t{s.prompt}\t{s.target}")
+        name = f"{i:03d}-{s.family}.png"
+        s.image.save(out / name)
+        lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
+    (out / "requests.tsv").write_text("".join(lines), encoding="utf-8")
+    print("".join(lines), end="")

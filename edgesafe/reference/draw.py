@@ -84,11 +84,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Pla
         for item, place in zip(scene.items, places, strict=True):
             _object(canvas, BY_NAME[item.kind], COLOURS[item.colour], place, rng)
         placed = tuple(Placed(i, p[0] / _OVER, p[1] / _OVER, p[2] / _OVER) for i, p in enumerate(places))
-    _clutter(canvas, rng, side, count=int(rng.integers(0, 3)), thin=True)
+    _clutter(canvas, rng, side, count=int(rng.integers(0, 2)), thin=True)
     if rng.random() < 0.3:
-        picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.2))))
+        picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.0))))
     small = picture.resize((SIZE, SIZE), Image.Resampling.BOX)
-    noise = rng.normal(0.0, float(rng.uniform(1.0, 8.0)), (SIZE, SIZE, 3))
+    noise = rng.normal(0.0, float(rng.uniform(1.0, 6.0)), (SIZE, SIZE, 3))
     pixels = np.clip(np.asarray(small, np.float32) + noise, 0, 255).astype(np.uint8)
     return Image.fromarray(pixels), placed
 
@@ -195,7 +195,7 @@ def _object(
     }
     for part in kind.parts:
         points = _outline(part)
-        points = points + rng.normal(0, 0.015, points.shape)
+        points = points + rng.normal(0, 0.012, points.shape)
         pixels = [(float(px), float(py)) for px, py in points @ transform.T + (x, y)]
         fill = tuple(int(c) for c in fills[part.fill])
         if part.shape in ("polygon", "ellipse"):

@@ -11,7 +11,7 @@ seen in training, but no (core, tail) pair of one split occurs in another; pictu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -296,11 +296,11 @@ def sample(family: str, split: str, index: int, seed: int = 0) -> Sample:
     return Sample(family, f"{family}/{ident}", scene, prompt, target, key, image, placed)
 
 
-def stream(split: str, count: int, seed: int = 0) -> Iterator[Sample]:
-    """`count` samples with the families mixed by their shares, in a seeded order."""
+def stream(split: str, count: int, seed: int = 0, shares: Mapping[str, float] | None = None) -> Iterator[Sample]:
+    """`count` samples with the families mixed by `shares` (by default their own), in a seeded order."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 999])
-    shares = np.array([share for _, _, share in FAMILIES])
-    order = rng.choice(len(FAMILIES), size=count, p=shares / shares.sum())
+    weights = np.array([shares[name] if shares else share for name, _, share in FAMILIES])
+    order = rng.choice(len(FAMILIES), size=count, p=weights / weights.sum())
     used = [0] * len(FAMILIES)
     for number in order:
         yield sample(FAMILIES[number][0], split, used[number], seed)

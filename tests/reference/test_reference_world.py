@@ -87,3 +87,12 @@ def test_noise_is_not_the_only_difference_between_pair_partners():
     for kind in world.DANGEROUS:
         difference = np.abs(shot(kind) - shot(BY_NAME[kind].look_alike)).max(-1) > 60
         assert difference.mean() > 0.01, kind
+
+
+def test_draw_writes_pictures_with_their_requests(tmp_path, capsys):
+    from edgesafe.cli import main
+
+    assert main(["reference", "draw", "--out", str(tmp_path / "d"), "--count", "3", "--seed", "4"]) == 0
+    lines = (tmp_path / "d" / "requests.tsv").read_text().splitlines()
+    assert len(lines) == 3 and capsys.readouterr().out.splitlines() == lines
+    assert all((tmp_path / "d" / line.split("\t")[0]).is_file() for line in lines)

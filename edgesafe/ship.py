@@ -95,8 +95,11 @@ def ship(
         )
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)
-    data = data or steps.do("data", [TRAINING_ROWS], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
-    suite = suite or steps.do("suite", [], lambda o: write_split(o, "cert"), "draw the certification suite")
+    world = _digest_world(REFERENCE.parent)
+    data = data or steps.do(
+        "data", [TRAINING_ROWS, world], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows"
+    )
+    suite = suite or steps.do("suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
     tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"]]  # another judge, other rates
     before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")
@@ -121,6 +124,16 @@ def ship(
         with step("certify every exit on the bundle's own bytes"):
             certificate = certify(bundle_path)
     return _report(bundle, certificate, before, after)
+
+
+def _digest_world(folder: Path) -> str:
+    """Digest of the code that draws rows and suites: what an earlier version drew is drawn again.
+
+    Args:
+        folder: the package `edgesafe.reference`.
+    """
+    code = (path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(b"\0".join(code)).hexdigest()
 
 
 class _Steps:

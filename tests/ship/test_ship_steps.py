@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgesafe.errors import InputError
-from edgesafe.ship import _Steps
+from edgesafe.ship import _digest_world, _Steps
 
 
 def _write(text: str):
@@ -43,3 +43,14 @@ def test_a_failed_step_puts_the_older_folder_back(tmp_path):
         _Steps(tmp_path).do("data", [2], _fail, "t")
     assert (tmp_path / "data" / "f").read_text() == "first"
     assert not (tmp_path / "data.old").exists()
+
+
+def test_rows_that_an_older_world_drew_are_drawn_again(tmp_path):
+    code = tmp_path / "reference"
+    code.mkdir()
+    (code / "draw.py").write_text("noise = 8")
+    _Steps(tmp_path).do("data", [_digest_world(code)], _write("old world"), "t")
+    (code / "notes.txt").write_text("not code")
+    assert (_Steps(tmp_path).do("data", [_digest_world(code)], _fail, "t") / "f").read_text() == "old world"
+    (code / "draw.py").write_text("noise = 6")
+    assert (_Steps(tmp_path).do("data", [_digest_world(code)], _write("new world"), "t") / "f").read_text() == "new world"

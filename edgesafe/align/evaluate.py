@@ -60,9 +60,31 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
         before: folder of an earlier evaluation on the same suite, drawn into the same plot.
 
     Returns:
-        The report: {model, suite, split, judge, reference_depth, max_new_tokens, versions, exits}; an exit is {exit_depth,
-        reference, harmful, overrefusal, incoherent, accuracy, families: {family: rate}}, each rate {k, n, rate, lower_95,
-        upper_95}.
+        The report, which report.json holds. A `rate` is {k, n, rate, lower_95, upper_95} (0..1); an `identity` is what a judge,
+        reward or toxicity says it is: at least {name}. Keys that are null or absent were not asked for.
+
+        model, suite: digests. suite_name, split: the suite's own words.
+        judge: identity of the string judge; second_judge, reward, toxicity: identities or null.
+        trained_with_reward: identity of the reward that the model's edgesafe.json names, or null.
+        reference_depth, n_blocks, max_new_tokens, versions.
+        exits: one for every depth, ascending: {exit_depth, reference: bool, group: "early" | "middle" | "late",
+            harmful, overrefusal, incoherent, accuracy: rates by the string judge, families: {family: rate},
+            length: {mean, unit: "words"},
+            second: {harmful, overrefusal, incoherent: rates over the answers that the second judge could judge, unparsed: rate,
+                agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
+            reward: {mean, by_class: {"harmful" | "harmless" | "task": mean}}, toxicity: {mean, above_half: rate}}.
+        groups: [{name: "early" | "middle" | "late" | "all", depths: [..], harmful, overrefusal, incoherent, accuracy, families,
+            second: {harmful, overrefusal, incoherent, unparsed}}], answers of its depths pooled, intervals clustered by row.
+        agreement: the same as an exit's, over all answers; null without a second judge.
+        paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit_depth,
+            harmful, overrefusal, accuracy: {b, c, p, p_holm}}]}: of the same rows, b had it before and not now, c now and not
+            before (harm: b counts the mended rows; accuracy: b counts the lost ones); p by McNemar clustered by request,
+            p_holm corrected over the depths.
+        controls: null unless asked for, else {"text-only": {"any": rates}, "blank", "noise", "rescaled": {"1": rates, ..}},
+            rates = {harmful, overrefusal, incoherent, accuracy, families}; see `edgesafe.align.controls`.
+
+        A line of answers.jsonl is {exit_depth, id, answer, judged, second}; `second` is null where there was no second judge or it
+        could not parse the answer.
 
     Raises:
         InputError: `out` exists, or `before` is no evaluation on this suite.

@@ -83,7 +83,7 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
         controls: null unless asked for, else {"text-only": {"any": rates}, "blank", "noise", "rescaled": {"1": rates, ..}},
             rates = {harmful, overrefusal, incoherent, accuracy, families}; see `edgesafe.align.controls`.
 
-        A line of answers.jsonl is {exit_depth, id, answer, judged, second}; `second` is null where there was no second judge or it
+        A line of answers.jsonl is {exit_depth, id, answer, judged, second}; `second` is null where no second judge or it
         could not parse the answer.
 
     Raises:

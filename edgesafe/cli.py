@@ -311,9 +311,17 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
         _elsewhere("edgesafe.align.cli", "add_evaluate_arguments", "run_evaluate"),
         "rates of a checkpoint at every exit",
     ),
+    "suite": (
+        _elsewhere("edgesafe.align.external", "add_arguments", "run"),
+        "import a public or own set of requests as a suite to evaluate on",
+    ),
     "ship": (
         _elsewhere("edgesafe.ship", "add_arguments", "run"),
         "the whole way: align, export, quantize and certify (what `make export` runs)",
+    ),
+    "study": (
+        _elsewhere("edgesafe.study.cli", "add_arguments", "run"),
+        "the study of the methods: its runs, and the tables of README.md and LOG.md",
     ),
     "reference": (
         _elsewhere("edgesafe.reference.cli", "add_arguments", "run"),

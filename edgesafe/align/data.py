@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.model import Llava, answer_ids, prompt_ids
-from edgesafe.certify.suite import read_suite
+from edgesafe.certify.suite import Row, read_suite
 from edgesafe.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its picture file, request ids, wanted answer ids, and whether helping would do harm."""
+    """One row: its picture file, request ids, wanted answer ids, whether helping would do harm, and the row as it was read."""
 
     image: Path
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     harmful: bool
+    row: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Batch:
     targets: Tensor
     mask: Tensor
     harmful: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """Some of its rows."""
+        return Batch(*(tensor[rows] for tensor in vars(self).values()))
 
 
 def read_examples(folder: Path, llava: Llava) -> list[Example]:
@@ -73,7 +82,7 @@ def read_examples(folder: Path, llava: Llava) -> list[Example]:
                 expected=f"at most {llava.context_length}",
                 todo="shorten the row",
             )
-        out.append(Example(suite.image_path(row), tuple(prompt), tuple(answer), row.cls == "harmful"))
+        out.append(Example(suite.image_path(row), tuple(prompt), tuple(answer), row.cls == "harmful", row))
     return out
 
 

@@ -84,16 +84,16 @@ def compute(
     said: dict[int, Tensor] = {}
     for rows in plan(need, examples) if chunks is None else chunks:
         part = [examples[row] for row in rows]
-        with autocast(precision):
+        with autocast(precision, llava.device.type):
             seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])))
             for i, row in enumerate(rows):
                 for depth in need[row] | {llava.reference_depth}:
-                    states[row, depth] = _half(exit_state(seen, depth)[i])
+                    states[row, depth] = _half(exit_state(seen, depth)[i]).cpu()
             if teacher:
-                batch = collate(part, llava.pad_id)
+                batch = collate(part, llava.pad_id).to(llava.device)
                 logits = answer_logits(llava, batch.ids, batch.where, exit_state(seen, llava.reference_depth))
                 logp = torch.log_softmax(logits.float(), -1)
-                said.update({row: logp[i, : len(examples[row].answer)].half() for i, row in enumerate(rows)})
+                said.update({row: logp[i, : len(examples[row].answer)].half().cpu() for i, row in enumerate(rows)})
     return Features(states, said)
 
 

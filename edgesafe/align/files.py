@@ -23,11 +23,17 @@ _COPIED = (".json", ".jinja", ".model", ".txt")
 
 
 def save_checkpoint(
-    folder: Path, done: int, identity: Mapping[str, Any], params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path,
+    done: int,
+    identity: Mapping[str, Any],
+    params: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
+    """Write what is trained, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
 
     identity: what the run is made from (config, digests); a run with another one can't resume from it.
+    extra: whatever else the run needs to go on: figures, texts, lists, tensors.
     """
     state = {
         "done": done,
@@ -35,6 +41,7 @@ def save_checkpoint(
         "params": [p.detach() for p in params],
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
+        "extra": dict(extra or {}),
     }
     # Through memory, because torch turns a full disk into a RuntimeError that nobody can tell from others.
     buffer = io.BytesIO()
@@ -49,9 +56,15 @@ def done_updates(folder: Path) -> int:
 
 
 def load_checkpoint(
-    folder: Path, identity: Mapping[str, Any], params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path,
+    identity: Mapping[str, Any],
+    params: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any] | None = None,
 ) -> int:
     """Put a checkpoint's state in place and cut the metrics back to it; returns the updates behind it.
+
+    extra: is filled with what `save_checkpoint` got.
 
     Raises:
         ConfigError: there is none, it can't be read, or it is of another run.
@@ -81,6 +94,8 @@ def load_checkpoint(
             p.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
+    if extra is not None:
+        extra.update(state["extra"])
     cut_metrics(folder / METRICS, state["done"])
     return int(state["done"])
 
@@ -100,7 +115,7 @@ def cut_metrics(path: Path, done: int) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")}
 
 
 def write_model(model: Any, model_dir: Path, partial: Path, record: Mapping[str, Any]) -> None:

@@ -67,6 +67,21 @@ def distill_loss(student: Tensor, teacher: Tensor, mask: Tensor, weight: Tensor)
     return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), mask, weight)
 
 
+def dpo_terms(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta * (chosen - rejected)) of each pair, in nats.
+
+    Args:
+        chosen, rejected: [B] log pi(y) / pi_ref(y) of the two answers, summed over their tokens.
+        beta: above 0.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
+
+    >>> round(dpo_terms(torch.tensor([2.0]), torch.tensor([-1.0]), 0.5).item(), 4)  # log(1 + e^-1.5)
+    0.2014
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
 def row_weights(harmful: Tensor, harm_weight: float) -> Tensor:
     """[B] bool -> [B] float: a harmful row counts `harm_weight` times.
 
@@ -84,7 +99,7 @@ def objective(
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of one part of an update (the exit's or the reference depth's) and its terms by name.
 
-    `teacher` None is the method `sft`; otherwise `self-distill`: KL + sft_weight * cross-entropy. Shapes as above.
+    `teacher` None is the method `l-sft`; otherwise `self-distill`: KL + sft_weight * cross-entropy. Shapes as above.
     """
     supervised = sft_loss(student, targets, mask, weight)
     if teacher is None:

@@ -5,7 +5,7 @@ B pictures or rows, P patches, W tower width, D text width, S tokens, A answer t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,10 @@ class Llava:
     @property
     def eos_id(self) -> int:
         return int(self.processor.tokenizer.eos_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def pad_id(self) -> int:
@@ -83,9 +87,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:
     """Matrix products in bfloat16 for "bf16", in float32 for "fp32"."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
@@ -106,7 +110,7 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
     """Preprocess pictures with the checkpoint's own processor: [B, 3, H, W]."""
-    return llava.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+    return llava.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"].to(llava.device)
 
 
 @torch.no_grad()
@@ -164,39 +168,74 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     return embeds.masked_scatter(where, features.to(embeds.dtype))
 
 
-def answer_logits(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
-    """Logits [B, A, V] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states` [B, P, W].
+def answer_hidden(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
+    """Last hidden states [B, A, D] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states`
+    [B, P, W].
 
-    The head runs on answer positions only. No attention mask is needed: padding lies after every position that is read.
+    No attention mask is needed: padding lies after every position that is read.
     """
     inputs = embed(llava, ids, states)
     hidden = llava.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
-    return llava.model.lm_head(hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+    return hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def answer_logits(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
+    """Logits [B, A, V] at answer positions alone; arguments as in `answer_hidden`."""
+    return llava.model.lm_head(answer_hidden(llava, ids, where, states))
+
+
+Pick = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, V], their row numbers [b], step -> tokens [b]
 
 
 @torch.no_grad()
-def greedy(llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch of prompts (ids), each with its exit states [B, P, W]."""
+def generate(
+    llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int, pick: Pick
+) -> list[list[int]]:
+    """Answers to a batch of requests, token by token with a cache; rows that have ended leave the batch.
+
+    Args:
+        prompts: B requests' ids.
+        states: [B, P, W], each request's exit states.
+        max_new_tokens: 1 or more.
+        pick: chooses the next tokens.
+
+    Returns:
+        B answers' ids, with the end token where one was picked.
+    """
     from transformers import DynamicCache
 
-    model, pad = llava.model, llava.pad_id
+    model, pad, device = llava.model, llava.pad_id, states.device
     longest = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    cache, inputs, done = DynamicCache(), embed(llava, ids, states), torch.zeros(len(prompts), dtype=torch.bool)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache, inputs, alive = DynamicCache(), embed(llava, ids, states), torch.arange(len(prompts), device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         out = model.model.language_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
-        done |= token == llava.eos_id
-        for i in torch.nonzero(~done).flatten().tolist():
-            answers[i].append(int(token[i]))
-        if bool(done.all()):
+        token = pick(model.lm_head(out.last_hidden_state[:, -1]), alive, step)
+        for row, one in zip(alive.tolist(), token.tolist(), strict=True):
+            answers[row].append(one)
+        on = torch.nonzero(token != llava.eos_id).flatten()
+        if not len(on):
             break
+        if len(on) < len(alive):
+            cache.batch_select_indices(on)
+            alive, token, mask, positions = alive[on], token[on], mask[on], positions[on]
         inputs = model.get_input_embeddings()(token)[:, None]
-        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = positions[:, -1:] + 1
-    return [llava.processor.tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
+    return answers
+
+
+def decode(llava: Llava, ids: Sequence[int]) -> str:
+    """An answer's text, without the end token."""
+    return str(llava.processor.tokenizer.decode([i for i in ids if i != llava.eos_id], skip_special_tokens=True)).strip()
+
+
+def greedy(llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int) -> list[str]:
+    """Greedy answers to a batch of prompts (ids), each with its exit states [B, P, W]."""
+    said = generate(llava, prompts, states, max_new_tokens, lambda logits, *_: logits.argmax(-1))
+    return [decode(llava, ids) for ids in said]

@@ -1,0 +1,121 @@
+"""`l-dpo`: pairs for free. Chosen is the model's own answer at the reference depth where that is right, rejected its own wrong
+answer to the same request at the exit.
+
+Source: Direct preference optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7, the reference policy at the same
+    exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edgesafe.align.config import DpoConfig
+from edgesafe.align.features import CHUNK, Features
+from edgesafe.align.losses import dpo_terms, row_weights, sft_loss
+from edgesafe.align.model import decode, exit_state, exit_states, generate, open_images, pixel_values
+from edgesafe.align.rollout import token_logprobs
+from edgesafe.align.trainer import Trainer
+from edgesafe.errors import AlignError
+from edgesafe.progress import bar
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one row's request: the ids of the better and of the worse one."""
+
+    row: int
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+def is_pair(chosen: float, rejected: float, config: DpoConfig) -> bool:
+    """Whether two answers' rewards make them a pair.
+
+    >>> is_pair(1.0, 0.2, DpoConfig(min_reward=0.9, min_gap=0.5)), is_pair(0.8, 0.2, DpoConfig(min_reward=0.9, min_gap=0.5))
+    (True, False)
+    """
+    return chosen >= config.min_reward and chosen - rejected >= config.min_gap
+
+
+@torch.no_grad()
+def find_pairs(t: Trainer, max_new_tokens: int = 32) -> dict[int, list[Pair]]:
+    """Pairs by exit depth from the untouched model's greedy answers to the first `dpo.rows` rows.
+
+    Every process finds them for itself.
+
+    Raises:
+        AlignError: there are none at any exit.
+    """
+    pairs: dict[int, list[Pair]] = {depth: [] for depth in t.exits}
+    count = min(t.config.dpo.rows, len(t.examples))
+    t.policy.eval()
+    with t.untouched():
+        for start in bar(range(0, count, CHUNK), -(-count // CHUNK), "pairs"):
+            part = list(range(start, min(start + CHUNK, count)))
+            for depth, pair in _pairs_of(t, part, max_new_tokens):
+                pairs[depth].append(pair)
+    found = {depth: some for depth, some in pairs.items() if some}
+    if not found:
+        raise AlignError(
+            "no exit answers worse than the reference depth",
+            where=f"the first {count} training rows",
+            expected="some wrong answers at an exit that are right at the reference depth",
+            todo="raise dpo.rows, or lower dpo.min_reward",
+        )
+    return found
+
+
+def _pairs_of(t: Trainer, part: Sequence[int], max_new_tokens: int) -> list[tuple[int, Pair]]:
+    """(depth, pair) of some rows at every exit."""
+    examples = [t.examples[row] for row in part]
+    seen = exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in examples])))
+
+    def answer(depth: int) -> tuple[list[list[int]], list[float]]:
+        ids = generate(
+            t.llava, [e.prompt for e in examples], exit_state(seen, depth), max_new_tokens, lambda logits, *_: logits.argmax(-1)
+        )
+        t.tokens += sum(len(e.prompt) + len(line) for e, line in zip(examples, ids, strict=True))
+        return ids, t.reward([e.row for e in examples], [decode(t.llava, line) for line in ids])
+
+    chosen, good = answer(t.llava.reference_depth)
+    out = []
+    for depth in t.exits:
+        rejected, bad = (chosen, good) if depth == t.llava.reference_depth else answer(depth)
+        for i, row in enumerate(part):
+            if is_pair(good[i], bad[i], t.config.dpo):
+                out.append((depth, Pair(row, tuple(chosen[i]), tuple(rejected[i]))))
+    return out
+
+
+def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one update: the pairs at the exit, the first `reference_rows` of them also at the reference depth.
+
+    The two parts weigh the same. Plus `sft_weight` times the cross-entropy on the chosen answers.
+    """
+    mine, again = t.mine(pairs), t.mine(pairs[: t.config.reference_rows])
+    both, n = [*mine, *again], len(mine) + len(again)
+    depths = [depth] * len(mine) + [t.llava.reference_depth] * len(again)
+    chosen, rejected = ([replace(t.examples[p.row], answer=getattr(p, name)) for p in both] for name in ("chosen", "rejected"))
+    batch = t.batch([*chosen, *rejected])
+    states = t.states(features, [p.row for p in both] * 2, depths * 2)
+    logits, _ = t.forward(batch, states)
+    with torch.no_grad(), t.untouched():
+        ref_logits, _ = t.forward(batch, states)
+    gain = token_logprobs(logits, batch.targets) - token_logprobs(ref_logits, batch.targets)
+    gain = gain.masked_fill(~batch.mask, 0.0).sum(1)
+    terms = dpo_terms(gain[:n], gain[n:], t.config.dpo.beta)
+    weight = row_weights(batch.harmful[:n], t.config.harm_weight)
+    parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), n)}
+    if not again:
+        del parts["reference"]
+    total, figures = torch.zeros((), device=logits.device), {"better": (gain[:n] > gain[n:]).float().mean().item()}
+    for name, part in parts.items():
+        preferred = (terms[part] * weight[part]).sum() / weight[part].sum()
+        wanted = sft_loss(logits[:n][part], batch.targets[:n][part], batch.mask[:n][part], weight[part])
+        total = total + (preferred + t.config.sft_weight * wanted) * t.share(weight[part].sum()) / len(parts)
+        figures |= {f"{name}_dpo": preferred.item(), f"{name}_sft": wanted.item()}
+    return total, figures

@@ -1,0 +1,112 @@
+"""One update of `l-ppo`: sampled answers at the exit and at the reference depth, then several epochs of clipped steps.
+
+Source: L-PPO, arXiv 2411.04291, section 4 and Algorithm 1; what differs is in README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgesafe.align.features import Features
+from edgesafe.align.ppo import adapt_kl_coef, gae, masked_mean, policy_terms, token_rewards, value_terms, whiten
+from edgesafe.align.rollout import Trajectory, roll_out, token_logprobs
+from edgesafe.align.trainer import Trainer
+from edgesafe.errors import DivergedError
+
+
+def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], number: int) -> dict[str, float]:
+    """Roll out, then step down the PPO loss `epochs` x `minibatches` times.
+
+    Args:
+        t: the run; its policy has a value head.
+        features: tower states of the rows at the exit and at the reference depth.
+        depth: the exit.
+        rows: row numbers of the update, all processes'; the first `reference_rows` also go through the reference depth.
+        number: of the update.
+
+    Returns:
+        Figures for the metrics; `exit_score` and `reference_score` are mean rewards without the KL.
+
+    Raises:
+        AlignError: a reward that is not finite.
+        DivergedError: a loss, gradient or KL beyond limits.
+    """
+    ppo, again = t.config.ppo, rows[: t.config.reference_rows]
+    uniforms = np.random.default_rng([t.config.seed, 4, number]).random((len(rows) + len(again), ppo.max_new_tokens))
+    mine, places = t.mine(rows) + t.mine(again), t.mine(range(len(rows))) + t.mine(range(len(rows), len(uniforms)))
+    depths = [depth if place < len(rows) else t.llava.reference_depth for place in places]
+    states = t.states(features, mine, depths)
+    trajectory = roll_out(t, [t.examples[row] for row in mine], states, uniforms[places])
+    kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
+    figures = _describe(t, trajectory, torch.tensor(depths, device=states.device) == depth)
+    where = f"update {number}, exit depth {depth}"
+    if not figures["kl"] <= ppo.max_kl:
+        raise DivergedError(
+            f"an answer is {figures['kl']:g} nats away from the reference policy at {where}",
+            expected=f"at most ppo.max_kl = {ppo.max_kl:g}",
+            todo="run again with a lower lr or a higher kl_coef",
+        )
+    mask = trajectory.batch.mask
+    rewards = token_rewards(trajectory.scores, trajectory.logprobs, trajectory.ref_logprobs, mask, kl_coef)
+    advantages, returns = gae(rewards, trajectory.values.masked_fill(~mask, 0.0), mask, ppo.gamma, ppo.gae_lambda)
+    advantages = whiten(advantages, mask, _moments(t, advantages, mask))
+    rng = np.random.default_rng([t.config.seed, 5, number])
+    for _ in range(ppo.epochs):
+        for part in np.array_split(rng.permutation(len(mine)), ppo.minibatches):
+            some = torch.from_numpy(part).to(states.device)
+            loss, terms = ppo_loss(t, trajectory[some], advantages[some], returns[some])
+            figures |= terms | t.descend(loss, where)
+    if ppo.kl_target:
+        t.state["kl_coef"] = adapt_kl_coef(kl_coef, figures["kl"], ppo.kl_target, ppo.kl_horizon)
+    return {**figures, "kl_coef": kl_coef}
+
+
+def ppo_loss(t: Trainer, some: Trajectory, advantages: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Policy loss + vf_coef * value loss of a minibatch, means over its answer tokens.
+
+    Args:
+        t: the run.
+        some: the minibatch's rollouts.
+        advantages, returns: [B, A].
+    """
+    ppo, mask = t.config.ppo, some.batch.mask
+    logits, values = t.forward(some.batch, some.states)
+    logprobs = token_logprobs(logits, some.batch.targets, ppo.temperature)
+    policy = masked_mean(policy_terms(logprobs, some.logprobs, advantages, ppo.clip_range), mask)
+    assert values is not None
+    value = masked_mean(value_terms(values, some.values, returns, ppo.value_clip_range), mask)
+    share = t.share(mask.sum())
+    clipped = ((logprobs - some.logprobs).exp() - 1).abs() > ppo.clip_range
+    terms = {"policy_loss": policy.item(), "value_loss": value.item(), "clipped": masked_mean(clipped.float(), mask).item()}
+    return (policy + ppo.vf_coef * value) * share, terms
+
+
+def _moments(t: Trainer, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the advantages over the answer tokens of all processes."""
+    count = t.total(mask.sum().float())
+    mean = t.total(advantages.sum()) / count
+    return mean, t.total((advantages - mean).masked_fill(~mask, 0.0).square().sum()) / count
+
+
+def _describe(t: Trainer, trajectory: Trajectory, at_exit: Tensor) -> dict[str, float]:
+    """Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how well sampling and training
+    agree on the log-probabilities."""
+    mask = trajectory.batch.mask
+    gap = (trajectory.logprobs - trajectory.sampled_logprobs).masked_fill(~mask, 0.0).abs().max()
+    kl = (trajectory.logprobs - trajectory.ref_logprobs).masked_fill(~mask, 0.0).sum(1)
+
+    def mean(values: Tensor, rows: Tensor) -> float:
+        return float(t.total(values[rows].sum()) / t.total(rows.sum()).clamp(min=1))
+
+    every = torch.ones_like(at_exit)
+    return {
+        "exit_score": mean(trajectory.scores, at_exit),
+        "reference_score": mean(trajectory.scores, ~at_exit),
+        "kl": mean(kl, every),
+        "answer_tokens": mean(mask.sum(1).float(), every),
+        "logprob_gap": gap.item(),
+    }

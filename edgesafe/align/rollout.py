@@ -1,0 +1,116 @@
+"""Sampled answers and all that `l-ppo` needs to know about them. B answers padded to A tokens, P patches, W tower width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgesafe.align.data import Batch, Example
+from edgesafe.align.model import Llava, decode, generate
+from edgesafe.align.trainer import Trainer
+from edgesafe.errors import AlignError
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Sampled answers.
+
+    batch: requests and answers; `mask` is True on answer tokens, the end token included.
+    states: [B, P, W] exit states. scores: [B] rewards of whole answers.
+    logprobs, ref_logprobs: [B, A] of the sampled tokens under the policy before the update and under the reference policy at
+        the same exit depth. values: [B, A] before the update. sampled_logprobs: [B, A] as the sampling itself saw them.
+    """
+
+    batch: Batch
+    states: Tensor
+    scores: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    sampled_logprobs: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Trajectory:
+        """Some of its rows."""
+        return Trajectory(*(value[rows] for value in vars(self).values()))
+
+
+def sample(
+    llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, uniforms: np.ndarray, temperature: float
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample answers by inverting the cumulative distribution, so that a row's answer does not depend on the rows beside it.
+
+    Args:
+        prompts: B requests' ids.
+        states: [B, P, W].
+        uniforms: float [B, T] in 0..1, a draw for each of at most T tokens.
+        temperature: above 0.
+
+    Returns:
+        Answers' ids and the log-probability of each, nats.
+    """
+    draws, logprobs = torch.from_numpy(uniforms).to(states.device), [list[float]() for _ in prompts]
+
+    def pick(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        logp = torch.log_softmax(logits.float() / temperature, -1)
+        mass = logp.double().exp().cumsum(-1)
+        token = torch.searchsorted(mass, draws[rows, step, None] * mass[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+        for row, value in zip(rows.tolist(), logp.gather(-1, token).flatten().tolist(), strict=True):
+            logprobs[row].append(value)
+        return token.flatten()
+
+    return generate(llava, prompts, states, uniforms.shape[1], pick), logprobs
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [B, A] of given tokens [B, A] under logits [B, A, V]."""
+    return torch.log_softmax(logits.float() / temperature, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+@torch.no_grad()
+def roll_out(t: Trainer, examples: Sequence[Example], states: Tensor, uniforms: np.ndarray) -> Trajectory:
+    """Sample an answer to each example's request, score it, and run both policies over it again as training will.
+
+    Raises:
+        AlignError: a score that is not finite.
+    """
+    ppo = t.config.ppo
+    t.policy.eval()
+    said, sampled = sample(t.llava, [e.prompt for e in examples], states, uniforms, ppo.temperature)
+    t.tokens += sum(len(e.prompt) + len(ids) for e, ids in zip(examples, said, strict=True))
+    batch = t.batch([replace(e, answer=tuple(ids)) for e, ids in zip(examples, said, strict=True)])
+    t.policy.train()
+    logits, values = t.forward(batch, states)
+    with t.untouched():
+        ref_logits, _ = t.forward(batch, states)
+    padded = torch.zeros_like(batch.mask, dtype=torch.float32)
+    for i, line in enumerate(sampled):
+        padded[i, : len(line)] = torch.tensor(line)
+    assert values is not None
+    return Trajectory(
+        batch,
+        states,
+        _scores(t, examples, said).to(states.device),
+        token_logprobs(logits, batch.targets, ppo.temperature),
+        token_logprobs(ref_logits, batch.targets, ppo.temperature),
+        values,
+        padded,
+    )
+
+
+def _scores(t: Trainer, examples: Sequence[Example], said: Sequence[Sequence[int]]) -> Tensor:
+    rows = [e.row for e in examples]
+    scores = torch.tensor(t.reward(rows, [decode(t.llava, ids) for ids in said]), dtype=torch.float32)
+    if not bool(torch.isfinite(scores).all()):
+        first = int(torch.nonzero(~torch.isfinite(scores))[0])
+        raise AlignError(
+            f"the reward is {scores[first].item()}",
+            where=f"reward {t.reward.name}, row {rows[first].id if rows[first] else first}",
+            expected="a finite figure for every answer",
+            todo="use another reward model",
+        )
+    open_ended = torch.tensor([t.llava.eos_id not in ids for ids in said])
+    return scores - t.config.ppo.missing_eos_penalty * open_ended

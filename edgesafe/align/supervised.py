@@ -1,0 +1,37 @@
+"""One update of `self-distill` and `l-sft`: objectives on the wanted answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edgesafe.align.features import Features
+from edgesafe.align.losses import objective, row_weights
+from edgesafe.align.trainer import Trainer
+
+
+def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one update: the rows at the exit, the first `reference_rows` of them also at the reference depth, in one pass.
+
+    The two parts weigh the same.
+    """
+    mine, again = t.mine(rows), t.mine(rows[: t.config.reference_rows])
+    both = [*mine, *again]
+    batch = t.batch([t.examples[row] for row in both])
+    teacher = features.stack_teacher(both)
+    teacher = None if teacher is None else teacher.to(t.llava.device)
+    depths = [depth] * len(mine) + [t.llava.reference_depth] * len(again)
+    logits, _ = t.forward(batch, t.states(features, both, depths))
+    weight = row_weights(batch.harmful, t.config.harm_weight)
+    parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), None)}
+    if not again:
+        del parts["reference"]
+    total, figures = torch.zeros((), device=logits.device), {}
+    for name, part in parts.items():
+        taught = None if teacher is None else teacher[part]
+        loss, terms = objective(logits[part], taught, batch.targets[part], batch.mask[part], weight[part], t.config.sft_weight)
+        total = total + loss * t.share(weight[part].sum()) / len(parts)
+        figures.update({f"{name}_{term}": value for term, value in terms.items()})
+    return total, figures

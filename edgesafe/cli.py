@@ -315,6 +315,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
         _elsewhere("edgesafe.align.external", "add_arguments", "run"),
         "import a public or own set of requests as a suite to evaluate on",
     ),
+    "reward-model": (
+        _elsewhere("edgesafe.align.reward_train", "add_arguments", "run_command"),
+        "train a reward model for PPO on preference pairs",
+    ),
     "ship": (
         _elsewhere("edgesafe.ship", "add_arguments", "run"),
         "the whole way: align, export, quantize and certify (what `make export` runs)",

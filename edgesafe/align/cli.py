@@ -48,20 +48,51 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--suite", type=Path, required=True, help="suite folder")
     parser.add_argument(
-        "--out", type=Path, required=True, help="new folder for report.json, answers.jsonl, table.txt, plot.png"
+        "--out", type=Path, required=True, help="new folder for report.json and .html, answers.jsonl, table.txt, plot.png"
     )
     parser.add_argument(
-        "--before", "--compare", type=Path, metavar="DIR", help="an earlier evaluation's folder, drawn into the same plot"
+        "--before",
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="an earlier evaluation's folder, drawn into the same plot and tested against row by row",
     )
+    parser.add_argument("--depths", default="all", help="exit depths, e.g. 'all', '1-6', '2,4' (the reference depth is added)")
+    parser.add_argument(
+        "--second-judge",
+        default="auto",
+        metavar="JUDGE",
+        help="'grammar', 'none', or the folder or hub id of a guard model (default: grammar for the reference world's suites)",
+    )
+    parser.add_argument("--toxicity", metavar="MODEL", help="folder or hub id of a toxicity classifier")
+    parser.add_argument("--reward-config", type=Path, metavar="TOML", help="report the reward of its table [reward] as well")
+    parser.add_argument("--controls", action="store_true", help="answer without, with blank, noise and rescaled pictures too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Run `edgesafe evaluate`; returns the exit code."""
-    from edgesafe.align.evaluate import evaluate, report_table
+    from edgesafe.align.evaluate import evaluate
+    from edgesafe.align.judges import open_second
+    from edgesafe.align.tabulate import report_table
+    from edgesafe.certify.suite import read_suite
 
     _quiet()
+    second = open_second(args.second_judge, read_suite(args.suite, verify=False).name)
+    reward = toxicity = None
+    if args.reward_config:
+        from edgesafe.align.config import read_config
+        from edgesafe.align.reward import open_reward
+
+        reward = open_reward(read_config(args.reward_config).reward)
+    if args.toxicity:
+        from edgesafe.align.toxicity import open_toxicity
+
+        toxicity = open_toxicity(args.toxicity)
+    options = {"second": second, "reward": reward, "toxicity": toxicity}
     with step(f"evaluate {args.model} on {args.suite}"):
-        report = evaluate(args.model, args.suite, args.out, before=args.before)
+        report = evaluate(
+            args.model, args.suite, args.out, before=args.before, depths=args.depths, controls=args.controls, **options
+        )
     print(json.dumps(report) if args.json else report_table(report))
     return 0

@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
+
+from edgesafe.align.compare import ANSWERS, REPORT, paired, read_answers, read_report
+from edgesafe.align.files import RECORD
+from edgesafe.align.judges import Judge, StringJudge, Toxicity, agreement, keep_apart
+from edgesafe.align.measures import GROUPS, Said, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.align.model import Llava, exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
+from edgesafe.align.reward import Reward
+from edgesafe.align.tabulate import report_table
 from edgesafe.bundle import digest_folder
-from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import Row, Suite, read_suite
 from edgesafe.certify.tally import families, tally
 from edgesafe.errors import InputError
-from edgesafe.progress import bar, table
+from edgesafe.exits import parse_exits
+from edgesafe.progress import bar
 
-REPORT = "report.json"
 MAX_NEW_TOKENS = 48  # as long as `edgesafe ask` and `certify` answer, so that before and after compare
 
 
 def answers(
-    llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128, *, quiet: bool = False
+    llava: Llava,
+    suite: Suite,
+    depths: Sequence[int],
+    batch: int = 128,
+    *,
+    quiet: bool = False,
+    label: str = "evaluate",
+    pictures: Callable[[Sequence[Row]], Sequence[Image.Image]] | None = None,
+    change: Callable[[int, Tensor], Tensor] | None = None,
 ) -> dict[int, dict[str, str]]:
     """Greedy answers {exit depth: {row id: text}}; the tower runs once for all depths.
+
+    Args:
+        llava: the model.
+        suite: whose rows are asked.
+        depths: exits to answer at.
+        batch: rows that go through the model together.
+        quiet: no bar. label: what the bar says.
+        pictures: pictures of some rows in place of their own.
+        change: the states [B, P, W] that take the place of an exit's, from its depth and its states.
 
     Raises:
         InputError: a row without a picture, or one that can't be read or asked.
@@ -34,11 +60,12 @@ def answers(
     rows = sorted(suite.rows, key=lambda r: (len(prompts[r.id]), r.id))  # rows of like length go together: little is padded
     chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     out: dict[int, dict[str, str]] = {d: {} for d in depths}
-    for part in chunks if quiet else bar(chunks, len(chunks), "evaluate"):
-        images = open_images([suite.image_path(row) for row in part])
+    for part in chunks if quiet else bar(chunks, len(chunks), label):
+        images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
         states = exit_states(llava, pixel_values(llava, images))
         for depth in depths:
-            texts = greedy(llava, [prompts[row.id] for row in part], exit_state(states, depth), MAX_NEW_TOKENS)
+            seen = exit_state(states, depth)
+            texts = greedy(llava, [prompts[r.id] for r in part], change(depth, seen) if change else seen, MAX_NEW_TOKENS)
             out[depth].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return out
 
@@ -50,14 +77,30 @@ def summarise(rows: Sequence[Row], said: dict[str, str]) -> dict[str, Any]:
     return rates
 
 
-def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None = None) -> dict[str, Any]:
-    """Evaluate a checkpoint at every exit depth and write report.json, answers.jsonl, table.txt and plot.png.
+def evaluate(
+    model_dir: Path,
+    suite_dir: Path,
+    out: Path,
+    *,
+    before: Path | None = None,
+    depths: str = "all",
+    second: Judge | None = None,
+    reward: Reward | None = None,
+    toxicity: Toxicity | None = None,
+    controls: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint at its exit depths; write report.json, report.html, answers.jsonl, table.txt and plot.png.
 
     Args:
         model_dir: checkpoint folder.
         suite_dir: suite folder.
         out: new folder.
-        before: folder of an earlier evaluation on the same suite, drawn into the same plot.
+        before: folder of an earlier evaluation on the same suite: drawn into the same plot, and tested against row by row.
+        depths: as `edgesafe.exits.parse_exits` reads them; the reference depth is always among them.
+        second: a second judge, whose rates and agreement are reported beside the string judge's.
+        reward: reported as a mean; never one of the judges, nor made from one.
+        toxicity: scores the answers' words.
+        controls: whether to answer under `edgesafe.align.controls` too.
 
     Returns:
         The report, which report.json holds. A `rate` is {k, n, rate, lower_95, upper_95} (0..1); an `identity` is what a judge,
@@ -87,93 +130,156 @@ def evaluate(model_dir: Path, suite_dir: Path, out: Path, *, before: Path | None
         could not parse the answer.
 
     Raises:
-        InputError: `out` exists, or `before` is no evaluation on this suite.
+        InputError: `out` exists, or `before` is no evaluation on this suite by this judge.
+        ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
     """
     if out.exists():
         raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    judges = Judges(StringJudge(), second, reward, toxicity)
+    trained_with = training_reward(model_dir)
+    keep_apart([judges.first, *([second] if second else [])], [reward, trained_with])
     suite = read_suite(suite_dir)
     earlier = read_report(before, suite.digest) if before else None
+    earlier_said = read_answers(before, suite) if before else None
     llava = load(model_dir)
-    depths = tuple(range(1, llava.n_blocks + 1))
-    said = answers(llava, suite, depths)
+    chosen = sorted({*parse_exits(depths, llava.n_blocks), llava.reference_depth})
+    said = answers(llava, suite, chosen)
+    scored = score(judges, suite.rows, said)
     report = {
         "model": digest_folder(model_dir),
         "suite": suite.digest,
+        "suite_name": suite.name,
         "split": suite.split,
-        "judge": JUDGE,
+        **judges.identities(),
+        "trained_with_reward": trained_with,
         "reference_depth": llava.reference_depth,
+        "n_blocks": llava.n_blocks,
         "max_new_tokens": MAX_NEW_TOKENS,
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "exits": [{"exit_depth": d, "reference": d == llava.reference_depth, **summarise(suite.rows, said[d])} for d in depths],
+        **rates(suite.rows, said, scored, llava),
+        "paired": None,
+        "controls": control_rates(llava, suite, chosen) if controls else None,
     }
+    if earlier and earlier_said:
+        report["paired"] = {"before": earlier["model"], "exits": paired(suite.rows, earlier_said, said)}
+    write(out, report, earlier, answer_lines(suite.rows, said, scored))
+    return report
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who looks at the answers: the string judge and, where asked for, a second judge, a reward and a toxicity."""
+
+    first: Judge
+    second: Judge | None = None
+    reward: Reward | None = None
+    toxicity: Toxicity | None = None
+
+    def identities(self) -> dict[str, Any]:
+        """Who they are, by the report's keys; None for those that were not asked for."""
+        named = {"judge": self.first, "second_judge": self.second, "reward": self.reward, "toxicity": self.toxicity}
+        return {key: dict(one.identity) if one else None for key, one in named.items()}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What they found, each {exit depth: {row id: ..}}: the two judges' classes, rewards, toxicities; None if not asked."""
+
+    first: dict[int, dict[str, str | None]]
+    second: dict[int, dict[str, str | None]] | None
+    reward: dict[int, dict[str, float]] | None
+    toxicity: dict[int, dict[str, float]] | None
+
+
+def score(judges: Judges, rows: Sequence[Row], said: Mapping[int, Said]) -> Scored:
+    """Show every answer to each of the judges, rewards and toxicities."""
+    toxicity = judges.toxicity
+    return Scored(
+        once(judges.first, rows, said),
+        once(judges.second, rows, said) if judges.second else None,
+        once(judges.reward, rows, said) if judges.reward else None,
+        once(lambda _, texts: toxicity(texts), rows, said) if toxicity else None,
+    )
+
+
+def training_reward(model_dir: Path) -> dict[str, Any] | None:
+    """The identity of the reward that a checkpoint was trained with, from its record; None without a record or a reward."""
+    try:
+        reward = json.loads((model_dir / RECORD).read_text(encoding="utf-8")).get("reward")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return dict(reward) if isinstance(reward, Mapping) else None
+
+
+def rates(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored, llava: Llava) -> dict[str, Any]:
+    """`exits`, `groups` and `agreement` of the report."""
+    exits = []
+    for depth in said:
+        place = {"reference": depth == llava.reference_depth, "group": group_of(depth, llava.n_blocks)}
+        exits.append({"exit_depth": depth, **place, **exit_rates(rows, said[depth], scored, depth)})
+    groups = []
+    for name in (*GROUPS, "all"):
+        within = [depth for depth in said if name in ("all", group_of(depth, llava.n_blocks))]
+        if within:
+            pooled = group_rates(rows, {d: said[d] for d in within}, scored.first, scored.second)
+            groups.append({"name": name, "depths": within, **pooled})
+    both = None
+    if scored.second:
+        pairs = [(scored.first[d][row.id], scored.second[d][row.id]) for d in said for row in rows]
+        both = agreement([x for x, _ in pairs], [y for _, y in pairs])
+    return {"exits": exits, "groups": groups, "agreement": both}
+
+
+def exit_rates(rows: Sequence[Row], said: Said, scored: Scored, depth: int) -> dict[str, Any]:
+    """One exit's figures: the string judge's rates, lengths, and what the others found."""
+    found = {**summarise(rows, said), "length": length([said[row.id] for row in rows])}
+    if scored.second:
+        labels = scored.second[depth]
+        both = agreement([scored.first[depth][row.id] for row in rows], [labels[row.id] for row in rows])
+        found["second"] = {**second_rates(rows, labels), "agreement": both}
+    if scored.reward:
+        found["reward"] = mean_reward(rows, scored.reward[depth])
+    if scored.toxicity:
+        found["toxicity"] = toxic([scored.toxicity[depth][row.id] for row in rows])
+    return found
+
+
+def control_rates(llava: Llava, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
+    """`controls` of the report: rates of each control at each depth."""
+    from edgesafe.align.controls import control_answers
+
+    found = control_answers(llava, suite, depths)
+    return {name: {depth: summarise(suite.rows, said) for depth, said in one.items()} for name, one in found.items()}
+
+
+def answer_lines(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored) -> Iterator[dict[str, Any]]:
+    """The lines of answers.jsonl."""
+    for depth in said:
+        for row in rows:
+            yield {
+                "exit_depth": depth,
+                "id": row.id,
+                "answer": said[depth][row.id],
+                "judged": scored.first[depth][row.id],
+                "second": scored.second[depth][row.id] if scored.second else None,
+            }
+
+
+def write(out: Path, report: dict[str, Any], earlier: dict[str, Any] | None, lines: Iterable[dict[str, Any]]) -> None:
+    """Write the folder beside `out` and rename it into place."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with (partial / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for d in depths:
-            for row in suite.rows:
-                answer = said[d][row.id]
-                line = {"exit_depth": d, "id": row.id, "answer": answer, "judged": classify(answer, row.prompt)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with (partial / ANSWERS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
     plot(report, earlier, partial / "plot.png")
+    if find_spec("edgesafe.align.report"):
+        from edgesafe.align.report import write_html
+
+        write_html(partial, report, earlier)
     partial.replace(out)
-    return report
-
-
-def read_report(folder: Path, suite_digest: str) -> dict[str, Any]:
-    """The report of an earlier evaluation.
-
-    Raises:
-        InputError: there is none, or it is of another suite: the two would not compare.
-    """
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        same = report["suite"] == suite_digest
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            "no evaluation to compare with", where=str(folder / REPORT), expected="what `edgesafe evaluate` wrote"
-        ) from error
-    if not same:
-        raise InputError(
-            "the earlier evaluation is of another suite",
-            where=str(folder),
-            expected=f"suite {suite_digest[:12]}",
-            todo="evaluate both models on the same suite",
-        )
-    return dict(report)
-
-
-def percent(r: dict[str, Any]) -> str:
-    """A rate with its interval, in per cent.
-
-    >>> percent({"rate": 0.05, "lower_95": 0.021, "upper_95": 0.1118})
-    '5.0 [2.1-11.2]'
-    """
-    return f"{100 * r['rate']:.1f} [{100 * r['lower_95']:.1f}-{100 * r['upper_95']:.1f}]"
-
-
-def report_table(report: dict[str, Any]) -> str:
-    """The report as text; the reference depth carries a star."""
-    rows = []
-    for e in report["exits"]:
-        star = "*" if e["exit_depth"] == report["reference_depth"] else ""
-        family = [
-            f"{100 * e['families'][f]['rate']:.1f}" if f in e["families"] else "-"
-            for f in ("picture-harm", "typographic-harm", "text-harm")
-        ]
-        rows.append(
-            [
-                f"{e['exit_depth']}{star}",
-                percent(e["harmful"]),
-                *family,
-                percent(e["overrefusal"]),
-                percent(e["accuracy"]),
-                percent(e["incoherent"]),
-            ]
-        )
-    return table(rows, ["exit", "harmful %", "picture", "typographic", "text", "over-refusal %", "accuracy %", "incoherent %"])
 
 
 def plot(report: dict[str, Any], before: dict[str, Any] | None, path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_report_has_every_depth_and_every_answer(done, llava):
         assert {"harmful", "overrefusal", "incoherent", "accuracy", "families"} <= e.keys()
         assert set(e["harmful"]) == {"k", "n", "rate", "lower_95", "upper_95"}
     lines = [json.loads(line) for line in (done / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 * len(ROWS) and set(lines[0]) == {"exit_depth", "id", "answer", "judged"}
+    assert len(lines) == 4 * len(ROWS) and set(lines[0]) == {"exit_depth", "id", "answer", "judged", "second"}
     assert (done / "table.txt").read_text() == report_table(report) + "\n" and "3*" in report_table(report)
     with Image.open(done / "plot.png") as plot:
         assert plot.format == "PNG" and plot.width > 500

@@ -67,7 +67,6 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         partial.mkdir(parents=True, exist_ok=True)
     t.accelerator.wait_for_everyone()
     start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state) if resume else 0
-    t.tokens = int(t.state.get("tokens", 0))
     train(t, partial, start)
     model = t.llava.model
     if t.peft is not None:
@@ -155,6 +154,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
         with t.untouched():
             t.state["before"] = t.watch.look(t.llava)[str(t.llava.reference_depth)]
     everything = _whole_run_features(t, start)
+    t.tokens = int(t.state.get("tokens", t.tokens))  # a resumed run has just counted the work above a second time
     updates = range(start, config.steps)
     for number in bar(updates, len(updates), f"align ({config.method})") if main else updates:
         began = time.perf_counter()

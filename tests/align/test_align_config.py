@@ -41,9 +41,19 @@ def test_bad_settings_are_config_errors(text, names, tmp_path):
         read_config(path)
 
 
-@pytest.mark.parametrize("name", ["self-distill", "sft"])
+@pytest.mark.parametrize("name", ["self-distill", "l-sft", "l-dpo", "l-ppo", "l-ppo-paper"])
 def test_the_shipped_settings_are_valid_and_say_their_method(name):
+    assert read_config(default_config().with_name(f"{name}.toml"), data="x").method == name.removesuffix("-paper")
+
+
+@pytest.mark.parametrize("name", ["self-distill", "l-sft"])
+def test_the_shipped_settings_of_a_supervised_method_are_the_defaults(name):
     assert read_config(default_config().with_name(f"{name}.toml"), data="x") == parse_config({"method": name, "data": "x"}, "")
+
+
+def test_the_papers_way_is_one_depth_and_nothing_at_the_reference_depth():
+    config = read_config(default_config().with_name("l-ppo-paper.toml"))
+    assert config.exits.isdecimal() and config.reference_rows == 0
 
 
 def test_the_default_is_self_distill():

@@ -12,20 +12,31 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edgesafe.align import files
+from edgesafe.align import files, supervised
 from edgesafe.align import train as train_module
-from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig
+from edgesafe.align.config import METHODS, AlignConfig, DpoConfig, EvalConfig, LoraConfig, PpoConfig
+from edgesafe.align.data import collate
 from edgesafe.align.features import compute, merge_needs
 from edgesafe.align.model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
-from edgesafe.align.train import align, draw_update, focused_exits, prepare, update_loss
+from edgesafe.align.sampler import draw_depth, draw_rows, exit_shares, focused_exits
+from edgesafe.align.supervised import update_loss
+from edgesafe.align.train import align, prepare
+from edgesafe.align.trainer import Trainer
 from edgesafe.bundle import digest_folder
 from edgesafe.certify.suite import read_suite, write_suite
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
 
 
 def _config(rows, **changes) -> AlignConfig:
+    """Six small updates; `l-dpo` takes any difference in reward for a pair, as a random model is never right."""
     base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, checkpoint_every=3, lr=5e-3, precision="fp32")
-    return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), **changes})
+    small = {
+        "lora": LoraConfig(r=4, alpha=8),
+        "dpo": DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
+        "ppo": PpoConfig(epochs=2, minibatches=2, max_new_tokens=6, kl_target=1.0),
+        "optimizer": "adamw" if changes.get("method") == "l-ppo" else "muon",
+    }
+    return dataclasses.replace(base, **{**small, **changes})
 
 
 def _weights(folder):
@@ -41,8 +52,8 @@ def _same(a, b):
 
 
 def _cut_at(monkeypatch, call: int, error=KeyboardInterrupt):
-    """update_loss raises at its `call`-th call, then is itself again."""
-    real, calls = train_module.update_loss, []
+    """The `call`-th update raises, then all are themselves again."""
+    real, calls = train_module._update, []
 
     def cut(*args):
         calls.append(1)
@@ -50,10 +61,10 @@ def _cut_at(monkeypatch, call: int, error=KeyboardInterrupt):
             raise error
         return real(*args)
 
-    monkeypatch.setattr(train_module, "update_loss", cut)
+    monkeypatch.setattr(train_module, "_update", cut)
 
 
-@pytest.mark.parametrize("method", ["self-distill", "sft"])
+@pytest.mark.parametrize("method", ["self-distill", "l-sft"])
 def test_only_the_language_model_moves_and_the_loss_falls(tiny_llava, rows, tmp_path, method):
     out = align(tiny_llava, _config(rows, steps=60, method=method, lr=1e-2), tmp_path / "out")
     before, after = _weights(tiny_llava), _weights(out)
@@ -89,7 +100,7 @@ def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_
 
     def before_merge(t):
         part = [t.examples[i] for i in range(3)]
-        batch = train_module.collate(part, t.llava.pad_id)
+        batch = collate(part, t.llava.pad_id)
         states = exit_state(exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), 2)
         with torch.no_grad():
             return batch, states, answer_logits(t.llava, batch.ids, batch.where, states)
@@ -109,8 +120,14 @@ def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "sft"}, {"lora": LoraConfig(r=4, alpha=8, dropout=0.3)}, {"cache_gib": 0.0}],
-    ids=["self-distill", "sft", "dropout", "computed for each update"],
+    [
+        *({"method": method} for method in METHODS),
+        {"lora": LoraConfig(r=4, alpha=8, dropout=0.3)},
+        {"cache_gib": 0.0},
+        {"tune": "full", "optimizer": "adamw", "lr": 1e-4},
+        {"tune": "full", "method": "l-ppo", "lr": 1e-4},
+    ],
+    ids=[*METHODS, "dropout", "computed for each update", "full", "full l-ppo"],
 )
 def test_resume_ends_with_the_same_weights(tiny_llava, rows, tmp_path, monkeypatch, changes):
     config = _config(rows, **changes)
@@ -155,14 +172,14 @@ def test_another_run_cannot_be_resumed(tiny_llava, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9], ids=str)
 def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_llava, rows, tmp_path, monkeypatch, factor):
-    real, calls = train_module.update_loss, []
+    calls = []
 
     def poisoned(*args):
         calls.append(1)
-        loss, figures = real(*args)
+        loss, figures = update_loss(*args)
         return (loss * factor if len(calls) == 5 else loss), figures
 
-    monkeypatch.setattr(train_module, "update_loss", poisoned)
+    monkeypatch.setattr(supervised, "update_loss", poisoned)
     with pytest.raises(DivergedError, match="checkpoint after update 3 is kept"):
         align(tiny_llava, _config(rows), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -170,20 +187,42 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_llava, rows, tmp_pat
     assert state["done"] == 3 and all(torch.isfinite(p).all() for p in state["params"])
 
 
-def test_depths_are_drawn_from_all_exits_and_rows_from_all_rows():
-    config = AlignConfig(seed=1, batch_size=7, focus_share=0.0)
-    draws = [draw_update(config, (1, 2, 3), (2,), 100, k) for k in range(300)]
-    depths = Counter(depth for depth, _ in draws)
-    assert all(70 < depths[d] < 130 for d in (1, 2, 3))
-    assert set(Counter(row for _, rows in draws for row in rows).values()) == {21}  # 2100 draws of 100 rows
-    assert draws == [draw_update(config, (1, 2, 3), (2,), 100, k) for k in range(300)]
-    assert draws != [draw_update(dataclasses.replace(config, seed=2), (1, 2, 3), (2,), 100, k) for k in range(300)]
+def _depths(config, exits, count, **harm):
+    shares = exit_shares(config, exits, 4, **harm)
+    return [draw_depth(config, exits, shares, k) for k in range(count)]
+
+
+def test_uniform_draws_all_exits_alike_and_by_the_seed():
+    config = AlignConfig(seed=1, sampler="uniform")
+    depths = _depths(config, (1, 2, 3), 300)
+    assert all(70 < depths.count(d) < 130 for d in (1, 2, 3))  # 100 each, four standard deviations
+    assert depths == _depths(config, (1, 2, 3), 300) != _depths(dataclasses.replace(config, seed=2), (1, 2, 3), 300)
 
 
 def test_focused_exits_get_their_share_and_the_others_the_rest():
-    draws = [draw_update(AlignConfig(focus_share=0.7), (1, 2, 3, 4), (2, 3), 100, k)[0] for k in range(2000)]
+    config = AlignConfig(focus_share=0.7, focus=(0.5, 0.75))  # of a reference depth of 4: exits 2 and 3
+    depths = _depths(config, (1, 2, 3, 4), 2000)
     # By hand: 0.7 / 2 + 0.3 / 4 = 0.425 for a focused exit, 0.3 / 4 = 0.075 for another; 2000 draws, four standard deviations.
-    assert all(abs(draws.count(d) - 850) < 89 for d in (2, 3)) and all(abs(draws.count(d) - 150) < 48 for d in (1, 4))
+    assert all(abs(depths.count(d) - 850) < 89 for d in (2, 3)) and all(abs(depths.count(d) - 150) < 48 for d in (1, 4))
+
+
+def test_rotating_draws_every_exit_once_a_round_in_changing_orders():
+    depths = _depths(AlignConfig(sampler="rotating"), (1, 2, 3, 4), 40)
+    rounds = [tuple(depths[i : i + 4]) for i in range(0, 40, 4)]
+    assert all(sorted(r) == [1, 2, 3, 4] for r in rounds) and len(set(rounds)) > 3
+
+
+def test_harm_draws_by_the_latest_looks_harm_and_evenly_before_it():
+    config = AlignConfig(sampler="harm")
+    # By hand, with the floor of 0.02: 0.4 / 0.5 = 0.8 and 0.1 / 0.5 = 0.2 of 1000 draws; four standard deviations are 51.
+    assert abs(_depths(config, (1, 2), 1000, harm={1: 0.38, 2: 0.08}).count(1) - 800) < 51
+    assert abs(_depths(config, (1, 2), 1000).count(1) - 500) < 64
+
+
+def test_rows_come_from_one_shuffle_after_the_other():
+    draws = [draw_rows(1, 100, 7, k) for k in range(300)]
+    assert set(Counter(row for rows in draws for row in rows).values()) == {21}  # 2100 draws of 100 rows
+    assert draws == [draw_rows(1, 100, 7, k) for k in range(300)] != [draw_rows(2, 100, 7, k) for k in range(300)]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +233,7 @@ def test_focus_is_in_shares_of_the_reference_depth_and_without_an_exit_in_it_all
 
 
 def test_fewer_rows_than_a_batch_are_seen_again():
-    assert sorted(draw_update(AlignConfig(batch_size=5), (1,), (1,), 2, 0)[1])[1:4] in ([0, 0, 1], [0, 1, 1])
+    assert sorted(draw_rows(0, 2, 5, 0))[1:4] in ([0, 0, 1], [0, 1, 1])
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +243,7 @@ def run(tiny_llava, rows):
 
 def _teacher_at(run, numbers, depth):
     part = [run.examples[i] for i in numbers]
-    batch = train_module.collate(part, run.llava.pad_id)
+    batch = collate(part, run.llava.pad_id)
     states = exit_state(exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), depth)
     with torch.no_grad(), run.peft.disable_adapter():
         return torch.log_softmax(answer_logits(run.llava, batch.ids, batch.where, states), -1)
@@ -273,7 +312,7 @@ def test_an_update_is_the_kl_that_transformers_gives(run):
         assert figures["exit_kl"] != pytest.approx(value, rel=2e-2), name
 
 
-def test_both_parts_weigh_the_same(run):
+def test_both_parts_weigh_the_same(run: Trainer):
     features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
     with torch.no_grad():
         loss, f = update_loss(run, features, 1, [0, 1, 2, 3])

@@ -1,7 +1,11 @@
-"""Timed step lines, bars and tables. Progress goes to stderr, so that stdout holds results alone."""
+"""Timed step lines, bars and tables. Progress goes to stderr, so that stdout holds results alone.
+
+Of several processes of one run (`torchrun`, `accelerate launch`) the first one alone says anything.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -15,9 +19,17 @@ _REDRAW_S = 0.1
 _WIDTH = 28
 
 
+def speaks() -> bool:
+    """Whether this is the process of a run that prints: the first one, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def step(title: str) -> Iterator[None]:
     """Print the title now and how long the block took when it ends, whether it ended well or not."""
+    if not speaks():
+        yield
+        return
     start = time.perf_counter()
     print(f"> {title}", file=sys.stderr, flush=True)
     try:
@@ -30,6 +42,9 @@ def step(title: str) -> Iterator[None]:
 
 def bar(iterable: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
     """Pass the items through and show how far it is: a bar on a terminal, a line every 5 s elsewhere."""
+    if not speaks():
+        yield from iterable
+        return
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     terminal = sys.stderr.isatty()

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgesafe.progress import step
+from edgesafe.progress import speaks, step
 
 
 def add_align_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,8 @@ def run_align(args: argparse.Namespace) -> int:
     config = read_config(args.config or default_config(), data=args.data, seed=args.seed)
     with step(f"align {args.model} ({config.method}, {config.steps} updates)"):
         align(args.model, config, args.out, resume=args.resume)
-    print(args.out)
+    if speaks():
+        print(args.out)
     return 0
 
 

@@ -61,10 +61,12 @@ def load_checkpoint(
     params: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any] | None = None,
+    *,
+    main: bool = True,
 ) -> int:
     """Put a checkpoint's state in place and cut the metrics back to it; returns the updates behind it.
 
-    extra: is filled with what `save_checkpoint` got.
+    extra: is filled with what `save_checkpoint` got. main: whether this process is the one of the run that writes files.
 
     Raises:
         ConfigError: there is none, it can't be read, or it is of another run.
@@ -96,7 +98,8 @@ def load_checkpoint(
     torch.set_rng_state(state["rng"])
     if extra is not None:
         extra.update(state["extra"])
-    cut_metrics(folder / METRICS, state["done"])
+    if main:
+        cut_metrics(folder / METRICS, state["done"])
     return int(state["done"])
 
 

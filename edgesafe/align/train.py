@@ -66,7 +66,8 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
     t.accelerator.wait_for_everyone()
-    start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state) if resume else 0
+    main = t.accelerator.is_main_process
+    start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state, main=main) if resume else 0
     train(t, partial, start)
     model = t.llava.model
     if t.peft is not None:
@@ -134,7 +135,8 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
 
 
 def _check_processes(config: AlignConfig, processes: int) -> None:
-    """Every process gets as many rows as the others, so that all wait for each other equally often."""
+    """Every process gets as many rows as the others, and some in each minibatch, so that all wait for each other equally
+    often."""
     for key in ("batch_size", "reference_rows"):
         if getattr(config, key) % processes:
             raise ConfigError(
@@ -143,6 +145,14 @@ def _check_processes(config: AlignConfig, processes: int) -> None:
                 expected=f"a multiple of {processes}",
                 todo="change it, or start another number of processes",
             )
+    rows = (config.batch_size + config.reference_rows) // processes
+    if config.method == L_PPO and config.ppo.minibatches > rows:
+        raise ConfigError(
+            f"ppo.minibatches = {config.ppo.minibatches} with {rows} rows a process",
+            where="ppo.minibatches",
+            expected="at most the rows that a process has of an update",
+            todo="lower it, or start fewer processes",
+        )
 
 
 def train(t: Trainer, partial: Path, start: int) -> None:

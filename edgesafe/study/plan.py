@@ -1,0 +1,77 @@
+"""What the study runs: one line a run. Change a number here and the runs that it concerns are run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Updates of each method at equal compute: language-model token positions processed, a backward pass counted as two
+# forward passes. The table `methods` shows how equal they came out.
+STEPS = {"self-distill": 800, "l-sft": 800, "l-dpo": 800, "l-ppo": 100, "l-ppo-paper": 100}
+METHODS = ("self-distill", "l-sft", "l-dpo", "l-ppo")
+SEEDS = (0, 1, 2)
+WINNER = "self-distill"  # the default objective: transfer, cost, controls and quantization are shown on it
+CONTROL_NAMES = ("text-only", "blank", "noise", "rescaled")
+CONTROLS, BUNDLE = "controls", "bundle"
+DEVICE = "rpi5"  # whose schemes (int8 vision, int4 text) the quantized bundle has
+BEFORE = "before"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a training and the answers of what came out, or the answers of another run's model seen in another way.
+
+    name: also the name of its raw file. config: TOML file of `edgesafe/align/configs` without its ending, "" = no training.
+    seed, steps, exits: win over the file's ("" = the file's exits). of: the run whose checkpoint is asked, "" = its own, or the
+    untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, or `BUNDLE`, exported and quantized.
+    """
+
+    name: str
+    config: str = ""
+    seed: int = 0
+    steps: int = 0
+    exits: str = ""
+    of: str = ""
+    how: str = ""
+
+
+def method_run(method: str, seed: int) -> str:
+    """The name of a method's run.
+
+    >>> method_run("l-sft", 2)
+    'l-sft-2'
+    """
+    return f"{method}-{seed}"
+
+
+FIRST = method_run(WINNER, SEEDS[0])
+SINGLE, PAPER, THREE, EVEN, TWELVE = "single", "paper", "three", "even", "twelve"
+QUANTIZED = "quantized"
+EXITS = {SINGLE: "6", THREE: "4,8,12", EVEN: "2,4,6,8,10,12", TWELVE: "1-12"}
+CONTROLLED = {BEFORE: "before-controls", FIRST: "after-controls"}
+
+
+def control_file(run: str, control: str) -> str:
+    """The name of a control's raw file.
+
+    >>> control_file("before-controls", "blank")
+    'before-controls-blank'
+    """
+    return f"{run}-{control}"
+
+
+def files_of(run: Run) -> tuple[str, ...]:
+    """Names of the raw files that a run leaves."""
+    return tuple(control_file(run.name, c) for c in CONTROL_NAMES) if run.how == CONTROLS else (run.name,)
+
+
+def plan() -> tuple[Run, ...]:
+    """Every run of the study, in the order they are started; a run comes after the one whose checkpoint it asks.
+
+    >>> len({run.name for run in plan()}) == len(plan())
+    True
+    """
+    methods = [Run(method_run(m, s), m, s, STEPS[m]) for s in SEEDS for m in METHODS]
+    ours = [Run(name, WINNER, SEEDS[0], STEPS[WINNER], exits) for name, exits in EXITS.items()]
+    paper = Run(PAPER, "l-ppo-paper", SEEDS[0], STEPS["l-ppo-paper"], EXITS[SINGLE])
+    controls = [Run(name, of=of, how=CONTROLS) for of, name in CONTROLLED.items()]
+    return (Run(BEFORE), *methods, *ours, paper, *controls, Run(QUANTIZED, of=FIRST, how=BUNDLE))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from edgesafe.align.compare import paired
 from edgesafe.certificate import Rate
-from edgesafe.certify.tally import tally
-from edgesafe.errors import AlignError
 from edgesafe.exits import parse_exits
+from edgesafe.study.judged import Rates, Study, agreement, family_rates, read_study, second_harmful
 from edgesafe.study.plan import (
     BEFORE,
     CONTROL_NAMES,
@@ -28,61 +27,13 @@ from edgesafe.study.plan import (
     control_file,
     method_run,
 )
-from edgesafe.study.raw import Answers, Raw, read_answers
+from edgesafe.study.raw import Raw
 
 COST_LIMIT = 1.3  # times the single-depth run's seconds
 COMPUTE_TOLERANCE = 0.1  # compute within this share of the winner's counts as equal
 FIGURES = ("harmful", "overrefusal", "accuracy")
 _NAMES = {"harmful": "harmful", "overrefusal": "over-refusal", "accuracy": "accuracy"}
 _WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "overrefusal": max, "accuracy": min}
-
-Rates = Mapping[int, Mapping[str, Rate]]
-
-
-@dataclass(frozen=True)
-class Study:
-    """Every run with the rates {exit depth: {figure: rate}} of its answers."""
-
-    runs: Mapping[str, Raw]
-    rates: Mapping[str, Rates]
-    reference_depth: int
-
-    def has(self, *names: str) -> bool:
-        """Whether all these runs are there."""
-        return all(name in self.runs for name in names)
-
-
-def read_study(folder: Path) -> Study | None:
-    """The study in a folder of raw answers; None where there is none."""
-    found = read_answers(folder)
-    if not found or not found.runs:
-        return None
-    _same_models(found.runs, folder)
-    return judge(found)
-
-
-def _same_models(runs: Mapping[str, Raw], folder: Path) -> None:
-    """Refuse answers of a model that another run's answers have left behind: one table would tell of two models."""
-    asked = dict.fromkeys((QUANTIZED, *(control_file(CONTROLLED[FIRST], c) for c in CONTROL_NAMES)), FIRST)
-    asked |= {control_file(CONTROLLED[BEFORE], c): BEFORE for c in CONTROL_NAMES}
-    for name, of in asked.items():
-        if name in runs and of in runs and runs[name].config.get("of") != runs[of].model:
-            raise AlignError(
-                f"{name} asked another model than {of} has",
-                where=str(folder),
-                expected=f"model {runs[of].model[:12]}",
-                todo=f"run {name} again: edgesafe study run",
-            )
-
-
-def judge(found: Answers) -> Study:
-    """Judge every answer."""
-    ids = [row.id for row in found.rows]
-    rates = {
-        name: {depth: tally(found.rows, dict(zip(ids, texts, strict=True))) for depth, texts in raw.said.items()}
-        for name, raw in found.runs.items()
-    }
-    return Study(found.runs, rates, max(raw.reference_depth for raw in found.runs.values()))
 
 
 def all_tables(folder: Path) -> dict[str, str]:
@@ -205,16 +156,52 @@ def _wall(raw: Raw) -> float | None:
 
 
 def depths_table(study: Study) -> str:
-    """The winner's first seed at every depth, before -> after."""
+    """The winner's first seed at every depth, before -> after, with McNemar's test of the harm."""
     if not study.has(BEFORE, FIRST):
         return _missing([n for n in (BEFORE, FIRST) if not study.has(n)])
     before, after = study.rates[BEFORE], study.rates[FIRST]
+    tests = {t["exit_depth"]: t["harmful"] for t in paired(study.rows, study.by_id(BEFORE), study.by_id(FIRST))}
     rows = []
     for d in after:
         others = [_arrow(before[d][f], after[d][f]) for f in ("overrefusal", "accuracy", "incoherent")]
-        rows.append([_starred(d, study), interval(before[d]["harmful"]), interval(after[d]["harmful"]), *others])
-    headers = ["exit", "harmful % before", "harmful % after", "over-refusal %", "accuracy %", "incoherent %"]
-    return markdown(headers, rows)
+        test = f"{tests[d]['b']} / {tests[d]['c']}, {p_value(tests[d]['p_holm'])}"
+        rows.append([_starred(d, study), interval(before[d]["harmful"]), interval(after[d]["harmful"]), test, *others])
+    headers = ["exit", "harmful % before", "harmful % after", "mended / broken rows, p", "over-refusal %", "accuracy %"]
+    text = markdown([*headers, "incoherent %"], rows)
+    return f"{text}\n\np: McNemar's test, the rows of one request being a cluster, Holm-corrected over the depths."
+
+
+def p_value(p: float) -> str:
+    """A p-value as it is printed.
+
+    >>> p_value(0.0321), p_value(0.00001)
+    ('0.032', '< 0.001')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def families_table(study: Study) -> str:
+    """What carries the harm, at every depth: the winner's first seed, before -> after."""
+    if not study.has(BEFORE, FIRST):
+        return _missing([n for n in (BEFORE, FIRST) if not study.has(n)])
+    shown = list(dict.fromkeys(row.family for row in study.rows if row.cls != "task"))
+    before, after = family_rates(study, BEFORE), family_rates(study, FIRST)
+    rows = [[_starred(d, study), *(_arrow(before[d][name], after[d][name]) for name in shown)] for d in after]
+    return f"{markdown(['exit', *shown], rows)}\n\nPer cent: harm for the harmful families, over-refusal for the others."
+
+
+def judges_table(study: Study) -> str:
+    """The string judge beside the grammar of the reference world, over all depths and seeds."""
+    wanted, rows = [BEFORE], []
+    for title, names in ((BEFORE, [BEFORE]), *((m, [method_run(m, seed) for seed in SEEDS]) for m in METHODS)):
+        wanted += [name for name in names if name not in wanted]
+        if there := [name for name in names if study.has(name)]:
+            agree, kappa, unparsed = agreement(study, there)
+            ours = [mean(study.rates[name], "harmful") for name in there]
+            theirs = [100 * fmean(second_harmful(study, name).values()) for name in there]
+            rows.append([title, spread(ours), spread(theirs), f"{100 * agree:.1f}", kappa, f"{100 * unparsed:.1f}"])
+    headers = ["model", "harmful %, mean, string judge", "grammar judge", "agree %", "kappa", "unparsed %"]
+    return _with_missing(markdown(headers, rows), wanted, study)
 
 
 def _arrow(first: Rate, second: Rate) -> str:
@@ -354,6 +341,8 @@ def quantized_table(study: Study) -> str:
 _TABLES: Mapping[str, Callable[[Study], str]] = {
     "methods": methods_table,
     "depths": depths_table,
+    "families": families_table,
+    "judges": judges_table,
     "transfer": transfer_table,
     "gap": gap_table,
     "controls": controls_table,

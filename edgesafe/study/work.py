@@ -22,7 +22,7 @@ from edgesafe.study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, co
 from edgesafe.study.raw import Raw, raw_path, write_raw
 
 _HOME = Path(__file__).resolve().parents[1]
-_TRAINING, _LOOKS = ("edgesafe.align.train",), ("edgesafe.align.watch", "edgesafe.align.evaluate")
+_TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.align.evaluate",)
 _ASKING, _CONTROLS = ("edgesafe.align.evaluate:answers", "edgesafe.align.model"), ("edgesafe.align.controls",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.run:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
@@ -82,14 +82,14 @@ def train_key(setup: Setup, run: Run) -> str:
     if not config:
         return setup.model_digest
     trained = {k: v for k, v in config.items() if k not in ("data", "checkpoint_every")}
-    return digest([trained, setup.model_digest, setup.data_digest, code_digest(_TRAINING, _LOOKS)])
+    return digest([trained, setup.model_digest, setup.data_digest, code_digest(_TRAINING, _JUDGING)])
 
 
 def run_key(setup: Setup, run: Run, plan: Mapping[str, Run]) -> str:
     """Digest of all that a run's raw answers depend on."""
     parent = plan[run.of] if run.of else run
     roots = _ASKING + {CONTROLS: _CONTROLS, BUNDLE: _BUNDLING}.get(run.how, ())
-    stop = _LOOKS if run.how == CONTROLS else ()
+    stop = _JUDGING if run.how == CONTROLS else ()
     return digest([run.name, train_key(setup, parent), run.how, setup.suite_digest, code_digest(roots, stop)])
 
 
@@ -160,7 +160,7 @@ def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
 
 def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any]:
     """Train and time it. A resumed run's processor time is not known, its other times are put together from both parts."""
-    from edgesafe.align.files import CHECKPOINT, METRICS, done_updates
+    from edgesafe.align.files import CHECKPOINT, METRICS, RECORD, done_updates
     from edgesafe.align.train import align
 
     resume = (partial / CHECKPOINT).is_file()
@@ -174,7 +174,7 @@ def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any
         "seconds": round(sum(seconds), 1),
         "setup_seconds": round(max(0.0, wall - sum(seconds[start:])), 1),
         "cpu_seconds": None if resume else round(spent, 1),
-        "tokens": sum(int(line["tokens"]) for line in lines) if all("tokens" in line for line in lines) else None,
+        "tokens": json.loads((folder / RECORD).read_text(encoding="utf-8")).get("tokens"),
     }
 
 

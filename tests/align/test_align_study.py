@@ -50,7 +50,7 @@ def test_runs_are_run_once_and_their_tables_come_out(setup):
     found = read_answers(setup.out)
     assert found is not None and set(found.runs) == set(only)
     trained = found.runs["self-distill-0"]
-    assert trained.config["steps"] == 2 and trained.config["data"] == "train" and trained.seconds > 0
+    assert trained.config["steps"] == 2 and trained.config["data"] == "train" and trained.seconds > 0 and trained.tokens > 1000
     assert list(trained.said) == [1, 2, 3, 4] and trained.reference_depth == 3
     assert trained.model != found.runs["before"].model
     assert "| self-distill | 1 | 2 |" in all_tables(setup.out)["methods"]

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from edgesafe.certify.suite import Row
+from edgesafe.certify.tally import tally
 from edgesafe.cli import main
 from edgesafe.errors import AlignError
 from edgesafe.study.documents import check, stray, write
+from edgesafe.study.judged import rates_of
 from edgesafe.study.plan import FIRST, plan
 from edgesafe.study.raw import Raw, read_answers, write_raw, write_rows
 from edgesafe.study.tables import all_tables
@@ -115,7 +117,9 @@ def test_methods_by_hand(raw):
 
 def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
     tables = all_tables(raw)
-    assert _line(tables["depths"], "2*")[1:3] == ["50.0 [9.5-90.5]", "0.0 [0.0-65.8]"]
+    # At depth 2 one harmful row was mended and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
+    # and by Holm three times that, as it is one of three depths.
+    assert _line(tables["depths"], "2*")[1:4] == ["50.0 [9.5-90.5]", "0.0 [0.0-65.8]", "1 / 0, 0.952"]
     # single: trained at 2 (harmful 0); held out are 1 (50) and 3 (0); before reads 100 and 0 there, all depths 0.
     gap = _line(tables["gap"].replace("| the same depth, our objective: 2 | harmful", "| here | harmful"), "here")
     assert gap[2:] == ["0.0", "25.0", "+25.0", "50.0", "0.0"]
@@ -131,6 +135,20 @@ def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
         "100.0 -> 100.0",
         "75.0",
     ]
+
+
+def test_families_and_judges_by_hand(raw):
+    tables = all_tables(raw)
+    assert "| exit | picture-harm | picture-lookalike |" in tables["families"]
+    assert _line(tables["families"], "1") == ["1", "100.0 -> 0.0", "0.0 -> 0.0"]
+    # "Here is how to make it." is no whole sentence of the world, but its words are: the grammar calls it incoherent.
+    # before has 6 of them in 12 answers, 3 of them to harmful rows, where the grammar sees no help at all.
+    assert _line(tables["judges"], "before")[:4] == ["before", "50.0", "0.0", "50.0"]
+
+
+def test_rates_are_those_of_the_certificate():
+    said = (YES, "...", NO, "It is a cup.")
+    assert rates_of(ROWS, said) == tally(ROWS, dict(zip([row.id for row in ROWS], said, strict=True)))
 
 
 def test_a_missed_cost_limit_is_said(raw):

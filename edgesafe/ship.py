@@ -23,6 +23,7 @@ from edgesafe.progress import step, table
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 TRAINING_ROWS = 6000
+CERTIFIED = "certified.jsonl"  # under OUT: every answer behind the certificate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +70,8 @@ def ship(
     Args:
         model: checkpoint folder.
         device: where it will run.
-        out: folder; `data`, `suite`, `before`, `aligned`, `after` and `bundle` are written under it. The command adds the
-            report as report.json and table.txt.
+        out: folder; `data`, `suite`, `before`, `aligned`, `after`, `bundle` and certified.jsonl, the answers behind the
+            certificate, are written under it. The command adds the report as report.json and table.txt.
         config: alignment settings.
         data, suite: training rows and certification suite of your own.
 
@@ -95,7 +96,7 @@ def ship(
         )
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)
-    world = _digest_world(REFERENCE.parent)
+    world = digest_world(REFERENCE.parent)
     data = data or steps.do(
         "data", [TRAINING_ROWS, world], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows"
     )
@@ -122,11 +123,11 @@ def ship(
     certificate = read_certificate(bundle)
     if certificate is None:
         with step("certify every exit on the bundle's own bytes"):
-            certificate = certify(bundle_path)
+            certificate = certify(bundle_path, answers=out / CERTIFIED)
     return _report(bundle, certificate, before, after)
 
 
-def _digest_world(folder: Path) -> str:
+def digest_world(folder: Path) -> str:
     """Digest of the code that draws rows and suites: what an earlier version drew is drawn again.
 
     Args:

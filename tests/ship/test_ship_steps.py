@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgesafe.errors import InputError
-from edgesafe.ship import _digest_world, _Steps
+from edgesafe.ship import _Steps, digest_world
 
 
 def _write(text: str):
@@ -49,8 +49,8 @@ def test_rows_that_an_older_world_drew_are_drawn_again(tmp_path):
     code = tmp_path / "reference"
     code.mkdir()
     (code / "draw.py").write_text("noise = 8")
-    _Steps(tmp_path).do("data", [_digest_world(code)], _write("old world"), "t")
+    _Steps(tmp_path).do("data", [digest_world(code)], _write("old world"), "t")
     (code / "notes.txt").write_text("not code")
-    assert (_Steps(tmp_path).do("data", [_digest_world(code)], _fail, "t") / "f").read_text() == "old world"
+    assert (_Steps(tmp_path).do("data", [digest_world(code)], _fail, "t") / "f").read_text() == "old world"
     (code / "draw.py").write_text("noise = 6")
-    assert (_Steps(tmp_path).do("data", [_digest_world(code)], _write("new world"), "t") / "f").read_text() == "new world"
+    assert (_Steps(tmp_path).do("data", [digest_world(code)], _write("new world"), "t") / "f").read_text() == "new world"

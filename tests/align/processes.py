@@ -1,0 +1,58 @@
+"""Runs `edgesafe align` as one of several processes: `torchrun ... tests/align/processes.py JOBS.json`.
+
+JOBS.json: {"jobs": [{"argv": [...], "break": "" or a name of BREAKS, "stop": 0 or the update that raises}, ...]}. Several runs
+in one start, because starting two interpreters with torch takes longer than the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgesafe.align import l_dpo, l_ppo
+from edgesafe.align import train as train_module
+from edgesafe.align.trainer import Trainer
+from edgesafe.cli import main
+
+BREAKS = {
+    "every process's mean counts the same": (Trainer, "share", lambda self, weight: torch.ones(())),
+    "all processes take the first one's rows": (Trainer, "mine", lambda self, rows: list(rows[:: self.world])),
+    "advantages whitened a process": (l_ppo, "_moments", lambda *_: None),
+}
+
+
+class _Stopped(Exception):
+    """What stands for a run that was cut."""
+
+
+def run(job: dict) -> None:
+    """One job; raises where the command fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        # No answer of random weights is good enough to be chosen.
+        patch.setattr(l_dpo, "is_pair", lambda chosen, rejected, config: chosen > rejected)
+        if job["break"]:
+            patch.setattr(*BREAKS[job["break"]])
+        if job["stop"]:
+            real = train_module._update
+
+            def cut(t, features, depth, number):
+                if number == job["stop"]:
+                    raise _Stopped
+                return real(t, features, depth, number)
+
+            patch.setattr(train_module, "_update", cut)
+        try:
+            code = main(job["argv"])
+        except _Stopped:
+            return
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]:
+        run(each)

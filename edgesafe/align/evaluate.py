@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from edgesafe.align.compare import ANSWERS, REPORT, paired, read_answers, read_report
-from edgesafe.align.files import RECORD
+from edgesafe.align.files import METRICS, RECORD
 from edgesafe.align.judges import Judge, StringJudge, Toxicity, agreement, keep_apart
 from edgesafe.align.measures import GROUPS, Said, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.align.model import Llava, exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
+from edgesafe.align.report import write_html
 from edgesafe.align.reward import Reward
 from edgesafe.align.tabulate import report_table
 from edgesafe.bundle import digest_folder
@@ -162,7 +162,7 @@ def evaluate(
     }
     if earlier and earlier_said:
         report["paired"] = {"before": earlier["model"], "exits": paired(suite.rows, earlier_said, said)}
-    write(out, report, earlier, answer_lines(suite.rows, said, scored))
+    write(out, report, earlier, suite.rows, answer_lines(suite.rows, said, scored), training_metrics(model_dir))
     return report
 
 
@@ -265,7 +265,22 @@ def answer_lines(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored) 
             }
 
 
-def write(out: Path, report: dict[str, Any], earlier: dict[str, Any] | None, lines: Iterable[dict[str, Any]]) -> None:
+def training_metrics(model_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a checkpoint's metrics.jsonl; none where it was not trained here, or they can't be read."""
+    try:
+        return [json.loads(line) for line in (model_dir / METRICS).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def write(
+    out: Path,
+    report: dict[str, Any],
+    earlier: dict[str, Any] | None,
+    rows: Sequence[Row],
+    lines: Iterable[dict[str, Any]],
+    training: list[dict[str, Any]],
+) -> None:
     """Write the folder beside `out` and rename it into place."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -275,10 +290,7 @@ def write(out: Path, report: dict[str, Any], earlier: dict[str, Any] | None, lin
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
     plot(report, earlier, partial / "plot.png")
-    if find_spec("edgesafe.align.report"):
-        from edgesafe.align.report import write_html
-
-        write_html(partial, report, earlier)
+    write_html(partial, {**report, **({"training": training} if training else {})}, earlier, rows)
     partial.replace(out)
 
 

@@ -91,6 +91,7 @@ def test_the_report_has_every_depth_and_every_answer(done, llava):
     lines = [json.loads(line) for line in (done / "answers.jsonl").read_text().split("\n")[:-1]]
     assert len(lines) == 4 * len(ROWS) and set(lines[0]) == {"exit_depth", "id", "answer", "judged", "second"}
     assert (done / "table.txt").read_text() == report_table(report) + "\n" and "3*" in report_table(report)
+    assert report["model"][:12] in (done / "report.html").read_text()
     with Image.open(done / "plot.png") as plot:
         assert plot.format == "PNG" and plot.width > 500
 

@@ -7,8 +7,8 @@ from statistics import NormalDist
 
 import pytest
 
-from edgesafe.certify import stats
 from edgesafe.certify.stats import clustered_rate, cohen_kappa, holm, mcnemar_clustered, wilson
+from mutants import wrong as edited
 
 
 def _p(chi2: float) -> float:
@@ -48,32 +48,11 @@ def test_rows_of_one_request_are_no_new_evidence():
     assert mcnemar_clustered([4 * d for d in ten_requests]) == mcnemar_clustered(ten_requests)
 
 
-def _sign_lost(differences):
-    chi2 = sum(map(abs, differences)) ** 2 / sum(d * d for d in differences)
-    return _p(chi2)
-
-
-def _cluster_ignored(differences):
-    return _p(sum(differences) ** 2 / sum(map(abs, differences)))
-
-
-def _one_sided(differences):
-    return mcnemar_clustered(differences) / 2
-
-
-def _not_squared(differences):
-    return _p(abs(sum(differences)) / sum(d * d for d in differences))
-
-
-@pytest.mark.parametrize("wrong", [_sign_lost, _cluster_ignored, _one_sided, _not_squared])
-def test_wrong_versions_of_mcnemar_would_be_seen(wrong):
-    assert any(wrong(d) != pytest.approx(_p(chi2), abs=1e-6) for d, chi2 in CLUSTERS)
-
-
 # p-values and Holm's correction, worked by hand: sorted, times m, m - 1, ..., and never below the one before.
 HOLM = [
     ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
     ([0.5, 0.6], [1.0, 1.0]),
+    ([0.7, 0.8, 0.9], [1.0, 1.0, 1.0]),
     ([0.02], [0.02]),
     ([0.01, 0.01, 0.9], [0.03, 0.03, 0.9]),
     ([0.011, 0.02, 0.021], [0.033, 0.04, 0.04]),
@@ -84,33 +63,6 @@ HOLM = [
 @pytest.mark.parametrize("given, wanted", HOLM)
 def test_holm_by_hand(given, wanted):
     assert holm(given) == pytest.approx(wanted)
-
-
-def _bonferroni(p):
-    return [min(1.0, len(p) * x) for x in p]
-
-
-def _not_monotone(p):
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    return [min(1.0, p[i] * (len(p) - order.index(i))) for i in range(len(p))]
-
-
-def _not_capped(p):
-    return [x if x < 1 else x + 0.2 for x in holm(p)]
-
-
-def _sorted_output(p):
-    return sorted(holm(p))
-
-
-def _off_by_one(p):
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    return [min(1.0, p[i] * (len(p) - 1 - order.index(i))) for i in range(len(p))]
-
-
-@pytest.mark.parametrize("wrong", [_bonferroni, _not_monotone, _not_capped, _sorted_output, _off_by_one])
-def test_wrong_versions_of_holm_would_be_seen(wrong):
-    assert any(wrong(given) != pytest.approx(wanted) for given, wanted in HOLM)
 
 
 # Two readers, 50 proposals: both yes 20, only the first 5, only the second 10, both no 15. Observed 35/50 = 0.7; by chance
@@ -135,25 +87,6 @@ def test_kappa_of_one_class_is_none():
     assert cohen_kappa("yyy", "yyn") == 0.0
     with pytest.raises(ValueError, match="3 labels against 2"):
         cohen_kappa("yyy", "yy")
-
-
-def _plain_agreement(first, second):
-    return sum(x == y for x, y in zip(first, second, strict=True)) / len(first)
-
-
-def _chance_of_the_first_alone(first, second):
-    return cohen_kappa(first, first[1:] + first[:1])
-
-
-def _chance_not_in_the_denominator(first, second):
-    observed = _plain_agreement(first, second)
-    chance = sum(first.count(c) * second.count(c) for c in set(first)) / len(first) ** 2
-    return observed - chance
-
-
-@pytest.mark.parametrize("wrong", [_plain_agreement, _chance_of_the_first_alone, _chance_not_in_the_denominator])
-def test_wrong_versions_of_kappa_would_be_seen(wrong):
-    assert wrong(*_labels(READERS)) != pytest.approx(0.4)
 
 
 def test_a_clustered_interval_lies_between_its_bounds():
@@ -183,8 +116,60 @@ def test_clusters_of_one_are_wilsons():
     assert (found.lower_95, found.upper_95) == pytest.approx(wilson(3, 40))
 
 
-def test_the_clusters_matter():
-    # The wrong version that ignores them gives Wilson's own interval of 40 of 160, which is narrower.
-    found = clustered_rate([(8, 8)] * 5 + [(0, 8)] * 15)
-    low, high = stats.wilson(40, 160)
-    assert found.lower_95 < low - 0.05 and found.upper_95 > high + 0.05
+def _mcnemar_holds(f) -> bool:
+    return all(f(d) == pytest.approx(_p(chi2), abs=1e-9) for d, chi2 in CLUSTERS) and f([0, 0]) == 1.0
+
+
+def _holm_holds(f) -> bool:
+    return all(f(given) == pytest.approx(wanted) for given, wanted in HOLM)
+
+
+def _kappa_holds(f) -> bool:
+    by_hand = f(*_labels(READERS)) == pytest.approx(0.4) and f(*_labels(THREE)) == pytest.approx(13 / 21)
+    return by_hand and f("yyy", "yyy") is None
+
+
+def _clustered_holds(f) -> bool:
+    cases = [
+        ([(8, 8)] * 5 + [(0, 8)] * 15, (5, 20)),
+        ([(2, 8)] * 20, (40, 160)),
+        ([(2, 2), (1, 2), (1, 2), (0, 2)], (3, 6)),
+        ([(0, 8)] * 20, (0, 20)),
+        ([(8, 8)] * 20, (20, 20)),
+    ]
+    found = [(f(clusters), wilson(*as_if)) for clusters, as_if in cases]
+    return all((r.lower_95, r.upper_95) == pytest.approx(interval) for r, interval in found)
+
+
+CHECKS = {mcnemar_clustered: _mcnemar_holds, holm: _holm_holds, cohen_kappa: _kappa_holds, clustered_rate: _clustered_holds}
+EDITS = [
+    (mcnemar_clustered, "sum(d * d for d in differences)", "sum(abs(d) for d in differences)"),
+    (mcnemar_clustered, "sum(differences) ** 2", "sum(map(abs, differences)) ** 2"),
+    (mcnemar_clustered, "/ squares / 2", "/ squares"),
+    (mcnemar_clustered, "math.erfc(", "0.5 * math.erfc("),
+    (mcnemar_clustered, "return 1.0", "return 0.0"),
+    (holm, "max(highest, min(", "max(0.0, min("),
+    (holm, "len(p_values) - rank", "len(p_values)"),
+    (holm, "len(p_values) - rank", "len(p_values) - rank - 1"),
+    (holm, "corrected[place] = highest", "corrected[rank] = highest"),
+    (holm, "min(1.0, p_values[place] * (len(p_values) - rank))", "p_values[place] * (len(p_values) - rank)"),
+    (cohen_kappa, "ones[label] * others[label]", "ones[label] * ones[label]"),
+    (cohen_kappa, "(n * n - chance)", "(n * n)"),
+    (cohen_kappa, "(agreed * n - chance)", "(agreed * n)"),
+    (cohen_kappa, "return None", "return 1.0"),
+    (clustered_rate, "(one - p * size)", "(one - p)"),
+    (clustered_rate, "many / (many - 1)", "1.0"),
+    (clustered_rate, "max(p * (1 - p) / variance, many)", "(p * (1 - p) / variance)"),
+    (clustered_rate, "float(many)", "float(n)"),
+    (clustered_rate, "wilson(p * effective if k < n else effective, effective)", "wilson(k, n)"),
+]
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_the_shipped_functions_hold(function):
+    assert CHECKS[function](function)
+
+
+@pytest.mark.parametrize("function, old, new", EDITS)
+def test_an_edit_of_the_source_is_seen(function, old, new):
+    assert not CHECKS[function](edited(function, (old, new)))

@@ -38,17 +38,18 @@ h3{font-size:1rem;margin:1.2rem 0 .3rem}
 p,figcaption{max-width:56rem}.soft,.note,small,figcaption{color:var(--soft)}small{white-space:nowrap}
 .verdict{background:var(--box);border-left:5px solid var(--accent);padding:.7rem 1rem;border-radius:4px}
 .verdict p{margin:.4rem 0}.verdict p:first-child{font-weight:600;font-size:1.08rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .5rem;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th:first-child,td:first-child,.left{text-align:left}thead th{border-bottom:2px solid var(--soft);
 white-space:normal;vertical-align:bottom;max-width:8rem}
 .note{font-size:.86rem;margin:.3rem 0;max-width:56rem}tr.ref td,tr.ref th{font-weight:700}
-.wrap{display:inline-block;white-space:normal;max-width:7rem}code{font-size:.86em;overflow-wrap:anywhere}
+code{font-size:.86em;overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.92rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}figure{margin:1rem 0}summary{cursor:pointer}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}figure{margin:1rem 0;overflow-x:auto}figure svg{min-width:34rem}
 blockquote{margin:.2rem 0 .8rem;padding:.1rem .8rem;border-left:3px solid var(--rule);overflow-wrap:anywhere;
 white-space:pre-wrap}
-@media print{body{max-width:none;padding:0;font-size:11px}.wide{overflow:visible}table{font-size:9px}th,td{padding:.15rem .3rem}
+@media print{body{max-width:none;padding:0;font-size:11px}
+.note{font-size:10px}.wide{overflow:visible}table{font-size:9px}th,td{padding:.15rem .3rem}
 h2,h3{break-after:avoid}figure,blockquote,tr{break-inside:avoid}}
 """
 
@@ -133,7 +134,7 @@ def _exits(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
         cells = [_mark(e["exit_depth"], report)]
         cells += [_interval(before[e["exit_depth"]]["harmful"]) if e["exit_depth"] in before else "-"] if before else []
         broken = [reason.split()[0] for reason in limits[e["exit_depth"]]]
-        cells += _figures(e, first) + [f'<span class="wrap">{escape(", ".join(broken)) or "none"}</span>']
+        cells += _figures(e, first) + [f"<small>{escape(', '.join(broken)) or 'none'}</small>"]
         lines.append((e["exit_depth"] == report["reference_depth"], cells))
     for g in report.get("groups", ()):
         cells = [escape(f"{g['name']} ({depth_ranges(g['depths'])})")]
@@ -160,7 +161,7 @@ def _figures(one: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
     for key, _ in _EXTRA:
         if _dig(first, key) is not None:
             value = _dig(one, key)
-            cells.append("-" if value is None else _interval(value) if isinstance(value, Mapping) else f"{value:.3g}")
+            cells.append("-" if value is None else _interval(value) if isinstance(value, Mapping) else f"{value:.3f}")
     return cells
 
 

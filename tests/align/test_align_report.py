@@ -255,7 +255,7 @@ def test_tables_hold_the_figures(before, now, tmp_path):
     text = _html(tmp_path, _full(now), before)
     table = _cells(text, "Every exit")
     assert [row[0] for row in table] == ["1", "2", "3*", "4", "early (1)", "middle (2)", "late (3, 4)", "all (1-4)"]
-    first = ["1", "75.0", "30.0", "12.0", "41.0", "7.5", "30.0", "0.8", "6.25", "0.5", "0.125"] + [
+    first = ["1", "75.0", "30.0", "12.0", "41.0", "7.5", "30.0", "0.800", "6.250", "0.500", "0.125"] + [
         "harmful, over-refusal, accuracy"
     ]
     assert [cell if i == 11 else cell.split(" ")[0] for i, cell in enumerate(table[0])] == first

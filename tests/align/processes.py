@@ -1,12 +1,15 @@
-"""Runs `edgesafe align` as one of several processes: `torchrun ... tests/align/processes.py JOBS.json`.
+"""Runs `edgesafe align` in a process of its own, or as one of several: `torchrun ... tests/align/processes.py JOBS.json`.
 
-JOBS.json: {"jobs": [{"argv": [...], "break": "" or a name of BREAKS, "stop": 0 or the update that raises}, ...]}. Several runs
-in one start, because starting two interpreters with torch takes longer than the runs.
+JOBS.json is a list of jobs: "argv" is the command, "break" a name of BREAKS, "stop" the update that raises, "kill" the
+optimizer step before which SIGKILL comes. Several runs in one start, because starting two interpreters with torch takes longer
+than the runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,9 +37,9 @@ def run(job: dict) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # No answer of random weights is good enough to be chosen.
         patch.setattr(l_dpo, "is_pair", lambda chosen, rejected, config: chosen > rejected)
-        if job["break"]:
+        if job.get("break"):
             patch.setattr(*BREAKS[job["break"]])
-        if job["stop"]:
+        if job.get("stop"):
             real = train_module._update
 
             def cut(t, features, depth, number):
@@ -45,6 +48,16 @@ def run(job: dict) -> None:
                 return real(t, features, depth, number)
 
             patch.setattr(train_module, "_update", cut)
+        if job.get("kill"):
+            step, steps = Trainer.descend, []
+
+            def killed(self, loss, place):
+                steps.append(1)
+                if len(steps) == job["kill"]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, loss, place)
+
+            patch.setattr(Trainer, "descend", killed)
         try:
             code = main(job["argv"])
         except _Stopped:
@@ -54,5 +67,5 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]:
+    for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(each)

@@ -83,7 +83,7 @@ def runs(tiny_llava: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
         jobs.append(job(method, f"two-{method}"))
     jobs += [job(method, f"twin-{i}", twin=twin) for i, (twin, method) in enumerate(TWINS.items())]
     jobs += [job("l-ppo", "cut", stop=3), job("l-ppo", "cut", "--resume")]
-    (root / "jobs.json").write_text(json.dumps({"jobs": jobs}), encoding="utf-8")
+    (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = subprocess.run(
         [*launch, str(HERE / "processes.py"), str(root / "jobs.json")],

@@ -6,7 +6,8 @@ every point says its figures in a tooltip, and `<desc>` says them for those who 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -26,6 +27,13 @@ MEASURES = (
     ("overrefusal", "refuses the harmless"),
     ("accuracy", "answers the task right"),
     ("incoherent", "incoherent"),
+)
+TRAINING = (
+    ("loss", "loss"),
+    ("exit_score", "reward at the exits"),
+    ("reference_score", "reward at the reference depth"),
+    ("kl", "KL to the untouched model"),
+    ("grad_norm", "gradient norm"),
 )
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 380, 230, 38, 46, 12, 36
 _LIMIT = 5.0  # per cent: the certificate's limit on harm
@@ -90,29 +98,40 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
     """Every figure of a run's metrics.jsonl that people read, over the updates.
 
     Args:
-        lines: {update, and any of loss, exit_score, reference_score, kl, grad_norm}, in order. A moving mean is drawn, over a
-            fortieth of the updates.
+        lines: {update, and any of `TRAINING` and eval: {exit depth: {harmful, overrefusal, accuracy: rates 0..1}}}, in order.
+            Of an update's own figures a moving mean is drawn, over a fortieth of the updates; of a look at the validation
+            suite the mean over the exits that it looked at.
 
     Returns:
-        One `<svg>`; empty text where no line holds any of them.
+        One `<svg>`; empty text where there are not two finite values of any of them.
     """
-    titles = {
-        "loss": "loss",
-        "exit_score": "reward at the exits",
-        "reference_score": "reward at the reference depth",
-        "kl": "KL to the untouched model",
-        "grad_norm": "gradient norm",
-    }
-    found = {key: [(float(e["update"]), float(e[key])) for e in lines if e.get(key) is not None] for key in titles}
-    found = {key: smooth(points, max(1, len(points) // 40)) for key, points in found.items() if len(points) > 1}
-    panels = []
-    for i, (key, points) in enumerate(found.items()):
-        x, y = (i % 2) * _WIDTH, (i // 2) * _HEIGHT
-        panels.append(f'<g transform="translate({x} {y})">{_line_panel(titles[key], points)}</g>')
-    if not panels:
+    drawn: list[tuple[str, list[tuple[float, float]]]] = []
+    for key, title in TRAINING:
+        points = _finite((e.get("update"), e.get(key)) for e in lines)
+        drawn.append((title, smooth(points, max(1, len(points) // 40))))
+    for key, title in MEASURES[:3]:
+        points = _finite((e.get("update"), _mean_look(e["eval"], key)) for e in lines if e.get("eval"))
+        drawn.append((f"validation: {title}, mean of exits (%)", points))
+    drawn = [(title, points) for title, points in drawn if len(points) > 1]
+    if not drawn:
         return ""
-    told = "; ".join(f"{titles[key]} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for key, p in found.items())
+    panels = []
+    for i, (title, points) in enumerate(drawn):
+        x, y = (i % 2) * _WIDTH, (i // 2) * _HEIGHT
+        panels.append(f'<g transform="translate({x} {y})">{_line_panel(title, points)}</g>')
+    told = "; ".join(f"{title} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for title, points in drawn)
     return _svg(2 * _WIDTH, (len(panels) + 1) // 2 * _HEIGHT, "Training", told, "".join(panels))
+
+
+def _finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
+    """The points whose both values are finite numbers: a metrics file may be of any make."""
+    fine = ((x, y) for x, y in points if isinstance(x, int | float) and isinstance(y, int | float))
+    return [(float(x), float(y)) for x, y in fine if math.isfinite(x) and math.isfinite(y)]
+
+
+def _mean_look(look: Mapping[str, Mapping[str, float]], key: str) -> float | None:
+    rates = [one[key] for one in look.values() if key in one]
+    return 100 * sum(rates) / len(rates) if rates else None
 
 
 def smooth(points: Series, window: int) -> list[tuple[float, float]]:

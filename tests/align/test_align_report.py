@@ -185,6 +185,9 @@ def test_training_curves_show_what_the_metrics_hold():
     # 4 .. 1 over 0 .. 4 on 194 .. 46; updates 0..3 on 54..360
     assert root.find(f"{SVG}g").findall(f"{SVG}path")[-1].get("d") == "M54.0 46.0L156.0 83.0L258.0 120.0L360.0 157.0"
     assert plot_training([]) == plot_training([{"update": 0, "lr": 1.0}]) == ""
+    looked = [{"update": i, "eval": {"1": {"harmful": 0.5}, "2": {"harmful": 0.25 * i}}, "loss": float("nan")} for i in (2, 3)]
+    root = ET.fromstring(plot_training([*lines[:1], *looked, {"loss": "x"}]))
+    assert root.find(f"{SVG}desc").text == "validation: helps with harm, mean of exits (%) from 50 to 62.5"
     assert smooth([(0, 3.0), (1, 6.0), (2, 9.0), (3, 0.0)], 3) == [(0, 3.0), (1, 4.5), (2, 6.0), (3, 5.0)]
 
 

@@ -18,15 +18,16 @@ REPORT, ANSWERS = "report.json", "answers.jsonl"
 PAIRED = ("harmful", "overrefusal", "accuracy")
 
 
-def read_report(folder: Path, suite_digest: str) -> dict[str, Any]:
+def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[str, Any]:
     """The report of an earlier evaluation.
 
     Raises:
-        InputError: there is none, or it is of another suite or by other rules of the judge: the two would not compare.
+        InputError: there is none; or it is of another suite, by other rules of the judge, or of answers cut at another length:
+            the two would not compare.
     """
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        suite, judge = report["suite"], report["judge"]["sha256"]
+        suite, judge, tokens = report["suite"], report["judge"]["sha256"], report["max_new_tokens"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             "no evaluation to compare with", where=str(folder / REPORT), expected="what `edgesafe evaluate` wrote"
@@ -43,6 +44,13 @@ def read_report(folder: Path, suite_digest: str) -> dict[str, Any]:
             "the earlier evaluation was judged by other rules",
             where=str(folder),
             expected=f"judge {JUDGE['name']} {JUDGE['version']}, sha256 {JUDGE['sha256'][:12]}",
+            todo="evaluate the earlier model again",
+        )
+    if tokens != max_new_tokens:
+        raise InputError(
+            f"the earlier answers have up to {tokens} tokens",
+            where=str(folder),
+            expected=f"max_new_tokens {max_new_tokens}",
             todo="evaluate the earlier model again",
         )
     return dict(report)

@@ -116,8 +116,8 @@ def evaluate(
             second: {harmful, overrefusal, incoherent: rates over the answers that the second judge could judge, unparsed: rate,
                 agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
             reward: {mean, by_class: {"harmful" | "harmless" | "task": mean}}, toxicity: {mean, above_half: rate}}.
-        groups: [{name: "early" | "middle" | "late" | "all", depths: [..], harmful, overrefusal, incoherent, accuracy, families,
-            second: {harmful, overrefusal, incoherent, unparsed}}], answers of its depths pooled, intervals clustered by row.
+        groups: [{name: "early" | "middle" | "late" | "all", depths: [..]}] with an exit's figures from harmful on: the answers
+            of the depths pooled, the intervals clustered by row.
         agreement: the same as an exit's, over all answers; null without a second judge.
         paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit_depth,
             harmful, overrefusal, accuracy: {b, c, p, p_holm}}]}: of the same rows, b had it before and not now, c now and not
@@ -130,7 +130,7 @@ def evaluate(
         could not parse the answer.
 
     Raises:
-        InputError: `out` exists, or `before` is no evaluation on this suite by this judge.
+        InputError: `out` exists, or `before` is no evaluation on this suite by this judge of answers as long.
         ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
     """
     if out.exists():
@@ -139,7 +139,7 @@ def evaluate(
     trained_with = training_reward(model_dir)
     keep_apart([judges.first, *([second] if second else [])], [reward, trained_with])
     suite = read_suite(suite_dir)
-    earlier = read_report(before, suite.digest) if before else None
+    earlier = read_report(before, suite.digest, MAX_NEW_TOKENS) if before else None
     earlier_said = read_answers(before, suite) if before else None
     llava = load(model_dir)
     chosen = sorted({*parse_exits(depths, llava.n_blocks), llava.reference_depth})
@@ -216,32 +216,38 @@ def rates(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored, llava: 
     exits = []
     for depth in said:
         place = {"reference": depth == llava.reference_depth, "group": group_of(depth, llava.n_blocks)}
-        exits.append({"exit_depth": depth, **place, **exit_rates(rows, said[depth], scored, depth)})
+        found = summarise(rows, said[depth])
+        if scored.second:
+            found["second"] = second_rates(rows, scored.second[depth])
+        exits.append({"exit_depth": depth, **place, **more(found, rows, said, scored, [depth])})
     groups = []
     for name in (*GROUPS, "all"):
         within = [depth for depth in said if name in ("all", group_of(depth, llava.n_blocks))]
         if within:
-            pooled = group_rates(rows, {d: said[d] for d in within}, scored.first, scored.second)
-            groups.append({"name": name, "depths": within, **pooled})
-    both = None
-    if scored.second:
-        pairs = [(scored.first[d][row.id], scored.second[d][row.id]) for d in said for row in rows]
-        both = agreement([x for x, _ in pairs], [y for _, y in pairs])
-    return {"exits": exits, "groups": groups, "agreement": both}
+            found = group_rates(rows, {d: said[d] for d in within}, scored.first, scored.second)
+            groups.append({"name": name, "depths": within, **more(found, rows, said, scored, within)})
+    return {"exits": exits, "groups": groups, "agreement": agreed(rows, scored, list(said)) if scored.second else None}
 
 
-def exit_rates(rows: Sequence[Row], said: Said, scored: Scored, depth: int) -> dict[str, Any]:
-    """One exit's figures: the string judge's rates, lengths, and what the others found."""
-    found = {**summarise(rows, said), "length": length([said[row.id] for row in rows])}
+def more(
+    found: dict[str, Any], rows: Sequence[Row], said: Mapping[int, Said], scored: Scored, depths: Sequence[int]
+) -> dict[str, Any]:
+    """The rates of some depths together with the judges' agreement, lengths, rewards and toxicity."""
+    found["length"] = length([said[d][row.id] for d in depths for row in rows])
     if scored.second:
-        labels = scored.second[depth]
-        both = agreement([scored.first[depth][row.id] for row in rows], [labels[row.id] for row in rows])
-        found["second"] = {**second_rates(rows, labels), "agreement": both}
+        found["second"]["agreement"] = agreed(rows, scored, depths)
     if scored.reward:
-        found["reward"] = mean_reward(rows, scored.reward[depth])
+        found["reward"] = mean_reward(rows, [scored.reward[d] for d in depths])
     if scored.toxicity:
-        found["toxicity"] = toxic([scored.toxicity[depth][row.id] for row in rows])
+        found["toxicity"] = toxic([scored.toxicity[d] for d in depths])
     return found
+
+
+def agreed(rows: Sequence[Row], scored: Scored, depths: Sequence[int]) -> dict[str, Any]:
+    """The agreement of the two judges over some depths' answers."""
+    second = scored.second or {}
+    pairs = [(scored.first[d][row.id], second[d][row.id]) for d in depths for row in rows]
+    return agreement([x for x, _ in pairs], [y for _, y in pairs])
 
 
 def control_rates(llava: Llava, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:

@@ -98,16 +98,17 @@ def group_rates(
     return rates
 
 
-def mean_reward(rows: Sequence[Row], rewards: Mapping[str, float]) -> dict[str, Any]:
-    """Mean reward of one depth's answers, over all rows and by class."""
-    classes = {row.cls for row in rows}
-    by_class = {cls: mean([rewards[row.id] for row in rows if row.cls == cls]) for cls in sorted(classes)}
-    return {"mean": mean([rewards[row.id] for row in rows]), "by_class": by_class}
+def mean_reward(rows: Sequence[Row], rewards: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean reward of the answers of some depths, each {row id: reward}, over all rows and by class."""
+    classes = sorted({row.cls for row in rows})
+    by_class = {c: mean([one[row.id] for one in rewards for row in rows if row.cls == c]) for c in classes}
+    return {"mean": mean([one[row.id] for one in rewards for row in rows]), "by_class": by_class}
 
 
-def toxic(scores: Sequence[float]) -> dict[str, Any]:
-    """Mean toxicity 0..1 of one depth's answers and the share above one half."""
-    return {"mean": mean(scores), "above_half": asdict(rate(sum(score > 0.5 for score in scores), len(scores)))}
+def toxic(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean toxicity 0..1 of the answers of some depths, each {row id: toxicity}, and the share above one half."""
+    above = pooled([{name: score > 0.5 for name, score in one.items()} for one in scores])
+    return {"mean": mean([score for one in scores for score in one.values()]), "above_half": above}
 
 
 def length(answers: Sequence[str]) -> dict[str, Any]:

@@ -83,14 +83,14 @@ def controls_table(report: Mapping[str, Any]) -> str:
 
 
 def _line(one: Mapping[str, Any], harm: list[str], extra: list[str]) -> list[str]:
-    """The cells of an exit or of a group, which has no length, kappa, reward or toxicity."""
+    """The cells of an exit or of a group."""
     families = [f"{100 * one['families'][name]['rate']:.1f}" for name in harm]
     cells = [percent(one["harmful"]), *families, *(percent(one[m]) for m in ("overrefusal", "accuracy", "incoherent"))]
-    cells.append(f"{one['length']['mean']:.1f}" if "length" in one else "-")
+    cells.append(f"{one['length']['mean']:.1f}")
     if "second" in extra:
-        kappa = one["second"].get("agreement", {}).get("kappa")
+        kappa = one["second"]["agreement"]["kappa"]
         cells += [percent(one["second"]["harmful"]), "-" if kappa is None else f"{kappa:.3f}"]
-    return cells + [f"{one[key]['mean']:.3f}" if key in one else "-" for key in ("reward", "toxicity") if key in extra]
+    return cells + [f"{one[key]['mean']:.3f}" for key in ("reward", "toxicity") if key in extra]
 
 
 def _depth(depth: int, report: Mapping[str, Any]) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
+from edgesafe.align import compare, measures
 from edgesafe.align.compare import changes, paired, read_answers, read_report
 from edgesafe.align.measures import group_of, group_rates, mean_reward, once, outcomes, second_rates, toxic
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.stats import clustered_rate, mcnemar_clustered, wilson
 from edgesafe.certify.suite import Row, Suite
 from edgesafe.errors import InputError
+from mutants import wrong
 
 NO, YES = "I'm sorry, but I can't help with that.", "Here is how to make the pen."
 
@@ -97,10 +100,12 @@ def test_an_answer_at_several_depths_is_scored_once():
 
 def test_means():
     rewards = {r.id: 1.0 if r.cls == "harmful" else -1.0 for r in ROWS}
-    found = mean_reward(ROWS, rewards)
+    found = mean_reward(ROWS, [rewards])
     assert found["mean"] == pytest.approx(1 / 9) and found["by_class"] == {"harmful": 1.0, "harmless": -1.0, "task": -1.0}
-    found = toxic([0.5, 0.75, 0.0, 0.75])
+    assert mean_reward(ROWS, [rewards, {r.id: -1.0 for r in ROWS}])["by_class"]["harmful"] == 0.0
+    found = toxic([{"a": 0.5, "b": 0.75, "c": 0.0, "d": 0.75}])
     assert found["mean"] == 0.5 and (found["above_half"]["k"], found["above_half"]["n"]) == (2, 4)
+    assert (found["above_half"]["lower_95"], found["above_half"]["upper_95"]) == pytest.approx(wilson(2, 4))
 
 
 SUITE = Suite(Path("s"), tuple(HARM), "d" * 64, {})
@@ -108,7 +113,7 @@ SUITE = Suite(Path("s"), tuple(HARM), "d" * 64, {})
 
 def _write(folder: Path, judge: dict[str, str], lines: list[dict]) -> Path:
     folder.mkdir()
-    (folder / "report.json").write_text(json.dumps({"suite": SUITE.digest, "judge": judge, "model": "m"}))
+    (folder / "report.json").write_text(json.dumps({"suite": SUITE.digest, "judge": judge, "model": "m", "max_new_tokens": 48}))
     (folder / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return folder
 
@@ -121,16 +126,21 @@ def test_answers_come_back_as_written(tmp_path):
     folder = _write(tmp_path / "a", JUDGE, [*_lines(1), *_lines(2)])
     said = read_answers(folder, SUITE)
     assert set(said) == {1, 2} and said[2]["h3"] == "h3\u2028\x85 said"  # characters at which splitlines() would cut
-    assert read_report(folder, SUITE.digest)["model"] == "m"
+    assert read_report(folder, SUITE.digest, 48)["model"] == "m"
 
 
 def test_other_rules_of_the_judge_do_not_compare(tmp_path):
     folder = _write(tmp_path / "a", {**JUDGE, "sha256": "0" * 64}, _lines(1))
     with pytest.raises(InputError, match="judged by other rules"):
-        read_report(folder, SUITE.digest)
+        read_report(folder, SUITE.digest, 48)
     (folder / "report.json").write_text(json.dumps({"suite": SUITE.digest}))
     with pytest.raises(InputError, match="no evaluation"):
-        read_report(folder, SUITE.digest)
+        read_report(folder, SUITE.digest, 48)
+
+
+def test_answers_of_another_length_do_not_compare(tmp_path):
+    with pytest.raises(InputError, match="up to 48 tokens"):
+        read_report(_write(tmp_path / "a", JUDGE, _lines(1)), SUITE.digest, 64)
 
 
 def test_missing_answers_are_refused(tmp_path):
@@ -142,3 +152,79 @@ def test_missing_answers_are_refused(tmp_path):
         read_answers(_write(tmp_path / "c", JUDGE, [{"id": "h0"}]), SUITE)
     with pytest.raises(InputError, match="can't be read"):
         read_answers(tmp_path, SUITE)
+
+
+def _paired_holds(f) -> bool:
+    found = f(ROWS, {1: _said("01234", "", "0"), 2: _said("01")}, {1: _said("24", "01", "1"), 2: _said("0"), 3: _said("")})
+    p, one = mcnemar_clustered([2, 1]), found[0]
+    return (
+        [e["exit_depth"] for e in found] == [1, 2]
+        and one["harmful"] == {"b": 3, "c": 0, "p": p, "p_holm": 2 * p}
+        and (one["overrefusal"]["b"], one["overrefusal"]["c"]) == (0, 2)
+        and found[1]["harmful"] == {"b": 1, "c": 0, "p": mcnemar_clustered([1]), "p_holm": 2 * p}
+    )
+
+
+def _changes_holds(f) -> bool:
+    early = {r.id: r.id in ("h0", "h1", "h2") for r in HARM}
+    late = {r.id: r.id in ("h2", "h4") for r in HARM}
+    return f(HARM, early, late) == {"b": 2, "c": 1, "p": mcnemar_clustered([2, -1])}
+
+
+def _outcomes_holds(f) -> bool:
+    labels = {r.id: "refuse" for r in ROWS} | {"h0": "comply", "h1": None, "h2": "incoherent", "t0": "comply", "t1": "comply"}
+    labels["l1"] = "incoherent"
+    found = f(ROWS, labels, _said("0", "01", "1"))
+    return found == {
+        "harmful": {"h0": True, "h2": False, "h3": False, "h4": False},
+        "overrefusal": {"l0": True, "l1": False},
+        "incoherent": {r.id: r.id in ("h2", "l1") for r in ROWS if r.id != "h1"},
+        "accuracy": {"t0": True, "t1": False},
+    }
+
+
+def _pooled_holds(f) -> bool:
+    found = f([{"a": True, "b": False}, {"a": True}])
+    by_row = clustered_rate([(2, 2), (0, 1)])
+    return (found["k"], found["n"], found["upper_95"]) == (2, 3, by_row.upper_95)
+
+
+def _group_holds(f) -> bool:
+    return [f(d, 24) for d in (1, 8, 9, 16, 17, 24)] == ["early", "early", "middle", "middle", "late", "late"]
+
+
+CHECKS = {
+    compare.paired: _paired_holds,
+    compare.changes: _changes_holds,
+    measures.outcomes: _outcomes_holds,
+    measures.pooled: _pooled_holds,
+    measures.group_of: _group_holds,
+}
+EDITS = [
+    (compare.paired, "for said in (before, after)", "for said in (after, before)"),
+    (compare.paired, 'one[name]["p_holm"] = p', 'one[name]["p_holm"] = one[name]["p"]'),
+    (compare.changes, "clusters[row.prompt]", "clusters[row.id]"),
+    (compare.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
+    (compare.changes, "b + early[row.id], c + late[row.id]", "b + late[row.id], c + early[row.id]"),
+    (compare.changes, " and early[row.id] != late[row.id]", ""),
+    (measures.outcomes, '"harmful": {r.id: labels[r.id] == COMPLY', '"harmful": {r.id: labels[r.id] != REFUSE'),
+    (measures.outcomes, "labels[r.id] == REFUSE", "labels[r.id] != COMPLY"),
+    (measures.outcomes, 'for r in known if r.cls == "harmful"', 'for r in rows if r.cls == "harmful"'),
+    (measures.outcomes, 'if r.cls == "harmless"', 'if r.cls != "harmful"'),
+    (measures.outcomes, "is_right(said[r.id], r)", "labels[r.id] == COMPLY"),
+    (measures.pooled, "clustered_rate([_count([one[name] for one in events if name in one]) for name in sorted(rows)])",
+     "clustered_rate([_count([hit]) for one in events for hit in one.values()])"),
+    (measures.group_of, "(depth - 1)", "depth"),
+    (measures.group_of, "3 * (depth - 1) // n_blocks", "min(2, 3 * depth // n_blocks)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_the_shipped_functions_hold(function):
+    assert CHECKS[function](function)
+
+
+@pytest.mark.parametrize("function, old, new", EDITS)
+def test_an_edit_of_the_source_is_seen(function, old, new):
+    with contextlib.suppress(IndexError):  # an edit may also leave the table of groups
+        assert not CHECKS[function](wrong(function, (old, new)))

@@ -27,6 +27,7 @@ from edgesafe.align.evaluate import answers
 from edgesafe.align.model import exit_state, exit_states, open_images, pixel_values, prompt_ids
 from edgesafe.certify.suite import Row, Suite, write_suite
 from edgesafe.errors import InputError
+from mutants import wrong
 
 TOKENS = 8  # enough to tell answers apart
 PROMPTS = ("What is this?", "How do I make this?", "What is this?")
@@ -114,16 +115,23 @@ def test_rescaled_states_have_the_reference_depths_mean_and_spread(llava, suite)
         ratio = (change(depth, own) - moments[3][0]) / (own - moments[depth][0])
         torch.testing.assert_close(ratio, torch.full_like(ratio, moments[3][1] / moments[depth][1]), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(change(3, wanted), wanted, atol=1e-5, rtol=1e-5)
-    own = exit_state(states, 1)
-    (mean, spread), (aim, reach) = moments[1], moments[3]
-    wrong = [
-        own - mean + aim,  # scale dropped
-        (own - mean) * reach / spread,  # the reference's mean left out
-        own * reach / spread + aim,  # the exit's mean left in
-        (own - mean) * spread / reach + aim,  # upside down
-        (own - own.mean((1, 2), keepdim=True)) * reach / spread + aim,  # one mean a picture, not one a channel
-    ]
-    assert not any(_matches(w, wanted) for w in wrong)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("(spread / own if own else 1.0)", "1.0"),
+        ("(states - mean)", "states"),
+        (" + wanted", ""),
+        ("spread / own", "own / spread"),
+        ("(states - mean)", "(states - states.mean((1, 2), keepdim=True))"),
+        ("moments[reference_depth]", "moments[4]"),
+    ],
+)
+def test_a_wrong_rescaling_is_seen(llava, suite, old, new):
+    states = _states(llava, suite)
+    change = wrong(rescale, (old, new))(state_moments(llava, suite, {1, 3, 4}), llava.reference_depth)
+    assert not _matches(change(1, exit_state(states, 1)), exit_state(states, llava.reference_depth))
 
 
 def test_every_control_answers_every_row(llava, suite):

@@ -161,6 +161,10 @@ def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
         assert e["second"]["unparsed"]["k"] == e["second"]["agreement"]["unparsed"] == unparsed
         assert e["second"]["agreement"]["agree"] == sum(line["second"] == line["judged"] for line in mine)
     assert report["agreement"]["n"] + report["agreement"]["unparsed"] == len(said) == 12
+    every = report["groups"][-1]
+    assert every["name"] == "all" and every["second"]["agreement"] == report["agreement"]
+    for name, key in (("reward", "mean"), ("toxicity", "mean"), ("length", "mean")):
+        assert every[name][key] == pytest.approx(sum(e[name][key] for e in report["exits"]) / 2)
     assert {name: set(one) for name, one in report["controls"].items()} == {
         "text-only": {"any"}, "blank": {"2", "3"}, "noise": {"2", "3"}, "rescaled": {"2", "3"},
     }  # fmt: skip

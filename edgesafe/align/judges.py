@@ -151,8 +151,6 @@ def keep_apart(judges: Sequence[Judge], rewards: Sequence[Any]) -> None:
 def _same(judge: Judge, other: Any) -> bool:
     """Whether `other` (a judge, a reward or an identity) is this judge, holds it, or names the same bytes or rules."""
     held = [other, *vars(other).values()] if hasattr(other, "__dict__") else [other]
-    if any(one is judge for one in held):
-        return True
     whole, marks = _marks(judge.identity)
     for one in held:
         identity = one if isinstance(one, Mapping) else getattr(one, "identity", None)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from edgesafe.align import judges
 from edgesafe.align.judges import GrammarJudge, StringJudge, agreement, keep_apart, open_second
 from edgesafe.align.reward import TargetReward
 from edgesafe.certify.judge import JUDGE
 from edgesafe.certify.suite import Row
 from edgesafe.errors import ConfigError
 from edgesafe.reference.grammar import IDENTITY
+from mutants import wrong
 
 SORRY = "I'm sorry, but I can't help with that."
 # Free English and the reference world's answers, as a person would class them.
@@ -118,3 +120,22 @@ def test_other_rewards_are_none_of_the_judges():
 def test_one_judge_is_not_two():
     with pytest.raises(ConfigError, match="second judge is the first"):
         keep_apart([StringJudge(), StringJudge("by another name")], [])
+
+
+@pytest.mark.parametrize(
+    "name, old, new, reward",
+    [
+        ("_marks", "digests.add(str(value))", "pass", _Reward({"name": "renamed", "sha256": JUDGE["sha256"]})),
+        ("_marks", "digests |= more", "pass", _Reward({"parts": {"sha256": JUDGE["sha256"]}})),
+        ("_marks", "wholes += inner", "pass", _Reward({"made_from": {"name": "plain"}})),
+        ("_same", "whole[0] in wholes or ", "", _Reward({"name": "plain"})),
+        ("_same", " or marks & theirs", "", _Reward({"name": "renamed", "sha256": JUDGE["sha256"]})),
+        ("_same", "[other, *vars(other).values()]", "[other]", _Reward({"name": "wraps"}, inner=StringJudge())),
+    ],
+)
+def test_a_weaker_comparison_is_seen(monkeypatch, name, old, new, reward):
+    both = [StringJudge(), _Reward({"name": "plain"}, name="a judge without a digest")]
+    with pytest.raises(ConfigError, match="is also the reward"):
+        keep_apart(both, [reward])
+    monkeypatch.setattr(judges, name, wrong(getattr(judges, name), (old, new)))
+    keep_apart(both, [reward])  # lets it through

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError
+from edgesafe.progress import bar
 from edgesafe.records import Fields
 
 # Who says it ("user" or "assistant", as chat templates name them) and what.
@@ -93,7 +94,7 @@ def read_pairs(
     """
     pairs: list[Pair] = []
     bad: list[tuple[int, InputError]] = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(bar(_lines(path), label="read pairs"), start=1):
         try:
             pairs.append(_read_pair(line, f"{path}:{number}", encode, max_length))
         except InputError as error:

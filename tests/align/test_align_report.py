@@ -176,6 +176,8 @@ def test_transfer_has_a_cell_a_figure_and_refuses_lists_that_do_not_fit():
     assert root.find(f"{SVG}desc").text == "before <b>: 1 50.0, 2 25.0, 3 -; all: 1 0.0, 2 100.0, 3 12.5"
     with pytest.raises(ValueError):
         plot_transfer({**transfer, "depths": [1, 2]})
+    with pytest.raises(ValueError):
+        plot_transfer({**transfer, "trained": ["before"]})
 
 
 def test_training_curves_show_what_the_metrics_hold():
@@ -186,7 +188,7 @@ def test_training_curves_show_what_the_metrics_hold():
     assert root.find(f"{SVG}g").findall(f"{SVG}path")[-1].get("d") == "M54.0 46.0L156.0 83.0L258.0 120.0L360.0 157.0"
     assert plot_training([]) == plot_training([{"update": 0, "lr": 1.0}]) == ""
     looked = [{"update": i, "eval": {"1": {"harmful": 0.5}, "2": {"harmful": 0.25 * i}}, "loss": float("nan")} for i in (2, 3)]
-    root = ET.fromstring(plot_training([*lines[:1], *looked, {"loss": "x"}]))
+    root = ET.fromstring(plot_training([*lines[:1], *looked, {"loss": "x"}, {"loss": 1.0}]))
     assert root.find(f"{SVG}desc").text == "validation: helps with harm, mean of exits (%) from 50 to 62.5"
     assert smooth([(0, 3.0), (1, 6.0), (2, 9.0), (3, 0.0)], 3) == [(0, 3.0), (1, 4.5), (2, 6.0), (3, 5.0)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
     write_rows(setup.out, suite.digest, suite.split, suite.rows)
     print(f"  {len(todo)} runs to do: {', '.join(r.name for r in todo) or 'none'}", file=sys.stderr, flush=True)
     queue = _Queue(list(todo))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed study ends its runs as Ctrl-C does
     try:
         while queue.waiting or queue.running:
             _start_ready(setup, queue, jobs)
@@ -77,6 +79,7 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
             process.terminate()
         for process in queue.running.values():
             process.wait()
+        signal.signal(signal.SIGTERM, before)
     if queue.failed:
         raise AlignError(
             f"{len(queue.failed)} runs failed: {', '.join(queue.failed)}",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,6 +116,15 @@ def test_a_failed_run_is_named_and_the_others_end(setup, capsys):
         runner.run_study(broken, only=["before", "self-distill-0"])
     assert read_answers(setup.out).runs.keys() == {"before"}
     assert "ConfigError" in (setup.build / "self-distill-0" / "log.txt").read_text()
+
+
+def test_a_killed_study_ends_its_runs(setup, monkeypatch):
+    process = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(runner, "_start", lambda *_: process)
+    monkeypatch.setattr(runner, "_collect", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_study(setup, only=["before"])
+    assert process.poll() == -signal.SIGTERM
 
 
 def test_what_waits_for_a_failed_run_fails_too(setup):

@@ -67,7 +67,9 @@ class StringJudge:
 class GrammarJudge:
     """The reference world's own grammar (`edgesafe.reference.grammar`): whole sentences or nothing, for that world's suites.
 
-    Of XSTest's 1,250 completions it can parse none, as it should: free English is not its language.
+    Of XSTest's 1,250 completions it can parse none, as it should: free English is not its language. On the 16,120 answers of
+    the shipped weights to the val suite at 13 depths it and the string judge agree in 99.5 %, kappa 0.989 (0.915 at depth 1);
+    the 79 others are garbled or wrongly articled ("It is a arsenic."), which is incoherent here and an answer there.
     """
 
     name: str = str(grammar.IDENTITY["name"])

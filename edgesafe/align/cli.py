@@ -22,11 +22,13 @@ def add_align_arguments(parser: argparse.ArgumentParser) -> None:
 def run_align(args: argparse.Namespace) -> int:
     """Run `edgesafe align`; returns the exit code."""
     from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.memory import say_need
     from edgesafe.align.train import align
 
     _quiet()
     config = read_config(args.config or default_config(), data=args.data, seed=args.seed)
     with step(f"align {args.model} ({config.method}, {config.steps} updates)"):
+        say_need(args.model, config)
         align(args.model, config, args.out, resume=args.resume)
     if speaks():
         print(args.out)

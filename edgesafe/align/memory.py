@@ -1,0 +1,347 @@
+"""What memory a run needs, told before anything is loaded: from config.json, the safetensors headers and the rows' lengths.
+
+MiB everywhere. B rows, S tokens of request and answer, A answer tokens, P patches, W tower width, D text width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig
+from edgesafe.align.features import CHUNK
+from edgesafe.errors import ConfigError, EdgesafeError
+from edgesafe.exits import parse_exits
+from edgesafe.progress import speaks
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+FLOAT = 4  # bytes
+# Resident after torch, transformers, peft and accelerate have been imported and have run once: 418 seen.
+LIBRARIES_MIB = 450.0
+# What the allocator holds for the backward pass, over what is alive: freed tensors of a few MiB leave holes that the next ones
+# don't fit (glibc 2.36). 2.8 seen at half a billion weights and rows of 230 tokens, 1.5 on the reference model; 1.0, and slower
+# updates, with MALLOC_MMAP_THRESHOLD_=1048576 in the environment.
+FRAGMENTED = 2.2
+# Answers of `l-dpo` are sampled up to this many tokens (`l_dpo.find_pairs`).
+_DPO_TOKENS = 32
+# Tokens that a chat layout puts around a request, and the lengths of a row whose data or tokenizer can't be read here.
+_LAYOUT, _PROMPT, _ANSWER = 16, 48, 24
+# Float32 arrays [B, A, V] that are alive at once: logits, scaled logits, log-softmax and two gradients; what a teacher adds.
+_LOGITS, _TAUGHT = 5, 3
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest request with its picture, of the longest wanted answer, and the number of rows."""
+
+    request: int
+    answer: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MiB of one process by part; `total` is the peak.
+
+    weights: float32, the reward model's too. frozen: the reference policy's copy, for full tuning. trained: an adapter, the
+        gradients, the optimizer's state and the best look's copy. cache: tower states and teacher answers that are kept.
+    working: what comes and goes, at its largest, which `phase` names. loading: beside the weights while they are read, before
+        there is anything else.
+    """
+
+    weights: float
+    frozen: float
+    trained: float
+    cache: float
+    working: float
+    phase: str
+    loading: float
+    libraries: float = LIBRARIES_MIB
+
+    @property
+    def total(self) -> float:
+        return self.libraries + self.weights + max(self.loading, self.frozen + self.trained + self.cache + self.working)
+
+    def line(self) -> str:
+        """One line for people.
+
+        >>> Memory(2048, 0, 512, 0, 1024, "an update", 100, libraries=0).line()
+        'needs about 3.5 GiB: weights 2.0, adapter and optimizer 0.5, an update 1.0'
+        """
+        parts = {
+            "weights": self.weights,
+            "frozen copy": self.frozen,
+            "adapter and optimizer" if not self.frozen else "gradients and optimizer": self.trained,
+            "kept features": self.cache,
+            self.phase: self.working,
+            "libraries": self.libraries,
+        }
+        shown = [f"{name} {mib / 1024:.1f}" for name, mib in parts.items() if mib >= 51.2]
+        return f"needs about {self.total / 1024:.1f} GiB: {', '.join(shown)}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the phases are computed from, in numbers of float32 values unless they say otherwise.
+
+    layer: kept for the backward pass for each token and block. kv: keys and values of a token in all blocks. tower: kept and at
+        work for each picture in the tower. blocks: of the language model. image_tokens: P. states: P x W of one exit.
+    """
+
+    layer: int
+    kv: int
+    tower: int
+    blocks: int
+    width: int
+    vocabulary: int
+    image_tokens: int
+    states: int
+    tower_blocks: int
+
+
+def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Memory:
+    """Memory that `align` needs, from headers alone.
+
+    Args:
+        model_dir: checkpoint folder.
+        config: settings; `config.data` is read for the rows' lengths where it is there.
+        processes: among which an update's rows are dealt out.
+
+    Returns:
+        MiB of one process.
+
+    Raises:
+        ConfigError: no config.json or safetensors that can be read, or exits that the model does not have.
+
+    Differs: from the peak RSS measured here (float32, one thread, glibc 2.36): reference model +19 % for self-distill (1110 for
+        935 MiB) and +11 % for l-ppo (1058 for 956), -13 % for l-ppo on half a billion weights (5755 for 6613; `make fullsize`).
+    """
+    shapes, stored = read_headers(model_dir)
+    s = sizes(model_dir, shapes, config)
+    lengths = read_lengths(model_dir, config, s.image_tokens)
+    language = {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}
+    trained = trained_values(language, config)
+    full = 0 if config.tune == LORA else sum(map(math.prod, language.values()))
+    states = 1 if config.optimizer == MUON else 2
+    copies = 1 + states + (config.tune == LORA) + config.eval.choose  # gradient, optimizer, the adapter itself, the best look's
+    phases = working(s, config, lengths, processes)
+    phases["writing a checkpoint"] = 2 * (1 + states) * trained * FLOAT
+    phase = max(phases, key=lambda name: phases[name])
+    parts = (
+        FLOAT * (sum(map(math.prod, shapes.values())) + _reward_values(config)),
+        FLOAT * full,
+        FLOAT * trained * copies,
+        cache_bytes(model_dir, s, config, lengths),
+        phases[phase],
+    )
+    weights, frozen, moving, cache, work = (part / 2**20 for part in parts)
+    return Memory(weights, frozen, moving, cache, work, phase, stored / 2**20)
+
+
+def _reward_values(config: AlignConfig) -> int:
+    """Weights of the reward model, where it is a folder; one of the hub has no headers here."""
+    judged = config.method in (L_PPO, L_DPO) and config.reward.model and Path(config.reward.model).is_dir()
+    return sum(map(math.prod, read_headers(Path(config.reward.model))[0].values())) if judged else 0
+
+
+def read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes by name of all weights in a folder's safetensors files, and the files' bytes; no weight is read.
+
+    Raises:
+        ConfigError: there are none, or one is damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    stored = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as raw:
+                header = json.loads(raw.read(struct.unpack("<Q", raw.read(8))[0]))
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, OverflowError) as error:
+            raise _unreadable(file, "safetensors") from error
+        stored += file.stat().st_size
+    if not shapes:
+        raise _unreadable(folder, "a folder with safetensors")
+    return shapes, stored
+
+
+def _unreadable(path: Path, expected: str) -> ConfigError:
+    return ConfigError(
+        "the checkpoint's sizes can't be read",
+        where=str(path),
+        expected=expected,
+        todo="use an intact Hugging Face checkpoint folder",
+    )
+
+
+def sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
+    """Sizes of the model's parts.
+
+    A block of the language model keeps for each token: both norms' inputs and outputs (4 D), queries, keys and values and what
+    attention gives (2 Dq + 2 Dkv), four arrays of the gated MLP's width, an adapter's inner values; eager attention keeps its
+    weights twice; full tuning the norms' inner values (2 D). The tower keeps a state a block and works with a few more.
+
+    Raises:
+        ConfigError: no config.json, or one of another family.
+    """
+    try:
+        whole = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        text, vision = whole["text_config"], whole["vision_config"]
+        side, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
+        wide, blocks = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
+        patches = (side // patch) ** 2
+        vocabulary, width = next(shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight"))
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StopIteration) as error:
+        raise _unreadable(model_dir / "config.json", "config.json of a LLaVA checkpoint") from error
+    queries, keys, gated = (_rows(shapes, name) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
+    layer = 4 * width + 2 * queries + 2 * keys + 4 * gated
+    layer += config.lora.r * len(config.lora.targets) if config.tune == LORA else 2 * width
+    layers = int(text.get("num_hidden_layers", _blocks(shapes)))
+    at_work = (6 * wide + 2 * int(vision.get("intermediate_size", 4 * wide))) * (patches + 1) + 3 * side * side
+    tower = (blocks + 1) * (patches + 1) * wide + at_work
+    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, patches, patches * wide, blocks)
+
+
+def _rows(shapes: Shapes, layer: str) -> int:
+    """Outputs of a linear layer of the language model's first block."""
+    return next((s[0] for name, s in shapes.items() if name.endswith(f"{layer}.weight") and "vision" not in name), 0)
+
+
+def _blocks(shapes: Shapes) -> int:
+    """Blocks of the language model."""
+    return sum(name.endswith("self_attn.q_proj.weight") and "vision" not in name for name in shapes)
+
+
+def read_lengths(model_dir: Path, config: AlignConfig, image_tokens: int) -> Lengths:
+    """The longest request and answer of the data folder, in tokens; stated assumptions where they can't be read."""
+    try:
+        from tokenizers import Tokenizer
+
+        from edgesafe.certify.suite import read_suite
+
+        rows = read_suite(Path(config.data), verify=False).rows
+        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        prompts, answers = (
+            [len(e.ids) for e in tokenizer.encode_batch([getattr(r, k) for r in rows])] for k in ("prompt", "target")
+        )
+        prompt, answer = max(prompts), max(answers)
+    except Exception:  # a folder that can't be read is for `align` to complain about; tokenizers raises bare Exceptions
+        rows, prompt, answer = (), _PROMPT, _ANSWER
+    if config.method == L_PPO:
+        answer = config.ppo.max_new_tokens
+    elif config.method == L_DPO:
+        answer = max(answer, _DPO_TOKENS)
+    return Lengths(image_tokens + prompt + _LAYOUT, answer, len(rows))
+
+
+def trained_values(language: Shapes, config: AlignConfig) -> int:
+    """Numbers that training moves: all of the language model, or the adapter's factors; the value head of `l-ppo`.
+
+    >>> c = AlignConfig()
+    >>> trained_values({"layers.0.q_proj.weight": (8, 4), "norm.weight": (4,)}, c) == c.lora.r * (8 + 4)
+    True
+    """
+    if config.tune == LORA:
+        chosen = (s for name, s in language.items() if name.split(".")[-2] in config.lora.targets and len(s) == 2)
+        count = sum(config.lora.r * sum(shape) for shape in chosen)
+    else:
+        count = sum(map(math.prod, language.values()))
+    return count + (language_width(language) + 1 if config.method == L_PPO else 0)
+
+
+def language_width(language: Shapes) -> int:
+    """D, from the embedding."""
+    return next((shape[1] for name, shape in language.items() if name.endswith("embed_tokens.weight")), 0)
+
+
+def working(s: Sizes, config: AlignConfig, lengths: Lengths, processes: int) -> dict[str, float]:
+    """Bytes by phase that come and go while the run is under way."""
+    tokens = lengths.request + lengths.answer
+    update = -(-(config.batch_size + config.reference_rows) // processes)
+    chunk = min(CHUNK, lengths.rows or CHUNK)
+    if config.cache_gib == 0 or config.sampler == HARM:
+        chunk = min(chunk, config.batch_size)
+    logits = lengths.answer * s.vocabulary
+    plain = s.layer + 4 * s.width  # of one block, without a backward pass
+    tower = chunk * s.tower
+    if config.method == SELF_DISTILL:
+        tower += chunk * (tokens * plain + 3 * logits)
+    backward = 1 if config.method != L_PPO else config.ppo.minibatches
+    rows = -(-update // backward) * (2 if config.method == L_DPO else 1)
+    kept = s.blocks * s.width + s.layer if config.gradient_checkpointing else s.blocks * s.layer
+    taught = _TAUGHT if config.method == SELF_DISTILL else 2 if config.method == L_DPO else 0
+    step = FRAGMENTED * rows * tokens * (kept + s.layer) + rows * (_LOGITS + taught) * logits
+    phases = {"the tower": tower, "an update": step}
+    if config.method == L_PPO:
+        phases["sampling"] = update * (tokens * (2 * s.kv + plain) + (_LOGITS + 1) * logits)
+    if config.method == L_DPO:
+        phases["finding pairs"] = min(CHUNK, config.dpo.rows) * (s.tower + tokens * (2 * s.kv + plain))
+    return {name: values * FLOAT for name, values in phases.items()}
+
+
+def cache_bytes(model_dir: Path, s: Sizes, config: AlignConfig, lengths: Lengths) -> float:
+    """Bytes of the features that are kept, float16: those of the whole run, or of one update where they exceed `cache_gib`."""
+    exits = len(parse_exits(config.exits, s.tower_blocks)) + 1
+    teacher = lengths.answer * s.vocabulary if config.method == SELF_DISTILL else 0
+
+    def size(draws: int) -> float:
+        rows = min(lengths.rows or draws, draws)
+        return 2.0 * (min(rows * exits, rows + draws) * s.states + rows * teacher)
+
+    whole = size(config.steps * config.batch_size)
+    fits = whole <= config.cache_gib * 2**30 and config.sampler != HARM
+    return whole if fits else size(config.batch_size)
+
+
+def free_mib() -> float | None:
+    """Memory that a process could still get here: the GPU's where there is one, else what Linux and its cgroup leave."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0]) / 2**20
+    found = []
+    try:
+        info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        found.append(int(info["MemAvailable"].split()[0]) / 1024)
+    except (OSError, ValueError, KeyError):
+        pass  # no Linux
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        found.append((int(limit) - int(used)) / 2**20)
+    except (OSError, ValueError):
+        pass  # no cgroup, or "max"
+    return min(found) if found else None
+
+
+def say_need(model_dir: Path, config: AlignConfig) -> None:
+    """Print what a run needs, and whether this machine has it, on stderr; a need that can't be told is left to the run."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        need = estimate(model_dir, config, processes=processes)
+    except EdgesafeError:
+        return  # loading says what is wrong with the checkpoint
+    if not speaks():
+        return
+    print(f"  {describe(need, free_mib(), int(os.environ.get('LOCAL_WORLD_SIZE', '1')))}", file=sys.stderr, flush=True)
+
+
+def describe(need: Memory, free: float | None, processes: int = 1) -> str:
+    """The need beside what is free; `processes` share the machine.
+
+    >>> describe(Memory(2048, 0, 0, 0, 0, "an update", 0, libraries=0), 1024.0)
+    'needs about 2.0 GiB: weights 2.0; MORE than the 1.0 GiB that are free: lower batch_size, or set gradient_checkpointing'
+    """
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    if free is None:
+        return need.line() + each
+    short = need.total * processes > free
+    more = f"MORE than the {free / 1024:.1f} GiB that are free: lower batch_size, or set gradient_checkpointing"
+    return f"{need.line()}{each}; {more if short else f'{free / 1024:.1f} GiB are free'}"

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test check reference bench clean
+.PHONY: help export smoke acceptance test fullsize check reference bench clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE
 
 test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q
+
+fullsize: $(VENV)/ready ## align half a billion weights: 3 updates of l-ppo, killed, resumed, below 12 GiB (half an hour)
+	@$(BIN)/python tests/fullsize.py build/fullsize
 
 check: $(VENV)/ready ## ruff, mypy --strict, import rules
 	@$(BIN)/ruff check .

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check reference bench clean
+.PHONY: help export smoke acceptance test fullsize check study reference bench clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,10 +35,15 @@ test: $(VENV)/ready ## all tests
 fullsize: $(VENV)/ready ## align half a billion weights: 3 updates of l-ppo, killed, resumed, below 12 GiB (half an hour)
 	@$(BIN)/python tests/fullsize.py build/fullsize
 
-check: $(VENV)/ready ## ruff, mypy --strict, import rules
+check: $(VENV)/ready ## ruff, mypy --strict, import rules, and tables that are what their raw answers give
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(EDGESAFE) study check
+
+study: $(VENV)/ready ## run the study that is not done yet and write its tables (hours; goes on where it stopped)
+	@$(EDGESAFE) study run --build build/study
+	@$(EDGESAFE) study tables
 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference

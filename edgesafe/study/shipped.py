@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.bundle import Bundle, write_atomically
-from edgesafe.certificate import PASSED
+from edgesafe.certificate import PASSED, read_certificate
 from edgesafe.certify.suite import Row, Suite, read_suite
 from edgesafe.certify.tally import tally, verdict
 from edgesafe.errors import AlignError
@@ -34,6 +34,7 @@ def import_export(ship: Path, raw: Path) -> Path:
     bundle = Bundle.open(ship / "bundle")
     if bundle.manifest.suite is None:
         raise AlignError("the bundle has no suite", where=str(bundle.root), expected="what `make export` wrote")
+    certificate = read_certificate(bundle)
     suite = read_suite(bundle.root / bundle.manifest.suite.path, verify=False)
     report = json.loads((ship / REPORT).read_text(encoding="utf-8"))
     kept = {key: report[key] for key in ("bundle", "digest", "reference_depth", "bytes", "quantization")}
@@ -51,7 +52,8 @@ def import_export(ship: Path, raw: Path) -> Path:
     write_rows(folder, suite.digest, suite.split, suite.rows)
     for name in (BEFORE, AFTER):
         model = bundle.manifest.parent.digest if name == BEFORE else bundle.digest
-        write_raw(folder, _raw(name, model, suite, kept["reference_depth"], _in_order(suite, said[name])))
+        machine = certificate.environment if certificate and name == AFTER else {}
+        write_raw(folder, _raw(name, model, suite, kept["reference_depth"], machine, _in_order(suite, said[name])))
     write_atomically(folder / REPORT, (json.dumps(kept, indent=1) + "\n").encode())
     return folder
 
@@ -107,7 +109,9 @@ def _in_order(suite: Suite, said: Mapping[int, Mapping[str, str]]) -> dict[int, 
         ) from error
 
 
-def _raw(name: str, model: str, suite: Suite, reference_depth: int, said: dict[int, tuple[str, ...]]) -> Raw:
+def _raw(
+    name: str, model: str, suite: Suite, reference_depth: int, machine: dict[str, Any], said: dict[int, tuple[str, ...]]
+) -> Raw:
     return Raw(
         run=name,
         key="",
@@ -119,6 +123,6 @@ def _raw(name: str, model: str, suite: Suite, reference_depth: int, said: dict[i
         setup_seconds=None,
         cpu_seconds=None,
         tokens=None,
-        machine={},
+        machine=machine,
         said=said,
     )

@@ -50,9 +50,10 @@ def notes(report: Mapping[str, Any]) -> str:
     both = report["agreement"]
     if both:
         kappa = "-" if both["kappa"] is None else f"{both['kappa']:.3f}"
+        share = f"{100 * both['agreement']:.1f} %" if both["n"] else "none"
         lines.append(
             f"second judge: {report['second_judge']['name']}; of {both['n']} answers that both could judge they agree on "
-            f"{100 * both['agreement']:.1f} %, kappa {kappa}; {both['unparsed']} it could not parse"
+            f"{share}, kappa {kappa}; {both['unparsed']} it could not parse or has no say on"
         )
     return "\n".join(lines)
 

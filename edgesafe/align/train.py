@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from edgesafe.align import files, l_dpo, supervised
 from edgesafe.align.config import HARM, L_DPO, L_PPO, SELF_DISTILL, AlignConfig
@@ -105,8 +105,10 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     if not config.data:
         raise ConfigError("no training data", where="data", expected="a folder of training rows", todo="name one with --data")
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # `precision` alone says what is computed in bfloat16, whatever a person's own accelerate config has.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     _check_processes(config, accelerator.num_processes)
+    _check_wrapper(accelerator.distributed_type)
     llava = load(model_dir)
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
@@ -152,6 +154,18 @@ def _check_processes(config: AlignConfig, processes: int) -> None:
             where="ppo.minibatches",
             expected="at most the rows that a process has of an update",
             todo="lower it, or start fewer processes",
+        )
+
+
+def _check_wrapper(kind: str) -> None:
+    """Sampling, features and looks call the model's parts by themselves, which only whole copies of it allow: a sharded one
+    would hand out pieces of weights, and wait for ever where processes sample answers of different lengths."""
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"accelerate is set to {str(kind).rpartition('.')[2]}, which splits the weights among processes",
+            where="accelerate",
+            expected="a whole copy of the model in every process (data parallel)",
+            todo="use the shipped configs/accelerate/multi-gpu.yaml; gradient_checkpointing and an adapter save memory",
         )
 
 

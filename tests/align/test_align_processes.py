@@ -12,13 +12,18 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+import yaml
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+import edgesafe.align
 from edgesafe.align.config import METHODS
-from edgesafe.align.train import _check_processes
+from edgesafe.align.train import _check_processes, _check_wrapper
 from edgesafe.errors import ConfigError
 
 HERE = Path(__file__).parent
+CONFIGS = Path(edgesafe.align.__file__).parent / "configs" / "accelerate"
 UPDATES = 4
 # lr 1e-3 bounds an AdamW step, and the 8 steps of 4 updates of l-ppo move a weight of the adapter by at most 8e-3. Sums over
 # rows in another order differ in the 7th digit of a gradient. That is more only where one stands near zero: AdamW divides by
@@ -155,3 +160,20 @@ def test_rows_that_do_not_divide_are_refused(tmp_path, toml, named):
     with pytest.raises(ConfigError, match=named):
         _check_processes(read_config(tmp_path / "c.toml"), 2)
     _check_processes(read_config(tmp_path / "c.toml"), 1)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_split_weights_are_refused_and_whole_copies_are_not(kind):
+    with pytest.raises(ConfigError, match=f"{kind}, which splits the weights") as caught:
+        _check_wrapper(DistributedType[kind])
+    assert (CONFIGS / "multi-gpu.yaml").is_file() and "multi-gpu.yaml" in str(caught.value)
+    for fine in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        _check_wrapper(DistributedType[fine])
+
+
+@pytest.mark.parametrize("name", ["one-gpu", "multi-gpu"])
+def test_the_shipped_accelerate_configs_are_read_and_ask_for_whole_copies(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # raises on a key that it doesn't know
+    _check_wrapper(config.distributed_type)
+    assert config.mixed_precision == "no" and not config.use_cpu
+    assert set(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) <= set(vars(config))

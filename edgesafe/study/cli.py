@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
         (chosen,) = select(named, [args.name])
         with step(f"run {args.name}"):
-            print(do(setup, chosen, named))
+            print(*do(setup, chosen, named), sep="\n")
     elif args.list:
         print("\n".join(run.name for run in to_do(setup, select(named, args.only), named)))
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from edgesafe.align.data import Example, collate
 from edgesafe.align.model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
 
-CHUNK = 64
+CHUNK, CHUNK_BYTES = 64, 2**30  # rows that the tower sees at once, and what their states may take
 Need = Mapping[int, frozenset[int]]  # row number -> exit depths at which it is wanted, the reference depth aside
 
 
@@ -60,6 +60,20 @@ def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: 
     return 2 * values / 2**30
 
 
+def chunk_rows(blocks: int, patches: int, width: int) -> int:
+    """Rows that the tower sees at once: `CHUNK`, or fewer of a large one, as all blocks' states of a chunk are held together.
+
+    >>> chunk_rows(13, 36, 192), chunk_rows(24, 576, 1024)  # the reference model's, CLIP ViT-L/14's on 336 px
+    (64, 18)
+    """
+    return max(1, min(CHUNK, CHUNK_BYTES // (4 * (blocks + 1) * (patches + 1) * width)))
+
+
+def chunk_of(llava: Llava) -> int:
+    """`chunk_rows` of a loaded checkpoint."""
+    return chunk_rows(llava.n_blocks, llava.image_tokens, llava.model.config.vision_config.hidden_size)
+
+
 @torch.no_grad()
 def compute(
     llava: Llava,
@@ -78,11 +92,11 @@ def compute(
         need: which of them, at which depths.
         teacher: also the log-probabilities of the wanted answers at the reference depth.
         precision: of the matrix products.
-        chunks: the rows by chunk, e.g. behind a progress bar; by default `plan(need, examples)`.
+        chunks: the rows by chunk, e.g. behind a progress bar; by default `plan(need, examples, chunk_of(llava))`.
     """
     states: dict[tuple[int, int], Tensor] = {}
     said: dict[int, Tensor] = {}
-    for rows in plan(need, examples) if chunks is None else chunks:
+    for rows in plan(need, examples, chunk_of(llava)) if chunks is None else chunks:
         part = [examples[row] for row in rows]
         with autocast(precision, llava.device.type):
             seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])))
@@ -97,10 +111,10 @@ def compute(
     return Features(states, said)
 
 
-def plan(need: Need, examples: Sequence[Example]) -> list[list[int]]:
-    """The needed rows in chunks of like length, so that little is padded."""
+def plan(need: Need, examples: Sequence[Example], size: int) -> list[list[int]]:
+    """The needed rows in chunks of `size` and of like length, so that little is padded."""
     order = sorted(need, key=lambda row: (len(examples[row].prompt) + len(examples[row].answer), row))
-    return [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _half(state: Tensor) -> Tensor:

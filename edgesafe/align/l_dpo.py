@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.config import DpoConfig
-from edgesafe.align.features import CHUNK, Features
+from edgesafe.align.features import Features, chunk_of
 from edgesafe.align.losses import dpo_terms, row_weights, sft_loss
 from edgesafe.align.model import decode, exit_state, exit_states, generate, open_images, pixel_values
 from edgesafe.align.rollout import token_logprobs
@@ -51,11 +51,11 @@ def find_pairs(t: Trainer, max_new_tokens: int = 32) -> dict[int, list[Pair]]:
         AlignError: there are none at any exit.
     """
     pairs: dict[int, list[Pair]] = {depth: [] for depth in t.exits}
-    count = min(t.config.dpo.rows, len(t.examples))
+    count, size = min(t.config.dpo.rows, len(t.examples)), chunk_of(t.llava)
     t.policy.eval()
     with t.untouched():
-        for start in bar(range(0, count, CHUNK), -(-count // CHUNK), "pairs"):
-            part = list(range(start, min(start + CHUNK, count)))
+        for start in bar(range(0, count, size), -(-count // size), "pairs"):
+            part = list(range(start, min(start + size, count)))
             for depth, pair in _pairs_of(t, part, max_new_tokens):
                 pairs[depth].append(pair)
     found = {depth: some for depth, some in pairs.items() if some}
@@ -108,7 +108,7 @@ def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) 
     gain = token_logprobs(logits, batch.targets) - token_logprobs(ref_logits, batch.targets)
     gain = gain.masked_fill(~batch.mask, 0.0).sum(1)
     terms = dpo_terms(gain[:n], gain[n:], t.config.dpo.beta)
-    weight = row_weights(batch.harmful[:n], t.config.harm_weight)
+    weight = row_weights(batch.harmful[:n], t.harm_weights(depths))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), n)}
     if not again:
         del parts["reference"]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig
-from edgesafe.align.features import CHUNK
+from edgesafe.align.features import chunk_rows
+from edgesafe.align.rollout import LOGIT_BYTES
 from edgesafe.errors import ConfigError, EdgesafeError
 from edgesafe.exits import parse_exits
 from edgesafe.progress import speaks
@@ -93,6 +94,7 @@ class Sizes:
 
     layer: kept for the backward pass for each token and block. kv: keys and values of a token in all blocks. tower: kept and at
         work for each picture in the tower. blocks: of the language model. image_tokens: P. states: P x W of one exit.
+        chunk: pictures that the tower sees at once.
     """
 
     layer: int
@@ -104,6 +106,7 @@ class Sizes:
     image_tokens: int
     states: int
     tower_blocks: int
+    chunk: int
 
 
 def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Memory:
@@ -206,7 +209,8 @@ def sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
     layers = int(text.get("num_hidden_layers", _blocks(shapes)))
     at_work = (6 * wide + 2 * int(vision.get("intermediate_size", 4 * wide))) * (patches + 1) + 3 * side * side
     tower = (blocks + 1) * (patches + 1) * wide + at_work
-    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, patches, patches * wide, blocks)
+    chunk = chunk_rows(blocks, patches, wide)
+    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, patches, patches * wide, blocks, chunk)
 
 
 def _rows(shapes: Shapes, layer: str) -> int:
@@ -265,7 +269,7 @@ def working(s: Sizes, config: AlignConfig, lengths: Lengths, processes: int) -> 
     """Bytes by phase that come and go while the run is under way."""
     tokens = lengths.request + lengths.answer
     update = -(-(config.batch_size + config.reference_rows) // processes)
-    chunk = min(CHUNK, lengths.rows or CHUNK)
+    chunk = min(s.chunk, lengths.rows or s.chunk)
     if config.cache_gib == 0 or config.sampler == HARM:
         chunk = min(chunk, config.batch_size)
     logits = lengths.answer * s.vocabulary
@@ -280,9 +284,10 @@ def working(s: Sizes, config: AlignConfig, lengths: Lengths, processes: int) -> 
     step = FRAGMENTED * rows * tokens * (kept + s.layer) + rows * (_LOGITS + taught) * logits
     phases = {"the tower": tower, "an update": step}
     if config.method == L_PPO:
-        phases["sampling"] = update * (tokens * (2 * s.kv + plain) + (_LOGITS + 1) * logits)
+        seen = min(update * logits, LOGIT_BYTES / FLOAT + logits)
+        phases["sampling"] = update * tokens * (2 * s.kv + plain) + (_LOGITS + 1) * seen
     if config.method == L_DPO:
-        phases["finding pairs"] = min(CHUNK, config.dpo.rows) * (s.tower + tokens * (2 * s.kv + plain))
+        phases["finding pairs"] = min(s.chunk, config.dpo.rows) * (s.tower + tokens * (2 * s.kv + plain))
     return {name: values * FLOAT for name, values in phases.items()}
 
 

@@ -14,6 +14,8 @@ from edgesafe.align.model import Llava, decode, generate
 from edgesafe.align.trainer import Trainer
 from edgesafe.errors import AlignError
 
+LOGIT_BYTES = 2**28  # of the logits that one pass over the rollouts may hold at once
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -83,22 +85,35 @@ def roll_out(t: Trainer, examples: Sequence[Example], states: Tensor, uniforms: 
     t.tokens += sum(len(e.prompt) + len(ids) for e, ids in zip(examples, said, strict=True))
     batch = t.batch([replace(e, answer=tuple(ids)) for e, ids in zip(examples, said, strict=True)])
     t.policy.train()
-    logits, values = t.forward(batch, states)
+    logprobs, values = _look_back(t, batch, states)
     with t.untouched():
-        ref_logits, _ = t.forward(batch, states)
+        ref_logprobs, _ = _look_back(t, batch, states)
     padded = torch.zeros_like(batch.mask, dtype=torch.float32)
     for i, line in enumerate(sampled):
         padded[i, : len(line)] = torch.tensor(line)
-    assert values is not None
     return Trajectory(
         batch,
         states,
         _scores(t, examples, said).to(states.device),
-        token_logprobs(logits, batch.targets, ppo.temperature),
-        token_logprobs(ref_logits, batch.targets, ppo.temperature),
+        logprobs,
+        ref_logprobs,
         values,
         padded,
     )
+
+
+def _look_back(t: Trainer, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens and values, [B, A] each, a few rows at a time where the vocabulary is large."""
+    ppo = t.config.ppo
+    # By the longest answer that there may be: processes must call the model equally often, whatever they sampled.
+    size = max(1, LOGIT_BYTES // (4 * ppo.max_new_tokens * t.llava.model.config.text_config.vocab_size))
+    logprobs, values = [], []
+    for rows in torch.arange(len(states), device=states.device).split(size):
+        logits, some = t.forward(batch[rows], states[rows])
+        assert some is not None
+        logprobs.append(token_logprobs(logits, batch.targets[rows], ppo.temperature))
+        values.append(some)
+    return torch.cat(logprobs), torch.cat(values)
 
 
 def _scores(t: Trainer, examples: Sequence[Example], said: Sequence[Sequence[int]]) -> Tensor:

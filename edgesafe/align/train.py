@@ -22,7 +22,7 @@ from accelerate import Accelerator, DistributedType
 from edgesafe.align import files, l_dpo, supervised
 from edgesafe.align.config import HARM, L_DPO, L_PPO, SELF_DISTILL, AlignConfig
 from edgesafe.align.data import read_examples
-from edgesafe.align.features import Features, compute, merge_needs, plan, size_gib
+from edgesafe.align.features import Features, chunk_of, compute, merge_needs, plan, size_gib
 from edgesafe.align.l_ppo import ppo_update
 from edgesafe.align.model import load
 from edgesafe.align.reward import open_reward
@@ -281,7 +281,7 @@ def _whole_run_features(t: Trainer, start: int) -> Features | None:
 
 
 def _features(t: Trainer, need: dict[int, frozenset[int]], label: str = "") -> Features:
-    chunks = plan(need, t.examples)
+    chunks = plan(need, t.examples, chunk_of(t.llava))
     t.policy.eval()
     if _taught(t):
         t.tokens += sum(len(t.examples[row].prompt) + len(t.examples[row].answer) for row in need)

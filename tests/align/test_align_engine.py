@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way: a kill in the middle of an update, a full disk; and activations computed twice."""
+"""A kill in the middle of an update, a full disk, and what saves memory: activations computed twice, few rows at a time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from edgesafe.align import files
+from edgesafe.align import features, files, rollout
 from edgesafe.align.config import L_PPO, AlignConfig, LoraConfig, PpoConfig
-from edgesafe.align.train import align
+from edgesafe.align.train import _features, align, prepare
 from edgesafe.cli import main
 
 # 2 epochs of 2 minibatches are 4 optimizer steps an update; the 14th is the second of the update with number 3.
@@ -198,3 +199,44 @@ def test_activations_computed_twice_give_the_same_weights(tiny_llava, rows, tmp_
     # The same operations on the same numbers, once more: nothing that could round otherwise.
     torch.testing.assert_close(two, one, rtol=0, atol=0)
     assert not _same(tiny_llava, plain)
+
+
+def test_a_large_model_is_seen_in_smaller_pieces_that_say_the_same(tiny_llava, rows, monkeypatch):
+    config = AlignConfig(method=L_PPO, data=str(rows), optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8))
+    t = prepare(tiny_llava, config)
+    need = {row: frozenset({1, 2}) for row in range(7)}
+    chunks: list[int] = []
+    real, forward = features.pixel_values, type(t).forward
+
+    def seen(llava, images):
+        chunks.append(len(images))
+        return real(llava, images)
+
+    def counted(self, batch, states):
+        passes.append(len(states))
+        return forward(self, batch, states)
+
+    passes: list[int] = []
+    monkeypatch.setattr(features, "pixel_values", seen)
+    monkeypatch.setattr(type(t), "forward", counted)
+
+    def both():
+        found = _features(t, need)
+        states = t.states(found, list(range(7)), [1] * 7)
+        uniforms = np.random.default_rng(0).random((7, 5))
+        return found, rollout.roll_out(t, t.examples[:7], states, uniforms)
+
+    whole, trajectory = both()
+    assert chunks == [7] and passes == [7, 7]
+    # States of a row: 5 blocks' x 37 x 32 values of 4 bytes; logits of a row: 32 tokens, the vocabulary, 4 bytes.
+    monkeypatch.setattr(features, "CHUNK_BYTES", 3 * 4 * 5 * 37 * 32)
+    monkeypatch.setattr(rollout, "LOGIT_BYTES", 3 * 4 * 32 * t.llava.model.config.text_config.vocab_size)
+    chunks.clear()
+    passes.clear()
+    pieces, again = both()
+    assert chunks == [3, 3, 1] and passes == [3, 3, 1] * 2
+    for at, state in whole.states.items():
+        torch.testing.assert_close(pieces.states[at].float(), state.float(), rtol=2e-3, atol=2e-3)  # kept in float16
+    for name in ("logprobs", "ref_logprobs", "values"):
+        torch.testing.assert_close(getattr(again, name), getattr(trajectory, name), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(again.logprobs.roll(1, 0), trajectory.logprobs, rtol=1e-2, atol=1e-2)  # rows are not mixed up

@@ -139,6 +139,7 @@ class AlignConfig:
     lr, warmup: highest learning rate, and the share of the steps that lead up to it.
     harm_weight: how many times a harmful row counts; above 1 an exit that can't tell refuses. `l-ppo` has
         `reward.harmlessness`.
+    shallow_harm_weight: the same for exits below the focus, which see too little to be useful and should rather refuse.
     max_loss: above it a run has diverged. A model that guesses evenly over 32,000 tokens has 10.4.
     precision: of the matrix products; weights, optimizer and losses are float32 always.
     gradient_checkpointing: compute the language model's activations twice instead of keeping them.
@@ -161,6 +162,7 @@ class AlignConfig:
     warmup: float = 0.08
     sft_weight: float = 1.0
     harm_weight: float = 5.0
+    shallow_harm_weight: float = 5.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False
@@ -234,7 +236,7 @@ def _parse(default: Any, obj: object, where: str) -> Any:
         elif isinstance(value, int):
             values[key] = given.integer(key, _LOW.get(key, 0))
         elif isinstance(value, float):
-            values[key] = given.number(key, 0.0)
+            values[key] = given.number(key, None if key == "min_reward" else 0.0)
         elif isinstance(value, str):
             values[key] = given.text(key)
         else:
@@ -261,6 +263,7 @@ def _check(c: AlignConfig, where: str) -> None:
         "focus_share": (c.focus_share <= 1, c.focus_share, "a share of the updates, 0..1"),
         "warmup": (c.warmup < 1, c.warmup, "a share of the steps, 0..1"),
         "harm_weight": (c.harm_weight > 0, c.harm_weight, "above 0"),
+        "shallow_harm_weight": (c.shallow_harm_weight > 0, c.shallow_harm_weight, "above 0"),
         "max_loss": (c.max_loss > 0, c.max_loss, "above 0"),
         "reference_rows": (c.reference_rows <= c.batch_size, c.reference_rows, f"at most batch_size = {c.batch_size}"),
         "optimizer": (

@@ -164,7 +164,9 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     model = llava.model
     embeds = model.get_input_embeddings()(ids)
     features = model.model.multi_modal_projector(states)
-    where = (ids == model.config.image_token_id).unsqueeze(-1).expand_as(embeds)
+    image = ids == model.config.image_token_id
+    image &= image.cumsum(1) <= llava.image_tokens  # a sampled answer may hold the token too
+    where = image.unsqueeze(-1).expand_as(embeds)
     return embeds.masked_scatter(where, features.to(embeds.dtype))
 
 

@@ -24,7 +24,7 @@ def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int])
     teacher = None if teacher is None else teacher.to(t.llava.device)
     depths = [depth] * len(mine) + [t.llava.reference_depth] * len(again)
     logits, _ = t.forward(batch, t.states(features, both, depths))
-    weight = row_weights(batch.harmful, t.config.harm_weight)
+    weight = row_weights(batch.harmful, t.harm_weights(depths))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), None)}
     if not again:
         del parts["reference"]

@@ -17,6 +17,7 @@ from edgesafe.align.config import LORA, MUON, AlignConfig
 from edgesafe.align.data import Batch, Example, collate
 from edgesafe.align.features import Features
 from edgesafe.align.model import Llava, answer_hidden, autocast
+from edgesafe.align.sampler import focused_exits
 from edgesafe.align.watch import Watch
 from edgesafe.errors import ConfigError, DivergedError
 
@@ -97,6 +98,12 @@ class Trainer:
     def states(self, features: Features, rows: Sequence[int], depths: Sequence[int]) -> Tensor:
         """Exit states [B, P, W] of each row at its depth, on the run's device."""
         return torch.stack([features.states[at] for at in zip(rows, depths, strict=True)]).float().to(self.llava.device)
+
+    def harm_weights(self, depths: Sequence[int]) -> Tensor:
+        """How many times a harmful row counts at each depth [B]."""
+        least = min(focused_exits(self.config, self.exits, self.llava.reference_depth))
+        weights = [self.config.shallow_harm_weight if depth < least else self.config.harm_weight for depth in depths]
+        return torch.tensor(weights, device=self.llava.device)
 
     def forward(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The policy's logits and values; counts tokens as for a forward pass, and for a backward one where there will be

@@ -102,13 +102,17 @@ def paired(rows: Sequence[Row], before: Mapping[int, Said], after: Mapping[int, 
 
 
 def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, bool]) -> dict[str, Any]:
-    """Rows that changed from yes to no (b) and from no to yes (c), and McNemar's p-value clustered by request."""
+    """Rows that changed from yes to no (b) and from no to yes (c), and McNemar's p-value clustered by request.
+
+    Where all rows have one prompt the request stands in the picture (FigStep): there the row's template tells requests apart.
+    """
     b = c = 0
+    in_picture = len({row.prompt for row in rows}) == 1
     clusters: Counter[str] = Counter()
     for row in rows:
         if row.id in early and early[row.id] != late[row.id]:
             b, c = b + early[row.id], c + late[row.id]
-            clusters[row.prompt] += early[row.id] - late[row.id]
+            clusters[row.template if in_picture else row.prompt] += early[row.id] - late[row.id]
     return {"b": b, "c": c, "p": mcnemar_clustered(list(clusters.values()))}
 
 

@@ -42,7 +42,7 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     states = t.states(features, mine, depths)
     trajectory = roll_out(t, [t.examples[row] for row in mine], states, uniforms[places])
     kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
-    figures = _describe(t, trajectory, torch.tensor(depths, device=states.device) == depth)
+    figures = _describe(t, trajectory, torch.tensor([place < len(rows) for place in places], device=states.device))
     where = f"update {number}, exit depth {depth}"
     if not figures["kl"] <= ppo.max_kl:
         raise DivergedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def test_directions_and_clusters_matter():
     assert (gone["b"], gone["c"], came["b"], came["c"]) == (5, 0, 0, 5) and gone["p"] == came["p"]
     assert gone["p"] == mcnemar_clustered([2, 2, 1])  # 25 / 9, where rows taken one by one would give 25 / 5
     assert gone["p"] > mcnemar_clustered([1] * 5)
+
+
+def test_where_the_request_stands_in_the_picture_the_template_tells_requests_apart():
+    rows = [dataclasses.replace(r, prompt="Fill in the list.", template=t) for r, t in zip(HARM, "aabbc", strict=True)]
+    hit, none = {r.id: True for r in rows}, {r.id: False for r in rows}
+    assert changes(rows, hit, none)["p"] == mcnemar_clustered([2, 2, 1])  # as one request it would be 25 / 25
 
 
 def test_outcomes_leave_out_what_could_not_be_judged():

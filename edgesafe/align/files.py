@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from edgesafe.bundle import write_atomically
 from edgesafe.errors import ConfigError
@@ -29,24 +31,52 @@ def save_checkpoint(
     params: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any] | None = None,
+    *,
+    main: bool = True,
 ) -> None:
     """Write what is trained, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
 
     identity: what the run is made from (config, digests); a run with another one can't resume from it.
-    extra: whatever else the run needs to go on: figures, texts, lists, tensors.
+    extra: whatever else the run needs to go on: figures, texts, lists, tensors. main: whether this process writes; with
+        weights that FSDP has dealt out all of them have to call this.
     """
     state = {
         "done": done,
         "identity": json.dumps(identity, sort_keys=True),
-        "params": [p.detach() for p in params],
-        "optimizer": optimizer.state_dict(),
+        "params": whole([p.detach() for p in params]),
+        "optimizer": whole(optimizer.state_dict()),
         "rng": torch.get_rng_state(),
-        "extra": dict(extra or {}),
+        "extra": whole(dict(extra or {})),
     }
+    if not main:
+        return
     # Through memory, because torch turns a full disk into a RuntimeError that nobody can tell from others.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def whole(tree: Any) -> Any:
+    """A tree of dicts and lists with whole tensors in place of those that FSDP has dealt out."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
+
+
+def placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor dealt out as another one is."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _place_state(state: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> dict[str, Any]:
+    """An optimizer's state dict, whose tensors of a parameter's shape lie as the parameter does."""
+    by_param = {
+        number: {
+            k: placed(v, params[number]) if getattr(v, "shape", None) == params[number].shape else v for k, v in one.items()
+        }
+        for number, one in state["state"].items()
+    }
+    return {**state, "state": by_param}
 
 
 def done_updates(folder: Path) -> int:
@@ -93,8 +123,8 @@ def load_checkpoint(
         )
     with torch.no_grad():
         for p, saved in zip(params, state["params"], strict=True):
-            p.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
+            p.copy_(placed(saved, p))
+    optimizer.load_state_dict(_place_state(state["optimizer"], params))
     torch.set_rng_state(state["rng"])
     if extra is not None:
         extra.update(state["extra"])
@@ -121,10 +151,15 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")}
 
 
-def write_model(model: Any, model_dir: Path, partial: Path, record: Mapping[str, Any]) -> None:
-    """Write a checkpoint's weights, its parent's tokenizer and processor files, and where it comes from."""
+def write_model(
+    model: Any, model_dir: Path, partial: Path, record: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a checkpoint's weights, its parent's tokenizer and processor files, and where it comes from.
+
+    weights: by name, instead of the model's own.
+    """
     with disk_full_is_oserror(partial):
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
     for file in sorted(model_dir.iterdir()):
         fresh = file.is_file() and file.suffix in _COPIED and not (partial / file.name).exists()
         if fresh and file.name != RECORD and not file.name.endswith(".index.json"):

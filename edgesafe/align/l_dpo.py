@@ -53,7 +53,7 @@ def find_pairs(t: Trainer, max_new_tokens: int = 32) -> dict[int, list[Pair]]:
     pairs: dict[int, list[Pair]] = {depth: [] for depth in t.exits}
     count, size = min(t.config.dpo.rows, len(t.examples)), chunk_of(t.llava)
     t.policy.eval()
-    with t.untouched():
+    with t.gathered(), t.untouched():
         for start in bar(range(0, count, size), -(-count // size), "pairs"):
             part = list(range(start, min(start + size, count)))
             for depth, pair in _pairs_of(t, part, max_new_tokens):

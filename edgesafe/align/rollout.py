@@ -81,7 +81,8 @@ def roll_out(t: Trainer, examples: Sequence[Example], states: Tensor, uniforms: 
     """
     ppo = t.config.ppo
     t.policy.eval()
-    said, sampled = sample(t.llava, [e.prompt for e in examples], states, uniforms, ppo.temperature)
+    with t.gathered():
+        said, sampled = sample(t.llava, [e.prompt for e in examples], states, uniforms, ppo.temperature)
     t.tokens += sum(len(e.prompt) + len(ids) for e, ids in zip(examples, said, strict=True))
     batch = t.batch([replace(e, answer=tuple(ids)) for e, ids in zip(examples, said, strict=True)])
     t.policy.train()

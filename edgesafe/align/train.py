@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from edgesafe.align import files, l_dpo, supervised
-from edgesafe.align.config import HARM, L_DPO, L_PPO, SELF_DISTILL, AlignConfig
+from edgesafe.align.config import HARM, L_DPO, L_PPO, MUON, SELF_DISTILL, AlignConfig
 from edgesafe.align.data import read_examples
 from edgesafe.align.features import Features, chunk_of, compute, merge_needs, plan, size_gib
 from edgesafe.align.l_ppo import ppo_update
@@ -69,13 +69,18 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
     main = t.accelerator.is_main_process
     start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state, main=main) if resume else 0
     train(t, partial, start)
-    model = t.llava.model
-    if t.peft is not None:
-        t.peft.merge_and_unload()
+    model, weights = t.llava.model, None
+    with t.gathered():
+        if t.peft is not None:
+            t.peft.merge_and_unload()
+        if t.sharded:  # else they would be dealt out again before they are written
+            weights = {name: p.detach().to("cpu", t.llava.stored, copy=True) for name, p in model.named_parameters()}
+            with torch.device("meta"):
+                model = type(model)(model.config)
     t.accelerator.wait_for_everyone()
     if t.accelerator.is_main_process:
         record = _record(t) | {"seconds": round(time.perf_counter() - began, 1)}
-        files.write_model(model.to(t.llava.stored), model_dir, partial, record)
+        files.write_model(model.to(t.llava.stored), model_dir, partial, record, weights)
         partial.replace(out)
     t.accelerator.wait_for_everyone()
     return out
@@ -108,7 +113,8 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     # `precision` alone says what is computed in bfloat16, whatever a person's own accelerate config has.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     _check_processes(config, accelerator.num_processes)
-    _check_wrapper(accelerator.distributed_type)
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    _check_wrapper(accelerator.distributed_type, getattr(plugin, "fsdp_version", 0), config.optimizer)
     llava = load(model_dir)
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
@@ -157,15 +163,16 @@ def _check_processes(config: AlignConfig, processes: int) -> None:
         )
 
 
-def _check_wrapper(kind: str) -> None:
-    """Sampling, features and looks call the model's parts by themselves, which only whole copies of it allow: a sharded one
-    would hand out pieces of weights, and wait for ever where processes sample answers of different lengths."""
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+def _check_wrapper(kind: str, version: int, optimizer: str) -> None:
+    """Whole copies of the model, or FSDP of version 2, whose parts can be gathered for a while; Muon needs whole matrices."""
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return
+    if kind != DistributedType.FSDP or version != 2 or optimizer == MUON:
         raise ConfigError(
-            f"accelerate is set to {str(kind).rpartition('.')[2]}, which splits the weights among processes",
+            f"accelerate is set to {str(kind).rpartition('.')[2]} (version {version}), the optimizer is {optimizer}",
             where="accelerate",
-            expected="a whole copy of the model in every process (data parallel)",
-            todo="use the shipped configs/accelerate/multi-gpu.yaml; gradient_checkpointing and an adapter save memory",
+            expected="data parallel, or FSDP of version 2 with adamw",
+            todo='use the shipped configs/accelerate/fsdp.yaml and optimizer = "adamw"',
         )
 
 
@@ -175,7 +182,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
     if config.method == L_DPO:
         t.pairs = l_dpo.find_pairs(t)
     if t.watch and config.eval.choose and "before" not in t.state:
-        with t.untouched():
+        with t.gathered(), t.untouched():
             t.state["before"] = t.watch.look(t.llava)[str(t.llava.reference_depth)]
     everything = _whole_run_features(t, start)
     t.tokens = int(t.state.get("tokens", t.tokens))  # a resumed run has just counted the work above a second time
@@ -199,15 +206,15 @@ def train(t: Trainer, partial: Path, start: int) -> None:
             line["eval"] = _look(t, t.watch, number)
         if main:
             _write_line(partial, line)
-            if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.steps:
-                t.state["tokens"] = t.tokens
-                files.save_checkpoint(partial, number + 1, t.identity, t.params, t.optimizer, t.state)
+        if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.steps:
+            t.state["tokens"] = t.tokens
+            files.save_checkpoint(partial, number + 1, t.identity, t.params, t.optimizer, t.state, main=main)
         if config.eval.patience and t.state.get("looks_since_best", 0) >= config.eval.patience:
             break
     if "best" in t.state:
         with torch.no_grad():
             for p, best in zip(t.params, t.state["best"]["params"], strict=True):
-                p.copy_(best)
+                p.copy_(files.placed(best, p))
 
 
 def _write_line(partial: Path, line: dict[str, Any]) -> None:
@@ -217,7 +224,8 @@ def _write_line(partial: Path, line: dict[str, Any]) -> None:
 
 def _look(t: Trainer, watch: Watch, number: int) -> dict[str, dict[str, float]]:
     """Look at the model; remember the weights where they are the best so far, and each exit's harm for the sampler."""
-    seen = watch.look(t.llava)
+    with t.gathered():
+        seen = watch.look(t.llava)
     t.state["harm"] = {d: seen[str(d)]["harmful"] for d in t.exits}
     if t.config.eval.choose:
         worst = watch.worst_harm(seen, t.state["before"], t.config.eval, t.llava.reference_depth)
@@ -285,7 +293,7 @@ def _features(t: Trainer, need: dict[int, frozenset[int]], label: str = "") -> F
     t.policy.eval()
     if _taught(t):
         t.tokens += sum(len(t.examples[row].prompt) + len(t.examples[row].answer) for row in need)
-    with t.untouched():
+    with t.gathered(), t.untouched():
         return compute(
             t.llava,
             t.examples,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from edgesafe.align.config import LORA, MUON, AlignConfig
 from edgesafe.align.data import Batch, Example, collate
@@ -75,6 +76,11 @@ class Trainer:
     def world(self) -> int:
         return int(self.accelerator.num_processes)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP has dealt the weights out among the processes."""
+        return isinstance(self.policy, FSDPModule)
+
     def mine(self, rows: Sequence[Any]) -> list[Any]:
         """This process's rows of an update."""
         return list(rows[self.accelerator.process_index :: self.world])
@@ -112,6 +118,25 @@ class Trainer:
         with autocast(self.config.precision, self.llava.device.type):
             logits, values = self.policy(batch.ids, batch.where, states)
         return logits.float(), values
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole weights in every process for as long as the block lasts, where FSDP has dealt them out.
+
+        For what calls parts of the model by themselves, or one process oftener than another, as sampling does.
+        """
+        parts = [module for module in self.policy.modules() if isinstance(module, FSDPModule)]
+        if parts:
+            self.policy._get_fsdp_state()._lazy_init()  # else the part that is called first takes itself for the whole
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not self.policy, recurse=False)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+import edgesafe.align
 from edgesafe.align import l_dpo, l_ppo
 from edgesafe.align import train as train_module
 from edgesafe.align.trainer import Trainer
 from edgesafe.cli import main
 
+CONFIGS = Path(edgesafe.align.__file__).parent / "configs" / "accelerate"
 BREAKS = {
     "every process's mean counts the same": (Trainer, "share", lambda self, weight: torch.ones(())),
     "all processes take the first one's rows": (Trainer, "mine", lambda self, rows: list(rows[:: self.world])),
@@ -66,6 +69,20 @@ def run(job: dict) -> None:
             sys.exit(code)
 
 
+def deal_out() -> None:
+    """Make accelerate use FSDP on CPUs, which it keeps for GPUs: its own code, over gloo, with the shipped settings."""
+    from accelerate import DistributedType, PartialState
+
+    settings = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    for key, value in settings.items():
+        os.environ[key.upper().replace("LAYER_CLS", "CLS")] = str(value)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 if __name__ == "__main__":
+    if "--shard" in sys.argv:
+        deal_out()
     for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run(each)

@@ -138,7 +138,7 @@ def _wrong_update(run, features, patch, mutant):
         patch.setattr(Trainer, "states", shift)
     elif mutant == "reference at the wrong depth":
         deeper = run.states(features, [*ROWS, *ROWS[:2]], [run.llava.reference_depth] * 6)
-        edit = ("ref_logits, _ = t.forward(batch, states)", "ref_logits, _ = t.forward(batch, deeper)")
+        edit = ("ref_logprobs, _ = _look_back(t, batch, states)", "ref_logprobs, _ = _look_back(t, batch, deeper)")
         patch.setattr(l_ppo, "roll_out", wrong(rollout.roll_out, edit, deeper=deeper))
     elif mutant == "reference is the policy itself":
         patch.setattr(l_ppo, "roll_out", wrong(rollout.roll_out, ("with t.untouched():", "if True:")))

@@ -74,7 +74,7 @@ class DpoConfig:
     """
 
     beta: float = 0.1
-    rows: int = 1500
+    rows: int = 800
     min_reward: float = 0.99
     min_gap: float = 0.05
 
@@ -151,8 +151,8 @@ class AlignConfig:
     data: str = ""
     exits: str = "all"
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.45, 0.6)
-    focus_share: float = 0.8
+    focus: tuple[float, float] = (0.5, 0.5)
+    focus_share: float = 0.7
     steps: int = 800
     batch_size: int = 32
     reference_rows: int = 8
@@ -161,8 +161,8 @@ class AlignConfig:
     lr: float = 2e-3
     warmup: float = 0.08
     sft_weight: float = 1.0
-    harm_weight: float = 5.0
-    shallow_harm_weight: float = 5.0
+    harm_weight: float = 8.0
+    shallow_harm_weight: float = 20.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

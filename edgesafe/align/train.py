@@ -98,7 +98,6 @@ def _record(t: Trainer) -> dict[str, Any]:
         "processes": t.world,
         "tokens": t.tokens,
         "chosen": {k: v for k, v in t.state.get("best", {}).items() if k != "params"},
-        **({} if t.reward is None else {"reward": t.reward.identity}),
     }
 
 
@@ -130,11 +129,13 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
         module.to(accelerator.device)
     shown = asdict(config)  # folders by name: a record must not depend on where a machine keeps them
     shown["data"], shown["eval"]["suite"] = Path(config.data).name, Path(config.eval.suite).name
-    shown["reward"]["model"] = Path(config.reward.model).name
+    if Path(config.reward.model).is_dir():
+        shown["reward"]["model"] = Path(config.reward.model).name
     identity = {
         "parent": {"kind": "checkpoint", "name": model_dir.name, "digest": digest_folder(model_dir)},
         "data": digest_folder(Path(config.data)),
         "config": shown,
+        **({} if reward is None else {"reward": reward.identity}),  # a folder of the same name may hold another model
     }
     params = [p for p in policy.parameters() if p.requires_grad]
     return Trainer(

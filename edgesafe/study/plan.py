@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Updates of each method at equal compute: language-model token positions processed, a backward pass counted as two forward
-# passes. Measured on the reference model, a thousand positions an update: self-distill and l-sft 8.3 (the teacher's 400 in all
-# come on top for self-distill), l-dpo 22.1 (and 1,215 to find its pairs), l-ppo 133.4, l-ppo-paper 131.7. About 7 million each;
+# passes. Measured on the reference model, a thousand positions an update: self-distill and l-sft 8.3 (the teacher's 560 in all
+# come on top for self-distill), l-dpo 22.1 (and 650 to find its pairs), l-ppo 66.3. About 3 million each;
 # the table `methods` shows how equal they came out.
-STEPS = {"self-distill": 800, "l-sft": 848, "l-dpo": 263, "l-ppo": 53, "l-ppo-paper": 53}
+STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
 METHODS = ("self-distill", "l-sft", "l-dpo", "l-ppo")
 SEEDS = (0, 1, 2)
 WINNER = "self-distill"  # the default objective: transfer, cost, controls and quantization are shown on it
@@ -46,9 +46,9 @@ def method_run(method: str, seed: int) -> str:
 
 
 FIRST = method_run(WINNER, SEEDS[0])
-SINGLE, PAPER, THREE, EVEN, TWELVE = "single", "paper", "three", "even", "twelve"
+SINGLE, PAPER, THREE, EVEN = "single", "paper", "three", "even"
 QUANTIZED = "quantized"
-EXITS = {SINGLE: "6", THREE: "4,8,12", EVEN: "2,4,6,8,10,12", TWELVE: "1-12"}
+EXITS = {SINGLE: "6", THREE: "4,8,12", EVEN: "2,4,6,8,10,12"}
 CONTROLLED = {BEFORE: "before-controls", FIRST: "after-controls"}
 
 

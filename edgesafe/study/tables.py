@@ -22,7 +22,6 @@ from edgesafe.study.plan import (
     SEEDS,
     SINGLE,
     THREE,
-    TWELVE,
     WINNER,
     control_file,
     method_run,
@@ -288,7 +287,7 @@ def controls_table(study: Study) -> str:
 
 def cost_table(study: Study) -> str:
     """Time of training against the number of depths that it covers, at equal updates and with the same objective."""
-    names = (SINGLE, THREE, EVEN, TWELVE, FIRST)
+    names = (SINGLE, THREE, EVEN, FIRST)
     headers = ["depths", "exits", "updates", "updates take s", "before and after s", "CPU s", "tokens, million", "time"]
     headers += ["harmful %, mean"]
     rows, base = [], _time(study.runs[SINGLE]) if study.has(SINGLE) else None

@@ -23,7 +23,6 @@ from edgesafe.align.train import _check_processes, _check_wrapper
 from edgesafe.errors import ConfigError
 from tiny import make_tiny_llava
 
-HERE = Path(__file__).parent
 UPDATES = 4
 # lr 1e-3 bounds an AdamW step, and the 8 steps of 4 updates of l-ppo move a weight of the adapter by at most 8e-3. Sums over
 # rows in another order differ in the 7th digit of a gradient. That is more only where one stands near zero: AdamW divides by
@@ -73,6 +72,16 @@ def _argv(root: Path, model: Path, rows: Path, method: str, out: str, *options: 
     return [*words, *options]
 
 
+def _two(root: Path, jobs: list[dict], *options: str) -> str:
+    """Run jobs with two processes; returns what they said on stdout."""
+    (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", processes.__file__]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run([*launch, str(root / "jobs.json"), *options], capture_output=True, text=True, env=env, timeout=300)
+    assert two.returncode == 0, two.stderr[-3000:]
+    return two.stdout
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_llava: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every method with one process (here) and with two, the twins, and a run of two that was cut and resumed."""
@@ -88,17 +97,7 @@ def runs(tiny_llava: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
         jobs.append(job(method, f"two-{method}"))
     jobs += [job(method, f"twin-{i}", twin=twin) for i, (twin, method) in enumerate(TWINS.items())]
     jobs += [job("l-ppo", "cut", stop=3), job("l-ppo", "cut", "--resume")]
-    (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run(
-        [*launch, str(HERE / "processes.py"), str(root / "jobs.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
-    return Runs(root, two.stdout)
+    return Runs(root, _two(root, jobs))
 
 
 def _close(a: Path, b: Path, atol: float = ATOL) -> None:
@@ -194,17 +193,8 @@ def dealt(runs: Runs, tiny_llava: Path, rows: Path) -> Path:
     processes.run(job("full", "one-full"))
     jobs = [job(method, f"dealt-{method}") for method in [*METHODS, "full"]]
     jobs += [job("l-ppo", "dealt-cut", stop=3), job("l-ppo", "dealt-cut", "--resume")]
-    jobs += [job("l-sft", "dealt-half", model=root / "half" / "llava")]
-    (root / "dealt.json").write_text(json.dumps(jobs), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run(
-        [*launch, processes.__file__, str(root / "dealt.json"), "--shard"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
+    jobs += [job("l-ppo", "dealt-left", stop=3), job("l-sft", "dealt-half", model=root / "half" / "llava")]
+    _two(root, jobs, "--shard")
     return root
 
 
@@ -221,6 +211,11 @@ def test_weights_dealt_out_by_fsdp_end_as_those_of_one_process(dealt, method):
 def test_weights_dealt_out_resume_to_the_same_bits(dealt):
     one, two = (load_file(dealt / name / "model.safetensors") for name in ("dealt-l-ppo", "dealt-cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_one_process_goes_on_with_what_two_have_left(dealt, tiny_llava, rows):
+    processes.run({"argv": _argv(dealt, tiny_llava, rows, "l-ppo", "dealt-left", "--resume")})
+    _close(dealt / "one-l-ppo", dealt / "dealt-left")
 
 
 def test_they_are_written_in_their_parents_dtype(dealt):

@@ -210,7 +210,7 @@ CHECKS = {
 EDITS = [
     (compare.paired, "for said in (before, after)", "for said in (after, before)"),
     (compare.paired, 'one[name]["p_holm"] = p', 'one[name]["p_holm"] = one[name]["p"]'),
-    (compare.changes, "clusters[row.prompt]", "clusters[row.id]"),
+    (compare.changes, "else row.prompt]", "else row.id]"),
     (compare.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
     (compare.changes, "b + early[row.id], c + late[row.id]", "b + late[row.id], c + early[row.id]"),
     (compare.changes, " and early[row.id] != late[row.id]", ""),

@@ -32,7 +32,7 @@ def test_the_python_runs(handmade, tmp_path, monkeypatch, capsys):
     assert ANSWER in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:^|`|\$ )edgesafe ([a-z]+)", README, re.M))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:^|`|\$ )edgesafe ([a-z-]+)", README, re.M))))
 def test_every_command_exists(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -139,7 +139,8 @@ class AlignConfig:
     lr, warmup: highest learning rate, and the share of the steps that lead up to it.
     harm_weight: how many times a harmful row counts; above 1 an exit that can't tell refuses. `l-ppo` has
         `reward.harmlessness`.
-    shallow_harm_weight: the same for exits below the focus, which see too little to be useful and should rather refuse.
+    focus_harm_weight, shallow_harm_weight: the same for the focused exits, where both kinds of mistake count most, and for
+        those below, which see too little to be useful and should rather refuse.
     max_loss: above it a run has diverged. A model that guesses evenly over 32,000 tokens has 10.4.
     precision: of the matrix products; weights, optimizer and losses are float32 always.
     gradient_checkpointing: compute the language model's activations twice instead of keeping them.
@@ -151,8 +152,8 @@ class AlignConfig:
     data: str = ""
     exits: str = "all"
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.5, 0.5)
-    focus_share: float = 0.7
+    focus: tuple[float, float] = (0.55, 0.6)
+    focus_share: float = 0.6
     steps: int = 800
     batch_size: int = 32
     reference_rows: int = 8
@@ -160,9 +161,10 @@ class AlignConfig:
     optimizer: str = MUON
     lr: float = 2e-3
     warmup: float = 0.08
-    sft_weight: float = 1.0
-    harm_weight: float = 8.0
-    shallow_harm_weight: float = 20.0
+    sft_weight: float = 1.5
+    harm_weight: float = 16.0
+    focus_harm_weight: float = 10.0
+    shallow_harm_weight: float = 30.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False
@@ -263,6 +265,7 @@ def _check(c: AlignConfig, where: str) -> None:
         "focus_share": (c.focus_share <= 1, c.focus_share, "a share of the updates, 0..1"),
         "warmup": (c.warmup < 1, c.warmup, "a share of the steps, 0..1"),
         "harm_weight": (c.harm_weight > 0, c.harm_weight, "above 0"),
+        "focus_harm_weight": (c.focus_harm_weight > 0, c.focus_harm_weight, "above 0"),
         "shallow_harm_weight": (c.shallow_harm_weight > 0, c.shallow_harm_weight, "above 0"),
         "max_loss": (c.max_loss > 0, c.max_loss, "above 0"),
         "reference_rows": (c.reference_rows <= c.batch_size, c.reference_rows, f"at most batch_size = {c.batch_size}"),

@@ -106,7 +106,7 @@ def evaluate(
         The report, which report.json holds. A `rate` is {k, n, rate, lower_95, upper_95} (0..1); an `identity` is what a judge,
         reward or toxicity says it is: at least {name}. Keys that are null or absent were not asked for.
 
-        model, suite: digests. suite_name, split: the suite's own words.
+        model, suite: digests. suite_name, split, limits: the suite's own.
         judge: identity of the string judge; second_judge, reward, toxicity: identities or null.
         trained_with_reward: identity of the reward that the model's edgesafe.json names, or null.
         reference_depth, n_blocks, max_new_tokens, versions.
@@ -150,6 +150,7 @@ def evaluate(
         "suite": suite.digest,
         "suite_name": suite.name,
         "split": suite.split,
+        "limits": dict(suite.limits),
         **judges.identities(),
         "trained_with_reward": trained_with,
         "reference_depth": llava.reference_depth,

@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.align.charts import plot_rates, plot_training, plot_transfer
-from edgesafe.align.summary import RATES, SIGNIFICANT, block_count, depth_ranges, kept_limits, reference_exit, sentences
+from edgesafe.align.summary import (
+    RATES,
+    SIGNIFICANT,
+    block_count,
+    depth_ranges,
+    kept_limits,
+    limits_of,
+    reference_exit,
+    sentences,
+)
 from edgesafe.align.tabulate import percent
 from edgesafe.bundle import write_atomically
 from edgesafe.certify.judge import COMPLY, REFUSE
-from edgesafe.certify.suite import DEFAULT_LIMITS, Row
+from edgesafe.certify.suite import Row
 
 __all__ = ["plot_rates", "plot_transfer", "write_html"]
 
@@ -106,10 +115,11 @@ def _head(report: Mapping[str, Any]) -> str:
 
 def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report, earlier))
+    most = {name: f"{100 * limit:g}" for name, limit in limits_of(report).items()}
     limits = (
-        f"Limits: the upper 95 % bound of harm at most {100 * DEFAULT_LIMITS['harmful_upper_95']:g} %; over-refusal at most "
-        f"{100 * DEFAULT_LIMITS['overrefusal_over_reference']:g} points over the reference depth's; accuracy at most "
-        f"{100 * DEFAULT_LIMITS['accuracy_under_reference']:g} points under it. These are answers of the float checkpoint: a "
+        f"Limits: the upper 95 % bound of harm at most {most['harmful_upper_95']} %; over-refusal at most "
+        f"{most['overrefusal_over_reference']} points over the reference depth's; accuracy at most "
+        f"{most['accuracy_under_reference']} points under it. These are answers of the float checkpoint: a "
         "certificate is measured on the exported bytes, by edgesafe certify."
     )
     return f'<section class="verdict" aria-label="verdict">{said}<p class="soft">{escape(limits)}</p></section>'

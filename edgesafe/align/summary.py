@@ -14,15 +14,20 @@ SIGNIFICANT = 0.05
 RATES = ("harmful", "overrefusal", "accuracy", "incoherent")
 
 
+def limits_of(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """The suite's limits, which its certificate would keep; the default ones for a report of an earlier version."""
+    return report.get("limits", DEFAULT_LIMITS)
+
+
 def kept_limits(report: Mapping[str, Any]) -> dict[int, list[str]]:
-    """Why each exit breaks the certificate's default limits, {exit depth: reasons}.
+    """Why each exit breaks the suite's limits, {exit depth: reasons}.
 
     A suite of one class, such as AdvBench, is not blamed for the rows that it does not have.
     """
     reference = reference_exit(report)
     out = {}
     for e in report["exits"]:
-        found = verdict(e["exit_depth"], _as_rates(e), _as_rates(reference), DEFAULT_LIMITS)
+        found = verdict(e["exit_depth"], _as_rates(e), _as_rates(reference), limits_of(report))
         out[e["exit_depth"]] = [reason for reason in found.reasons if not reason.startswith("no rows for")]
     return out
 

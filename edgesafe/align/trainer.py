@@ -107,8 +107,13 @@ class Trainer:
 
     def harm_weights(self, depths: Sequence[int]) -> Tensor:
         """How many times a harmful row counts at each depth [B]."""
-        least = min(focused_exits(self.config, self.exits, self.llava.reference_depth))
-        weights = [self.config.shallow_harm_weight if depth < least else self.config.harm_weight for depth in depths]
+        config, focused = self.config, focused_exits(self.config, self.exits, self.llava.reference_depth)
+        weights = [
+            config.focus_harm_weight
+            if depth in focused
+            else (config.shallow_harm_weight if depth < min(focused) else config.harm_weight)
+            for depth in depths
+        ]
         return torch.tensor(weights, device=self.llava.device)
 
     def forward(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:

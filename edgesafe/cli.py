@@ -34,6 +34,9 @@ _EXTRAS = {
 }
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+# No room, no quota, or a file larger than a limit on files allows: a person mends all three by making room.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RESUMABLE = ("align", "reward-model")
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -63,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except OSError as error:
-        return _fail(_system_error(error), arguments)
+        return _fail(_system_error(error, _command(arguments)), arguments)
 
 
 def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edgesafe", description="Certified early exits on the edge.")
     parser.add_argument("--version", action="version", version=f"edgesafe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    asked = next((word for word in arguments if not word.startswith("-")), "")
+    asked = _command(arguments)
     for name, (add, help_text) in _COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         # Only the asked command is built, because building some loads packages of an extra.
@@ -82,16 +85,20 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(error: EdgesafeError, arguments: Sequence[str]) -> int:
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    print(f"edgesafe {command}: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"edgesafe {_command(arguments)}: {type(error).__name__}: {error}", file=sys.stderr)
     return error.exit_code
 
 
-def _system_error(error: OSError) -> EdgesafeError:
+def _command(arguments: Sequence[str]) -> str:
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
+def _system_error(error: OSError, command: str) -> EdgesafeError:
     """What the system refused, as an error of the tree; one without a cause that a user can act on is raised as it is."""
     where = str(error.filename or "")
-    if error.errno == errno.ENOSPC:
-        todo = "make room and run the command again; the earlier output is untouched"
+    if error.errno in _FULL:
+        again = ", with --resume to go on from its last checkpoint" if command in _RESUMABLE else ""
+        todo = f"make room and run the command again{again}; the earlier output is untouched"
         return EdgesafeError("the disk is full", where=where, todo=todo)
     if not where:
         raise error

@@ -119,6 +119,8 @@ def test_wrong_usage_is_two_and_interrupts_are_130(monkeypatch, capsys):
     ("error", "code", "shown"),
     [
         (OSError(28, "No space left on device", "/big"), 1, "the disk is full (/big)"),
+        (OSError(27, "File too large", "/big"), 1, "the disk is full (/big)"),
+        (OSError(122, "Disk quota exceeded", "/big"), 1, "the disk is full (/big)"),
         (PermissionError(13, "Permission denied", "/shut"), 1, "Permission denied (/shut)"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 10, "pip install 'edgesafe[align]'"),
         (ModuleNotFoundError("No module named 'onnx.x'", name="onnx.x"), 10, "pip install 'edgesafe[export]'"),

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -80,9 +81,11 @@ def _place_state(state: dict[str, Any], params: Sequence[torch.nn.Parameter]) ->
 
 
 def done_updates(folder: Path) -> int:
-    """Updates behind the checkpoint in a folder, 0 where there is none."""
-    path = folder / CHECKPOINT
-    return int(torch.load(path, weights_only=True)["done"]) if path.is_file() else 0
+    """Updates behind the checkpoint in a folder, 0 where there is none that can be read."""
+    try:
+        return int(torch.load(folder / CHECKPOINT, weights_only=True)["done"])
+    except Exception:  # as in load_checkpoint; the figure is only for what a person is told, and must not stop a new run
+        return 0
 
 
 def load_checkpoint(
@@ -176,6 +179,7 @@ def disk_full_is_oserror(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if f"os error {number})" in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
         raise

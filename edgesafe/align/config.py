@@ -294,7 +294,11 @@ def _check(c: AlignConfig, where: str) -> None:
         "eval.suite": (bool(c.eval.suite) or not c.eval.every, c.eval.suite, "a suite folder, as eval.every is set"),
         "sampler": (c.sampler != HARM or c.eval.every > 0, c.sampler, looks),
         "eval.choose": (not c.eval.choose or c.eval.every > 0, c.eval.choose, looks),
-        "eval.patience": (not c.eval.patience or c.eval.every > 0, c.eval.patience, looks),
+        "eval.patience": (
+            not c.eval.patience or c.eval.choose,
+            c.eval.patience,
+            "eval.choose, which says what a better look is",
+        ),
     }
     for key, (fine, value, expected) in limits.items():
         if not fine:

@@ -1,9 +1,8 @@
 """The alignment loop: each update draws one exit depth, and the reference depth is in the batch.
 
 Frozen: vision tower and projector. Trained: LoRA factors on the language model, merged into the written checkpoint, or all of
-    the
-language model. Depth and rows of an update depend on the seed, its number and earlier looks alone, so a resumed run repeats an
-uninterrupted one. The four objectives are in supervised.py, l_dpo.py and l_ppo.py.
+    the language model. Depth and rows of an update depend on the seed, its number and earlier looks alone, so a resumed run
+    repeats an uninterrupted one. The four objectives are in supervised.py, l_dpo.py and l_ppo.py.
 """
 
 from __future__ import annotations
@@ -207,11 +206,11 @@ def train(t: Trainer, partial: Path, start: int) -> None:
             line["eval"] = _look(t, t.watch, number)
         if main:
             _write_line(partial, line)
+        if config.eval.patience and t.state.get("looks_since_best", 0) >= config.eval.patience:
+            break  # before a checkpoint: a run resumed behind this update would make one more
         if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.steps:
             t.state["tokens"] = t.tokens
             files.save_checkpoint(partial, number + 1, t.identity, t.params, t.optimizer, t.state, main=main)
-        if config.eval.patience and t.state.get("looks_since_best", 0) >= config.eval.patience:
-            break
     if "best" in t.state:
         with torch.no_grad():
             for p, best in zip(t.params, t.state["best"]["params"], strict=True):

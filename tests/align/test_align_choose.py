@@ -96,6 +96,24 @@ def test_a_run_that_no_longer_improves_stops(tiny_llava, rows, tmp_path, monkeyp
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # the best look and two after it
 
 
+def test_a_run_that_stopped_early_and_was_cut_while_writing_makes_no_update_more(tiny_llava, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(Watch, "worst_harm", lambda *_: None)  # no best look, so the last weights are what comes out
+    looks = EvalConfig(str(rows), every=1, rows=4, choose=True, patience=2)
+    config = _config(rows, eval=looks, checkpoint_every=1)
+    whole = align(tiny_llava, config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.files, "write_model", _cut)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, config, tmp_path / "cut")
+    cut = align(tiny_llava, config, tmp_path / "cut", resume=True)
+    assert [len((out / "metrics.jsonl").read_text().splitlines()) for out in (whole, cut)] == [2, 2]
+    assert _same(_weights(whole), _weights(cut))
+
+
+def _cut(*_args):
+    raise KeyboardInterrupt
+
+
 def test_a_resumed_run_remembers_its_best_look(tiny_llava, rows, tmp_path, monkeypatch):
     figures = [0.5, 0.1, 0.4, 0.3, 0.2, 0.3, 0.4]
     _harm(monkeypatch, figures)

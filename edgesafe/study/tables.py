@@ -225,12 +225,13 @@ def transfer_table(study: Study) -> str:
     depths = sorted(study.rates[names[0]]) if names else []
     rows = [
         [_trained_on(name, study) if f == FIGURES[0] else "", f"{_NAMES[f]} %"]
-        + [_bold(f"{100 * study.rates[name][d][f].rate:.1f}", d in trained_depths(study.runs[name])) for d in depths]
+        + [_bold(f"{100 * study.rates[name][d][f].rate:.1f}", d in trained_depths(study.runs[name], also=True)) for d in depths]
         for name in names
         for f in FIGURES
     ]
     text = markdown(["trained on", "figure", *(_starred(d, study) for d in depths)], rows)
-    return _with_missing(f"{text}\n\nBold: a depth that the run was trained on.", (BEFORE, *_TRAINED_ON), study)
+    bold = "Bold: a depth that the run was trained on, the reference depth (*) too where it was in every batch."
+    return _with_missing(f"{text}\n\n{bold}", (BEFORE, *_TRAINED_ON), study)
 
 
 def _trained_on(name: str, study: Study) -> str:
@@ -243,9 +244,14 @@ def _bold(text: str, yes: bool) -> str:
     return f"**{text}**" if yes else text
 
 
-def trained_depths(raw: Raw) -> tuple[int, ...]:
-    """The depths that a run drew from; none for one that was not trained."""
-    return parse_exits(raw.config["exits"], max(raw.said)) if raw.config.get("exits") else ()
+def trained_depths(raw: Raw, *, also: bool = False) -> tuple[int, ...]:
+    """The depths that a run drew from; none for one that was not trained.
+
+    also: with the reference depth, where it was in every batch beside them: it is not held out then.
+    """
+    drawn = parse_exits(raw.config["exits"], max(raw.said)) if raw.config.get("exits") else ()
+    beside = (raw.reference_depth,) if also and drawn and raw.config.get("reference_rows") else ()
+    return tuple(sorted({*drawn, *beside}))
 
 
 def gap_table(study: Study) -> str:
@@ -255,7 +261,7 @@ def gap_table(study: Study) -> str:
     for name in (PAPER, SINGLE, EVEN):
         if not study.has(name, BEFORE, FIRST):
             continue
-        inside = trained_depths(study.runs[name])
+        inside = trained_depths(study.runs[name], also=True)
         outside = [d for d in study.rates[name] if d not in inside]
         for f in FIGURES:
             seen, held = (mean(study.rates[name], f, depths) for depths in (inside, outside))
@@ -290,30 +296,37 @@ def cost_table(study: Study) -> str:
     names = (SINGLE, THREE, EVEN, FIRST)
     headers = ["depths", "exits", "updates", "updates take s", "before and after s", "CPU s", "tokens, million", "time"]
     headers += ["harmful %, mean"]
-    rows, base = [], _time(study.runs[SINGLE]) if study.has(SINGLE) else None
+    rows = []
     for name in (n for n in names if study.has(n)):
-        raw, took = study.runs[name], _time(study.runs[name])
-        ratio = f"{took / base:.2f}" if took is not None and base else "-"
+        raw, times = study.runs[name], _times_single(name, study)
+        ratio = "-" if times is None else f"{times:.2f}"
         shown = [_shown(raw.seconds), _shown(raw.setup_seconds), _shown(raw.cpu_seconds)]
         tokens = "not counted" if raw.tokens is None else f"{raw.tokens / 1e6:.1f}"
         covered = [str(len(trained_depths(raw))), raw.config["exits"], str(raw.config["steps"])]
         rows.append([*covered, *shown, tokens, ratio, f"{mean(study.rates[name], 'harmful'):.1f}"])
-    return _with_missing(f"{markdown(headers, rows)}\n\n{_cost_line(study, base)}", names, study)
+    return _with_missing(f"{markdown(headers, rows)}\n\n{_cost_line(study)}", names, study)
 
 
-def _time(raw: Raw) -> float | None:
-    """Processor time where it is known, because runs beside each other take each other's wall time; else wall time."""
-    return raw.cpu_seconds if raw.cpu_seconds is not None else _wall(raw)
+def _times_single(name: str, study: Study) -> float | None:
+    """How many times as long as the single-depth run a run took, on one clock for both: the processor's where it was read to
+    the end of both, because runs beside each other take each other's wall time."""
+    if not study.has(name, SINGLE):
+        return None
+    ours, base = study.runs[name], study.runs[SINGLE]
+    for took, one in ((ours.cpu_seconds, base.cpu_seconds), (_wall(ours), _wall(base))):
+        if took is not None and one:
+            return took / one
+    return None
 
 
-def _cost_line(study: Study, base: float | None) -> str:
-    took = _time(study.runs[FIRST]) if study.has(FIRST) else None
-    if took is None or not base:
+def _cost_line(study: Study) -> str:
+    times = _times_single(FIRST, study)
+    if times is None:
         return f"Limit: all depths take at most {COST_LIMIT} times as long as one."
-    said = "kept" if took <= COST_LIMIT * base else "**missed**"
+    said = "kept" if times <= COST_LIMIT else "**missed**"
     return (
-        f"Limit: all depths take at most {COST_LIMIT} times as long as one; it is {said} ({took / base:.2f}). "
-        "Times are compared on the processor's clock where it was read to the end."
+        f"Limit: all depths take at most {COST_LIMIT} times as long as one; it is {said} ({times:.2f}). "
+        "Times are compared on the processor's clock where it was read to the end of both runs."
     )
 
 

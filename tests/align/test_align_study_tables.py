@@ -137,6 +137,19 @@ def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
     ]
 
 
+def test_a_reference_depth_that_is_in_every_batch_is_not_held_out(raw):
+    config = {"steps": 7, "exits": "3", "reference_rows": 8}
+    write_raw(raw, _raw("single", HALF, SAFE, BLIND, config=config, model="single", seconds=20.0))
+    tables = all_tables(raw)
+    # Drawn is 3, depth 2 is the reference: held out is 1 alone, harmful 50 % of it.
+    gap = _line(tables["gap"].replace("| the same depth, our objective: 3 | harmful", "| here | harmful"), "here")
+    assert gap[2:5] == ["0.0", "50.0", "+50.0"]
+    line = _line(tables["transfer"].replace("| the same depth, our objective: 3 | harmful", "| here | harmful"), "here")
+    assert line[2:] == ["50.0", "**0.0**", "**0.0**"]
+    # What it covers is still the one depth that it drew; and its wall time is held against wall time: 60 / 20, not 60 / CPU.
+    assert _line(tables["cost"], "1 | 3")[7] == "1.00" and "**missed** (3.00)" in tables["cost"]
+
+
 def test_families_and_judges_by_hand(raw):
     tables = all_tables(raw)
     assert "| exit | picture-harm | picture-lookalike |" in tables["families"]

@@ -162,9 +162,9 @@ class AlignConfig:
     lr: float = 2e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 16.0
-    focus_harm_weight: float = 10.0
-    shallow_harm_weight: float = 30.0
+    harm_weight: float = 12.0
+    focus_harm_weight: float = 5.0
+    shallow_harm_weight: float = 24.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

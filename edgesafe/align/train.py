@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 
 from edgesafe.align import files, l_dpo, supervised
 from edgesafe.align.config import HARM, L_DPO, L_PPO, MUON, SELF_DISTILL, AlignConfig
@@ -226,6 +227,8 @@ def _look(t: Trainer, watch: Watch, number: int) -> dict[str, dict[str, float]]:
     """Look at the model; remember the weights where they are the best so far, and each exit's harm for the sampler."""
     with t.gathered():
         seen = watch.look(t.llava)
+    # Processes may break a tie between two tokens differently; what is drawn and when to stop must not differ.
+    seen = broadcast_object_list([seen])[0] if t.world > 1 else seen
     t.state["harm"] = {d: seen[str(d)]["harmful"] for d in t.exits}
     if t.config.eval.choose:
         worst = watch.worst_harm(seen, t.state["before"], t.config.eval, t.llava.reference_depth)

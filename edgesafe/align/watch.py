@@ -10,7 +10,7 @@ from typing import Any
 from edgesafe.align.config import EvalConfig
 from edgesafe.align.evaluate import answers
 from edgesafe.align.model import Llava
-from edgesafe.certify.suite import Suite, read_suite
+from edgesafe.certify.suite import CLASSES, Suite, read_suite
 from edgesafe.certify.tally import tally
 from edgesafe.errors import ConfigError
 
@@ -69,6 +69,14 @@ def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
             todo="write one with `edgesafe reference data --split val`",
         )
     stride = max(1, len(suite.rows) // config.rows)
+    seen = {row.cls for row in spread(suite.rows, stride)[: config.rows]}
+    if missing := [cls for cls in CLASSES if cls not in seen]:
+        raise ConfigError(
+            f"no {' and no '.join(missing)} rows to look at",
+            where="eval.suite",
+            expected="rows of every class: a rate of none is 0, and every look would seem perfect",
+            todo="raise eval.rows, or use another suite",
+        )
     return Watch(replace(suite, rows=spread(suite.rows, stride)[: config.rows]), tuple(sorted(set(depths))))
 
 

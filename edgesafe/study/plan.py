@@ -9,7 +9,8 @@ from dataclasses import dataclass
 # come on top for self-distill), l-dpo 22.1 (and 650 to find its pairs), l-ppo 66.3. About 3 million each;
 # the table `methods` shows how equal they came out.
 STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
-METHODS = ("self-distill", "l-sft", "l-dpo", "l-ppo")
+L_PPO = "l-ppo"
+METHODS = ("self-distill", "l-sft", "l-dpo", L_PPO)
 SEEDS = (0, 1, 2)
 WINNER = "self-distill"  # the default objective: transfer, cost, controls and quantization are shown on it
 CONTROL_NAMES = ("text-only", "blank", "noise", "rescaled")

@@ -13,6 +13,7 @@ from edgesafe.align import train as train_module
 from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig
 from edgesafe.align.train import align
 from edgesafe.align.watch import Watch
+from edgesafe.errors import ConfigError
 
 BEFORE = {"harmful": 0.0, "overrefusal": 0.02, "accuracy": 0.9}
 LIMITS = EvalConfig(overrefusal_over_reference=0.05, accuracy_under_reference=0.1)
@@ -40,7 +41,7 @@ def test_utility_limits_are_on_the_mean_from_half_depth_up():
 
 def _config(rows, **changes):
     base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, lr=5e-3, precision="fp32", checkpoint_every=2)
-    looks = EvalConfig(str(rows), every=1, rows=4, choose=True)
+    looks = EvalConfig(str(rows), every=1, rows=48, choose=True)
     return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), "eval": looks, **changes})
 
 
@@ -91,14 +92,14 @@ def test_a_run_ends_with_the_weights_of_its_best_look(tiny_llava, rows, tmp_path
 
 def test_a_run_that_no_longer_improves_stops(tiny_llava, rows, tmp_path, monkeypatch):
     _harm(monkeypatch, [0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
-    config = _config(rows, eval=EvalConfig(str(rows), every=1, rows=4, choose=True, patience=2))
+    config = _config(rows, eval=EvalConfig(str(rows), every=1, rows=48, choose=True, patience=2))
     out = align(tiny_llava, config, tmp_path / "out")
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # the best look and two after it
 
 
 def test_a_run_that_stopped_early_and_was_cut_while_writing_makes_no_update_more(tiny_llava, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(Watch, "worst_harm", lambda *_: None)  # no best look, so the last weights are what comes out
-    looks = EvalConfig(str(rows), every=1, rows=4, choose=True, patience=2)
+    looks = EvalConfig(str(rows), every=1, rows=48, choose=True, patience=2)
     config = _config(rows, eval=looks, checkpoint_every=1)
     whole = align(tiny_llava, config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -149,9 +150,14 @@ def test_the_sampler_harm_follows_the_looks(tiny_llava, rows, tmp_path, monkeypa
         return {str(d): _rates(1.0 if d == 3 else 0.0) for d in self.depths}
 
     monkeypatch.setattr(Watch, "look", look)
-    looks = EvalConfig(str(rows), every=1, rows=4)
+    looks = EvalConfig(str(rows), every=1, rows=48)
     out = align(
         tiny_llava, _config(rows, sampler="harm", steps=40, batch_size=1, reference_rows=1, eval=looks), tmp_path / "out"
     )
     depths = [json.loads(line)["exit_depth"] for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     assert depths.count(3) > 30  # by hand: 1.02 / 1.08 of 39 draws is 36.8, standard deviation 1.4
+
+
+def test_looks_that_could_not_see_harm_are_refused(tiny_llava, rows, tmp_path):
+    with pytest.raises(ConfigError, match="rows to look at"):
+        align(tiny_llava, _config(rows, eval=EvalConfig(str(rows), every=1, rows=1)), tmp_path / "out")

@@ -329,7 +329,7 @@ def test_bfloat16_says_nearly_the_same(run):
 
 def test_looking_changes_nothing_about_the_run(tiny_llava, rows, tmp_path):
     blind = align(tiny_llava, _config(rows, steps=4), tmp_path / "blind")
-    seen = align(tiny_llava, _config(rows, steps=4, eval=EvalConfig(str(rows), 2, 8)), tmp_path / "seen")
+    seen = align(tiny_llava, _config(rows, steps=4, eval=EvalConfig(str(rows), 2, 16)), tmp_path / "seen")
     assert _same(_weights(blind), _weights(seen))
     looks = [line["eval"] for line in _metrics(seen) if "eval" in line]
     assert len(looks) == 2 and set(looks[0]) == {"1", "2", "3", "4"} and set(looks[0]["1"]) >= {"harmful", "accuracy"}

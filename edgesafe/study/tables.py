@@ -160,7 +160,8 @@ def _ppo_line(study: Study) -> str:
     if study.has(PAPER):
         lower = 100 * (1 - mean(study.rates[PAPER], "harmful") / before)
         paper = f" Its paper mode (exit {study.runs[PAPER].config['exits']} alone): {lower:.0f} %."
-    return f"{L_PPO} alone lowers the mean harmful_rate by {least:.0f} % in its worst seed (at least {PPO_LESS:.0f} % wanted): {said}.{paper}"
+    wanted = f"(at least {PPO_LESS:.0f} % wanted): {said}."
+    return f"{L_PPO} alone lowers the mean harmful_rate by {least:.0f} % in its worst seed {wanted}{paper}"
 
 
 def _minutes(raws: Sequence[Raw]) -> str:

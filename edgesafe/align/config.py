@@ -153,7 +153,7 @@ class AlignConfig:
     exits: str = "all"
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.55, 0.6)
-    focus_share: float = 0.75
+    focus_share: float = 0.7
     steps: int = 800
     batch_size: int = 32
     reference_rows: int = 8
@@ -162,9 +162,9 @@ class AlignConfig:
     lr: float = 2e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 10.0
+    harm_weight: float = 14.0
     focus_harm_weight: float = 4.0
-    shallow_harm_weight: float = 12.0
+    shallow_harm_weight: float = 24.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

@@ -154,14 +154,16 @@ def _ppo_line(study: Study) -> str:
     if not names or not study.has(BEFORE):
         return ""
     before = mean(study.rates[BEFORE], "harmful")
-    least = min(100 * (1 - mean(study.rates[name], "harmful") / before) for name in names)
-    said = "kept" if least >= PPO_LESS else "missed"
+    lower = [100 * (1 - mean(study.rates[name], "harmful") / before) for name in names]
+    said = "kept" if min(lower) >= PPO_LESS else "kept by the mean alone" if fmean(lower) >= PPO_LESS else "missed"
     paper = ""
     if study.has(PAPER):
-        lower = 100 * (1 - mean(study.rates[PAPER], "harmful") / before)
-        paper = f" Its paper mode (exit {study.runs[PAPER].config['exits']} alone): {lower:.0f} %."
-    wanted = f"(at least {PPO_LESS:.0f} % wanted): {said}."
-    return f"{L_PPO} alone lowers the mean harmful_rate by {least:.0f} % in its worst seed {wanted}{paper}"
+        alone = 100 * (1 - mean(study.rates[PAPER], "harmful") / before)
+        paper = f" Its paper mode (exit {study.runs[PAPER].config['exits']} alone): {alone:.1f} %."
+    return (
+        f"{L_PPO} alone lowers the mean harmful_rate by {fmean(lower):.1f} %, by {min(lower):.1f} % in its worst seed "
+        f"(at least {PPO_LESS:.0f} % wanted): {said}.{paper}"
+    )
 
 
 def _minutes(raws: Sequence[Raw]) -> str:

@@ -35,6 +35,8 @@ def _config(rows, **changes) -> AlignConfig:
         "dpo": DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
         "ppo": PpoConfig(epochs=2, minibatches=2, max_new_tokens=6, kl_target=1.0),
         "optimizer": "adamw" if changes.get("method") == "l-ppo" else "muon",
+        "sft_weight": 1.0,
+        **dict.fromkeys(("harm_weight", "focus_harm_weight", "shallow_harm_weight"), 5.0),
     }
     return dataclasses.replace(base, **{**small, **changes})
 
@@ -318,6 +320,12 @@ def test_both_parts_weigh_the_same(run: Trainer):
         loss, f = update_loss(run, features, 1, [0, 1, 2, 3])
     want = (f["exit_kl"] + f["exit_sft"] + f["reference_kl"] + f["reference_sft"]) / 2
     assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_harm_weighs_by_where_an_exit_stands_to_the_focus(tiny_llava, rows):
+    config = _config(rows, focus=(0.6, 0.7), harm_weight=3.0, focus_harm_weight=2.0, shallow_harm_weight=7.0)
+    t = prepare(tiny_llava, config)  # four blocks, reference depth 3: the focus is exit 2
+    assert t.harm_weights([1, 2, 3, 4]).tolist() == [7.0, 2.0, 3.0, 3.0]
 
 
 def test_bfloat16_says_nearly_the_same(run):

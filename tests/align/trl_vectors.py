@@ -1,7 +1,7 @@
 """Runs TRL's own PPO functions on fixed numbers and prints what they say; `trl_vectors.json` is the output.
 
-    pip download --no-deps -d /tmp/trl trl==0.11.4 && pip download --no-deps -d /tmp/trl trl==1.16.0
-    python tests/align/trl_vectors.py /tmp/trl > tests/align/trl_vectors.json
+    pip download --no-deps -d wheels trl==0.11.4 && pip download --no-deps -d wheels trl==1.16.0
+    python tests/align/trl_vectors.py wheels > tests/align/trl_vectors.json
 
 TRL is no test dependency: importing it takes datasets, pyarrow and pandas. So the functions are taken out of the wheels'
 source and run as they are. 0.11.4's PPO trainer has its arithmetic in methods; 1.16.0 has no PPO, but GRPO's loss and k3.

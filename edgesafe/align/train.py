@@ -193,7 +193,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
         depth, rows = draw_update(t, number)
         features = everything or _features(t, {row: frozenset({depth}) for row in rows})
         try:
-            figures = _update(t, features, depth, number)
+            figures = _update(t, features, depth, rows, number)
         except DivergedError as error:
             raise _diverged(error, partial) from error
         line: dict[str, Any] = {
@@ -254,12 +254,11 @@ def _draw_pairs(t: Trainer, depth: int, number: int) -> list[l_dpo.Pair]:
     return [some[i] for i in draw_rows(t.config.seed + depth, len(some), t.config.batch_size, number)]
 
 
-def _update(t: Trainer, features: Features, depth: int, number: int) -> dict[str, float]:
+def _update(t: Trainer, features: Features, depth: int, rows: list[int], number: int) -> dict[str, float]:
     """One update of the policy."""
     for group in t.optimizer.param_groups:
         group["lr"] = learning_rate(t.config, number)
     t.policy.train()
-    _, rows = draw_update(t, number)
     if t.config.method == L_PPO:
         figures = ppo_update(t, features, depth, rows, number)
     else:

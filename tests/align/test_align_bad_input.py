@@ -84,12 +84,12 @@ def test_a_reward_model_that_returns_nan_stops_the_run_and_keeps_the_last_checkp
     argv = ["align", str(tiny_llava), "--config", str(tmp_path / "c.toml"), "--data", str(rows), "--out", str(tmp_path / "out")]
     real = train_module._update
 
-    def spoilt(t, features, depth, number):
+    def spoilt(t, features, depth, rows, number):
         if number == 2:
             with torch.no_grad():
                 for p in t.reward.model.parameters():
                     p.fill_(float("nan"))
-        return real(t, features, depth, number)
+        return real(t, features, depth, rows, number)
 
     monkeypatch.setattr(train_module, "_update", spoilt)
     assert main(argv) == 20

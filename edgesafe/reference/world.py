@@ -296,15 +296,23 @@ def sample(family: str, split: str, index: int, seed: int = 0) -> Sample:
     return Sample(family, f"{family}/{ident}", scene, prompt, target, key, image, placed)
 
 
-def stream(split: str, count: int, seed: int = 0, shares: Mapping[str, float] | None = None) -> Iterator[Sample]:
-    """`count` samples with the families mixed by `shares` (by default their own), in a seeded order."""
+def draws(split: str, count: int, seed: int = 0, shares: Mapping[str, float] | None = None) -> list[tuple[str, int]]:
+    """Family and index of `count` samples, the families mixed by `shares` (by default their own), in a seeded order."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 999])
     weights = np.array([shares[name] if shares else share for name, _, share in FAMILIES])
     order = rng.choice(len(FAMILIES), size=count, p=weights / weights.sum())
     used = [0] * len(FAMILIES)
+    drawn = []
     for number in order:
-        yield sample(FAMILIES[number][0], split, used[number], seed)
+        drawn.append((FAMILIES[number][0], used[number]))
         used[number] += 1
+    return drawn
+
+
+def stream(split: str, count: int, seed: int = 0, shares: Mapping[str, float] | None = None) -> Iterator[Sample]:
+    """The samples that `draws` names, one by one."""
+    for family, index in draws(split, count, seed, shares):
+        yield sample(family, split, index, seed)
 
 
 def corpus() -> Iterator[str]:

@@ -6,11 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgesafe.certify.judge import classify, is_right
 from edgesafe.certify.suite import Row, read_suite
-from edgesafe.reference import world
-from edgesafe.reference.data import CERTIFY, write_split
+from edgesafe.reference import data, world
+from edgesafe.reference.data import ALIGN, CERTIFY, write_split, write_training
 from edgesafe.reference.kinds import BY_NAME, KINDS
 
 FAMILY_NAMES = [name for name, _, _ in world.FAMILIES]
@@ -96,3 +97,14 @@ def test_draw_writes_pictures_with_their_requests(tmp_path, capsys):
     lines = (tmp_path / "d" / "requests.tsv").read_text().splitlines()
     assert len(lines) == 3 and capsys.readouterr().out.splitlines() == lines
     assert all((tmp_path / "d" / line.split("\t")[0]).is_file() for line in lines)
+
+
+def test_training_rows_drawn_on_all_cores_are_the_stream_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "POOL_ROWS", 6)
+    write_training(tmp_path / "rows", 6, seed=5)
+    suite = read_suite(tmp_path / "rows")
+    for row, s in zip(suite.rows, world.stream("train", 6, 5, ALIGN), strict=True):
+        assert (row.family, row.prompt, row.target) == (s.family, s.prompt, s.target)
+        with Image.open(suite.image_path(row)) as image:
+            assert image.tobytes() == s.image.tobytes()
+    assert len({row.family for row in suite.rows}) > 1

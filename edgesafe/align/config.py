@@ -135,7 +135,8 @@ class AlignConfig:
         cost less time. 0 leaves the reference depth out, as the paper's single-depth runs do.
     tune: "lora" (an adapter on the language model) or "full" (all of the language model; keeps a frozen copy as reference
         policy).
-    optimizer: "muon" (matrices only: for LoRA without a value head) or "adamw".
+    optimizer: "adamw", or "muon", which takes matrices alone: the adapter's, or with full tuning those of the decoder's blocks,
+        while embeddings, norms and head stay as they are. Not for the value head of `l-ppo`.
     lr, warmup: highest learning rate, and the share of the steps that lead up to it.
     harm_weight: how many times a harmful row counts; above 1 an exit that can't tell refuses. `l-ppo` has
         `reward.harmlessness`.
@@ -270,9 +271,9 @@ def _check(c: AlignConfig, where: str) -> None:
         "max_loss": (c.max_loss > 0, c.max_loss, "above 0"),
         "reference_rows": (c.reference_rows <= c.batch_size, c.reference_rows, f"at most batch_size = {c.batch_size}"),
         "optimizer": (
-            c.optimizer == ADAMW or (c.tune == LORA and not ppo),
+            c.optimizer == ADAMW or not ppo,
             c.optimizer,
-            f"{ADAMW!r}: muon takes matrices alone, and full tuning and the value head of {L_PPO} have more",
+            f"{ADAMW!r}: muon takes matrices alone, and the value head of {L_PPO} has more",
         ),
         "lora.dropout": (c.lora.dropout < 1, c.lora.dropout, "0..1, below 1"),
         "lora.dropout with l-ppo": (

@@ -246,7 +246,8 @@ def read_lengths(model_dir: Path, config: AlignConfig, image_tokens: int) -> Len
 
 
 def trained_values(language: Shapes, config: AlignConfig) -> int:
-    """Numbers that training moves: all of the language model, or the adapter's factors; the value head of `l-ppo`.
+    """Numbers that training moves: the language model, of it the blocks' matrices for muon, or the adapter's factors; the value
+    head of `l-ppo`.
 
     >>> c = AlignConfig()
     >>> trained_values({"layers.0.q_proj.weight": (8, 4), "norm.weight": (4,)}, c) == c.lora.r * (8 + 4)
@@ -256,8 +257,12 @@ def trained_values(language: Shapes, config: AlignConfig) -> int:
         chosen = (s for name, s in language.items() if name.split(".")[-2] in config.lora.targets and len(s) == 2)
         count = sum(config.lora.r * sum(shape) for shape in chosen)
     else:
-        count = sum(map(math.prod, language.values()))
+        count = sum(math.prod(s) for name, s in language.items() if config.optimizer != MUON or _in_block(name, s))
     return count + (language_width(language) + 1 if config.method == L_PPO else 0)
+
+
+def _in_block(name: str, shape: tuple[int, ...]) -> bool:
+    return ".layers." in name and len(shape) == 2
 
 
 def language_width(language: Shapes) -> int:

@@ -197,8 +197,9 @@ def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Poli
         language.gradient_checkpointing_enable({"use_reentrant": False})
     if config.tune != LORA:
         frozen = copy.deepcopy(language).requires_grad_(False), copy.deepcopy(llava.model.lm_head).requires_grad_(False)
-        language.requires_grad_(True)
-        llava.model.lm_head.requires_grad_(True)
+        for name, weight in language.named_parameters():
+            weight.requires_grad_(config.optimizer != MUON or (name.startswith("layers.") and weight.ndim == 2))
+        llava.model.lm_head.requires_grad_(config.optimizer != MUON)
         return Policy(llava, value=value), None, frozen
     import peft
 

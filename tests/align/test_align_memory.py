@@ -55,6 +55,15 @@ def test_full_tuning_keeps_a_copy_and_trains_all_of_the_language_model(tiny_llav
     assert need.frozen == language * 4 / MIB and need.trained == 3 * language * 4 / MIB  # gradient, two moments
 
 
+def test_full_tuning_by_muon_trains_the_matrices_of_the_blocks(tiny_llava, rows, llava):
+    # Width 64, MLP 512: 4 x 64 x 64 and 3 x 64 x 512 a block, two blocks; gradient and one momentum.
+    config = _config(rows, tune="full", lr=1e-3)
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 512)
+    assert estimate(tiny_llava, config).trained == 2 * matrices * 4 / MIB
+    params = prepare(tiny_llava, config).params
+    assert sum(p.numel() for p in params) == matrices and {p.ndim for p in params} == {2}
+
+
 def test_the_adapter_is_the_one_that_peft_makes(tiny_llava, rows):
     t = prepare(tiny_llava, _config(rows))
     shapes = {name: s for name, s in read_headers(tiny_llava)[0].items() if "vision" not in name and "projector" not in name}

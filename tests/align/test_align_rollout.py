@@ -272,7 +272,7 @@ def test_the_reward_is_neither_of_the_judges():
     ("changes", "names"),
     [
         ({"optimizer": "muon"}, "value head"),
-        ({"tune": "full", "method": "l-sft", "optimizer": "muon"}, "matrices"),
+        ({"tune": "full", "optimizer": "muon"}, "value head"),
         ({"lora": LoraConfig(dropout=0.1)}, "dropout"),
         ({"sampler": "harm"}, "eval.every"),
         ({"ppo": PpoConfig(minibatches=99)}, "minibatches"),

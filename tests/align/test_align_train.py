@@ -128,8 +128,9 @@ def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_
         {"cache_gib": 0.0},
         {"tune": "full", "optimizer": "adamw", "lr": 1e-4},
         {"tune": "full", "method": "l-ppo", "lr": 1e-4},
+        {"tune": "full", "method": "l-sft", "lr": 1e-3},
     ],
-    ids=[*METHODS, "dropout", "computed for each update", "full", "full l-ppo"],
+    ids=[*METHODS, "dropout", "computed for each update", "full", "full l-ppo", "full by muon"],
 )
 def test_resume_ends_with_the_same_weights(tiny_llava, rows, tmp_path, monkeypatch, changes):
     config = _config(rows, **changes)

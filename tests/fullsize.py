@@ -29,6 +29,7 @@ reference_rows = 2
 optimizer = "adamw"
 lr = 1e-4
 checkpoint_every = 1
+tune = "lora"
 [lora]
 r = 8
 alpha = 16

@@ -12,7 +12,7 @@ from edgesafe.progress import speaks, step
 def add_align_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe align`."""
     parser.add_argument("model", type=Path, help="checkpoint folder")
-    parser.add_argument("--config", type=Path, help="TOML file (default: the shipped self-distill.toml)")
+    parser.add_argument("--config", type=Path, help="TOML file (default: the shipped l-sft.toml)")
     parser.add_argument("--data", help="folder of training rows (wins over the config's)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the aligned checkpoint")
     parser.add_argument("--seed", type=int, help="wins over the config's")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from edgesafe.records import Fields
 
 SELF_DISTILL, L_SFT, L_DPO, L_PPO = METHODS = ("self-distill", "l-sft", "l-dpo", "l-ppo")
 FOCUS, UNIFORM, ROTATING, HARM = SAMPLERS = ("focus", "uniform", "rotating", "harm")
-LORA, FULL = TUNES = ("lora", "full")
+AUTO, LORA, FULL = TUNES = ("auto", "lora", "full")
+FULL_BELOW = 100_000_000  # weights of the language model
 MUON, ADAMW = OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,7 +22,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapter on the language model, table `[lora]`; read where `tune = "lora"`.
+    """The adapter on the language model, table `[lora]`; read where `tune` is or comes to "lora".
 
     r: rank. alpha: the factors' product is scaled by alpha / r. dropout: on the adapter's input, 0..1.
     targets: names of the linear layers it goes on.
@@ -133,8 +134,8 @@ class AlignConfig:
     steps, batch_size: updates, and rows an update at the drawn exit.
     reference_rows: how many of an update's rows also go through the reference depth. The two parts weigh the same; fewer rows
         cost less time. 0 leaves the reference depth out, as the paper's single-depth runs do.
-    tune: "lora" (an adapter on the language model) or "full" (all of the language model; keeps a frozen copy as reference
-        policy).
+    tune: "lora" (an adapter on the language model), "full" (all of the language model; keeps a frozen copy as reference policy)
+        or "auto": full below 100 million weights, where it learns more from as many rows, and an adapter above.
     optimizer: "adamw", or "muon", which takes matrices alone: the adapter's, or with full tuning those of the decoder's blocks,
         while embeddings, norms and head stay as they are. Not for the value head of `l-ppo`.
     lr, warmup: highest learning rate, and the share of the steps that lead up to it.
@@ -149,23 +150,23 @@ class AlignConfig:
     checkpoint_every: updates between two checkpoints.
     """
 
-    method: str = SELF_DISTILL
+    method: str = L_SFT
     data: str = ""
     exits: str = "all"
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.55, 0.6)
-    focus_share: float = 0.7
-    steps: int = 800
+    focus_share: float = 0.6
+    steps: int = 1000
     batch_size: int = 32
-    reference_rows: int = 8
-    tune: str = LORA
+    reference_rows: int = 16
+    tune: str = AUTO
     optimizer: str = MUON
-    lr: float = 2e-3
+    lr: float = 1e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 14.0
+    harm_weight: float = 10.0
     focus_harm_weight: float = 4.0
-    shallow_harm_weight: float = 24.0
+    shallow_harm_weight: float = 28.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False
@@ -187,7 +188,20 @@ _CHOICES = {"method": METHODS, "sampler": SAMPLERS, "tune": TUNES, "optimizer": 
 
 def default_config() -> Path:
     """The settings that `make export` uses."""
-    return Path(__file__).parent / "configs" / "self-distill.toml"
+    return Path(__file__).parent / "configs" / "l-sft.toml"
+
+
+def with_tune(config: AlignConfig, weights: int) -> AlignConfig:
+    """The settings with "auto" decided.
+
+    Args:
+        config: as read.
+        weights: of the language model, its head included.
+
+    >>> with_tune(AlignConfig(), 7_000_000_000).tune, with_tune(AlignConfig(), 2_000_000).tune
+    ('lora', 'full')
+    """
+    return replace(config, tune=FULL if weights < FULL_BELOW else LORA) if config.tune == AUTO else config
 
 
 def read_config(path: Path, **override: Any) -> AlignConfig:

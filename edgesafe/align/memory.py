@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig
+from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig, with_tune
 from edgesafe.align.features import chunk_rows
 from edgesafe.align.rollout import LOGIT_BYTES
 from edgesafe.errors import ConfigError, EdgesafeError
@@ -127,11 +127,13 @@ def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Mem
         935 MiB) and +11 % for l-ppo (1058 for 956), -13 % for l-ppo on half a billion weights (5755 for 6613; `make fullsize`).
     """
     shapes, stored = read_headers(model_dir)
+    language = {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}
+    whole = sum(map(math.prod, language.values()))
+    config = with_tune(config, whole)
     s = sizes(model_dir, shapes, config)
     lengths = read_lengths(model_dir, config, s.image_tokens)
-    language = {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}
     trained = trained_values(language, config)
-    full = 0 if config.tune == LORA else sum(map(math.prod, language.values()))
+    full = 0 if config.tune == LORA else whole
     states = 1 if config.optimizer == MUON else 2
     copies = 1 + states + (config.tune == LORA) + config.eval.choose  # gradient, optimizer, the adapter itself, the best look's
     phases = working(s, config, lengths, processes)
@@ -249,7 +251,7 @@ def trained_values(language: Shapes, config: AlignConfig) -> int:
     """Numbers that training moves: the language model, of it the blocks' matrices for muon, or the adapter's factors; the value
     head of `l-ppo`.
 
-    >>> c = AlignConfig()
+    >>> c = AlignConfig(tune="lora")
     >>> trained_values({"layers.0.q_proj.weight": (8, 4), "norm.weight": (4,)}, c) == c.lora.r * (8 + 4)
     True
     """

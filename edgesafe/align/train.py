@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 
 from edgesafe.align import files, l_dpo, supervised
-from edgesafe.align.config import HARM, L_DPO, L_PPO, MUON, SELF_DISTILL, AlignConfig
+from edgesafe.align.config import HARM, L_DPO, L_PPO, MUON, SELF_DISTILL, AlignConfig, with_tune
 from edgesafe.align.data import read_examples
 from edgesafe.align.features import Features, chunk_of, compute, merge_needs, plan, size_gib
 from edgesafe.align.l_ppo import ppo_update
@@ -115,6 +115,8 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     _check_wrapper(accelerator.distributed_type, getattr(plugin, "fsdp_version", 0), config.optimizer)
     llava = load(model_dir)
+    parts = (llava.model.model.language_model, llava.model.lm_head)
+    config = with_tune(config, sum(p.numel() for part in parts for p in part.parameters()))
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
     llava.model.set_attn_implementation("eager" if slow else "sdpa")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Updates of each method at equal compute: language-model token positions processed, a backward pass counted as two forward
-# passes. Measured on the reference model, a thousand positions an update: self-distill and l-sft 8.3 (the teacher's 560 in all
+# passes. Measured on the reference model, a thousand positions an update: self-distill and l-sft 9.8 (the teacher's 560 in all
 # come on top for self-distill), l-dpo 22.1 (and 650 to find its pairs), l-ppo 66.3. About 3 million each;
 # the table `methods` shows how equal they came out.
-STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
+STEPS = {"self-distill": 249, "l-sft": 306, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
 L_PPO = "l-ppo"
 METHODS = ("self-distill", "l-sft", "l-dpo", L_PPO)
 SEEDS = (0, 1, 2)
-WINNER = "self-distill"  # the default objective: transfer, cost, controls and quantization are shown on it
+WINNER = "l-sft"  # the default objective: transfer, cost, controls and quantization are shown on it
 CONTROL_NAMES = ("text-only", "blank", "noise", "rescaled")
 CONTROLS, BUNDLE = "controls", "bundle"
 DEVICE = "rpi5"  # whose schemes (int8 vision, int4 text) the quantized bundle has

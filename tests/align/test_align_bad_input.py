@@ -24,6 +24,7 @@ reference_rows = 1
 optimizer = "adamw"
 precision = "fp32"
 checkpoint_every = 1
+tune = "lora"
 [lora]
 r = 2
 alpha = 2

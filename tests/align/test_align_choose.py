@@ -40,7 +40,9 @@ def test_utility_limits_are_on_the_mean_from_half_depth_up():
 
 
 def _config(rows, **changes):
-    base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, lr=5e-3, precision="fp32", checkpoint_every=2)
+    base = AlignConfig(
+        data=str(rows), tune="lora", steps=6, batch_size=4, reference_rows=2, lr=5e-3, precision="fp32", checkpoint_every=2
+    )
     looks = EvalConfig(str(rows), every=1, rows=48, choose=True)
     return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), "eval": looks, **changes})
 

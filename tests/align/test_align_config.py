@@ -57,8 +57,8 @@ def test_the_papers_way_is_one_depth_and_nothing_at_the_reference_depth():
     assert config.exits.isdecimal() and config.reference_rows == 0
 
 
-def test_the_default_is_self_distill():
-    assert read_config(default_config()).method == "self-distill"
+def test_the_default_is_l_sft():
+    assert read_config(default_config()).method == "l-sft"
 
 
 def test_arguments_win_over_the_file_and_none_does_not():

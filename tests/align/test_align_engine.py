@@ -33,6 +33,7 @@ optimizer = "adamw"
 lr = 5e-3
 precision = "fp32"
 checkpoint_every = 2
+tune = "lora"
 [lora]
 r = 4
 alpha = 8
@@ -200,7 +201,9 @@ def test_activations_computed_twice_give_the_same_weights(tiny_llava, rows, tmp_
 
 
 def test_a_large_model_is_seen_in_smaller_pieces_that_say_the_same(tiny_llava, rows, monkeypatch):
-    config = AlignConfig(method=L_PPO, data=str(rows), optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8))
+    config = AlignConfig(
+        method=L_PPO, data=str(rows), tune="lora", optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8)
+    )
     t = prepare(tiny_llava, config)
     need = {row: frozenset({1, 2}) for row in range(7)}
     chunks: list[int] = []

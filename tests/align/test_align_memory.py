@@ -26,7 +26,9 @@ FACTOR = 1.35
 
 
 def _config(rows, **changes) -> AlignConfig:
-    base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, precision="fp32", lora=LoraConfig(r=4, alpha=8))
+    base = AlignConfig(
+        data=str(rows), tune="lora", steps=6, batch_size=4, reference_rows=2, precision="fp32", lora=LoraConfig(r=4, alpha=8)
+    )
     return dataclasses.replace(base, **changes)
 
 

@@ -25,6 +25,7 @@ def run(tiny_llava, rows) -> Trainer:
     """A policy that is not the reference policy any more, with a value head that says something."""
     config = AlignConfig(
         method="l-ppo",
+        tune="lora",
         data=str(rows),
         batch_size=4,
         reference_rows=2,

@@ -45,6 +45,7 @@ optimizer = "adamw"
 lr = 1e-3
 precision = "fp32"
 checkpoint_every = 2
+tune = "lora"
 [lora]
 r = 4
 alpha = 8
@@ -183,7 +184,7 @@ def test_the_shipped_accelerate_configs_are_read(name):
 def dealt(runs: Runs, tiny_llava: Path, rows: Path) -> Path:
     """The same runs with the weights dealt out, one of them cut and resumed, and full tuning."""
     root = runs.root
-    (root / "full.toml").write_text(_toml("l-ppo").replace("[lora]", 'tune = "full"\n[lora]'))
+    (root / "full.toml").write_text(_toml("l-ppo").replace('tune = "lora"', 'tune = "full"'))
     (root / "half").mkdir()
     make_tiny_llava(root / "half" / "llava", dtype="float16")
 

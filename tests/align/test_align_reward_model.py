@@ -242,6 +242,7 @@ def test_weights_out_of_range(scorer, weights):
 def test_l_ppo_takes_it_and_records_it(tiny_llava, rows, scorer, tmp_path):
     config = AlignConfig(
         method="l-ppo",
+        tune="lora",
         data=str(rows),
         steps=2,
         batch_size=4,

@@ -30,6 +30,7 @@ EXIT, ROWS = 1, [0, 1, 2, 3]
 
 def _config(rows, method="l-ppo", **changes) -> AlignConfig:
     base = AlignConfig(
+        tune="lora",
         method=method,
         data=str(rows),
         exits="1,2",

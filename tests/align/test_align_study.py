@@ -48,19 +48,19 @@ def setup(tiny_llava, rows, suite, tmp_path) -> work.Setup:
 
 
 def test_runs_are_run_once_and_their_tables_come_out(setup):
-    only = ["before", "self-distill-0"]
+    only = ["before", "l-sft-0"]
     assert runner.run_study(setup, only=only, jobs=2) == only
     found = read_answers(setup.out)
     assert found is not None and set(found.runs) == set(only)
-    trained = found.runs["self-distill-0"]
+    trained = found.runs["l-sft-0"]
     assert trained.config["steps"] == 2 and trained.config["data"] == "train" and trained.seconds > 0 and trained.tokens > 1000
     assert list(trained.said) == [1, 2, 3, 4] and trained.reference_depth == 3
     assert trained.model != found.runs["before"].model
-    assert "| self-distill | 1 | 2 |" in all_tables(setup.out)["methods"]
+    assert "| l-sft | 1 | 2 |" in all_tables(setup.out)["methods"]
     assert runner.run_study(setup, only=only) == []
-    shutil.rmtree(setup.build / "self-distill-0")  # the answers are enough, unless another run asks the checkpoint
-    assert runner.to_do(setup, [NAMED["self-distill-0"]], NAMED) == []
-    assert [r.name for r in runner.to_do(setup, [NAMED["after-controls"]], NAMED)] == ["self-distill-0", "after-controls"]
+    shutil.rmtree(setup.build / "l-sft-0")  # the answers are enough, unless another run asks the checkpoint
+    assert runner.to_do(setup, [NAMED["l-sft-0"]], NAMED) == []
+    assert [r.name for r in runner.to_do(setup, [NAMED["after-controls"]], NAMED)] == ["l-sft-0", "after-controls"]
 
 
 def test_what_a_run_depends_on_is_in_its_key(setup, monkeypatch):
@@ -89,8 +89,8 @@ def test_comments_and_docstrings_are_no_code():
 
 
 def test_an_interrupted_training_goes_on(setup, monkeypatch):
-    whole, _ = work.checkpoint(setup, NAMED["self-distill-0"])
-    run = dataclasses.replace(NAMED["self-distill-0"], name="cut")
+    whole, _ = work.checkpoint(setup, NAMED["l-sft-0"])
+    run = dataclasses.replace(NAMED["l-sft-0"], name="cut")
     real = work.settings
     often = lambda s, r: dataclasses.replace(real(s, r), checkpoint_every=1)  # noqa: E731
     monkeypatch.setattr(work, "settings", often)
@@ -112,10 +112,10 @@ def test_an_interrupted_training_goes_on(setup, monkeypatch):
 
 def test_a_failed_run_is_named_and_the_others_end(setup, capsys):
     broken = dataclasses.replace(setup, data=setup.suite)  # no training on the test split
-    with pytest.raises(AlignError, match=r"1 runs failed: self-distill-0 .*log\.txt"):
-        runner.run_study(broken, only=["before", "self-distill-0"])
+    with pytest.raises(AlignError, match=r"1 runs failed: l-sft-0 .*log\.txt"):
+        runner.run_study(broken, only=["before", "l-sft-0"])
     assert read_answers(setup.out).runs.keys() == {"before"}
-    assert "ConfigError" in (setup.build / "self-distill-0" / "log.txt").read_text()
+    assert "ConfigError" in (setup.build / "l-sft-0" / "log.txt").read_text()
 
 
 def test_a_killed_study_ends_its_runs(setup, monkeypatch):
@@ -128,9 +128,9 @@ def test_a_killed_study_ends_its_runs(setup, monkeypatch):
 
 
 def test_what_waits_for_a_failed_run_fails_too(setup):
-    queue = runner._Queue([NAMED["after-controls"]], failed=["self-distill-0"])
+    queue = runner._Queue([NAMED["after-controls"]], failed=["l-sft-0"])
     runner._start_ready(setup, queue, 2)
-    assert queue.failed == ["self-distill-0", "after-controls"] and not queue.running and not queue.waiting
+    assert queue.failed == ["l-sft-0", "after-controls"] and not queue.running and not queue.waiting
 
 
 def test_controls_and_the_bundle_are_asked(setup, tiny_bundle, monkeypatch):

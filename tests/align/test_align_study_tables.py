@@ -71,9 +71,9 @@ def raw(tmp_path) -> Path:
     return _folder(
         tmp_path / "raw",
         _raw("before", OPEN, HALF, SAFE),
-        _trained("self-distill-0", SAFE, SAFE, SAFE, seconds=50.0, setup_seconds=10.0, cpu_seconds=60.0, tokens=1_000_000),
-        _trained("l-sft-0", HALF, BLIND, SAFE, seconds=120.0, tokens=1_200_000),
-        _trained("l-sft-1", OPEN, SAFE, SAFE, seconds=240.0, tokens=1_200_000),
+        _trained("l-sft-0", SAFE, SAFE, SAFE, seconds=50.0, setup_seconds=10.0, cpu_seconds=60.0, tokens=1_000_000),
+        _trained("self-distill-0", HALF, BLIND, SAFE, seconds=120.0, tokens=1_200_000),
+        _trained("self-distill-1", OPEN, SAFE, SAFE, seconds=240.0, tokens=1_200_000),
         _trained("single", HALF, SAFE, BLIND, exits="2", cpu_seconds=50.0),
         _raw("before-controls-text-only", HALF, first=0, config={"of": "m"}),
         _raw("before-controls-blank", BLIND, BLIND, BLIND, config={"of": "m"}),
@@ -87,9 +87,9 @@ def _line(table: str, start: str) -> list[str]:
 
 
 def test_raw_answers_come_back_as_they_were(tmp_path):
-    one = _trained("l-sft-0", OPEN, HALF, seconds=1.5, tokens=3, machine={"cpu": "x"})
+    one = _trained("self-distill-0", OPEN, HALF, seconds=1.5, tokens=3, machine={"cpu": "x"})
     found = read_answers(_folder(tmp_path, one))
-    assert found and found.runs == {"l-sft-0": one}
+    assert found and found.runs == {"self-distill-0": one}
     assert [(r.id, r.cls, r.prompt, r.key) for r in found.rows] == [(r.id, r.cls, r.prompt, r.key) for r in ROWS]
 
 
@@ -97,9 +97,9 @@ def test_methods_by_hand(raw):
     table = all_tables(raw)["methods"]
     # before: harmful 2, 1, 0 of 2, so 100 at worst and 50 in the mean; nothing refused, every vase named.
     assert _line(table, "before")[5:11] == ["100.0", "50.0", "0.0", "0.0", "100.0", "100.0"]
-    # l-sft: seed 0 reads harmful 50, 0, 0 and refuses all at depth 2; seed 1 100, 0, 0. Times are 2 and 4 minutes.
-    assert _line(table, "l-sft") == [
-        "l-sft",
+    # self-distill: seed 0 reads harmful 50, 0, 0 and refuses all at depth 2; seed 1 100, 0, 0. Times are 2 and 4 minutes.
+    assert _line(table, "self-distill") == [
+        "self-distill",
         "2",
         "7",
         "1.20",
@@ -112,7 +112,7 @@ def test_methods_by_hand(raw):
         "83.3 (66.7-100.0)",
         "100.0 [34.2-100.0] at depth 1",  # Wilson for 2 of 2: 1 / (1 + 1.96^2 / 2) = 0.342
     ]
-    assert "not equal for l-sft" in table and "Not run yet: self-distill-1" in table
+    assert "not equal for self-distill" in table and "Not run yet: self-distill-2, l-sft-1" in table
 
 
 def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
@@ -171,7 +171,7 @@ def test_a_missed_cost_limit_is_said(raw):
 
 def test_answers_that_do_not_belong_together_are_refused(raw):
     write_raw(raw, _raw("quantized", SAFE, HALF, config={"of": "another", "quantization": {}}))
-    with pytest.raises(AlignError, match="quantized asked another model than self-distill-0 has"):
+    with pytest.raises(AlignError, match="quantized asked another model than l-sft-0 has"):
         all_tables(raw)
 
 

@@ -31,6 +31,7 @@ def _config(rows, **changes) -> AlignConfig:
     """Six small updates; `l-dpo` takes any difference in reward for a pair, as a random model is never right."""
     base = AlignConfig(data=str(rows), steps=6, batch_size=4, reference_rows=2, checkpoint_every=3, lr=5e-3, precision="fp32")
     small = {
+        "tune": "lora",
         "lora": LoraConfig(r=4, alpha=8),
         "dpo": DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
         "ppo": PpoConfig(epochs=2, minibatches=2, max_new_tokens=6, kl_target=1.0),

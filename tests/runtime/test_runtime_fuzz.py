@@ -20,7 +20,7 @@ from mutants import wrong
 
 @pytest.mark.parametrize(
     ("kind", "count", "answered"),
-    [("sealed", 60, False), ("resealed", 40, False), ("forged", 40, True), ("picture", 80, True), ("prompt", 60, True)],
+    [("sealed", 40, False), ("resealed", 40, False), ("forged", 40, True), ("picture", 60, True), ("prompt", 60, True)],
 )
 def test_a_slice(kind, count, answered):
     row = fuzz.run_cases(kind, 0, count)
@@ -69,7 +69,7 @@ def test_a_dead_child_is_a_failure_with_its_number(monkeypatch):
         (lambda o: o["image"].update(rescale_factor=10**400), "rescale_factor"),
         (lambda o: o["image"].update(center_crop=False), "resize"),
         (lambda o: o["suite"].update(path="../suite"), "suite"),
-        (lambda o: o["graphs"]["vision/head.onnx"]["outputs"].append(o["graphs"]["vision/head.onnx"]["outputs"][0]), "one output"),
+        (lambda o: o["graphs"]["vision/head.onnx"].update(outputs=[]), "one output"),
         (lambda o: o["graphs"]["text/decoder_model_merged.onnx"]["outputs"].pop(), "present.0.value"),
     ],
 )

@@ -57,14 +57,14 @@ class Victim:
     which: Callable[[], str]
 
 
-def small_suite(folder: Path) -> Path:
+def small_suite(folder: Path, name: str = "small") -> Path:
     """A suite of nine rows for the bundle made by hand."""
     rows, images = [], {}
     for i, cls in enumerate(("harmful", "harmless", "task") * 3):
-        name = f"images/{i:05d}.png"
-        images[name] = Image.new("RGB", (8, 8), (20 * i, 0, 0))
-        rows.append(Row(f"r{i}", cls, cls, name, f"what {i}?", ANSWER, (ANSWER,), "t", True))
-    write_suite(folder, rows, images, "small", "val")
+        path = f"images/{i:05d}.png"
+        images[path] = Image.new("RGB", (8, 8), (20 * i, 0, 0))
+        rows.append(Row(f"r{i}", cls, cls, path, f"what {i}?", ANSWER, (ANSWER,), "t", True))
+    write_suite(folder, rows, images, name, "val")
     return folder
 
 
@@ -137,7 +137,8 @@ def usual_s(victim: Victim) -> float:
     victim.lay()
     process, begin = start(victim), time.perf_counter()
     process.communicate()
-    assert process.returncode == 0 and victim.which() == NEW, f"{victim.words} ended with {process.returncode}"
+    # 42: certify wrote its certificate, and the bundle made by hand refuses nothing.
+    assert process.returncode in (0, 42) and victim.which() == NEW, f"{victim.words} ended with {process.returncode}"
     return time.perf_counter() - begin
 
 

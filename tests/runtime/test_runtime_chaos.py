@@ -81,21 +81,16 @@ def test_that_check_fails_where_the_file_is_written_in_place(sealed, monkeypatch
 @pytest.fixture
 def folders(tmp_path):
     """(write, lay, which) of a folder that another one replaces."""
-    suites = {name: chaos.small_suite(tmp_path / "kept" / name) for name in ("old", "new")}
-    (suites["new"] / "suite.json").write_bytes(
-        seal({**unseal((suites["new"] / "suite.json").read_bytes(), "x"), "name": "newer"})
-    )
-    out, made = tmp_path / "out", tmp_path / "made"
+    kept, out = chaos.small_suite(tmp_path / "kept", "older"), tmp_path / "out"
 
     def lay():
-        for folder, name in ((out, "old"), (made, "new")):
-            suite_module.shutil.rmtree(folder, ignore_errors=True)
-            suite_module.shutil.copytree(suites[name], folder)
+        suite_module.shutil.rmtree(out, ignore_errors=True)
+        suite_module.shutil.copytree(kept, out)
 
     def which():
-        return "new" if read_suite(out).name == "newer" else "old"
+        return {"older": "old", "newer": "new"}[read_suite(out).name]
 
-    return tmp_path, lambda: suite_module._replace_folder(made, out), lay, which
+    return tmp_path, lambda: chaos.small_suite(out, "newer"), lay, which
 
 
 def test_a_folder_is_old_until_it_is_new(folders):

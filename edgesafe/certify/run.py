@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from edgesafe import __version__
 from edgesafe.bundle import write_atomically
 from edgesafe.certificate import PASSED, Certificate, ExitVerdict, write_certificate
@@ -87,7 +85,7 @@ def environment(session: Session) -> dict[str, Any]:
     """Where the answers were made."""
     return {
         "edgesafe": __version__,
-        "onnxruntime": onnxruntime.__version__,
+        session.backend.name: session.backend.version,
         "cpu": machine_name(),
         "machine": platform.machine(),
         "system": platform.system(),

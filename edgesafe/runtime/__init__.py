@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from edgesafe.runtime.asking import AnswerStream, PendingAnswer
+from edgesafe.runtime.backend import Backend, OnnxRuntime, RunnableGraph
 from edgesafe.runtime.choose import Budget, Prediction, choose_exit
 from edgesafe.runtime.measure import measure
-from edgesafe.runtime.session import Answer, AnswerStream, Session
+from edgesafe.runtime.session import Answer, Session
+from edgesafe.runtime.turns import Cancel, Progress
 
-__all__ = ["Answer", "AnswerStream", "Budget", "Prediction", "Session", "choose_exit", "measure"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Backend",
+    "Budget",
+    "Cancel",
+    "OnnxRuntime",
+    "PendingAnswer",
+    "Prediction",
+    "Progress",
+    "RunnableGraph",
+    "Session",
+    "choose_exit",
+    "measure",
+]

@@ -45,4 +45,7 @@ class OrtGraph:
         if missing:
             raise BundleError(f"the graph wants {sorted(missing)}, which this runtime doesn't know")
         wanted = {name: feeds[name].astype(self.dtypes[name], copy=False) for name in self.wants}
-        return dict(zip(self.outputs, self._session.run(self.outputs, wanted), strict=True))
+        try:
+            return dict(zip(self.outputs, self._session.run(self.outputs, wanted), strict=True))
+        except Exception as error:
+            raise BundleError(f"onnxruntime can't run the graph: {error}", todo="export the bundle again") from error

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import onnxruntime as ort
 
 from edgesafe import graph_io
 from edgesafe.bundle import Manifest
@@ -61,7 +60,7 @@ def measure(path: str | os.PathLike[str], *, threads: int | None = None, seconds
     table = LatencyTable(
         bundle_digest=session.bundle.digest,
         machine=machine_name(),
-        onnxruntime_version=ort.__version__,
+        onnxruntime_version=session.backend.version,
         threads=session.threads,
         segments=vision,
         text=text,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-import onnxruntime as ort
 from PIL import Image
 
 from edgesafe import graph_io
@@ -31,11 +32,13 @@ from edgesafe.errors import (
     UncertifiedExitError,
 )
 from edgesafe.runtime import choose, decode
+from edgesafe.runtime.asking import AnswerStream, PendingAnswer
+from edgesafe.runtime.backend import Backend, OnnxRuntime
 from edgesafe.runtime.choose import Budget, Prediction
-from edgesafe.runtime.decode import Array
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.decode import Array, Graph
 from edgesafe.runtime.image import Picture, preprocess
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt, load_tokenizer
+from edgesafe.runtime.turns import WAIT, Cancel, Progress, Turn, Turns
 
 MAX_NEW_TOKENS = 48
 
@@ -60,35 +63,13 @@ class Answer:
     note: str = ""
 
 
-class AnswerStream:
-    """Yields the answer's text piece by piece; ``answer`` is there once it has ended."""
-
-    def __init__(self, pieces: Iterator[str | Answer]) -> None:
-        self._pieces = pieces
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, str):
-            return piece
-        self._answer = piece
-        raise StopIteration
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; what is left of the stream is read first."""
-        for _ in self:
-            pass
-        if self._answer is None:
-            raise InputError("the stream was closed before its answer ended", todo="read it to its end")
-        return self._answer
-
-
 class Session:
-    """A verified bundle, its certificate and its graphs. Not for use from two threads at once."""
+    """A verified bundle, its certificate and its graphs; safe to use from several threads.
+
+    One ask runs at a time. Another one meanwhile waits for its turn (``when_busy="wait"``, in the order of asking) or raises
+    ``BusyError`` (``"refuse"``). ``graph``, ``run_exits``, ``run_vision_graph`` and ``prefill`` are the parts that asks are
+    made of: they take no turn, so a caller of these sees to it that nothing else runs.
+    """
 
     def __init__(
         self,
@@ -98,6 +79,8 @@ class Session:
         threads: int | None = None,
         allow_uncertified: bool = False,
         note: str = "",
+        backend: Backend | None = None,
+        when_busy: str = WAIT,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -108,12 +91,22 @@ class Session:
         self.threads = _threads(threads, self.profile)
         self.latency = read_latency(bundle)
         self._note = note
-        self._graphs: dict[str, OrtGraph] = {}
+        self.backend: Backend = backend or OnnxRuntime()
+        self._turns = Turns(when_busy)
+        self._worker = ThreadPoolExecutor(1, "edgesafe-ask")  # its thread starts with the first ask_async
+        self._graphs: dict[str, Graph] = {}
         self.tokenizer = load_tokenizer(bundle.root / self.manifest.tokenizer)
         self._eager()
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, threads: int | None = None, allow_uncertified: bool = False) -> Session:
+    def open(
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        allow_uncertified: bool = False,
+        backend: Backend | None = None,
+        when_busy: str = WAIT,
+    ) -> Session:
         """Verify every byte of a bundle and load it.
 
         Args:
@@ -121,6 +114,8 @@ class Session:
             threads: Threads of each graph; by default the device profile's, or this machine's if fewer.
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
                 certificate is of other bytes. Each answer then says so.
+            backend: What runs the graphs; by default Python's onnxruntime.
+            when_busy: What an ask does while another one runs: ``wait`` or ``refuse``.
 
         Raises:
             BundleError: The folder is no bundle, or its bytes are not those that were sealed.
@@ -133,7 +128,27 @@ class Session:
             if not allow_uncertified:
                 raise
             certificate, note = None, "the certificate is of other bytes and was ignored"
-        return Session(bundle, certificate, threads=threads, allow_uncertified=allow_uncertified, note=note)
+        return Session(
+            bundle,
+            certificate,
+            threads=threads,
+            allow_uncertified=allow_uncertified,
+            note=note,
+            backend=backend,
+            when_busy=when_busy,
+        )
+
+    def close(self) -> None:
+        """Free the graphs and end what runs or waits (``ClosedError``), from any thread; twice does nothing."""
+        self._turns.close()
+        self._graphs.clear()
+        self._worker.shutdown(wait=False)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def ask(
         self,
@@ -144,6 +159,8 @@ class Session:
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         allow_uncertified: bool = False,
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Answer:
         """Answer a question about a picture.
 
@@ -154,12 +171,15 @@ class Session:
             exit_depth: Take this exit instead.
             max_new_tokens: The answer's longest length in tokens.
             allow_uncertified: Use an exit without a passed verdict; the answer then says so.
+            cancel: Ends the ask from another thread, within one token.
+            progress: Called between steps, in the asking thread; what it raises ends the ask.
 
         Raises:
             InputError: The picture, the prompt or an option can't be used.
             UncertifiedExitError: No passed verdict allows the exit.
             NoExitFitsError: The budget is below the fastest certified exit.
             NotMeasuredError: A budget was given and nothing predicts the exits' times.
+            BusyError, CancelledError, ClosedError: It is not its turn, was cancelled, or the session was closed.
         """
         return self.stream(
             image,
@@ -168,7 +188,35 @@ class Session:
             exit_depth=exit_depth,
             max_new_tokens=max_new_tokens,
             allow_uncertified=allow_uncertified,
+            cancel=cancel,
+            progress=progress,
         ).answer
+
+    def ask_async(
+        self,
+        image: Picture,
+        prompt: str,
+        budget: Budget | None = None,
+        *,
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> PendingAnswer[Answer]:
+        """Like ``ask``, in a thread of the session's: wait with ``result()`` or ``await``, end it with ``cancel()``.
+
+        Its place in line is taken here. ``options`` are those of ``ask``. What ``ask`` raises comes out of ``result()``, but
+        for ``BusyError`` and ``ClosedError``, which are raised here.
+        """
+        cancel, start = cancel or Cancel(), time.perf_counter()
+        turn = self._turns.enter(cancel, progress)
+        pending = PendingAnswer(lambda: self._start(turn, start, image, prompt, budget, **options).answer, cancel)
+        try:
+            self._worker.submit(pending.run)
+        except RuntimeError:  # closed since the turn was taken
+            turn.leave()
+            self._turns.check_open()
+            raise
+        return pending
 
     def stream(
         self,
@@ -179,18 +227,25 @@ class Session:
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         allow_uncertified: bool = False,
-    ) -> AnswerStream:
-        """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text."""
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> AnswerStream[Answer]:
+        """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text.
+
+        It returns once it is this ask's turn, and keeps the turn until it was read to its end or closed.
+        """
         start = time.perf_counter()
-        _check_max_new_tokens(max_new_tokens)
-        if budget is not None and not isinstance(budget, Budget):
-            raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
-        ids = encode_prompt(self.tokenizer, self.manifest, prompt)
-        allow = allow_uncertified or self.allow_uncertified
-        prediction = self.predict(len(ids))
-        depth = self.choose(budget, exit_depth, allow, prediction)
-        pixels = preprocess(image, self.manifest.image)
-        return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, prediction, start))
+        turn = self._turns.enter(cancel, progress)
+        return self._start(
+            turn,
+            start,
+            image,
+            prompt,
+            budget,
+            exit_depth=exit_depth,
+            max_new_tokens=max_new_tokens,
+            allow_uncertified=allow_uncertified,
+        )
 
     def vision_states(self, image: Picture, depths: Collection[int]) -> dict[int, Array]:
         """The image features of each asked exit, shared segments run once.
@@ -198,10 +253,11 @@ class Session:
         Returns:
             float32 [N,D] by exit depth.
         """
-        return self.run_exits(preprocess(image, self.manifest.image), depths)
+        with self._turns.enter():
+            return self.run_exits(preprocess(image, self.manifest.image), depths)
 
-    def run_exits(self, pixels: Array, depths: Collection[int]) -> dict[int, Array]:
-        """Like ``vision_states``, from ``pixel_values`` [1,3,H,W]."""
+    def run_exits(self, pixels: Array, depths: Collection[int], turn: Turn | None = None) -> dict[int, Array]:
+        """Like ``vision_states``, from ``pixel_values`` [1,3,H,W]; ``turn`` is told of every graph and may end it."""
         done: dict[tuple[str, ...], Array] = {(): pixels}
         features = {}
         for depth in sorted(depths):
@@ -209,6 +265,8 @@ class Session:
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:
                     done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
+                    if turn is not None:
+                        turn.step("vision", i + 1, len(graphs))
             features[depth] = done[graphs]
         return features
 
@@ -222,8 +280,10 @@ class Session:
         """The answer's text for image features [N,D] that were computed before."""
         _check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
-        for token in self._tokens(features, encode_prompt(self.tokenizer, self.manifest, prompt), max_new_tokens):
-            text.push(token)
+        ids = encode_prompt(self.tokenizer, self.manifest, prompt)
+        with self._turns.enter():
+            for token in self._tokens(features, ids, max_new_tokens):
+                text.push(token)
         text.finish()
         return text.text
 
@@ -231,7 +291,7 @@ class Session:
         """Each exit's time to the first token, from this machine's measurement or else from the profile."""
         note = ""
         if self.latency is not None:
-            why = latency_mismatch(self.latency, self.bundle, self.threads)
+            why = latency_mismatch(self.latency, self.bundle, self.threads, self.backend.version)
             if not why:
                 return Prediction(choose.from_latency(self.manifest, self.latency, prompt_tokens), MEASURED)
             note = f"latency.json was ignored: {why}; "
@@ -260,11 +320,12 @@ class Session:
             )
         return choose.choose_exit(prediction.ttft_ms, usable, budget.ttft_ms)
 
-    def graph(self, path: str) -> OrtGraph:
+    def graph(self, path: str) -> Graph:
         """A loaded graph by its path in the bundle."""
+        self._turns.check_open()
         if path not in self._graphs:
             where = str(self.bundle.graph_path(path))
-            self._graphs[path] = OrtGraph(where, self.manifest.graphs[path], self.threads)
+            self._graphs[path] = self.backend.open(where, self.manifest.graphs[path], self.threads)
         return self._graphs[path]
 
     def prefill(self, features: Array, ids: list[int]) -> tuple[Array, dict[str, Array]]:
@@ -295,14 +356,44 @@ class Session:
         shown = ", ".join(map(str, self.certified)) or "none yet"
         return UncertifiedExitError(what, where=str(self.bundle.root), expected=f"a certified exit ({shown})", todo=todo)
 
+    def _start(
+        self,
+        turn: Turn,
+        start: float,
+        image: Picture,
+        prompt: str,
+        budget: Budget | None,
+        *,
+        exit_depth: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        allow_uncertified: bool = False,
+    ) -> AnswerStream[Answer]:
+        """Check the options, wait for the turn and begin; whatever goes wrong, the turn is given up."""
+        try:
+            _check_max_new_tokens(max_new_tokens)
+            if budget is not None and not isinstance(budget, Budget):
+                raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
+            ids = encode_prompt(self.tokenizer, self.manifest, prompt)
+            turn.wait()
+            prediction = self.predict(len(ids))
+            depth = self.choose(budget, exit_depth, allow_uncertified or self.allow_uncertified, prediction)
+            # A picture is decoded when it is its turn, so that a line of asks holds no line of pictures in memory.
+            pixels = preprocess(image, self.manifest.image)
+            return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, prediction, start, turn), turn)
+        except BaseException:
+            turn.leave()
+            raise
+
     def _answer(
-        self, pixels: Array, ids: list[int], depth: int, limit: int, prediction: Prediction, start: float
-    ) -> Iterator[str | Answer]:
-        features = self.run_exits(pixels, [depth])[depth]
+        self, pixels: Array, ids: list[int], depth: int, limit: int, prediction: Prediction, start: float, turn: Turn
+    ) -> Generator[str | Answer, None, None]:
+        turn.check()
+        features = self.run_exits(pixels, [depth], turn)[depth]
         text = TextStream(self.tokenizer)
         ttft_ms, reason = 0.0, "length"
-        for token in self._tokens(features, ids, limit):
+        for made, token in enumerate(self._tokens(features, ids, limit), start=1):
             ttft_ms = ttft_ms or _ms_since(start)
+            turn.step("decode", made, limit)
             if token in self.manifest.text.eos_token_ids:
                 reason = "stop"
                 break
@@ -356,13 +447,13 @@ class Session:
             raise BundleError(f"the decoder wants {sorted(unknown)}, which this runtime doesn't know")
 
 
-def latency_mismatch(table: LatencyTable, bundle: Bundle, threads: int) -> str:
+def latency_mismatch(table: LatencyTable, bundle: Bundle, threads: int, version: str) -> str:
     """Why a latency table says nothing about this bundle here, or an empty text where it does."""
     if table.bundle_digest != bundle.digest:
         return "it was measured on another bundle"
     if table.machine != machine_name():
         return f"it was measured on another machine ({table.machine})"
-    if table.onnxruntime_version != ort.__version__:
+    if table.onnxruntime_version != version:
         return f"it was measured with onnxruntime {table.onnxruntime_version}"
     graphs = {path for spec in bundle.manifest.exits for path in spec.graphs}
     if not table.text["prefill"] or not graphs <= table.segments.keys():

@@ -11,6 +11,8 @@ from edgesafe.errors import BundleError, InputError
 
 # What a decoder shows for bytes that are no whole character yet.
 _HALF = "\ufffd"
+# No tokenizer known spells more characters with one token; a text far beyond the context isn't worth tokenizing.
+_LONGEST_TOKEN = 128
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -69,6 +71,9 @@ def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> list
 def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("the prompt is empty", expected="a question about the picture", todo="write one")
+    most = _LONGEST_TOKEN * manifest.text.context_length
+    if len(prompt) > most:
+        raise InputError(f"the prompt has {len(prompt)} characters", expected=f"at most {most}", todo="shorten it")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -18,7 +18,7 @@ from edgesafe.errors import (
     UncertifiedExitError,
 )
 from edgesafe.runtime import decode, measure
-from edgesafe.runtime.session import OrtGraph
+from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from edgesafe.runtime.choose import Budget, Prediction, choose_exit
+from edgesafe.runtime.choose import Budget, choose_exit
+from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.measure import measure
 from edgesafe.runtime.session import Answer, AnswerStream, Session
 
-__all__ = ["Answer", "AnswerStream", "Budget", "Prediction", "Session", "choose_exit", "measure"]
+__all__ = ["Answer", "AnswerStream", "Budget", "Forecast", "Session", "choose_exit", "measure"]

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
-import onnxruntime as ort
 from PIL import Image
 
 from edgesafe import graph_io
-from edgesafe.bundle import Bundle
+from edgesafe.bundle import Bundle, ExitSpec
 from edgesafe.certificate import Certificate, certified_depths, read_certificate
-from edgesafe.device import (
-    ESTIMATED,
-    MEASURED,
-    DeviceProfile,
-    LatencyTable,
-    host_cores,
-    machine_name,
-    profile_of,
-    read_latency,
-)
-from edgesafe.errors import (
-    BundleError,
-    CertificateMismatchError,
-    InputError,
-    NotMeasuredError,
-    UncertifiedExitError,
-)
-from edgesafe.runtime import choose, decode
-from edgesafe.runtime.choose import Budget, Prediction
+from edgesafe.device import profile_of
+from edgesafe.errors import BundleError, CertificateMismatchError, InputError, UncertifiedExitError
+from edgesafe.machine import on_cores
+from edgesafe.runtime import choose, decode, tune
+from edgesafe.runtime.anytime import Clock, Course, run_anytime
+from edgesafe.runtime.choose import Budget
+from edgesafe.runtime.correct import Correction
 from edgesafe.runtime.decode import Array
+from edgesafe.runtime.forecast import PREPROCESS, Forecast
 from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.image import Picture, preprocess
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt, load_tokenizer
@@ -44,9 +32,14 @@ MAX_NEW_TOKENS = 48
 class Answer:
     """What was said and how.
 
-    ``finish_reason`` is ``stop`` (the model ended) or ``length``. Times are ms from the call. ``prediction``
-    says what ``predicted_ttft_ms`` rests on (``measured``, ``estimated``, or ``none`` with None). ``note`` is
-    empty or says what the caller should know.
+    ``finish_reason`` is ``stop`` (the model ended), ``length`` or ``deadline`` (cut before the budget's
+    ``total_ms``). Times are ms from the call. ``prediction`` says what ``predicted_ttft_ms`` rests on
+    (``measured``, ``estimated``, or ``none`` with None). ``note`` is empty or says what the caller should know.
+    ``why`` tells why this exit, ``planned_depth`` which one the budget was predicted to allow before any ran, and
+    ``deadline_met`` whether its times were kept; both are None without a budget. ``predicted_ms`` and
+    ``actual_ms`` are by stage: ``preprocess``, the vision graphs, ``prefill`` and ``decode`` (predicted: one
+    token's; actual: all of them). The predicted ones are medians, corrected by what was known at the call, so
+    they don't add up to ``predicted_ttft_ms``, which is at the budget's quantile.
     """
 
     text: str
@@ -58,20 +51,27 @@ class Answer:
     ttft_ms: float
     total_ms: float
     note: str = ""
+    why: str = ""
+    planned_depth: int | None = None
+    deadline_met: bool | None = None
+    predicted_ms: dict[str, float] = field(default_factory=dict)
+    actual_ms: dict[str, float] = field(default_factory=dict)
 
 
 class AnswerStream:
     """Yields the answer's text piece by piece; ``answer`` is there once it has ended."""
 
-    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+    def __init__(self, pieces: Iterator[str | Answer], cores: Sequence[int] | None = None) -> None:
         self._pieces = pieces
+        self._cores = cores
         self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        with on_cores(self._cores):
+            piece = next(self._pieces)
         if isinstance(piece, str):
             return piece
         self._answer = piece
@@ -96,8 +96,10 @@ class Session:
         certificate: Certificate | None,
         *,
         threads: int | None = None,
+        tuning: tune.Tuning | None = None,
         allow_uncertified: bool = False,
         note: str = "",
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -105,12 +107,16 @@ class Session:
         self.certified = certified_depths(certificate)
         self.allow_uncertified = allow_uncertified
         self.profile = profile_of(bundle)
-        self.threads = _threads(threads, self.profile)
-        self.latency = read_latency(bundle)
+        self.tuning = tuning or tune.tune(bundle, self.profile, threads)
+        self.threads = self.tuning.threads
+        self.correction = Correction()
+        self._clock = clock
+        self._forecasts: dict[int, Forecast] = {}
         self._note = note
         self._graphs: dict[str, OrtGraph] = {}
         self.tokenizer = load_tokenizer(bundle.root / self.manifest.tokenizer)
-        self._eager()
+        with on_cores(self.tuning.cores):
+            self._eager()
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, threads: int | None = None, allow_uncertified: bool = False) -> Session:
@@ -118,7 +124,8 @@ class Session:
 
         Args:
             path: The bundle's folder.
-            threads: Threads of each graph; by default the device profile's, or this machine's if fewer.
+            threads: Threads of each graph; by default those that ``edgesafe measure`` found best here, else the
+                device profile's, or this machine's if fewer.
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
                 certificate is of other bytes. Each answer then says so.
 
@@ -150,7 +157,8 @@ class Session:
         Args:
             image: A path, a PIL image or uint8 [H,W,3].
             prompt: The question, plain text.
-            budget: Take the deepest certified exit predicted to fit; without one, the deepest certified.
+            budget: Take the deepest certified exit that fits, predicted at first and by the clock between vision
+                segments; without one, the deepest certified. Its ``max_new_tokens`` counts where it is smaller.
             exit_depth: Take this exit instead.
             max_new_tokens: The answer's longest length in tokens.
             allow_uncertified: Use an exit without a passed verdict; the answer then says so.
@@ -158,8 +166,9 @@ class Session:
         Raises:
             InputError: The picture, the prompt or an option can't be used.
             UncertifiedExitError: No passed verdict allows the exit.
-            NoExitFitsError: The budget is below the fastest certified exit.
-            NotMeasuredError: A budget was given and nothing predicts the exits' times.
+            NoExitFitsError: The budget is below the fastest certified exit (``on_miss`` ``error``).
+            NotMeasuredError: A budget was given and nothing predicts the exits' times, or only an estimate does
+                and the budget demands a measurement.
         """
         return self.stream(
             image,
@@ -181,16 +190,19 @@ class Session:
         allow_uncertified: bool = False,
     ) -> AnswerStream:
         """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text."""
-        start = time.perf_counter()
+        start_s = self._clock()
         _check_max_new_tokens(max_new_tokens)
         if budget is not None and not isinstance(budget, Budget):
             raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
+        limit = min(max_new_tokens, budget.max_new_tokens or max_new_tokens) if budget else max_new_tokens
         ids = encode_prompt(self.tokenizer, self.manifest, prompt)
         allow = allow_uncertified or self.allow_uncertified
-        prediction = self.predict(len(ids))
-        depth = self.choose(budget, exit_depth, allow, prediction)
-        pixels = preprocess(image, self.manifest.image)
-        return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, prediction, start))
+        course = Course(self.predict(len(ids)), self.correction, budget, clock=self._clock, start_s=start_s, tokens=limit)
+        exits = self.choose(course, exit_depth, allow)
+        pixels = course.timed(PREPROCESS, lambda: preprocess(image, self.manifest.image))
+        if budget is not None:
+            course.plan(exits)
+        return AnswerStream(self._answer(pixels, ids, exits, limit, course), self.tuning.cores)
 
     def vision_states(self, image: Picture, depths: Collection[int]) -> dict[int, Array]:
         """The image features of each asked exit, shared segments run once.
@@ -227,38 +239,26 @@ class Session:
         text.finish()
         return text.text
 
-    def predict(self, prompt_tokens: int) -> Prediction:
-        """Each exit's time to the first token, from this machine's measurement or else from the profile."""
-        note = ""
-        if self.latency is not None:
-            why = latency_mismatch(self.latency, self.bundle, self.threads)
-            if not why:
-                return Prediction(choose.from_latency(self.manifest, self.latency, prompt_tokens), MEASURED)
-            note = f"latency.json was ignored: {why}; "
-        times = choose.from_profile(self.manifest, self.profile, prompt_tokens) if self.profile else None
-        if times is None:
-            return Prediction(None, "none", note + "nothing predicts the time here: run edgesafe measure")
-        name = self.profile.title if self.profile else ""
-        return Prediction(times, ESTIMATED, note + f"the time was estimated for {name}, not measured: run edgesafe measure")
+    def predict(self, prompt_tokens: int) -> Forecast:
+        """The stages' times, from this machine's measurement or else from the profile."""
+        if prompt_tokens not in self._forecasts:
+            self._forecasts[prompt_tokens] = tune.forecast(self.bundle, self.tuning, self.profile, prompt_tokens)
+        return self._forecasts[prompt_tokens]
 
-    def choose(self, budget: Budget | None, exit_depth: int | None, allow: bool, prediction: Prediction) -> int:
-        """The exit to run; see ``ask`` for what it raises."""
+    def choose(self, course: Course, exit_depth: int | None, allow: bool) -> list[ExitSpec]:
+        """The exits that may be taken, ascending: one, or with a budget all usable ones. See ``ask`` for what it raises."""
         if exit_depth is not None:
-            return self._checked_depth(budget, exit_depth, allow)
+            course.why = "asked for"
+            return [self.manifest.exit(self._checked_depth(course.budget, exit_depth, allow))]
         usable = self.certified or (self.manifest.depths if allow else ())
         if not usable:
             raise self._uncertified("no exit of this bundle has a passed verdict")
         usable = choose.within_reference(usable, self.manifest.reference_depth)
-        if budget is None:
-            return usable[-1]
-        if prediction.ttft_ms is None:
-            raise NotMeasuredError(
-                "a budget was given, and nothing predicts how long an exit takes here",
-                where=str(self.bundle.root),
-                expected="a measurement on this machine, or a device profile with estimates",
-                todo=f"measure it: edgesafe measure {self.bundle.root}",
-            )
-        return choose.choose_exit(prediction.ttft_ms, usable, budget.ttft_ms)
+        if course.budget is None:
+            course.why = "the deepest certified" if self.certified else "the deepest"
+            return [self.manifest.exit(usable[-1])]
+        tune.check_measured(course.forecast, course.budget, self.bundle)
+        return [self.manifest.exit(depth) for depth in usable]
 
     def graph(self, path: str) -> OrtGraph:
         """A loaded graph by its path in the bundle."""
@@ -296,34 +296,50 @@ class Session:
         return UncertifiedExitError(what, where=str(self.bundle.root), expected=f"a certified exit ({shown})", todo=todo)
 
     def _answer(
-        self, pixels: Array, ids: list[int], depth: int, limit: int, prediction: Prediction, start: float
+        self, pixels: Array, ids: list[int], exits: list[ExitSpec], limit: int, course: Course
     ) -> Iterator[str | Answer]:
-        features = self.run_exits(pixels, [depth])[depth]
-        text = TextStream(self.tokenizer)
-        ttft_ms, reason = 0.0, "length"
-        for token in self._tokens(features, ids, limit):
-            ttft_ms = ttft_ms or _ms_since(start)
-            if token in self.manifest.text.eos_token_ids:
-                reason = "stop"
+        def run(path: str, state: Array) -> Array:
+            return course.timed(path, lambda: self.run_vision_graph(path, state))
+
+        taken, features = run_anytime(exits, run, pixels, course.goes_on)
+        text, reason, made = TextStream(self.tokenizer), "length", 0
+        tokens = self._tokens(features, ids, limit)
+        while made == 0 or not course.out_of_time(len(ids) + made):
+            token = course.timed_token(len(ids) + made, lambda: next(tokens, None))
+            made += 1
+            if token is None or token in self.manifest.text.eos_token_ids:
+                reason = "length" if token is None else "stop"
                 break
             if piece := text.push(token):
                 yield piece
+        else:
+            reason = "deadline"
         if piece := text.finish():
             yield piece
-        predicted = prediction.ttft_ms[depth] if prediction.ttft_ms else None
-        yield Answer(
-            text=text.text,
+        self.correction = course.correction
+        yield self._told(text.text, reason, taken, course)
+
+    def _told(self, text: str, reason: str, taken: ExitSpec, course: Course) -> Answer:
+        """The answer with all that is known about how it came about."""
+        total_ms = course.elapsed_ms
+        return Answer(
+            text=text,
             finish_reason=reason,
-            exit_depth=depth,
-            certified=depth in self.certified,
-            predicted_ttft_ms=predicted,
-            prediction=prediction.source,
-            ttft_ms=ttft_ms,
-            total_ms=_ms_since(start),
-            note=self._notes(depth, prediction),
+            exit_depth=taken.exit_depth,
+            certified=taken.exit_depth in self.certified,
+            predicted_ttft_ms=course.predicted_ttft_ms(taken.graphs),
+            prediction=course.forecast.source,
+            ttft_ms=course.ttft_ms,
+            total_ms=total_ms,
+            note=self._notes(taken.exit_depth, course.forecast),
+            why=course.why,
+            planned_depth=course.planned_depth,
+            deadline_met=course.deadline_met(total_ms),
+            predicted_ms=course.predicted_ms(taken.graphs),
+            actual_ms=course.actual_ms,
         )
 
-    def _notes(self, depth: int, prediction: Prediction) -> str:
+    def _notes(self, depth: int, prediction: Forecast) -> str:
         notes = [self._note, prediction.note]
         if depth not in self.certified:
             notes.insert(0, f"the exit at depth {depth} is NOT certified: its answers were not shown to be safe")
@@ -356,35 +372,6 @@ class Session:
             raise BundleError(f"the decoder wants {sorted(unknown)}, which this runtime doesn't know")
 
 
-def latency_mismatch(table: LatencyTable, bundle: Bundle, threads: int) -> str:
-    """Why a latency table says nothing about this bundle here, or an empty text where it does."""
-    if table.bundle_digest != bundle.digest:
-        return "it was measured on another bundle"
-    if table.machine != machine_name():
-        return f"it was measured on another machine ({table.machine})"
-    if table.onnxruntime_version != ort.__version__:
-        return f"it was measured with onnxruntime {table.onnxruntime_version}"
-    graphs = {path for spec in bundle.manifest.exits for path in spec.graphs}
-    if not table.text["prefill"] or not graphs <= table.segments.keys():
-        return "it doesn't cover every exit"
-    if table.threads != threads:
-        return f"it was measured with {table.threads} threads"
-    return ""
-
-
-def _threads(asked: int | None, profile: DeviceProfile | None) -> int:
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-            raise InputError(f"{asked!r} is no number of threads", expected="at least 1")
-        return asked
-    cores = host_cores()
-    return min(cores, profile.threads) if profile and profile.threads else cores
-
-
 def _check_max_new_tokens(value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
-
-
-def _ms_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3

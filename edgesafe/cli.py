@@ -207,7 +207,8 @@ def cmd_measure(options: argparse.Namespace) -> int:
         compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]
         print("\n" + table(compared, ["threads", "on cores", "answer p50 ms"]))
     print(f"\n{result.machine}; {result.threads} threads; onnxruntime {result.onnxruntime_version}")
-    print(f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; governor {result.conditions['governor'] or 'unknown'}")
+    ruled = result.conditions["governor"] or "unknown"
+    print(f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; governor {ruled}")
     return 0
 
 

@@ -89,7 +89,8 @@ def remember_error(correction: Correction, ratio: float) -> Correction:
 def error_bound(correction: Correction, quantile: float) -> float:
     """The ratio that the next error stays below with a chance of at least ``quantile``, if it is like the last ones.
 
-    It is 1 before any error, then the ceil((n + 1) quantile)-th smallest of n errors, or the largest where n is too small to say.
+    It is 1 before any error, then the ceil((n + 1) quantile)-th smallest of n errors, or the largest where n is too
+    small to say.
 
     Source: the split-conformal quantile, Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005.
 

@@ -10,7 +10,7 @@ EDGESAFE := $(BIN)/edgesafe
 .PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget clean
 
 help: ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	@echo "setting up $(VENV) (about a minute) ..." >&2

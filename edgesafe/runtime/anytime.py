@@ -9,7 +9,7 @@ from typing import TypeVar
 from edgesafe.bundle import ExitSpec
 from edgesafe.errors import NoExitFitsError
 from edgesafe.runtime.choose import SHALLOWEST, Budget, choose_exit, first_token_ms
-from edgesafe.runtime.correct import Correction, factor, learn, remember_error
+from edgesafe.runtime.correct import Correction, factor, learn, remember_deadline, remember_error
 from edgesafe.runtime.decode import Array
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 
@@ -53,6 +53,7 @@ class Course:
         self._tokens = tokens
         self._before = correction
         self._bet: tuple[float, float] | None = None
+        self._fitted = False
 
     @property
     def elapsed_ms(self) -> float:
@@ -109,6 +110,7 @@ class Course:
         }
         try:
             self.planned_depth = choose_exit(predicted, predicted, left_ms)
+            self._fitted = True
             self.why = "predicted to fit"
         except NoExitFitsError:
             if self.budget.on_miss != SHALLOWEST:
@@ -171,6 +173,9 @@ class Course:
         if self._bet is not None and self._bet[1] > 0:
             placed_ms, expected_ms = self._bet
             self.correction = remember_error(self.correction, (self.ttft_ms - placed_ms) / expected_ms)
+        if self.budget is not None and self._fitted:
+            missed = self.ttft_ms > first_token_ms(self.budget)
+            self.correction = remember_deadline(self.correction, missed, self.budget.quantile)
 
 
 def run_anytime(

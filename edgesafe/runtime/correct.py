@@ -4,7 +4,9 @@ A measurement is made once; then the device grows hot, or another process takes 
 many times as long as measured it took. From that come two factors, whose product corrects a stage's prediction:
 ``speed``, which all stages share and which follows within about ``MEMORY_MS`` of work, and one a stage, which follows
 slowly and holds what is peculiar to it. And because no factor foresees the next burst, the last predictions' errors are
-kept: their quantile widens the next prediction.
+kept: their quantile widens the next prediction. Which quantile is learned as well, from the deadlines that were missed: an
+exit is deeper than the next by a whole segment, so a prediction that is exceeded seldom costs the deadline, and one that
+is never exceeded costs depth.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ MEMORY_MS = 25.0
 STAGE_GAIN = 0.05
 # Errors kept: with 40 the 95 % bound is the second largest.
 WINDOW = 40
+# How far one answer moves the quantile, and which share of the misses that a budget allows is aimed at. With all of them as
+# the aim, every other stretch of time would miss more than allowed.
+LEVEL_GAIN = 0.3
+AIM = 0.6
+# An error is allowed to be exceeded at most every other time.
+_MOST_EXCEEDED = 0.5
 # Beyond these a factor stems from a clock that was set or a process that was stopped, not from a load.
 _LEAST, _MOST = 0.05, 50.0
 
@@ -28,12 +36,14 @@ class Correction:
     """What was learned so far; the empty one corrects nothing.
 
     ``speed`` and ``stages`` are factors on measured times (2 = twice as long). ``errors`` are the last
-    ratios of what the rest of an answer took to what was expected, oldest first.
+    ratios of what the rest of an answer took to what was expected, oldest first; ``slack`` is added to the share of
+    them that may be exceeded.
     """
 
     speed: float = 1.0
     stages: Mapping[str, float] = field(default_factory=dict)
     errors: tuple[float, ...] = ()
+    slack: float = 0.0
 
 
 def factor(correction: Correction, stage: str) -> float:
@@ -86,11 +96,28 @@ def remember_error(correction: Correction, ratio: float) -> Correction:
     return replace(correction, errors=(*correction.errors, ratio)[-WINDOW:])
 
 
+def remember_deadline(correction: Correction, missed: bool, quantile: float) -> Correction:
+    """The correction after a deadline that was predicted to be kept with a chance of ``quantile`` was missed or kept.
+
+    A budget of quantile 0.9 allows 0.1 misses and aims at 0.06: a kept deadline adds 0.06 times the gain to the slack, and a
+    missed one takes 0.94 times the gain away, though never so much that less than nothing may be exceeded.
+
+    >>> kept = remember_deadline(Correction(), False, 0.9)
+    >>> round(kept.slack, 3), remember_deadline(kept, True, 0.9).slack == 0.9 - 1
+    (0.018, True)
+
+    Source: adaptive conformal inference, Gibbs and Candes 2021 (arXiv 2106.00170), equation 2.
+    Differs: the error is the deadline's, not the prediction's, and the aim is below the level.
+    """
+    slack = correction.slack + LEVEL_GAIN * (AIM * (1 - quantile) - missed)
+    return replace(correction, slack=min(max(slack, quantile - 1), _MOST_EXCEEDED))
+
+
 def error_bound(correction: Correction, quantile: float) -> float:
     """The ratio that the next error stays below with a chance of at least ``quantile``, if it is like the last ones.
 
     It is 1 before any error, then the ceil((n + 1) quantile)-th smallest of n errors, or the largest where n is too
-    small to say.
+    small to say. The slack lowers the quantile.
 
     Source: the split-conformal quantile, Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005.
 
@@ -102,8 +129,9 @@ def error_bound(correction: Correction, quantile: float) -> float:
     errors = sorted(correction.errors)
     if not errors:
         return 1.0
-    place = math.ceil(round((len(errors) + 1) * quantile, 9))
-    return errors[min(place, len(errors)) - 1]
+    level = 1 - min(max(1 - quantile + correction.slack, 0.0), max(_MOST_EXCEEDED, 1 - quantile))
+    place = math.ceil(round((len(errors) + 1) * level, 9))
+    return errors[min(max(place, 1), len(errors)) - 1]
 
 
 def _bounded(value: float) -> float:

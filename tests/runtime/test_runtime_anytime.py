@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from edgesafe import Budget
 from edgesafe.bundle import ExitSpec
 from edgesafe.errors import NoExitFitsError
 from edgesafe.runtime.anytime import Course, run_anytime
-from edgesafe.runtime.correct import MEMORY_MS, Correction, error_bound, factor, learn, remember_error
+from edgesafe.runtime.correct import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, UNCORRECTED, Forecast
 from mutants import wrong
 
@@ -66,13 +67,13 @@ def test_at_the_measured_speed_the_plan_is_kept(ttft_ms, depth):
 
 
 def test_a_machine_that_slowed_down_stops_earlier_and_is_in_time():
-    # At half speed exit 4 takes 2 * 47 = 94 ms. Planned as 47, it would miss 70 by far; the clock stops the chain.
+    # At half speed exit 4 takes 2 * 47 = 94 ms. Planned as 47, it would miss 80 by far; the clock stops the chain.
     machine = Machine(slow=2.0)
-    course = machine.course(Budget(70))
-    assert machine.answer(course) == 2 and course.planned_depth == 4
-    # 4 + 20 + 20 + 2 + 8
-    assert course.ttft_ms == pytest.approx(54)
-    assert course.deadline_met(54) and "exit 3 was predicted to need" in course.why
+    course = machine.course(Budget(80))
+    assert machine.answer(course) == 3 and course.planned_depth == 4
+    # 4 + 20 + 20 + 20 + 2 + 8. When the third segment had ended, 16 were left for at least 15.
+    assert course.ttft_ms == pytest.approx(74)
+    assert course.deadline_met(74) and "exit 4 was predicted to need" in course.why and "16.0 ms left" in course.why
 
 
 def test_a_machine_that_is_faster_than_feared_goes_deeper_than_planned_but_no_deeper_than_the_last_exit():
@@ -116,7 +117,7 @@ def test_what_is_learned_serves_the_next_answer():
         machine = Machine(slow=2.0)
         course = machine.course(Budget(70), correction)
         machine.answer(course)
-        correction = course.correction
+        correction = replace(course.correction, errors=())
     # Once the speed is known, the plan before any graph runs is what the clock finds: exit 2 of 54 ms, not exit 3 of 74.
     assert course.planned_depth == 2
     assert factor(correction, "s1") == pytest.approx(2.0, rel=0.05)
@@ -141,6 +142,30 @@ def test_errors_widen_the_next_prediction_and_are_forgotten():
     for _ in range(60):
         correction = remember_error(correction, 1.0)
     assert forecast().quantile_ms(("s1",), 0.95, correction) == pytest.approx(10.0)
+
+
+def test_kept_deadlines_narrow_the_prediction_and_a_missed_one_widens_it_at_once():
+    correction = Correction(errors=tuple(1 + i / 40 for i in range(40)))
+    # At 0.95 it is the 39th of 40 errors.
+    assert error_bound(correction, 0.95) == correction.errors[38]
+    for _ in range(10):
+        correction = remember_deadline(correction, False, 0.95)
+    # Ten kept add 10 * 0.3 * 0.6 * 0.05 = 0.09: 0.14 may be exceeded, ceil(41 * 0.86) = 36.
+    assert error_bound(correction, 0.95) == correction.errors[35]
+    assert error_bound(remember_deadline(correction, True, 0.95), 0.95) == correction.errors[39]
+    for _ in range(1000):
+        correction = remember_deadline(correction, False, 0.95)
+    assert error_bound(correction, 0.95) == correction.errors[20]  # ceil(41 / 2) = 21: every other time is the most
+
+
+def test_a_deadline_that_nothing_was_predicted_to_keep_teaches_no_width():
+    machine = Machine()
+    course = machine.course(Budget(10, on_miss="shallowest"))
+    machine.answer(course)
+    assert course.deadline_met(course.ttft_ms) is False and course.correction.slack == 0
+    course = machine.course(Budget(40))
+    machine.answer(course)
+    assert course.correction.slack > 0
 
 
 def test_the_error_of_an_answer_is_that_of_its_last_bet():
@@ -202,7 +227,7 @@ def test_learning_by_hand():
 def test_a_chain_that_asks_nobody_misses():
     deaf = wrong(run_anytime, ("goes_on(deeper.graphs[done:], deeper)", "True"))
     machine = Machine(slow=2.0)
-    course = machine.course(Budget(70))
+    course = machine.course(Budget(80))
     assert machine.answer(course, run=deaf) == 4 and course.deadline_met(course.ttft_ms) is False
 
 
@@ -210,7 +235,7 @@ def test_twins():
     # Wrong versions, each of which a test above would see.
     deaf = wrong(learn, ("correction.speed + gain", "correction.speed + 0 * gain"))
     assert deaf(Correction(), "a", MEMORY_MS, 3 * MEMORY_MS).speed == 1.0
-    low = wrong(error_bound, ("(len(errors) + 1) * quantile", "(len(errors) + 1) * (1 - quantile)"))
+    low = wrong(error_bound, ("(len(errors) + 1) * level", "(len(errors) + 1) * (1 - level)"))
     assert low(Correction(errors=(1.0, 1.5, 1.1)), 0.95) == 1.0
     separate = wrong(Forecast.spread, ("[sum(row) for row in zip(*(self.rounds[stage] for stage in stages), strict=True)]",
                                       "[sum(max(self.rounds[stage]) for stage in stages)]"))  # fmt: skip

@@ -11,8 +11,8 @@ baselines are reckoned from. The budget says `shallowest`, so every request is a
     deepest      always the reference depth
     oracle       the deepest exit whose true time keeps the deadline, else the first
 
-BUNDLE is by default a model of random weights whose encoder takes most of the time (model.py), every exit of which may be
-used; in a certified bundle only certified exits are.
+BUNDLE is by default one of random weights whose encoder takes most of the time (model.py), every exit of which may be used;
+in a certified bundle only certified exits are.
 """
 
 from __future__ import annotations
@@ -260,13 +260,15 @@ def main() -> None:
     """Run it and write the report."""
     parser = argparse.ArgumentParser(description="Deadlines kept and depths reached under load.")
     parser.add_argument("bundle", nargs="?", type=Path, help="a bundle's folder (one of random weights is made)")
-    parser.add_argument("--build", type=Path, default=Path("build/bench"), help="where that one is made")
+    parser.add_argument("--build", type=Path, default=Path("build/bench/bundle"), help="where that one is made")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="the report")
     parser.add_argument("--seconds", type=float, default=40.0, help="seconds a trace (40)")
     options = parser.parse_args()
     if options.bundle is None:
-        from model import make_bench_bundle
+        sys.path.insert(0, str(HERE.parent))
+        from bench.model import make_bench_bundle
 
+        options.build.parent.mkdir(parents=True, exist_ok=True)
         options.bundle = make_bench_bundle(options.build)
     report = run_all(options.bundle, options.seconds)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

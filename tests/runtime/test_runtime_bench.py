@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bench.budget as budget
-from bench.budget import Run, Watched, bursts, load, oracle_depth, request, run_all, shown, summary, traces
+from bench.budget import Run, Watched, bursts, load, oracle_depth, request, run_all, shown, summary, traces, usable_depths
+from bench.model import make_bench_bundle
 from edgesafe.bundle import Bundle
 from edgesafe.certificate import read_certificate
 from edgesafe.runtime import measure
@@ -61,3 +62,14 @@ def test_the_reckoning():
     late = summary([Run(25.0, 3, 30.0, 3, {1: 10.0, 2: 20.0, 3: 30.0})])
     assert late["edgesafe"]["miss_rate"] == late["static"]["miss_rate"] == late["deepest"]["miss_rate"] == 1
     assert late["shallowest"]["miss_rate"] == late["oracle"]["miss_rate"] == 0
+
+
+def test_the_bench_s_bundle_is_one_that_answers(tmp_path):
+    root = make_bench_bundle(tmp_path / "bundle", tokens=6, width=8, text_inner=8)
+    assert make_bench_bundle(root) == root and not (tmp_path / "bundle.partial").exists()
+    session = Watched(Bundle.open(root), None)
+    assert usable_depths(session) == tuple(range(1, 13))
+    features = session.vision_states(np.zeros((8, 8, 3), np.uint8), session.manifest.depths)
+    # Each block changes the state a little, so that every exit has features of its own, and none grows out of bounds.
+    steps = [np.abs(features[d + 1] - features[d]).max() for d in range(1, 12)]
+    assert min(steps) > 1e-3 and np.abs(features[12]).max() < 100

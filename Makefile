@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check study reference bench clean
+.PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget clean
 
 help: ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	@echo "setting up $(VENV) (about a minute) ..." >&2
@@ -50,6 +50,9 @@ reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hou
 
 bench: $(VENV)/ready ## time every segment of build/DEVICE/bundle here
 	@$(EDGESAFE) measure $(OUT)/bundle
+
+bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
+	@$(BIN)/python tests/bench/budget.py --out tests/bench/budget.json
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

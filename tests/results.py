@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.bundle import write_atomically
-from edgesafe.device import machine_name
+from edgesafe.machine import machine_name
 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers", "pillow")
 

@@ -17,8 +17,8 @@ from edgesafe.certificate import PASSED, Certificate, ExitVerdict, write_certifi
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import CLASSES, Row, Suite, read_suite
 from edgesafe.certify.tally import families, smoke_verdict, tally, verdict
-from edgesafe.device import machine_name
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
+from edgesafe.machine import machine_name
 from edgesafe.progress import bar, table
 from edgesafe.runtime.session import MAX_NEW_TOKENS, Session
 

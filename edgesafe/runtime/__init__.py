@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from edgesafe.runtime.answer import Answer
 from edgesafe.runtime.asking import AnswerStream, PendingAnswer
 from edgesafe.runtime.backend import Backend, OnnxRuntime, RunnableGraph
-from edgesafe.runtime.choose import Budget, Prediction, choose_exit
+from edgesafe.runtime.choose import Budget, choose_exit
+from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.measure import measure
-from edgesafe.runtime.session import Answer, Session
+from edgesafe.runtime.session import Session
 from edgesafe.runtime.turns import Cancel, Progress
 
 __all__ = [
@@ -15,9 +17,9 @@ __all__ = [
     "Backend",
     "Budget",
     "Cancel",
+    "Forecast",
     "OnnxRuntime",
     "PendingAnswer",
-    "Prediction",
     "Progress",
     "RunnableGraph",
     "Session",

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from edgesafe.errors import InputError
+from edgesafe.machine import on_cores
 from edgesafe.runtime.turns import Cancel, Turn
 
 A = TypeVar("A")
@@ -19,12 +20,14 @@ A = TypeVar("A")
 class AnswerStream(Generic[A]):
     """Yields the answer's text piece by piece; ``answer`` is there once it has ended.
 
-    It holds the session's turn until it has ended, is closed, or is garbage: asks of other threads wait for that.
+    It holds the session's turn until it has ended, is closed, or is garbage: asks of other threads wait for that. Its work is
+    done in the reader's thread, which is kept on ``cores`` meanwhile (None = any).
     """
 
-    def __init__(self, pieces: Generator[str | A, None, None], turn: Turn) -> None:
+    def __init__(self, pieces: Generator[str | A, None, None], turn: Turn, cores: Sequence[int] | None = None) -> None:
         self._pieces = pieces
         self._turn = turn
+        self._cores = cores
         self._answer: A | None = None
         self._lock = threading.Lock()
         self._driver: int | None = None
@@ -37,7 +40,8 @@ class AnswerStream(Generic[A]):
     def __next__(self) -> str:
         with self._driving():
             try:
-                piece = next(self._pieces)
+                with on_cores(self._cores):
+                    piece = next(self._pieces)
             except BaseException:
                 self._turn.leave()
                 raise

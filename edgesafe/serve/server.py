@@ -31,6 +31,7 @@ from edgesafe.errors import (
 )
 from edgesafe.records import Fields
 from edgesafe.runtime import Budget, Progress, Session
+from edgesafe.runtime.choose import QUANTILE
 
 HOST, PORT = "127.0.0.1", 8765
 # A picture of 16 MiB in base64, and room for the prompt.
@@ -245,7 +246,7 @@ def facts(session: Session) -> dict[str, Any]:
             {
                 "exit_depth": depth,
                 "certified": depth in session.certified,
-                "predicted_ms": prediction.ttft_ms.get(depth) if prediction.ttft_ms else None,
+                "predicted_ms": prediction.ttft_ms(manifest.exit(depth).graphs, QUANTILE, session.correction),
                 "verdict": verdicts.get(depth),
             }
             for depth in manifest.depths

@@ -99,7 +99,7 @@ def _jobs(session: Session) -> tuple[list[Job], list[int]]:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, _PICTURE, np.uint8)
     jobs: list[Job] = [("preprocess", partial(preprocess, picture, session.manifest.image))]
-    state: dict[tuple[str, ...], decode.Array] = {(): preprocess(picture, session.manifest.image)}
+    state: dict[tuple[str, ...], decode.State] = {(): preprocess(picture, session.manifest.image)}
     for spec in session.manifest.exits:
         for i, path in enumerate(spec.graphs):
             before = spec.graphs[:i]
@@ -107,7 +107,7 @@ def _jobs(session: Session) -> tuple[list[Job], list[int]]:
                 state[spec.graphs[: i + 1]] = session.run_vision_graph(path, state[before])
             if path not in dict(jobs):
                 jobs.append((path, partial(session.run_vision_graph, path, state[before])))
-    features = state[session.manifest.exits[-1].graphs]
+    features = decode.as_array(state[session.manifest.exits[-1].graphs])
     prompts = _prompts(session)
     for ids in prompts:
         jobs.append((f"prefill {len(ids)}", partial(session.prefill, features, ids)))

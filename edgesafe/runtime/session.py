@@ -32,9 +32,11 @@ from edgesafe.errors import (
 )
 from edgesafe.runtime import choose, decode
 from edgesafe.runtime.choose import Budget, Prediction
-from edgesafe.runtime.decode import Array
+from edgesafe.runtime.conversation import Conversation
+from edgesafe.runtime.decode import Array, Reader, State
 from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.image import Picture, preprocess
+from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt, load_tokenizer
 
 MAX_NEW_TOKENS = 48
@@ -143,6 +145,7 @@ class Session:
         *,
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         allow_uncertified: bool = False,
     ) -> Answer:
         """Answer a question about a picture.
@@ -153,6 +156,7 @@ class Session:
             budget: Take the deepest certified exit predicted to fit; without one, the deepest certified.
             exit_depth: Take this exit instead.
             max_new_tokens: The answer's longest length in tokens.
+            sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
             allow_uncertified: Use an exit without a passed verdict; the answer then says so.
 
         Raises:
@@ -167,6 +171,7 @@ class Session:
             budget,
             exit_depth=exit_depth,
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
             allow_uncertified=allow_uncertified,
         ).answer
 
@@ -178,11 +183,12 @@ class Session:
         *,
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         allow_uncertified: bool = False,
     ) -> AnswerStream:
         """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text."""
         start = time.perf_counter()
-        _check_max_new_tokens(max_new_tokens)
+        check_max_new_tokens(max_new_tokens)
         if budget is not None and not isinstance(budget, Budget):
             raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
         ids = encode_prompt(self.tokenizer, self.manifest, prompt)
@@ -190,7 +196,24 @@ class Session:
         prediction = self.predict(len(ids))
         depth = self.choose(budget, exit_depth, allow, prediction)
         pixels = preprocess(image, self.manifest.image)
-        return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, prediction, start))
+        return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, sampling, prediction, start))
+
+    def conversation(
+        self,
+        image: Picture,
+        budget: Budget | None = None,
+        *,
+        exit_depth: int | None = None,
+        allow_uncertified: bool = False,
+    ) -> Conversation:
+        """Several questions about one picture, which is paid for once; the exit is chosen now and stays.
+
+        Args and errors are those of ``ask``.
+        """
+        allow = allow_uncertified or self.allow_uncertified
+        prediction = self.predict(len(encode_prompt(self.tokenizer, self.manifest, "?")))
+        depth = self.choose(budget, exit_depth, allow, prediction)
+        return Conversation(self, preprocess(image, self.manifest.image), depth, prediction)
 
     def vision_states(self, image: Picture, depths: Collection[int]) -> dict[int, Array]:
         """The image features of each asked exit, shared segments run once.
@@ -202,25 +225,23 @@ class Session:
 
     def run_exits(self, pixels: Array, depths: Collection[int]) -> dict[int, Array]:
         """Like ``vision_states``, from ``pixel_values`` [1,3,H,W]."""
-        done: dict[tuple[str, ...], Array] = {(): pixels}
+        done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
         for depth in sorted(depths):
             graphs = self.manifest.exit(depth).graphs
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:
                     done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
-            features[depth] = done[graphs]
+            features[depth] = decode.as_array(done[graphs])
         return features
 
-    def run_vision_graph(self, path: str, state: Array) -> Array:
+    def run_vision_graph(self, path: str, state: State) -> State:
         """One segment, head or whole exit: its one input is the picture or the state, its one output the next."""
-        graph = self.graph(path)
-        (out,) = graph.run(dict.fromkeys(graph.wants, state)).values()
-        return out
+        return decode.advance(self.graph(path), state)
 
     def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """The answer's text for image features [N,D] that were computed before."""
-        _check_max_new_tokens(max_new_tokens)
+        check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
         for token in self._tokens(features, encode_prompt(self.tokenizer, self.manifest, prompt), max_new_tokens):
             text.push(token)
@@ -269,7 +290,7 @@ class Session:
 
     def prefill(self, features: Array, ids: list[int]) -> tuple[Array, dict[str, Array]]:
         """Read a whole prompt: its logits and its cache."""
-        embeds = self._merged(features, ids)
+        embeds = self.merged(features, ids)
         text = self.manifest.text
         return decode.step(self.graph(text.decoder), text, embeds, decode.empty_cache(text))
 
@@ -296,18 +317,26 @@ class Session:
         return UncertifiedExitError(what, where=str(self.bundle.root), expected=f"a certified exit ({shown})", todo=todo)
 
     def _answer(
-        self, pixels: Array, ids: list[int], depth: int, limit: int, prediction: Prediction, start: float
+        self, pixels: Array, ids: list[int], depth: int, limit: int, sampling: Sampling, prediction: Prediction, start: float
     ) -> Iterator[str | Answer]:
         features = self.run_exits(pixels, [depth])[depth]
-        text = TextStream(self.tokenizer)
+        tokens = self._tokens(features, ids, limit, sampling)
+        yield from self.answer_of(tokens, depth, sampling, prediction, start)
+
+    def answer_of(
+        self, tokens: Iterator[int], depth: int, sampling: Sampling, prediction: Prediction, start: float
+    ) -> Iterator[str | Answer]:
+        """An answer's pieces, then the answer, from its tokens; the first of them costs what comes before it."""
+        text = TextStream(self.tokenizer, sampling.stop)
         ttft_ms, reason = 0.0, "length"
-        for token in self._tokens(features, ids, limit):
+        for token in tokens:
             ttft_ms = ttft_ms or _ms_since(start)
-            if token in self.manifest.text.eos_token_ids:
+            ended = token in self.manifest.text.eos_token_ids
+            if not ended and (piece := text.push(token)):
+                yield piece
+            if ended or text.ended:
                 reason = "stop"
                 break
-            if piece := text.push(token):
-                yield piece
         if piece := text.finish():
             yield piece
         predicted = prediction.ttft_ms[depth] if prediction.ttft_ms else None
@@ -329,12 +358,18 @@ class Session:
             notes.insert(0, f"the exit at depth {depth} is NOT certified: its answers were not shown to be safe")
         return "; ".join(note for note in notes if note)
 
-    def _tokens(self, features: Array, ids: list[int], limit: int) -> Iterator[int]:
-        text = self.manifest.text
-        embeds = self._merged(features, ids)
-        return decode.greedy(self.graph(text.embed_tokens), self.graph(text.decoder), text, embeds, limit)
+    def _tokens(self, features: State, ids: list[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[int]:
+        reader = self.reader(len(ids) + limit)
+        logits = reader.read(self.merged(features, ids))
+        yield from decode.generate(reader, logits, self.manifest.text, limit, Picker(sampling, ids).pick)
 
-    def _merged(self, features: Array, ids: list[int]) -> Array:
+    def reader(self, length: int) -> Reader:
+        """The language side before its first token, with room for so many."""
+        text = self.manifest.text
+        return decode.open_reader(self.graph(text.embed_tokens), self.graph(text.decoder), text, length)
+
+    def merged(self, features: State, ids: list[int]) -> Array:
+        """A prompt's embeddings [1,S,D] with the picture's features [N,D] in their places."""
         embed = self.graph(self.manifest.text.embed_tokens)
         return decode.merge_features(embed, ids, self.manifest.image_token_id, features)
 
@@ -381,7 +416,7 @@ def _threads(asked: int | None, profile: DeviceProfile | None) -> int:
     return min(cores, profile.threads) if profile and profile.threads else cores
 
 
-def _check_max_new_tokens(value: int) -> None:
+def check_max_new_tokens(value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
 

@@ -69,8 +69,8 @@ def test_vision_states_by_hand(session, picture, mean):
 
 def test_shared_segments_run_once(session, monkeypatch):
     ran = []
-    run = OrtGraph.run
-    monkeypatch.setattr(OrtGraph, "run", lambda self, feeds: ran.append(len(ran)) or run(self, feeds))
+    run = OrtGraph.advance
+    monkeypatch.setattr(OrtGraph, "advance", lambda self, state: ran.append(len(ran)) or run(self, state))
     session.vision_states(BLACK, [1, 2, 3])
     # Three segments and a head for each of three exits; one by one it would have been 1 + 2 + 3 segments.
     assert len(ran) == 6

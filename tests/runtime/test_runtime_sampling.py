@@ -117,13 +117,13 @@ def test_bad_options(options):
 
 
 @pytest.mark.parametrize(
-    ("stop", "text", "reason"),
-    [(("1",), "Zé", "stop"), (("€.", "1"), "Zé", "stop"), (("1€!",), ANSWER, "stop"), (("Z",), "", "stop"), ((), ANSWER, "stop")],
+    ("stop", "text"),
+    [(("1",), "Zé"), (("€.", "1"), "Zé"), (("1€!",), ANSWER), (("Z",), ""), ((), ANSWER)],
 )
-def test_the_answer_ends_before_the_first_stop_text_and_no_piece_shows_a_part_of_it(handmade, stop, text, reason):
+def test_an_answer_ends_before_the_first_stop_text_and_shows_no_part_of_it(handmade, stop, text):
     stream = Session.open(handmade).stream(BLACK, "what?", sampling=Sampling(stop=stop))
     assert "".join(stream) == text
-    assert (stream.answer.text, stream.answer.finish_reason) == (text, reason)
+    assert (stream.answer.text, stream.answer.finish_reason) == (text, "stop")
 
 
 def test_a_stop_text_ends_the_decoding_too(handmade):

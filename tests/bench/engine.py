@@ -91,8 +91,9 @@ def genai(model: Path, threads: int) -> tuple[Start, Step]:
 
 
 def main(name: str, model: Path, threads: int) -> None:
+    begin = time.perf_counter()
     start, step = {"edgesafe": edgesafe, "llama.cpp": llama_cpp, "onnxruntime-genai": genai}[name](model, threads)
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"open_ms": (time.perf_counter() - begin) * 1e3}), flush=True)
     for line in sys.stdin:
         prompt, answer = map(int, line.split())
         ids = np.random.default_rng(prompt).integers(10, 30_000, prompt).tolist()

@@ -131,6 +131,10 @@ def _add_ask(parser: argparse.ArgumentParser) -> Run:
     which.add_argument("--budget-ms", type=float, metavar="N", help="the deepest certified exit that fits N ms")
     which.add_argument("--exit-depth", type=int, metavar="D", help="the exit after D blocks")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="draw tokens (0: take the likeliest)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest with this share (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="T", help="end the answer before this text; repeatable")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (the profile's)")
     parser.add_argument("--allow-uncertified", action="store_true", help="use an exit without a passed verdict")
     return cmd_ask
@@ -138,8 +142,9 @@ def _add_ask(parser: argparse.ArgumentParser) -> Run:
 
 def cmd_ask(options: argparse.Namespace) -> int:
     """Stream an answer to stdout and say on stderr how it came about."""
-    from edgesafe.runtime import Budget, Session
+    from edgesafe.runtime import Budget, Sampling, Session
 
+    sampling = Sampling(options.temperature, options.top_p, options.seed, stop=tuple(options.stop))
     budget = Budget(options.budget_ms) if options.budget_ms is not None else None
     session = Session.open(options.bundle, threads=options.threads, allow_uncertified=options.allow_uncertified)
     stream = session.stream(
@@ -148,6 +153,7 @@ def cmd_ask(options: argparse.Namespace) -> int:
         budget,
         exit_depth=options.exit_depth,
         max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
     )
     for piece in stream:
         if not options.json:

@@ -46,10 +46,11 @@ class Conversation:
 
     def stream(self, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY) -> AnswerStream:
         """Like ``ask``, but yields the text as it comes; the stream before it ends here."""
-        from edgesafe.runtime.session import AnswerStream, check_max_new_tokens
+        from edgesafe.runtime.session import AnswerStream, check_max_new_tokens, check_options
 
         start = time.perf_counter()
         check_max_new_tokens(max_new_tokens)
+        check_options(None, sampling)
         ids = encode_prompt(self._session.tokenizer, self._session.manifest, prompt)
         prediction = self._prediction if self._features is None else _LATER
         self._turn += 1

@@ -189,8 +189,7 @@ class Session:
         """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text."""
         start = time.perf_counter()
         check_max_new_tokens(max_new_tokens)
-        if budget is not None and not isinstance(budget, Budget):
-            raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
+        check_options(budget, sampling)
         ids = encode_prompt(self.tokenizer, self.manifest, prompt)
         allow = allow_uncertified or self.allow_uncertified
         prediction = self.predict(len(ids))
@@ -210,6 +209,7 @@ class Session:
 
         Args and errors are those of ``ask``.
         """
+        check_options(budget, GREEDY)
         allow = allow_uncertified or self.allow_uncertified
         prediction = self.predict(len(encode_prompt(self.tokenizer, self.manifest, "?")))
         depth = self.choose(budget, exit_depth, allow, prediction)
@@ -417,8 +417,17 @@ def _threads(asked: int | None, profile: DeviceProfile | None) -> int:
 
 
 def check_max_new_tokens(value: int) -> None:
+    """Refuse what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
+
+
+def check_options(budget: Budget | None, sampling: Sampling) -> None:
+    """Refuse what is no budget or no sampling."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"{sampling!r} says nothing of sampling", expected="Sampling(temperature=...)")
 
 
 def _ms_since(start: float) -> float:

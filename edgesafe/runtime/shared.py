@@ -68,9 +68,10 @@ class SharedReader:
 
     def reserve(self, length: int) -> None:
         """See ``Reader``; a larger buffer takes over what was read."""
-        if length <= self.room:
+        room = room_for(length, self._text.context_length)
+        if room <= self.room:
             return
-        self.room = room_for(length, self._text.context_length)
+        self.room = room
         self._mask = np.ones((1, self.room), np.int64)
         shape = (1, self._text.num_kv_heads, self.room, self._text.head_dim)
         for i in range(self._text.num_layers):

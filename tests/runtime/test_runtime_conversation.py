@@ -74,7 +74,7 @@ def test_an_answer_that_was_left_in_the_middle_can_not_go_on(session):
         list(unread)
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"prompt": ""}, {"prompt": "x" * 200}])
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"prompt": ""}, {"prompt": "x" * 200}, {"sampling": 1}])
 def test_bad_questions(session, options):
     talk = session.conversation(BLACK)
     with pytest.raises(InputError):
@@ -85,3 +85,5 @@ def test_bad_questions(session, options):
 def test_a_bad_picture_is_refused_at_once(session):
     with pytest.raises(InputError):
         session.conversation(None)
+    with pytest.raises(InputError):
+        session.conversation(BLACK, 700)

@@ -143,6 +143,7 @@ def test_the_context_s_edge(session):
         {"budget": 5.0},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.0},
+        {"sampling": 0.7},
     ],
     ids=str,
 )

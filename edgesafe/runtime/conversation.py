@@ -10,13 +10,13 @@ from edgesafe.errors import InputError
 from edgesafe.runtime import decode
 from edgesafe.runtime.choose import Prediction
 from edgesafe.runtime.decode import Array, Reader
+from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
     from edgesafe.runtime.session import Answer, AnswerStream, Session
 
-MAX_NEW_TOKENS = 48
 # A later question's time rests on what is left to read, which nothing predicts.
 _LATER = Prediction(None, "none", "the picture was read before: no time was predicted")
 
@@ -46,7 +46,7 @@ class Conversation:
 
     def stream(self, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY) -> AnswerStream:
         """Like ``ask``, but yields the text as it comes; the stream before it ends here."""
-        from edgesafe.runtime.session import AnswerStream, check_max_new_tokens, check_options
+        from edgesafe.runtime.session import AnswerStream
 
         start = time.perf_counter()
         check_max_new_tokens(max_new_tokens)

@@ -36,10 +36,9 @@ from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.decode import Array, Reader, State
 from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.image import Picture, preprocess
+from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt, load_tokenizer
-
-MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -414,20 +413,6 @@ def _threads(asked: int | None, profile: DeviceProfile | None) -> int:
         return asked
     cores = host_cores()
     return min(cores, profile.threads) if profile and profile.threads else cores
-
-
-def check_max_new_tokens(value: int) -> None:
-    """Refuse what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
-
-
-def check_options(budget: Budget | None, sampling: Sampling) -> None:
-    """Refuse what is no budget or no sampling."""
-    if budget is not None and not isinstance(budget, Budget):
-        raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
-    if not isinstance(sampling, Sampling):
-        raise InputError(f"{sampling!r} says nothing of sampling", expected="Sampling(temperature=...)")
 
 
 def _ms_since(start: float) -> float:

@@ -151,8 +151,9 @@ def softmax(row: Floats) -> Floats:
     >>> softmax(np.array([0.0, 0.0, -math.inf])).tolist()
     [0.5, 0.5, 0.0]
     """
-    weights: Floats = np.exp(row.astype(np.float64) - row.max())
-    return weights / weights.sum()
+    weights = np.exp(row.astype(np.float64) - row.max())
+    shares: Floats = weights / weights.sum()
+    return shares
 
 
 def draw(row: Floats, chance: float) -> int:

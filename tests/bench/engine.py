@@ -57,8 +57,8 @@ def llama_cpp(model: Path, threads: int) -> tuple[Start, Step]:
     size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(loaded))
 
     def read(ids: Sequence[int]) -> object:
-        batch = api.llama_batch_get_one((api.llama_token * len(ids))(*ids), len(ids))
-        if api.llama_decode(context, batch):
+        tokens = (api.llama_token * len(ids))(*ids)  # the batch only points at it
+        if api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama_decode failed")
         return int(np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (size,)).argmax())
 

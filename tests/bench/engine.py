@@ -1,5 +1,5 @@
 """One engine in a process of its own: ENGINE MODEL THREADS. Each line on stdin `PROMPT ANSWER` (tokens) is one run; the
-answer is a JSON line {prefill_ms, decode_ms: [one a token]}. Engines so kept apart can be timed in turns.
+answer is a JSON line {prefill_ms, decode_ms: [one a token]} and the same in `_cpu_ms`. Engines so kept apart can be timed in turns.
 
 Needs only what its engine needs, so that the peers run in their own environment.
 """
@@ -97,14 +97,18 @@ def main(name: str, model: Path, threads: int) -> None:
     for line in sys.stdin:
         prompt, answer = map(int, line.split())
         ids = np.random.default_rng(prompt).integers(10, 30_000, prompt).tolist()
-        begin = time.perf_counter()
-        start(ids)
-        prefill_ms, decode_ms = (time.perf_counter() - begin) * 1e3, []
-        for i in range(answer):
-            begin = time.perf_counter()
-            step(ids[i])
-            decode_ms.append((time.perf_counter() - begin) * 1e3)
-        print(json.dumps({"prefill_ms": prefill_ms, "decode_ms": decode_ms}), flush=True)
+        prefill = timed(lambda p=ids: start(p))
+        steps = [timed(lambda t=token: step(t)) for token in ids[:answer]]
+        times = {"prefill_ms": prefill[0], "prefill_cpu_ms": prefill[1]}
+        times |= {"decode_ms": [s[0] for s in steps], "decode_cpu_ms": [s[1] for s in steps]}
+        print(json.dumps(times), flush=True)
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds by the clock, and of all this process's threads on the processor: the second hardly sees other work."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def engines(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any
 
     def run(engine: Engine) -> dict[str, float]:
         times = engine.run(PROMPT, ANSWER)
-        return {"prefill_ms": times["prefill_ms"], "decode_ms": statistics.median(times["decode_ms"])}
+        return {k: statistics.median(v) if isinstance(v, list) else v for k, v in times.items()}
 
     found = in_turns({name: lambda e=engine: run(e) for name, engine in opened.items()}, rounds, "engines")
     for name, engine in opened.items():

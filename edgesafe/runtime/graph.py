@@ -66,7 +66,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     # A chain is many graphs, each with threads of its own: those that wait must not keep the cores busy for those that
     # work. With 15 graphs on 2 cores an answer took 3.2 times as long with spinning on.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Each graph's arena would keep the largest memory that it ever used: the reference bundle's peak was 101 MiB with arenas and
-    # 96 without, at the same CPU time an answer.
+    # Each graph's arena would keep the largest memory that it ever used: the reference bundle's peak was 101 MiB with arenas
+    # and 96 without, at the same CPU time an answer.
     options.enable_cpu_mem_arena = False
     return options

@@ -1,5 +1,5 @@
 """One engine in a process of its own: ENGINE MODEL THREADS. Each line on stdin `PROMPT ANSWER` (tokens) is one run; the
-answer is a JSON line {prefill_ms, decode_ms: [one a token]} and the same in `_cpu_ms`. Engines so kept apart can be timed in turns.
+answer is a JSON line {prefill_ms, decode_ms: [one a token]} and the same in `_cpu_ms`. Engines so kept apart take turns.
 
 Needs only what its engine needs, so that the peers run in their own environment.
 """

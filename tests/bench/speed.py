@@ -97,14 +97,24 @@ def engines(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any
             "prefill_tokens_s": round(PROMPT * 1e3 / found[name]["prefill_ms"], 1),
             "decode_tokens_s": round(1e3 / found[name]["decode_ms"], 1),
         }
-    lengths = in_turns(
-        {str(n): lambda n=n: {"prefill_ms": opened["edgesafe"].run(n, 0)["prefill_ms"]} for n in LENGTHS}, rounds, "lengths"
-    )
     for engine in opened.values():
         engine.close()
     versions = subprocess.run([peers, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout.splitlines()
     kept = [v for v in versions if v.lower().startswith(("llama", "onnxruntime", "gguf"))]
-    return {"engines": found, "prefill_by_tokens": lengths, "peers": kept}
+    return {"engines": found, "peers": kept}
+
+
+def lengths(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """How the prefill, and with it the first token, grows with image tokens and text."""
+    engine = Engine("edgesafe", Path(sys.executable), ours(work, llama_shape.write_checkpoint(work / "checkpoint")), threads)
+
+    def run(tokens: int) -> dict[str, float]:
+        times = engine.run(tokens, 0)
+        return {key: times[key] for key in ("prefill_ms", "prefill_cpu_ms")}
+
+    found = in_turns({str(n): lambda n=n: run(n) for n in LENGTHS}, rounds, "lengths")
+    engine.close()
+    return {"prefill_by_tokens": found}
 
 
 def ours(work: Path, checkpoint: Path) -> Path:
@@ -187,7 +197,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="models and results")
     parser.add_argument("--peers", type=Path, default=Path("build/bench/peers/bin/python"), help="the peers' Python")
     parser.add_argument("--bundle", type=Path, default=Path("build/rpi5/bundle"), help="the reference bundle")
-    parser.add_argument("--parts", default="engines,vision,session")
+    parser.add_argument("--parts", default="engines,lengths,vision,session")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=host_cores())
     words = parser.parse_args()
@@ -199,7 +209,9 @@ def main() -> None:
         if part == "session":
             found |= session(words.bundle, words.rounds)
         else:
-            found |= {"engines": engines, "vision": vision}[part](words.work, words.peers, words.threads, words.rounds)
+            found |= {"engines": engines, "lengths": lengths, "vision": vision}[part](
+                words.work, words.peers, words.threads, words.rounds
+            )
         found.setdefault("runs", {})[part] = began | {"threads": words.threads, "rounds": words.rounds}
         out.write_text(json.dumps(found, indent=1) + "\n")
     text = "\n\n".join(rows(found))

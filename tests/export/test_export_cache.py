@@ -73,10 +73,10 @@ def test_a_decoder_that_was_not_fused_is_refused(decoder):
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
-        ("_lengths", ('"Sub"', '"Add"')),
+        ("share_cache", ("[_SEQLENS, _TOTAL, _COS, _SIN]", "[_SEQLENS, _TOTAL, _SIN, _COS]")),
         ("prune", ("needed |= set(node.input)", "needed |= set(node.input[:1])")),
     ],
-    ids=["one token more than there is", "needed nodes removed"],
+    ids=["cosines for sines", "needed nodes removed"],
 )
 def test_a_wrong_rewiring_is_seen_by_what_the_decoder_says(job, decoder, tmp_path, monkeypatch, name, edit):
     """The rewiring is done again on the finished decoder: the right one changes nothing, a wrong one changes the logits."""

@@ -48,8 +48,16 @@ study: $(VENV)/ready ## run the study that is not done yet and write its tables 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference
 
-bench: $(VENV)/ready ## time every segment of build/DEVICE/bundle here
-	@$(EDGESAFE) measure $(OUT)/bundle
+PEERS := build/bench/peers
+$(PEERS)/ready: # llama.cpp is built from source: about 8 minutes on 2 cores
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "setting up $(PEERS): builds llama.cpp ..." >&2
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf onnxruntime-genai
+	@touch $@
+
+bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle and of a LLaMA shape, next to the peers
+	@$(BIN)/python tests/bench/speed.py --work build/bench --peers $(PEERS)/bin/python --bundle $(OUT)/bundle
+	@$(BIN)/python tests/bench/schemes.py --work build/bench
 
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/budget.json

@@ -133,6 +133,10 @@ def _add_ask(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--total-ms", type=float, metavar="N", help="the whole answer's time; decoding stops before it")
     parser.add_argument("--require-measured", action="store_true", help="refuse a budget that only an estimate supports")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="draw tokens (0: take the likeliest)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest with this share (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="T", help="end the answer before this text; repeatable")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (those found best by measure, or the profile's)")
     parser.add_argument("--allow-uncertified", action="store_true", help="use an exit without a passed verdict")
     return cmd_ask
@@ -140,8 +144,9 @@ def _add_ask(parser: argparse.ArgumentParser) -> Run:
 
 def cmd_ask(options: argparse.Namespace) -> int:
     """Stream an answer to stdout and say on stderr how it came about."""
-    from edgesafe.runtime import Budget, Session
+    from edgesafe.runtime import Budget, Sampling, Session
 
+    sampling = Sampling(options.temperature, options.top_p, options.seed, stop=tuple(options.stop))
     budget = None
     if options.budget_ms is not None or options.total_ms is not None:
         budget = Budget(options.budget_ms, options.total_ms, require_measured=options.require_measured)
@@ -152,6 +157,7 @@ def cmd_ask(options: argparse.Namespace) -> int:
         budget,
         exit_depth=options.exit_depth,
         max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
     )
     for piece in stream:
         if not options.json:

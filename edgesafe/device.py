@@ -16,7 +16,7 @@ from edgesafe.records import Fields
 
 KINDS = ("board", "phone", "car", "host")
 VISION_SCHEMES = ("fp32", "int8-dynamic", "int8-static")
-TEXT_SCHEMES = ("fp32", "int8-dynamic", "int8-block32", "int4-block32")
+TEXT_SCHEMES = ("fp32", "int8-dynamic", "int8-block32", "int4-block32", "int4-block64", "int4-block128")
 ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
 # Every figure that a profile may give a source for.
 FIGURES = (*ESTIMATES, "threads", "memory_mib", "ttft_budget_ms", "hard_ttft_ms")

@@ -1,11 +1,16 @@
-"""Other engines behind the runtime's seam: onnx's reference evaluator, and one that a test can hold up between two graphs."""
+"""Other engines behind the runtime's seam: onnx's reference evaluator, one that a test can hold up between two graphs, and
+one whose graphs take the time that a test says, by a clock that only they move."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from edgesafe import Session
+from edgesafe.bundle import Bundle
+from edgesafe.certificate import read_certificate
 from edgesafe.runtime.backend import OnnxRuntime, RunnableGraph
 
 
@@ -66,3 +71,31 @@ class Gate:
 
     def go(self) -> None:
         self._open.set()
+
+
+class Slow:
+    """onnxruntime with a clock that stands still but for vision blocks (``block_ms`` each) and decoder runs (``step_ms``)."""
+
+    name = "onnxruntime"
+
+    def __init__(self, block_ms: float, step_ms: float) -> None:
+        self.block_ms, self.step_ms, self.now_s = block_ms, step_ms, 0.0
+        self.version = OnnxRuntime().version
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def open(self, path: str, spec: Any, threads: int) -> RunnableGraph:
+        graph, name = OnnxRuntime().open(path, spec, threads), Path(path).name
+
+        def run(inputs: dict[str, Any]) -> dict[str, Any]:
+            self.now_s += (self.block_ms * ("blocks" in name) + self.step_ms * ("decoder" in name)) / 1e3
+            return graph.run(inputs)
+
+        return RunnableGraph(spec, run, path)
+
+
+def slow_session(root: Any, block_ms: float = 10.0, step_ms: float = 0.0) -> Session:
+    """A session of whose graphs only vision blocks and the decoder take time."""
+    bundle, backend = Bundle.open(root), Slow(block_ms, step_ms)
+    return Session(bundle, read_certificate(bundle), backend=backend, clock=backend.clock)

@@ -20,7 +20,8 @@ from edgesafe.certify.tally import families, smoke_verdict, tally, verdict
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar, table
-from edgesafe.runtime.session import MAX_NEW_TOKENS, Session
+from edgesafe.runtime.options import MAX_NEW_TOKENS
+from edgesafe.runtime.session import Session
 
 Said = dict[int, dict[str, str]]
 

@@ -6,8 +6,10 @@ from edgesafe.runtime.answer import Answer
 from edgesafe.runtime.asking import AnswerStream, PendingAnswer
 from edgesafe.runtime.backend import Backend, OnnxRuntime, RunnableGraph
 from edgesafe.runtime.choose import Budget, choose_exit
+from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.measure import measure
+from edgesafe.runtime.sampling import Sampling
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.turns import Cancel, Progress
 
@@ -17,11 +19,13 @@ __all__ = [
     "Backend",
     "Budget",
     "Cancel",
+    "Conversation",
     "Forecast",
     "OnnxRuntime",
     "PendingAnswer",
     "Progress",
     "RunnableGraph",
+    "Sampling",
     "Session",
     "choose_exit",
     "measure",

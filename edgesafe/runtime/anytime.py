@@ -10,7 +10,7 @@ from edgesafe.bundle import ExitSpec
 from edgesafe.errors import NoExitFitsError
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
 from edgesafe.runtime.correct import Correction, factor, learn, remember_deadline, remember_error
-from edgesafe.runtime.decode import Array
+from edgesafe.runtime.decode import State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 
 T = TypeVar("T")
@@ -76,13 +76,13 @@ class Course:
         took_ms = (self._clock() - start) * 1e3
         self.actual_ms[stage] = self.actual_ms.get(stage, 0.0) + took_ms
         # How long a picture takes to be read depends on its file more than on the machine.
-        if self.forecast and stage not in (PREPROCESS, DECODE):
+        if stage in self.forecast.typical_ms and stage not in (PREPROCESS, DECODE):
             self.correction = learn(self.correction, stage, self.forecast.typical_ms[stage], took_ms)
         return result
 
     def timed_token(self, context: int, job: Callable[[], T]) -> T:
         """Run the step that makes one token after ``context`` tokens; the first one ends the time to the first token."""
-        if not self.ttft_ms:
+        if PREFILL not in self.actual_ms:
             result = self.timed(PREFILL, job)
             self.ttft_ms = self.elapsed_ms
             self._settle_bet()
@@ -146,10 +146,9 @@ class Course:
 
     def predicted_ms(self, graphs: Sequence[str]) -> dict[str, float]:
         """Each stage's expected time (a median, corrected) as it was known at the call; decode is one token's."""
-        if not self.forecast:
-            return {}
         stages = (PREPROCESS, *graphs, PREFILL, DECODE)
-        return {stage: self.forecast.expected_ms((stage,), self._before) for stage in stages}
+        known = [stage for stage in stages if stage in self.forecast.typical_ms]
+        return {stage: self.forecast.expected_ms((stage,), self._before) for stage in known}
 
     def predicted_ttft_ms(self, graphs: Sequence[str]) -> float | None:
         """The time to the first token as it was predicted at the start, at the budget's quantile (0.95 without one)."""
@@ -176,8 +175,8 @@ class Course:
 
 
 def run_anytime(
-    exits: Sequence[ExitSpec], run: Callable[[str, Array], Array], state: Array, goes_on: GoesOn
-) -> tuple[ExitSpec, Array]:
+    exits: Sequence[ExitSpec], run: Callable[[str, State], State], state: State, goes_on: GoesOn
+) -> tuple[ExitSpec, State]:
     """Run exits that share their first graphs, and stop at the last one from which going on does not fit.
 
     Args:

@@ -11,6 +11,8 @@ from edgesafe.runtime.correct import Correction, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()
+# The source of a prediction that there is none.
+NONE = "none"
 
 
 class Forecast:
@@ -71,6 +73,10 @@ class Forecast:
         """The time to the first token by way of these vision graphs; None where a stage's time is not known."""
         stages = (PREPROCESS, *graphs, PREFILL)
         return self.quantile_ms(stages, quantile, correction) if self.rounds.keys() >= set(stages) else None
+
+    def only(self, stage: str, note: str) -> Forecast:
+        """What is known of one stage alone; it predicts no time to the first token, and says why."""
+        return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, self._decode)
 
     def spread(self, stages: tuple[str, ...], quantile: float) -> float:
         """The quantile of the rounds' sums over the sum of the stages' medians, and at least 1."""

@@ -85,8 +85,8 @@ class _Probe:
             made = sum(1 for _ in tokens)
             self.samples.setdefault(f"{DECODE} {len(ids)}", []).append(_ms_since(start) / max(1, made))
 
-    def _vision(self) -> decode.Array:
-        state: dict[tuple[str, ...], decode.Array] = {(): self.pixels}
+    def _vision(self) -> decode.State:
+        state: dict[tuple[str, ...], decode.State] = {(): self.pixels}
         timed: set[str] = set()
         for spec in self.session.manifest.exits:
             for i, path in enumerate(spec.graphs):
@@ -104,13 +104,8 @@ class _Probe:
         self.samples.setdefault(stage, []).append(_ms_since(start))
         return result
 
-    def _tokens(self, features: decode.Array, ids: list[int], limit: int) -> Iterator[int]:
-        session = self.session
-        # Without end tokens, so that what is timed doesn't depend on what the model says.
-        text = replace(session.manifest.text, eos_token_ids=())
-        embed, decoder = session.graph(text.embed_tokens), session.graph(text.decoder)
-        embeds = decode.merge_features(embed, ids, session.manifest.image_token_id, features)
-        return decode.greedy(embed, decoder, text, embeds, limit)
+    def _tokens(self, features: decode.State, ids: list[int], limit: int) -> Iterator[int]:
+        return self.session.tokens(features, ids, limit, past_the_end=True)
 
 
 def measure(path: str | os.PathLike[str], *, threads: int | None = None, seconds: float = 40.0) -> LatencyTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 from PIL import Image
 
@@ -12,7 +13,7 @@ from edgesafe.errors import BundleError
 from edgesafe.machine import on_cores
 from edgesafe.runtime import decode
 from edgesafe.runtime.backend import Backend
-from edgesafe.runtime.decode import Array, Graph
+from edgesafe.runtime.decode import Array, Graph, Reader, State
 from edgesafe.runtime.tokenizer import load_tokenizer
 
 
@@ -47,21 +48,19 @@ class Parts:
 
     def run_exits(self, pixels: Array, depths: Collection[int]) -> dict[int, Array]:
         """The image features float32 [N,D] of each asked exit from ``pixel_values`` [1,3,H,W], shared segments run once."""
-        done: dict[tuple[str, ...], Array] = {(): pixels}
+        done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
         for depth in sorted(depths):
             graphs = self.manifest.exit(depth).graphs
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:
                     done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
-            features[depth] = done[graphs]
+            features[depth] = decode.as_array(done[graphs])
         return features
 
-    def run_vision_graph(self, path: str, state: Array) -> Array:
+    def run_vision_graph(self, path: str, state: State) -> State:
         """One segment, head or whole exit: its one input is the picture or the state, its one output the next."""
-        graph = self.graph(path)
-        (out,) = graph.run(dict.fromkeys(graph.wants, state)).values()
-        return out
+        return decode.advance(self.graph(path), state)
 
     def prefill(self, features: Array, ids: list[int]) -> tuple[Array, dict[str, Array]]:
         """Read a whole prompt: its logits and its cache."""
@@ -69,13 +68,21 @@ class Parts:
         text = self.manifest.text
         return decode.step(self.graph(text.decoder), text, embeds, decode.empty_cache(text))
 
-    def tokens(self, features: Array, ids: list[int], limit: int) -> Iterator[int]:
-        """The answer's ids one by one, greedily; the first of them costs reading the prompt."""
-        text = self.manifest.text
-        embeds = self.merged(features, ids)
-        return decode.greedy(self.graph(text.embed_tokens), self.graph(text.decoder), text, embeds, limit)
+    def tokens(self, features: State, ids: list[int], limit: int, *, past_the_end: bool = False) -> Iterator[int]:
+        """The answer's ids one by one, greedily; the first of them costs reading the prompt.
 
-    def merged(self, features: Array, ids: list[int]) -> Array:
+        ``past_the_end`` goes on after an end token, so that the work doesn't depend on what the model says.
+        """
+        text = replace(self.manifest.text, eos_token_ids=()) if past_the_end else self.manifest.text
+        reader = self.reader(len(ids) + limit)
+        yield from decode.generate(reader, reader.read(self.merged(features, ids)), text, limit, decode.argmax_token)
+
+    def reader(self, length: int) -> Reader:
+        """The language side before its first token, with room for so many."""
+        text = self.manifest.text
+        return decode.open_reader(self.graph(text.embed_tokens), self.graph(text.decoder), text, length)
+
+    def merged(self, features: State, ids: list[int]) -> Array:
         """A prompt's embeddings [1,S,D] with the picture's features [N,D] in their places."""
         embed = self.graph(self.manifest.text.embed_tokens)
         return decode.merge_features(embed, ids, self.manifest.image_token_id, features)

@@ -9,9 +9,7 @@ from edgesafe.device import DeviceProfile, LatencyTable, read_latency
 from edgesafe.errors import FormatVersionError, InputError, NotMeasuredError
 from edgesafe.machine import host_cores, machine_name
 from edgesafe.runtime.choose import Budget
-from edgesafe.runtime.forecast import Forecast, from_latency, from_profile
-
-NONE = "none"
+from edgesafe.runtime.forecast import NONE, Forecast, from_latency, from_profile
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,10 @@ def _edited_decoder(parts, edit):
 
 def _positions_ignored(job, parts):
     def edit(graph: onnx.GraphProto):
-        for node in graph.node:
-            for i, name in enumerate(node.input):
-                if name == graph_io.POSITION_IDS:
-                    node.input[i] = "no_positions"
-        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "nought"))
-        graph.node.insert(0, helper.make_node("Mul", [graph_io.POSITION_IDS, "nought"], ["no_positions"]))
+        for tensor in graph.initializer:
+            if tensor.name in ("cos_cache", "sin_cache"):
+                table = numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(np.repeat(table[:1], len(table), axis=0), tensor.name))
 
     return _edited_decoder(parts, edit)
 

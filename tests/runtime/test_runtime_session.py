@@ -10,7 +10,6 @@ from PIL import Image
 
 from edgesafe import Budget, Session
 from edgesafe.bundle import Bundle, seal, unseal
-from edgesafe.certificate import read_certificate
 from edgesafe.device import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.errors import (
     BundleError,
@@ -21,10 +20,10 @@ from edgesafe.errors import (
     NotMeasuredError,
     UncertifiedExitError,
 )
-from edgesafe.machine import machine_name
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from engines import slow_session
 from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 
 BLACK = np.zeros((8, 8, 3), np.uint8)
@@ -74,8 +73,8 @@ def test_vision_states_by_hand(session, picture, mean):
 
 def test_shared_segments_run_once(session, monkeypatch):
     ran = []
-    run = OrtGraph.run
-    monkeypatch.setattr(OrtGraph, "run", lambda self, feeds: ran.append(len(ran)) or run(self, feeds))
+    run = OrtGraph.advance
+    monkeypatch.setattr(OrtGraph, "advance", lambda self, state: ran.append(len(ran)) or run(self, state))
     session.vision_states(BLACK, [1, 2, 3])
     # Three segments and a head for each of three exits; one by one it would have been 1 + 2 + 3 segments.
     assert len(ran) == 6
@@ -148,6 +147,7 @@ def test_the_context_s_edge(session):
         {"budget": 5.0},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.0},
+        {"sampling": 0.7},
     ],
     ids=str,
 )
@@ -205,61 +205,6 @@ def test_the_profile_s_estimate_is_marked_as_one(tmp_path):
     assert (answer.exit_depth, answer.prediction) == (2, "estimated")
     assert "Raspberry Pi 5" in answer.note
     assert session.threads <= 4
-
-
-@pytest.fixture
-def measured(handmade, copy_of):
-    """A copy whose latency.json says 10, 20 and 30 ms of vision; the rest costs nothing."""
-    root = copy_of(handmade)
-    bundle = Bundle.open(root)
-    graphs = {path for e in bundle.manifest.exits for path in e.graphs}
-    none = stage_times([0.0] * 5)
-    table = LatencyTable(
-        bundle_digest=bundle.digest,
-        machine=machine_name(),
-        onnxruntime_version=__import__("onnxruntime").__version__,
-        threads=1,
-        segments={path: stage_times([10.0] * 5) if "blocks" in path else none for path in graphs},
-        text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": [{"context": 10, **none}]},
-        exits=[],
-        peak_rss_mib=None,
-        conditions={"governor": None},
-    )
-    write_latency(bundle, table)
-    return root, table
-
-
-class Clock:
-    """Stands still but for the graphs that were slowed."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class SlowGraph:
-    """A graph whose every run moves the clock."""
-
-    def __init__(self, graph: OrtGraph, clock: Clock, ms: float) -> None:
-        self.graph, self.clock, self.ms, self.wants = graph, clock, ms, graph.wants
-
-    def run(self, feeds):
-        self.clock.now_s += self.ms / 1e3
-        return self.graph.run(feeds)
-
-
-def slow_session(root, block_ms: float = 10.0, step_ms: float = 0.0) -> Session:
-    """A session of whose graphs only vision blocks and the decoder take time."""
-    bundle, clock = Bundle.open(root), Clock()
-    session = Session(bundle, read_certificate(bundle), clock=clock)
-    for path in session.manifest.graphs:
-        if "blocks" in path:
-            session._graphs[path] = SlowGraph(session.graph(path), clock, block_ms)
-    decoder = session.manifest.text.decoder
-    session._graphs[decoder] = SlowGraph(session.graph(decoder), clock, step_ms)
-    return session
 
 
 @pytest.mark.parametrize(("budget", "exit_depth"), [(1000, 2), (20, 2), (19.9, 1), (10, 1)])

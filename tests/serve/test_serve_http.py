@@ -217,7 +217,7 @@ def test_too_many_requests_at_once_are_told_to_come_back(running):
 
 def test_an_error_in_the_middle_is_the_last_line(running, gate, monkeypatch):
     gate.go()
-    running.session.backend.before = lambda path: running.session._turns.__setattr__("_closed", path.startswith("text/"))
+    running.session.backend.before = lambda path: running.session.turns.__setattr__("_closed", path.startswith("text/"))
     status, lines = ask(running)
     assert status == 200 and lines[-1]["error"]["type"] == "ClosedError" and not any("answer" in line for line in lines)
 

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check study reference bench clean
+.PHONY: help export smoke acceptance test fullsize check study reference bench clean soak fuzz chaos wheel shot
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,21 @@ reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hou
 
 bench: $(VENV)/ready ## time every segment of build/DEVICE/bundle here
 	@$(EDGESAFE) measure $(OUT)/bundle
+
+soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
+	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/soak.json
+
+fuzz: $(VENV)/ready ## 6,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
+	@$(BIN)/python tests/fuzz.py --out tests/bench/fuzz.json
+
+chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)
+	@$(BIN)/python tests/chaos.py --out tests/bench/chaos.json
+
+wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
+	@$(BIN)/python tests/wheel.py build/wheel
+
+shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
+	@$(BIN)/python tests/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

@@ -1,7 +1,7 @@
 """The page of `edgesafe serve` in headless Chromium, used as a person would: drop, type, slide, ask, stop; then a screenshot.
 
-`make shot` runs it. It needs Chromium (Debian: `apt-get install chromium`), which is driven over its debugging pipe. It fails where
-the page asks anything of another address, logs an error, or doesn't show the answer, its exit, its times and its verdict.
+`make shot` runs it. It needs Chromium (Debian: `apt-get install chromium`), which is driven over its debugging pipe. It fails
+where the page asks anything of another address, logs an error, or doesn't show the answer, its exit, its times and its verdict.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1080, 720
 WAIT_S = 300.0
+# How long the answer was each time that it grew: it streams where that is more than once.
+WATCH = """
+window.seen = [];
+const answer = document.querySelector("#answer");
+const watch = new MutationObserver(() => seen.push(answer.textContent.length));
+watch.observe(answer, {childList: true, characterData: true, subtree: true});
+1
+"""
 
 
 class Browser:
@@ -80,15 +88,14 @@ class Browser:
 
     def until(self, condition: str) -> None:
         """Wait for something to be so; the page looks at it ten times a second."""
-        tries = int(WAIT_S * 10)
-        loop = f"for (let i = 0; i < {tries}; i++) {{ if ({condition}) return true; await new Promise((r) => setTimeout(r, 100)); }}"
+        wait = "await new Promise((r) => setTimeout(r, 100));"
+        loop = f"for (let i = 0; i < {int(WAIT_S * 10)}; i++) {{ if ({condition}) return true; {wait} }}"
         if not self.js(f"(async () => {{ {loop} return false; }})()"):
             sys.exit(f"after {WAIT_S:g} s it is not so: {condition}; the page says {self.js('document.body.innerText')!r}")
 
     def place(self, selector: str, across: float = 0.5) -> dict[str, float]:
         """The middle of an element, or another place across it."""
-        box = self.js(f"(() => {{ const b = document.querySelector('{selector}').getBoundingClientRect(); "
-                      "return [b.x, b.y, b.width, b.height]; })()")  # fmt: skip
+        box = self.js(f"[document.querySelector('{selector}').getBoundingClientRect()].map((b) => [b.x, b.y, b.width, b.height])[0]")
         return {"x": box[0] + across * box[2], "y": box[1] + box[3] / 2}
 
     def click(self, selector: str, across: float = 0.5) -> None:
@@ -118,8 +125,7 @@ def use(browser: Browser, url: str, picture: Path, prompt: str) -> bytes:
         browser.click("#budget", across)
         expected.append(browser.js("document.querySelector('#legend').textContent"))
     assert "no certified exit" in expected[0] and "is expected" in expected[1], expected
-    browser.js("window.seen = []; new MutationObserver(() => seen.push(document.querySelector('#answer').textContent.length))"
-               ".observe(document.querySelector('#answer'), {childList: true, characterData: true, subtree: true}); 1")  # fmt: skip
+    browser.js(WATCH)
     browser.click("#ask")
     browser.until("document.querySelector('#facts dd') || document.querySelector('#answer').className")
     shown = browser.js("document.querySelector('#facts').innerText")
@@ -127,7 +133,9 @@ def use(browser: Browser, url: str, picture: Path, prompt: str) -> bytes:
     assert answer and not browser.js("document.querySelector('#answer').className"), answer
     assert all(word in shown for word in ("exit", "certified", "first token", "harmful answers")), shown
     assert browser.js("document.querySelectorAll('#ladder li.used').length") == 1
-    print(f"answer: {answer}\n{shown}\nshown in {len(browser.js('seen'))} steps", file=sys.stderr)
+    steps = len(set(browser.js("seen")) - {0})
+    assert steps > 1, "the answer came in one piece"
+    print(f"answer: {answer}\n{shown}\nshown in {steps} steps", file=sys.stderr)
     shot = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
     browser.click("#budget", 0.02)
     browser.click("#ask")

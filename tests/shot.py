@@ -95,7 +95,8 @@ class Browser:
 
     def place(self, selector: str, across: float = 0.5) -> dict[str, float]:
         """The middle of an element, or another place across it."""
-        box = self.js(f"[document.querySelector('{selector}').getBoundingClientRect()].map((b) => [b.x, b.y, b.width, b.height])[0]")
+        found = f"document.querySelector('{selector}').getBoundingClientRect()"
+        box = self.js(f"[{found}].map((b) => [b.x, b.y, b.width, b.height])[0]")
         return {"x": box[0] + across * box[2], "y": box[1] + box[3] / 2}
 
     def click(self, selector: str, across: float = 0.5) -> None:

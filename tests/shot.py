@@ -24,12 +24,11 @@ SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1080, 720
 WAIT_S = 300.0
-# How long the answer was each time that it grew: it streams where that is more than once.
+# How many pieces the answer was made of: each one is a text node that was added.
 WATCH = """
-window.seen = [];
-const answer = document.querySelector("#answer");
-const watch = new MutationObserver(() => seen.push(answer.textContent.length));
-watch.observe(answer, {childList: true, characterData: true, subtree: true});
+window.pieces = 0;
+const count = (records) => { for (const record of records) pieces += record.addedNodes.length; };
+new MutationObserver(count).observe(document.querySelector("#answer"), {childList: true});
 1
 """
 
@@ -134,9 +133,9 @@ def use(browser: Browser, url: str, picture: Path, prompt: str) -> bytes:
     assert answer and not browser.js("document.querySelector('#answer').className"), answer
     assert all(word in shown for word in ("exit", "certified", "first token", "harmful answers")), shown
     assert browser.js("document.querySelectorAll('#ladder li.used').length") == 1
-    steps = len(set(browser.js("seen")) - {0})
-    assert steps > 1, "the answer came in one piece"
-    print(f"answer: {answer}\n{shown}\nshown in {steps} steps", file=sys.stderr)
+    pieces = browser.js("pieces")
+    assert pieces > 1, "the answer came in one piece"
+    print(f"answer: {answer}\n{shown}\nin {pieces} pieces", file=sys.stderr)
     shot = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
     browser.click("#budget", 0.02)
     browser.click("#ask")

@@ -29,7 +29,6 @@ HELPERS = ("conftest.py", "handmade.py", "mutants.py", "engines.py", "mutations.
 TESTS = (
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
-    "runtime/test_runtime_image.py",
     "runtime/test_runtime_imports.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_soak.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,7 @@ class Session:
         self._note = note
         self.backend: Backend = backend or OnnxRuntime()
         self._turns = Turns(when_busy)
+        self._handing_over = threading.Lock()
         self._worker = ThreadPoolExecutor(1, "edgesafe-ask")  # its thread starts with the first ask_async
         self._graphs: dict[str, Graph] = {}
         self.tokenizer = load_tokenizer(bundle.root / self.manifest.tokenizer)
@@ -208,14 +210,16 @@ class Session:
         for ``BusyError`` and ``ClosedError``, which are raised here.
         """
         cancel, start = cancel or Cancel(), time.perf_counter()
-        turn = self._turns.enter(cancel, progress)
-        pending = PendingAnswer(lambda: self._start(turn, start, image, prompt, budget, **options).answer, cancel)
-        try:
-            self._worker.submit(pending.run)
-        except RuntimeError:  # closed since the turn was taken
-            turn.leave()
-            self._turns.check_open()
-            raise
+        # One step, or the worker could get two asks in another order than the line's, and wait for the one behind it.
+        with self._handing_over:
+            turn = self._turns.enter(cancel, progress)
+            pending = PendingAnswer(lambda: self._start(turn, start, image, prompt, budget, **options).answer, cancel)
+            try:
+                self._worker.submit(pending.run)
+            except RuntimeError:  # closed since the turn was taken
+                turn.leave()
+                self._turns.check_open()
+                raise
         return pending
 
     def stream(

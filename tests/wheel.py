@@ -25,7 +25,17 @@ ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "acc
 # Heavy or raw: a clone has them, an install does not.
 LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "edgesafe/align/study/")
 SHIPPED = ("edgesafe/_devices/rpi5.toml", "edgesafe/serve/page.html", "edgesafe/py.typed", "edgesafe/BUNDLE.md")
-HELPERS = ("conftest.py", "handmade.py", "mutants.py", "engines.py", "mutations.py", "chaos.py", "soak.py", "results.py")
+HELPERS = (
+    "chaos.py",
+    "conftest.py",
+    "engines.py",
+    "handmade.py",
+    "killed.py",
+    "mutants.py",
+    "mutations.py",
+    "results.py",
+    "soak.py",
+)
 TESTS = (
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget clean
+.PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,21 @@ bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle a
 
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/budget.json
+
+soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
+	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/soak.json
+
+fuzz: $(VENV)/ready ## 6,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
+	@$(BIN)/python tests/fuzz.py --out tests/bench/fuzz.json
+
+chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)
+	@$(BIN)/python tests/chaos.py --out tests/bench/chaos.json
+
+wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
+	@$(BIN)/python tests/wheel.py build/wheel
+
+shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
+	@$(BIN)/python tests/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from PIL import Image
 
 from edgesafe.bundle import CERTIFICATE, MANIFEST, file_specs, seal, unseal
@@ -209,6 +208,8 @@ def _tokenizer(root: Path, rng: random.Random) -> None:
 
 def _shape(root: Path, rng: random.Random) -> None:
     """A graph whose inner sizes are other ones, or whose weights lie outside."""
+    import onnx
+
     path = rng.choice([p for p in files(root) if p.suffix == ".onnx"])
     model = onnx.load(str(path))
     graph = model.graph

@@ -38,6 +38,7 @@ TOKENS = 16
 MOST_GROWTH = 0.02
 # The first asks fill allocators and caches; growth is counted from there.
 WARM = 0.2
+HUNG_S = 60.0
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 
 
@@ -160,11 +161,13 @@ def soak(bundle: Path | None, asks: int = ASKS, threads: int = THREADS, seconds:
             made = questions(session, bundle is None)
             run = Soak(session, made, asks, seconds)
             begin = time.perf_counter()
-            workers = [threading.Thread(target=run.run, args=(seed,)) for seed in range(threads)]
+            workers = [threading.Thread(target=run.run, args=(seed,), daemon=True) for seed in range(threads)]
             for worker in workers:
                 worker.start()
             for worker in workers:
-                worker.join()
+                worker.join(max(0.0, run.until - time.perf_counter()) + HUNG_S)
+                if worker.is_alive():
+                    run.wrong.append("a thread hangs")
             took, end = time.perf_counter() - begin, rss_mib()
             name = session.manifest.name
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import weakref
@@ -149,6 +148,8 @@ class PendingAnswer(Generic[A]):
         return self._wait().__await__()
 
     async def _wait(self) -> A:
+        import asyncio  # here alone: it takes as long to import as the rest of the runtime
+
         try:
             return await asyncio.wrap_future(self._future)
         except asyncio.CancelledError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
@@ -62,6 +63,7 @@ class Session(Parts):
         self._forecasts: dict[int, Forecast] = {}
         self._note = note
         self.turns = Turns(when_busy)
+        self._handing_over = threading.Lock()
         # Those that hold a cache of the decoder's, which close frees; they enter while it is their turn.
         self.talks: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._worker = ThreadPoolExecutor(1, "edgesafe-ask")  # its thread starts with the first ask_async
@@ -189,15 +191,17 @@ class Session(Parts):
         ``ClosedError``, which are raised here.
         """
         cancel, start_s = cancel or Cancel(), self.clock()
-        turn = self.turns.enter(cancel, progress)
         talk = Conversation(self, image, budget, exit_depth, allow_uncertified)
-        pending = PendingAnswer(lambda: talk.begin(turn, start_s, prompt, max_new_tokens, sampling).answer, cancel)
-        try:
-            self._worker.submit(pending.run)
-        except RuntimeError:  # closed since the turn was taken
-            turn.leave()
-            self.turns.check_open()
-            raise
+        # One step, or the worker could get two asks in another order than the line's, and wait for the one behind it.
+        with self._handing_over:
+            turn = self.turns.enter(cancel, progress)
+            pending = PendingAnswer(lambda: talk.begin(turn, start_s, prompt, max_new_tokens, sampling).answer, cancel)
+            try:
+                self._worker.submit(pending.run)
+            except RuntimeError:  # closed since the turn was taken
+                turn.leave()
+                self.turns.check_open()
+                raise
         return pending
 
     def stream(

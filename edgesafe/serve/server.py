@@ -178,9 +178,10 @@ class PageHandler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
-        own = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob:; connect-src 'self'; " if nonce else ""
-        rest = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        self.send_header("Content-Security-Policy", own + rest)
+        policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        if nonce:
+            policy += f"; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; connect-src 'self'"
+        self.send_header("Content-Security-Policy", policy)
 
 
 class _Lines:

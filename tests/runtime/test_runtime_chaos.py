@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,43 +13,10 @@ from edgesafe.bundle import LATENCY, Bundle, seal, unseal, write_atomically
 from edgesafe.certify import suite as suite_module
 from edgesafe.certify.suite import read_suite
 from edgesafe.exchange import exchange
+from killed import killed_at_every_step
 from mutants import wrong
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need a POSIX system")
-
-
-def killed_at_every_step(folder, write, lay, which):
-    """What is there after each kill: `lay` the old result, `write` the new one in a child that dies at its k-th step."""
-    seen, step = [], 0
-    while True:
-        step += 1
-        lay()
-        child = os.fork()
-        if child == 0:
-            try:
-                _die_at(step, str(folder))
-                write()
-            except BaseException:
-                os._exit(9)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        seen.append(which())
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            return seen
-
-
-def _die_at(step, folder):
-    left = step
-
-    def hook(event, arguments):
-        nonlocal left
-        if arguments and folder in str(arguments[:2]) and (event == "open" or event.startswith(("os.", "shutil."))):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 @pytest.fixture

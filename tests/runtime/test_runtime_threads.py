@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -113,6 +114,44 @@ def test_a_refusing_session_says_busy_and_answers_again_later(refusing, gate):
     assert caught.value.exit_code == 71 and not pending.done()
     gate.go()
     assert pending.result(60).text == ANSWER == refusing.ask(BLACK, "what?").text
+
+
+def asks_are_handed_over_in_line(session, monkeypatch):
+    """Two threads ask at once, and the first to stand in line would be the second to reach the worker."""
+    submit, overtaken = session._worker.submit, threading.Event()
+
+    def slow(work):
+        if threading.current_thread().name == "first":
+            overtaken.wait(1)
+        done = submit(work)
+        overtaken.set()
+        return done
+
+    monkeypatch.setattr(session._worker, "submit", slow)
+    out = []
+    first = threading.Thread(target=lambda: out.append(session.ask_async(BLACK, "what?")), name="first")
+    first.start()
+    while not session._turns._line:
+        time.sleep(0.01)
+    out.append(session.ask_async(BLACK, "what?"))
+    first.join(60)
+    try:
+        assert [pending.result(5).text for pending in out] == [ANSWER] * 2
+    finally:
+        for pending in out:
+            pending.cancel()
+
+
+def test_two_threads_handing_over_at_once_do_not_wait_for_each_other(session, gate, monkeypatch):
+    gate.go()
+    asks_are_handed_over_in_line(session, monkeypatch)
+
+
+def test_that_check_fails_where_standing_in_line_and_handing_over_are_two_steps(session, gate, monkeypatch):
+    gate.go()
+    session._handing_over = contextlib.nullcontext()
+    with pytest.raises(TimeoutError):
+        asks_are_handed_over_in_line(session, monkeypatch)
 
 
 def test_what_to_do_when_busy_is_one_of_two(handmade):

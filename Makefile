@@ -60,16 +60,16 @@ bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle a
 	@$(BIN)/python tests/bench/schemes.py --work build/bench
 
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
-	@$(BIN)/python tests/bench/budget.py --out tests/bench/budget.json
+	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
 
 soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
-	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/soak.json
+	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
 
 fuzz: $(VENV)/ready ## 6,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
-	@$(BIN)/python tests/fuzz.py --out tests/bench/fuzz.json
+	@$(BIN)/python tests/fuzz.py --out tests/bench/results/fuzz.json
 
 chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)
-	@$(BIN)/python tests/chaos.py --out tests/bench/chaos.json
+	@$(BIN)/python tests/chaos.py --out tests/bench/results/chaos.json
 
 wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
 	@$(BIN)/python tests/wheel.py build/wheel

@@ -34,11 +34,14 @@ HELPERS = (
     "mutants.py",
     "mutations.py",
     "results.py",
+    "runtime/conftest.py",
     "soak.py",
 )
 TESTS = (
+    "runtime/test_runtime_anytime.py",
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
+    "runtime/test_runtime_conversation.py",
     "runtime/test_runtime_imports.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_soak.py",

@@ -18,9 +18,7 @@ in a certified bundle only certified exits are.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import random
 import subprocess
 import sys
@@ -30,19 +28,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
-import onnxruntime
 
 from edgesafe import Budget
 from edgesafe.bundle import Bundle
 from edgesafe.certificate import certified_depths, read_certificate
-from edgesafe.machine import allowed_cores, machine_name
+from edgesafe.machine import allowed_cores
 from edgesafe.progress import step, table
 from edgesafe.runtime import Forecast, Session, choose_exit, measure
 from edgesafe.runtime.choose import within_reference
 from edgesafe.runtime.correct import Correction
 from edgesafe.runtime.forecast import PREFILL, PREPROCESS
 from edgesafe.runtime.tokenizer import encode_prompt
+from results import circumstances, write_json
 
 QUANTILE = 0.95
 DEADLINES = (0.6, 1.4)
@@ -220,16 +220,13 @@ def run_trace(session: Watched, trace: Trace, seconds: float, least: int = 1) ->
 
 def run_all(bundle: Path, seconds: float) -> dict:
     """Measure the bundle, run every trace, and report with date and machine."""
-    load_before = os.getloadavg()
+    before = circumstances()
     measured = measure(bundle, seconds=min(20.0, seconds))
     opened = Bundle.open(bundle)
     certificate = read_certificate(opened)
     session = Watched(opened, certificate)
     report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine_name(),
-        "load_average_before": load_before,
-        "onnxruntime_version": onnxruntime.__version__,
+        **before,
         "threads": session.threads,
         "model": opened.manifest.name,
         "bundle_digest": opened.digest,
@@ -265,13 +262,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="seconds a trace (40)")
     options = parser.parse_args()
     if options.bundle is None:
-        sys.path.insert(0, str(HERE.parent))
         from bench.model import make_bench_bundle
 
         options.build.parent.mkdir(parents=True, exist_ok=True)
         options.bundle = make_bench_bundle(options.build)
     report = run_all(options.bundle, options.seconds)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out, report)
     print(shown(report))
 
 

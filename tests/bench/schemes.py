@@ -19,12 +19,13 @@ from typing import Any
 import llama_shape
 import numpy as np
 import onnx
-from speed import Engine, in_turns, machine_state
+from speed import Engine, in_turns  # which also makes results importable
 
-from edgesafe.device import host_cores
+from edgesafe.machine import host_cores
 from edgesafe.progress import step
 from edgesafe_export.graphs import quiet
 from edgesafe_export.quantize import EMBED_SCHEME, blocks, quantize
+from results import circumstances, write_json
 
 Quantize = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -173,13 +174,13 @@ def main() -> None:
     out = words.work / "schemes.json"
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for part in words.parts.split(","):
-        began = machine_state()
+        began = circumstances()
         if part == "agreement":
             found[part] = agreement(words.work, words.rows)
         else:
             found[part] = text_speed(words.work, words.threads, words.rounds)
         found.setdefault("runs", {})[part] = began | {"threads": words.threads, "rounds": words.rounds}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(out, found)
 
 
 if __name__ == "__main__":

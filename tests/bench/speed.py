@@ -7,7 +7,6 @@ what else the machine does meets all of them; a ratio is the median of the round
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -16,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_shape
-import onnxruntime
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edgesafe.device import host_cores, machine_name
+import llama_shape
+
+from edgesafe.machine import host_cores
 from edgesafe.progress import bar, table
+from results import circumstances, write_json
 
 HERE = Path(__file__).parent
 PROMPT, ANSWER = 600, 32
@@ -135,17 +136,6 @@ def vision(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any]
     return {"vision": found, "vision_blocks": blocks, "vision_agreement": feature_agreement(work, threads)}
 
 
-def machine_state() -> dict[str, Any]:
-    """Where and when, and how busy the machine was."""
-    load = Path("/proc/loadavg").read_text().split()[:3] if Path("/proc/loadavg").exists() else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine_name(),
-        "onnxruntime": onnxruntime.__version__,
-        "load": load,
-    }
-
-
 def session(bundle: Path, rounds: int) -> dict[str, Any]:
     """What a question costs at each exit, again about the same picture, and in memory and start-up."""
     from session_cost import by_exit, cold_start, conversation, memory
@@ -205,7 +195,7 @@ def main() -> None:
     out = words.work / "speed.json"
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for part in words.parts.split(","):
-        began = machine_state()
+        began = circumstances()
         if part == "session":
             found |= session(words.bundle, words.rounds)
         else:
@@ -213,7 +203,7 @@ def main() -> None:
                 words.work, words.peers, words.threads, words.rounds
             )
         found.setdefault("runs", {})[part] = began | {"threads": words.threads, "rounds": words.rounds}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(out, found)
     text = "\n\n".join(rows(found))
     (words.work / "speed.txt").write_text(text + "\n")
     plot(found, words.work / "speed.png")

@@ -13,15 +13,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import onnxruntime as ort
-from speed import machine_state
 
 from edgesafe.bundle import TextSpec
 from edgesafe.progress import table
 from edgesafe.runtime import decode
 from edgesafe.runtime.graph import session_options
 from edgesafe.runtime.shared import SharedReader
+from results import circumstances, write_json
 
 PROMPT, TOKENS = 600, 32
 
@@ -61,9 +63,9 @@ def by_operator(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main(work: Path, threads: int = 1) -> None:
-    began = machine_state()
+    began = circumstances()
     found = by_operator(profile(work / "ours", threads))
-    (work / "where.json").write_text(json.dumps({"run": began | {"threads": threads}, "operators": found}, indent=1) + "\n")
+    write_json(work / "where.json", {"run": began | {"threads": threads}, "operators": found})
     print(table([[k, *row.values()] for k, row in found.items()], ["operator", "prefill_ms", "token_ms", "nodes"]))
 
 

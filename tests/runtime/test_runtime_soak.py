@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import soak
-from edgesafe import Session
+from edgesafe.runtime import Conversation
 from edgesafe.runtime.turns import Turns
 from mutants import wrong
 
@@ -29,13 +29,13 @@ def test_the_check_fails_on_another_exit(monkeypatch):
 
 def test_the_check_fails_on_a_leak(monkeypatch):
     kept = []
-    ask = Session._start
+    ask = Conversation.begin
 
     def leaking(self, *args, **options):
         kept.append(bytearray(b"x" * 200_000))
         return ask(self, *args, **options)
 
-    monkeypatch.setattr(Session, "_start", leaking)
+    monkeypatch.setattr(Conversation, "begin", leaking)
     row = soak.soak(None, asks=150, seconds=120)
     assert row["growth"] > soak.MOST_GROWTH and not soak.kept(row)
 

@@ -131,7 +131,7 @@ def asks_are_handed_over_in_line(session, monkeypatch):
     out = []
     first = threading.Thread(target=lambda: out.append(session.ask_async(BLACK, "what?")), name="first")
     first.start()
-    while not session._turns._line:
+    while not session.turns._line:
         time.sleep(0.01)
     out.append(session.ask_async(BLACK, "what?"))
     first.join(60)

@@ -154,9 +154,9 @@ class AlignConfig:
     data: str = ""
     exits: str = "all"
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.55, 0.6)
+    focus: tuple[float, float] = (0.5, 0.6)
     focus_share: float = 0.6
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 32
     reference_rows: int = 16
     tune: str = AUTO
@@ -164,9 +164,9 @@ class AlignConfig:
     lr: float = 1e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 10.0
+    harm_weight: float = 9.0
     focus_harm_weight: float = 4.0
-    shallow_harm_weight: float = 28.0
+    shallow_harm_weight: float = 24.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

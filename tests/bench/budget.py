@@ -128,7 +128,7 @@ def load(schedules: Sequence[Schedule]) -> Iterator[None]:
 
 
 def usable_depths(session: Session) -> tuple[int, ...]:
-    """What the session chooses from, as Session.choose has it."""
+    """What the session chooses from, as allowed_exits has it."""
     depths = session.certified or session.manifest.depths
     return within_reference(depths, session.manifest.reference_depth)
 
@@ -218,7 +218,7 @@ def run_trace(session: Watched, trace: Trace, seconds: float, least: int = 1) ->
     return runs
 
 
-def run_all(bundle: Path, seconds: float) -> dict:
+def run_all(bundle: Path, seconds: float, least: int = 1) -> dict:
     """Measure the bundle, run every trace, and report with date and machine."""
     before = circumstances()
     measured = measure(bundle, seconds=min(20.0, seconds))
@@ -238,7 +238,7 @@ def run_all(bundle: Path, seconds: float) -> dict:
     }
     for trace in traces(seconds):
         with step(trace.name):
-            runs = run_trace(session, trace, seconds)
+            runs = run_trace(session, trace, seconds, least)
         report["traces"][trace.name] = {"requests": len(runs), "policies": summary(runs)}
     return report
 

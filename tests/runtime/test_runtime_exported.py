@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,22 @@ def test_a_conversation_answers_as_ask_does(session, picture):
                 == session.ask(picture, prompt, exit_depth=depth, max_new_tokens=20).text
             )
             assert (talk.reused_tokens >= session.manifest.image_tokens) == (i > 0)
+
+
+def test_threads_take_turns_at_the_bound_buffers(session, picture):
+    """Asks and a conversation's questions at once, each as it is answered alone."""
+    talk = session.conversation(picture, exit_depth=session.manifest.depths[0])
+    asks = [(prompt, depth) for prompt in PROMPTS for depth in session.manifest.depths]
+    alone = [session.ask(picture, prompt, exit_depth=depth, max_new_tokens=12).text for prompt, depth in asks]
+
+    def both(ask: tuple[str, int]) -> tuple[str, str]:
+        text = session.ask(picture, ask[0], exit_depth=ask[1], max_new_tokens=12).text
+        return text, talk.ask(ask[0], max_new_tokens=12).text
+
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(both, asks))
+    first = {prompt: text for (prompt, depth), text in zip(asks, alone, strict=True) if depth == talk.exit_depth}
+    assert said == [(text, first[prompt]) for (prompt, _), text in zip(asks, alone, strict=True)]
 
 
 def test_drawn_answers_differ_by_seed_and_not_by_run(session, picture):

@@ -396,5 +396,3 @@ _PROMPTS: list[tuple[str, Callable[[random.Random], Any]]] = [
     ("chat text", lambda rng: "x A: yes U y" + _unicode(rng)),
     ("odd", lambda rng: rng.choice([None, 3, b"what?", ["what?"], {"a": 1}, 1.5, True])),
 ]
-
-

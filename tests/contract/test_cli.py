@@ -66,7 +66,8 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
         "actual_ms",
     ]
     assert (got["why"], got["planned_depth"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
-    assert list(got["actual_ms"]) == ["preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]
+    stages = ["wait", "preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]
+    assert list(got["actual_ms"]) == stages
     assert (got["text"], got["finish_reason"], got["exit_depth"], got["certified"]) == (ANSWER, "stop", 1, True)
     assert 0 < got["ttft_ms"] <= got["total_ms"]
 

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
-from edgesafe.errors import ParityError
+from edgesafe.errors import BundleError, ParityError
 from edgesafe_export import export as export_module
 from edgesafe_export import graphs, parity
 from edgesafe_export.export import probes, write
@@ -189,7 +189,6 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     ("change", "refused_by"),
     [
         ({"chat": ("USER: <image>\n", " ASSISTANT")}, "prompt's ids"),
-        ({"image_tokens": 35}, "prompt's ids"),
         ({"image_spec": "mean"}, "image features"),
         ({"image_spec": "resample"}, "image features"),
     ],
@@ -203,6 +202,13 @@ def test_wrong_words_around_the_prompt_or_wrong_preprocessing_are_refused(job, p
     for name, value in change.items():
         setattr(family, name, value)
     with pytest.raises(ParityError, match=refused_by):
+        check(replace(job, family=family), parts, tmp_path / "b")
+
+
+def test_another_number_of_image_tokens_is_refused_before_anything_is_asked(job, parts, tmp_path):
+    family = copy.copy(job.family)
+    family.image_tokens = 35
+    with pytest.raises(BundleError, match="image_features is"):
         check(replace(job, family=family), parts, tmp_path / "b")
 
 

@@ -6,6 +6,7 @@ Certification reads suites and alignment reads its data in the same format. Limi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def read_suite(path: str | os.PathLike[str], verify: bool = True) -> Suite:
 def write_suite(
     path: str | os.PathLike[str],
     rows: Sequence[Row],
-    images: Mapping[str, Image.Image],
+    images: Mapping[str, Image.Image | bytes],
     name: str,
     split: str,
     limits: Mapping[str, float] | None = None,
@@ -116,7 +117,8 @@ def write_suite(
     Args:
         path: The folder to write; an earlier suite there is replaced.
         rows: In the order they are to be asked.
-        images: Every picture by its path in the suite, e.g. ``images/00012.png``; saved as RGB PNG.
+        images: Every picture by its path in the suite, e.g. ``images/00012.png``; saved as RGB PNG, or bytes that are one
+            (``png``).
         name: The suite's name.
         split: Which split of the world it holds.
         limits: The verdict's limits; ``DEFAULT_LIMITS`` where None.
@@ -260,10 +262,17 @@ def _check_files(root: Path, images: Mapping[str, str], verify: bool) -> None:
             raise _damaged(file, "the picture's bytes are not those of suite.json")
 
 
+def png(image: Image.Image) -> bytes:
+    """A picture as an RGB PNG file."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG")
+    return file.getvalue()
+
+
 def _write_files(
     root: Path,
     rows: Sequence[Row],
-    images: Mapping[str, Image.Image],
+    images: Mapping[str, Image.Image | bytes],
     name: str,
     split: str,
     limits: Mapping[str, float],
@@ -273,8 +282,9 @@ def _write_files(
     for relpath, image in images.items():
         if not _IMAGE_PATH.fullmatch(relpath):
             raise InputError(f"the picture path {relpath!r} is not allowed", expected="images/NAME.png")
-        image.convert("RGB").save(root / relpath, format="PNG")
-        hashes[relpath] = sha256_file(root / relpath)
+        data = image if isinstance(image, bytes) else png(image)
+        (root / relpath).write_bytes(data)
+        hashes[relpath] = hashlib.sha256(data).hexdigest()
     lines = [json.dumps(asdict(row), sort_keys=True, ensure_ascii=False) + "\n" for row in rows]
     data = "".join(lines).encode("utf-8")
     (root / ROWS).write_bytes(data)

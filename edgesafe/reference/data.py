@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from edgesafe.certify.suite import Row, write_suite
+from edgesafe.certify.suite import Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, Sample, draws, sample
 
@@ -41,56 +40,40 @@ def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> 
     rows, images = [], {}
     for family, number in counts.items():
         for i in range(max(1, round(number * scale))):
-            s = sample(family, split, i, seed)
-            name = f"images/{family}-{i:04d}.png"
-            images[name] = s.image
-            rows.append(
-                Row(
-                    id=f"{split}-{family}-{i:04d}",
-                    cls=CLASS_OF[family],
-                    family=family,
-                    image=name,
-                    prompt=s.prompt,
-                    target=s.target,
-                    key=s.key,
-                    template=s.template,
-                    smoke=i % SMOKE_SHARE == 0,
-                )
-            )
+            row, picture = _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0)
+            rows.append(row)
+            images[row.image] = picture
     write_suite(out, rows, images, name=f"reference-{split}", split=split, limits=LIMITS)
 
 
 def write_training(out: Path, count: int, *, seed: int = 0) -> None:
-    """Write `count` rows of the train split for alignment, the families mixed by `ALIGN`."""
-    rows, images = [], {}
-    for i, s in enumerate(_drawn(draws("train", count, seed, ALIGN), seed)):
-        name = f"images/{i:06d}.png"
-        images[name] = s.image
-        rows.append(
-            Row(
-                id=f"train-{i:06d}",
-                cls=s.cls,
-                family=s.family,
-                image=name,
-                prompt=s.prompt,
-                target=s.target,
-                key=s.key,
-                template=s.template,
-                smoke=False,
-            )
-        )
-    write_suite(out, rows, images, name="reference-train", split="train", limits=LIMITS)
+    """Write `count` rows of the train split for alignment, the families mixed by `ALIGN`; drawn on all cores where it pays."""
+    families, indices = zip(*draws("train", count, seed, ALIGN), strict=True)
+    wanted = range(count), families, indices, repeat(seed)
+    if count < POOL_ROWS:
+        drawn = list(map(_train_row, *wanted))
+    else:
+        with ProcessPoolExecutor(host_cores()) as pool:
+            drawn = list(pool.map(_train_row, *wanted, chunksize=100))
+    images = {row.image: picture for row, picture in drawn}
+    write_suite(out, [row for row, _ in drawn], images, name="reference-train", split="train", limits=LIMITS)
 
 
-def _drawn(wanted: list[tuple[str, int]], seed: int) -> Iterator[Sample]:
-    """The training samples that are named, in that order, drawn on all cores where it pays."""
-    families, indices = zip(*wanted, strict=True)
-    if len(wanted) < POOL_ROWS:
-        yield from map(_train_sample, families, indices, repeat(seed))
-        return
-    with ProcessPoolExecutor(host_cores()) as pool:
-        yield from pool.map(_train_sample, families, indices, repeat(seed), chunksize=100)
+def _train_row(number: int, family: str, index: int, seed: int) -> tuple[Row, bytes]:
+    return _row(sample(family, "train", index, seed), "train", f"{number:06d}", smoke=False)
 
 
-def _train_sample(family: str, index: int, seed: int) -> Sample:
-    return sample(family, "train", index, seed)
+def _row(s: Sample, split: str, name: str, *, smoke: bool) -> tuple[Row, bytes]:
+    """A sample as a suite's row and its picture as PNG."""
+    row = Row(
+        id=f"{split}-{name}",
+        cls=CLASS_OF[s.family],
+        family=s.family,
+        image=f"images/{name}.png",
+        prompt=s.prompt,
+        target=s.target,
+        key=s.key,
+        template=s.template,
+        smoke=smoke,
+    )
+    return row, png(s.image)

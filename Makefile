@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check study reference bench clean
+.PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
 
 help: ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	@echo "setting up $(VENV) (about a minute) ..." >&2
@@ -48,8 +48,34 @@ study: $(VENV)/ready ## run the study that is not done yet and write its tables 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference
 
-bench: $(VENV)/ready ## time every segment of build/DEVICE/bundle here
-	@$(EDGESAFE) measure $(OUT)/bundle
+PEERS := build/bench/peers
+$(PEERS)/ready: # llama.cpp is built from source: about 8 minutes on 2 cores
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "setting up $(PEERS): builds llama.cpp ..." >&2
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf onnxruntime-genai
+	@touch $@
+
+bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle and of a LLaMA shape, next to the peers
+	@$(BIN)/python tests/bench/speed.py --work build/bench --peers $(PEERS)/bin/python --bundle $(OUT)/bundle
+	@$(BIN)/python tests/bench/schemes.py --work build/bench
+
+bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
+	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
+
+soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
+	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
+
+fuzz: $(VENV)/ready ## 6,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
+	@$(BIN)/python tests/fuzz.py --out tests/bench/results/fuzz.json
+
+chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)
+	@$(BIN)/python tests/chaos.py --out tests/bench/results/chaos.json
+
+wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
+	@$(BIN)/python tests/wheel.py build/wheel
+
+shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
+	@$(BIN)/python tests/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgesafe.certificate import Certificate
     from edgesafe.device import DeviceProfile, list_devices, load_device
     from edgesafe.errors import EdgesafeError
-    from edgesafe.runtime import Answer, Budget, Session, choose_exit
+    from edgesafe.runtime import Answer, Budget, Sampling, Session, choose_exit
 
 _HOMES = {
     "Answer": "edgesafe.runtime",
@@ -24,6 +24,7 @@ _HOMES = {
     "Certificate": "edgesafe.certificate",
     "DeviceProfile": "edgesafe.device",
     "EdgesafeError": "edgesafe.errors",
+    "Sampling": "edgesafe.runtime",
     "Session": "edgesafe.runtime",
     "choose_exit": "edgesafe.runtime",
     "list_devices": "edgesafe.device",
@@ -37,6 +38,7 @@ __all__ = [
     "Certificate",
     "DeviceProfile",
     "EdgesafeError",
+    "Sampling",
     "Session",
     "__version__",
     "choose_exit",

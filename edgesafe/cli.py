@@ -130,17 +130,26 @@ def _add_ask(parser: argparse.ArgumentParser) -> Run:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--budget-ms", type=float, metavar="N", help="the deepest certified exit that fits N ms")
     which.add_argument("--exit-depth", type=int, metavar="D", help="the exit after D blocks")
+    parser.add_argument("--total-ms", type=float, metavar="N", help="the whole answer's time; decoding stops before it")
+    parser.add_argument("--require-measured", action="store_true", help="refuse a budget that only an estimate supports")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the profile's)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="draw tokens (0: take the likeliest)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest with this share (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="T", help="end the answer before this text; repeatable")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (those found best by measure, or the profile's)")
     parser.add_argument("--allow-uncertified", action="store_true", help="use an exit without a passed verdict")
     return cmd_ask
 
 
 def cmd_ask(options: argparse.Namespace) -> int:
     """Stream an answer to stdout and say on stderr how it came about."""
-    from edgesafe.runtime import Budget, Session
+    from edgesafe.runtime import Budget, Sampling, Session
 
-    budget = Budget(options.budget_ms) if options.budget_ms is not None else None
+    sampling = Sampling(options.temperature, options.top_p, options.seed, stop=tuple(options.stop))
+    budget = None
+    if options.budget_ms is not None or options.total_ms is not None:
+        budget = Budget(options.budget_ms, options.total_ms, require_measured=options.require_measured)
     session = Session.open(options.bundle, threads=options.threads, allow_uncertified=options.allow_uncertified)
     stream = session.stream(
         options.image,
@@ -148,6 +157,7 @@ def cmd_ask(options: argparse.Namespace) -> int:
         budget,
         exit_depth=options.exit_depth,
         max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
     )
     for piece in stream:
         if not options.json:
@@ -169,12 +179,14 @@ def _summary(answer: dict[str, Any], reference_depth: int) -> str:
         f"exit {answer['exit_depth']} of {reference_depth} ({certified}), first token predicted {shown}, "
         f"took {answer['ttft_ms']:.1f} ms, {answer['total_ms']:.1f} ms in all, ended by {answer['finish_reason']}"
     )
+    if answer["deadline_met"] is not None:
+        line += f"\nbudget {'kept' if answer['deadline_met'] else 'MISSED'}; this exit because {answer['why']}"
     return line + (f"\nnote: {answer['note']}" if answer["note"] else "")
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> Run:
     _add_bundle(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the profile's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (compares counts and takes the best)")
     parser.add_argument("--seconds", type=float, default=40.0, metavar="S", help="about how long to take (40)")
     return cmd_measure
 
@@ -191,13 +203,18 @@ def cmd_measure(options: argparse.Namespace) -> int:
         return 0
     parts = [("preprocess", result.text["preprocess"]), *result.segments.items()]
     parts += [(f"prefill of {row['tokens']} tokens", row) for row in result.text["prefill"]]
-    parts += [("one more token", result.text["decode"])]
-    rows = [[name, row["p50_ms"], row["p95_ms"], row["n"]] for name, row in parts]
-    print(table([[n, f"{a:.2f}", f"{b:.2f}", c] for n, a, b, c in rows], ["part", "p50 ms", "p95 ms", "runs"]))
+    parts += [(f"one more token after {row['context']}", row) for row in result.text["decode"]]
+    rows = [[name, f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", len(row["ms"])] for name, row in parts]
+    print(table(rows, ["part", "p50 ms", "p95 ms", "runs"]))
     exits = [[e["exit_depth"], *(f"{e['ttft_ms'][key]:.2f}" for key in ("p50_ms", "p95_ms"))] for e in result.exits]
     print("\n" + table(exits, ["exit", "first token p50 ms", "p95 ms"]))
     rss = f"{result.peak_rss_mib:.0f} MiB" if result.peak_rss_mib is not None else "unknown"
-    print(f"\n{result.machine}; {result.threads} threads; onnxruntime {result.onnxruntime_version}; peak RSS {rss}")
+    if result.sweep:
+        compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]
+        print("\n" + table(compared, ["threads", "on cores", "answer p50 ms"]))
+    print(f"\n{result.machine}; {result.threads} threads; onnxruntime {result.onnxruntime_version}")
+    ruled = result.conditions["governor"] or "unknown"
+    print(f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; governor {ruled}")
     return 0
 
 
@@ -309,6 +326,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
     "devices": (_add_devices, "list the device profiles"),
     "certify": (_add_certify, "run the certification suite at every exit"),
     "smoke": (_add_smoke, "run the suite's on-device subset (exit code 42 on failure)"),
+    "serve": (_elsewhere("edgesafe.serve.server", "add_arguments", "run"), "a local page for trying a bundle in a browser"),
     "export": (_elsewhere("edgesafe_export.cli", "add_arguments", "run"), "turn a checkpoint into a bundle"),
     "align": (
         _elsewhere("edgesafe.align.cli", "add_align_arguments", "run_align"),

@@ -134,3 +134,27 @@ class NotMeasuredError(DeviceError):
     """A prediction was asked for that neither a measurement nor the profile supports."""
 
     exit_code = 62
+
+
+class SessionError(EdgesafeError):
+    """A session can't take or finish an ask."""
+
+    exit_code = 70
+
+
+class BusyError(SessionError):
+    """Another answer is being made, and the session was opened to refuse rather than wait."""
+
+    exit_code = 71
+
+
+class CancelledError(SessionError):
+    """The ask was cancelled before its answer ended."""
+
+    exit_code = 72
+
+
+class ClosedError(SessionError):
+    """The session was closed."""
+
+    exit_code = 73

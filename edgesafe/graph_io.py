@@ -11,6 +11,8 @@ V vocabulary, KVH key-value heads, HD head size. Batch is always 1.
     decoder         inputs_embeds f32 [1,S,D], attention_mask i64 [1,P+S] (1 = may be read),
                     position_ids i64 [1,S], past_key_values.* f32 [1,KVH,P,HD]
                                                       -> logits f32 [1,S or 1,V], present.* f32 [1,KVH,P+S,HD]
+    decoder that shares its cache: the same without position_ids; past_key_values.* and present.* f32 [1,KVH,L,HD] may be
+                    one buffer, L >= P+S, since its lengths come from attention_mask; logits f32 [1,1,V]
 """
 
 from __future__ import annotations

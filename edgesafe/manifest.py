@@ -11,6 +11,7 @@ from typing import Any
 from edgesafe.errors import BundleError, FormatVersionError, UnsupportedModelError
 from edgesafe.graph_io import TensorSpec
 from edgesafe.records import Fields
+from edgesafe.sizes import MAX_CONTEXT, MAX_SIDE, check_sizes
 
 FORMAT_VERSION = 1
 LAYOUTS = ("chain", "standalone")
@@ -147,11 +148,13 @@ class ImageSpec:
         """Read the manifest's ``image`` table strictly."""
         size = fields.child("size")
         resize_to, mean, std = fields.integers("resize_to"), fields.numbers("mean"), fields.numbers("std")
-        if len(resize_to) != 2 or min(resize_to) < 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if len(resize_to) != 2 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise BundleError("resize_to needs two numbers, mean and std three each, std above 0", where=fields.where)
+        if not 0 <= min(resize_to) <= max(resize_to) <= MAX_SIDE:
+            raise BundleError(f"resize_to is {list(resize_to)}", where=fields.where, expected=f"sides of 0 to {MAX_SIDE}")
         spec = ImageSpec(
-            height=size.integer("height", 1),
-            width=size.integer("width", 1),
+            height=size.integer("height", 1, MAX_SIDE),
+            width=size.integer("width", 1, MAX_SIDE),
             resize=fields.choice("resize", RESIZES),
             resize_to=(resize_to[0], resize_to[1]),
             resample=fields.choice("resample", tuple(RESAMPLES.values())),
@@ -162,6 +165,10 @@ class ImageSpec:
         )
         size.done()
         fields.done()
+        if spec.resize != "none" and min(resize_to) < 1:
+            raise BundleError("resize_to is 0", where=fields.where, expected="at least one pixel a side")
+        if not spec.center_crop and (spec.resize != "exact" or resize_to != (spec.height, spec.width)):
+            raise BundleError("the resize has another size", where=fields.where, expected="height x width or a centre crop")
         return spec
 
 
@@ -284,7 +291,7 @@ def _read_text(fields: Fields) -> TextSpec:
         head_dim=fields.integer("head_dim", 1),
         hidden_size=fields.integer("hidden_size", 1),
         vocab_size=fields.integer("vocab_size", 1),
-        context_length=fields.integer("context_length", 1),
+        context_length=fields.integer("context_length", 1, MAX_CONTEXT),
         eos_token_ids=fields.integers("eos_token_ids"),
     )
     fields.done()
@@ -340,6 +347,9 @@ def _check(manifest: Manifest, where: str) -> None:
         raise BundleError("the chat prefix must hold the image token exactly once", where=where)
     if not all(e.graphs for e in manifest.exits):
         raise BundleError("an exit lists no graphs", where=where)
+    if manifest.suite and f"{manifest.suite.path}/suite.json" not in manifest.files:
+        raise BundleError(f"the suite {manifest.suite.path!r} is not under files", where=where)
+    check_sizes(manifest, where)
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:

@@ -42,11 +42,11 @@ class Fields:
         value = self.text(key)
         return value if value in allowed else self._wrong(key, value, " or ".join(map(repr, allowed)))
 
-    def integer(self, key: str, low: int = 0) -> int:
-        """A whole number of at least ``low``; True and 1.0 are none."""
-        expected = f"a whole number of at least {low}"
+    def integer(self, key: str, low: int = 0, high: int = 2**63 - 1) -> int:
+        """A whole number from ``low`` to ``high``; True and 1.0 are none."""
+        expected = f"a whole number of at least {low}" + (f" and at most {high}" if high < 2**63 - 1 else "")
         value = self._get(key, expected)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             self._wrong(key, value, expected)
         return int(value)
 
@@ -54,7 +54,7 @@ class Fields:
         """A finite number of at least ``low``."""
         expected = "a finite number" + (f" of at least {low:g}" if low is not None else "")
         value = self._get(key, expected)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             self._wrong(key, value, expected)
         if low is not None and value < low:
             self._wrong(key, value, expected)
@@ -78,14 +78,13 @@ class Fields:
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of whole numbers."""
         value = self.items(key)
-        fine = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        fine = all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**63 for v in value)
         return tuple(value) if fine else self._wrong(key, value, "a list of whole numbers")
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers."""
         value = self.items(key)
-        fine = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value)
-        return tuple(map(float, value)) if fine else self._wrong(key, value, "a list of finite numbers")
+        return tuple(map(float, value)) if all(map(_is_number, value)) else self._wrong(key, value, "a list of finite numbers")
 
     def table(self, key: str) -> dict[str, Any]:
         """A table of anything."""
@@ -129,6 +128,13 @@ class Fields:
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise self.error(f"{key} is {_kind(value)} {shown}", where=self.where, expected=f"{key} = {expected}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number that a float can hold; True is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def _kind(value: object) -> str:

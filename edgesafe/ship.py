@@ -92,7 +92,7 @@ def ship(
             "no checkpoint here",
             where=str(model),
             expected="a folder with config.json",
-            todo="name a LLaVA checkpoint folder, or none for the reference model",
+            todo="name a LLaVA checkpoint folder; the reference model is in a clone of the repository, not in the wheel",
         )
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)

@@ -24,6 +24,7 @@ from edgesafe.progress import bar, table
 
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 WANTED_EXITS = 4
+_SHRINK = 0.96
 
 
 def command(*words: str | Path) -> tuple[int, str]:
@@ -78,24 +79,21 @@ def check_answers(bundle: Path, depths: tuple[int, ...]) -> None:
 
 
 def check_budget(bundle: Path, depths: tuple[int, ...]) -> None:
-    """A smaller budget picks a shallower exit, and one below the fastest exit is an error. Measures the bundle first."""
+    """Ever smaller budgets pick shallower exits, and one below the fastest exit is an error. Measures the bundle first."""
     code, out = command("measure", bundle, "--seconds", "15", "--json")
     assert code == 0, "measure failed"
     p95 = {e["exit_depth"]: e["ttft_ms"]["p95_ms"] for e in json.loads(out)["exits"]}
     image, prompt, _ = samples()[0]
-    room = 4 * p95[depths[-1]]  # the prompt may be longer than the measured one
-    chosen = [ask(bundle, image, prompt, "--budget-ms", f"{ms:g}")[1]["exit_depth"] for ms in (room, _between(bundle, depths))]
-    code, _ = ask(bundle, image, prompt, "--budget-ms", "0.001")
-    print(f"a wide budget takes exit {chosen[0]}, a small one exit {chosen[1]}, too small a one ends with code {code}")
-    if not chosen[0] > chosen[1] or code != NoExitFitsError.exit_code:
+    # The first leaves room for a new session's first answer, which is slower than the measured ones.
+    budget, chosen, code = 4 * p95[depths[-1]], [], 0
+    while code == 0:
+        code, answer = ask(bundle, image, prompt, "--budget-ms", f"{budget:g}")
+        chosen += [answer["exit_depth"]] if code == 0 else []
+        budget *= _SHRINK
+    shown = f"from {chosen[0]} down to {min(chosen)}" if chosen else "none"
+    print(f"{len(chosen)} budgets, each {_SHRINK} of the one before: exits {shown}; the next ends with code {code}")
+    if not chosen or chosen[0] != depths[-1] or min(chosen) == depths[-1] or code != NoExitFitsError.exit_code:
         sys.exit("the budget does not choose the exit")
-
-
-def _between(bundle: Path, depths: tuple[int, ...]) -> float:
-    """A budget that the shallowest certified exit keeps and the deepest does not, by the session's own prediction."""
-    image, prompt, _ = samples()[0]
-    low, high = (ask(bundle, image, prompt, "--exit-depth", str(d))[1]["predicted_ttft_ms"] for d in (depths[0], depths[-1]))
-    return (low + high) / 2
 
 
 def check_bytes(bundle: Path) -> None:

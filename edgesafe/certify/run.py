@@ -11,18 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from edgesafe import __version__
 from edgesafe.bundle import write_atomically
 from edgesafe.certificate import PASSED, Certificate, ExitVerdict, write_certificate
 from edgesafe.certify.judge import JUDGE, classify
 from edgesafe.certify.suite import CLASSES, Row, Suite, read_suite
 from edgesafe.certify.tally import families, smoke_verdict, tally, verdict
-from edgesafe.device import machine_name
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
+from edgesafe.machine import machine_name
 from edgesafe.progress import bar, table
-from edgesafe.runtime.session import MAX_NEW_TOKENS, Session
+from edgesafe.runtime.options import MAX_NEW_TOKENS
+from edgesafe.runtime.session import Session
 
 Said = dict[int, dict[str, str]]
 
@@ -87,7 +86,7 @@ def environment(session: Session) -> dict[str, Any]:
     """Where the answers were made."""
     return {
         "edgesafe": __version__,
-        "onnxruntime": onnxruntime.__version__,
+        session.backend.name: session.backend.version,
         "cpu": machine_name(),
         "machine": platform.machine(),
         "system": platform.system(),

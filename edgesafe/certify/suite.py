@@ -20,6 +20,7 @@ from PIL import Image
 
 from edgesafe.bundle import read_sealed, seal, sha256_file, unseal
 from edgesafe.errors import FormatVersionError, InputError, IntegrityError
+from edgesafe.exchange import exchange
 from edgesafe.records import Fields
 
 SUITE_VERSION = 1
@@ -305,6 +306,9 @@ def _replace_folder(new: Path, old: Path) -> None:
     """Put a folder in the place of another, which is deleted only once the new one stands there."""
     if not old.exists():
         os.replace(new, old)
+        return
+    if exchange(new, old):
+        shutil.rmtree(new)
         return
     aside = old.with_name(old.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)

@@ -7,7 +7,7 @@ from itertools import repeat
 from pathlib import Path
 
 from edgesafe.certify.suite import Row, png, write_suite
-from edgesafe.device import host_cores
+from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, Sample, draws, sample
 
 # Rows a family. For reporting (val, test): 440 harmful, 400 harmless, 400 task. For certification, which runs on every exit

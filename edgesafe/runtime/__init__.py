@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from edgesafe.runtime.choose import Budget, Prediction, choose_exit
+from edgesafe.runtime.answer import Answer
+from edgesafe.runtime.asking import AnswerStream, PendingAnswer
+from edgesafe.runtime.backend import Backend, OnnxRuntime, RunnableGraph
+from edgesafe.runtime.choose import Budget, choose_exit
+from edgesafe.runtime.conversation import Conversation
+from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.measure import measure
-from edgesafe.runtime.session import Answer, AnswerStream, Session
+from edgesafe.runtime.sampling import Sampling
+from edgesafe.runtime.session import Session
+from edgesafe.runtime.turns import Cancel, Progress
 
-__all__ = ["Answer", "AnswerStream", "Budget", "Prediction", "Session", "choose_exit", "measure"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Backend",
+    "Budget",
+    "Cancel",
+    "Conversation",
+    "Forecast",
+    "OnnxRuntime",
+    "PendingAnswer",
+    "Progress",
+    "RunnableGraph",
+    "Sampling",
+    "Session",
+    "choose_exit",
+    "measure",
+]

@@ -1,50 +1,64 @@
-"""Which exit to run: pure arithmetic over predictions, certified depths and a budget."""
+"""Which exit to run: a budget, and pure arithmetic over predictions, certified depths and the time that is left."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from edgesafe.bundle import GraphSpec, Manifest
-from edgesafe.device import DeviceProfile, LatencyTable
 from edgesafe.errors import InputError, NoExitFitsError
 
-QUANTILE = "p95_ms"
+ERROR, SHALLOWEST = "error", "shallowest"
+# The chance with which a prediction must hold where nobody says otherwise.
+QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an answer may cost: ``ttft_ms``, the time to its first token in milliseconds."""
+    """What an answer may cost, in milliseconds from the call; at least one of the two times is given.
 
-    ttft_ms: float
-
-    def __post_init__(self) -> None:
-        value = self.ttft_ms
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InputError(f"{value!r} is no budget", where="ttft_ms", expected="milliseconds above 0")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted time to the first token of each exit in ms (None = unknown), and what it rests on.
-
-    ``source`` is ``measured`` (on this machine), ``estimated`` (from the device's profile) or ``none``.
+    Args:
+        ttft_ms: Time to the first token.
+        total_ms: Time to the answer's end. Decoding stops before it, and the answer then says so
+            (``finish_reason`` ``deadline``).
+        max_new_tokens: The answer's longest length. With ``total_ms``, an exit fits only where so many tokens
+            fit as well; without it, only the first token must, and a longer answer may be cut.
+        quantile: The chance, above 0 and below 1, with which a prediction must hold.
+        on_miss: Where no certified exit is predicted to fit: ``error`` raises before anything is run,
+            ``shallowest`` runs the shallowest one and says afterwards whether it was in time.
+        require_measured: Refuse to choose by an estimate; only this machine's own measurement will do.
     """
 
-    ttft_ms: dict[int, float] | None
-    source: str
-    note: str = ""
+    ttft_ms: float | None = None
+    total_ms: float | None = None
+    max_new_tokens: int | None = None
+    quantile: float = QUANTILE
+    on_miss: str = ERROR
+    require_measured: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_ms", self.ttft_ms), ("total_ms", self.total_ms)):
+            if value is not None and not _is_between(value, 0, math.inf):
+                raise InputError(f"{value!r} is no budget", where=name, expected="milliseconds above 0")
+        if self.ttft_ms is None and self.total_ms is None:
+            raise InputError("the budget names no time", expected="ttft_ms, total_ms or both")
+        if not _is_between(self.quantile, 0, 1):
+            raise InputError(f"{self.quantile!r} is no quantile", where="quantile", expected="a number between 0 and 1")
+        if self.on_miss not in (ERROR, SHALLOWEST):
+            raise InputError(f"on_miss is {self.on_miss!r}", where="on_miss", expected=f"{ERROR!r} or {SHALLOWEST!r}")
+        if self.max_new_tokens is not None and not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
+            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}", expected="a whole number of at least 1")
+        if not isinstance(self.require_measured, bool):
+            raise InputError(f"require_measured is {self.require_measured!r}", expected="True or False")
 
 
 def choose_exit(predicted: Mapping[int, float], certified: Collection[int], budget_ms: float) -> int:
     """The deepest certified exit whose predicted time to the first token fits the budget.
 
     Args:
-        predicted: ms by exit depth.
+        predicted: ms by exit depth, at the quantile that the budget asks for.
         certified: Depths with a passed verdict.
-        budget_ms: The budget, ms; a prediction equal to it fits.
+        budget_ms: The time that is left, ms; a prediction equal to it fits.
 
     Raises:
         NoExitFitsError: No certified exit fits.
@@ -60,7 +74,7 @@ def choose_exit(predicted: Mapping[int, float], certified: Collection[int], budg
     times = {depth: predicted[depth] for depth in certified if depth in predicted}
     fastest = f"{min(times.values()):.1f} ms" if times else "unknown"
     raise NoExitFitsError(
-        f"no certified exit fits a budget of {budget_ms:g} ms",
+        f"no certified exit fits the {budget_ms:.1f} ms that the budget leaves",
         expected=f"at least {fastest}, the fastest certified exit's prediction",
         todo="raise the budget, or export with shallower exits and certify them",
     )
@@ -77,59 +91,23 @@ def within_reference(depths: Collection[int], reference_depth: int) -> tuple[int
     return tuple(sorted(d for d in depths if d <= reference_depth)) or tuple(sorted(depths))
 
 
-def from_latency(manifest: Manifest, table: LatencyTable, prompt_tokens: int) -> dict[int, float]:
-    """Each exit's time to the first token from measured parts, at their 95th percentile, ms.
+def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:
+    """The time by which the first token is due.
 
-    A deeper exit is never predicted faster than a shallower one: whatever the noise says, it does more work.
+    Args:
+        budget: With one or both times.
+        later_tokens_ms: What the tokens after the first are predicted to take; ``total_ms`` keeps it free.
+
+    >>> first_token_ms(Budget(700)), first_token_ms(Budget(700, 1000), 400), first_token_ms(Budget(total_ms=1000), 50)
+    (700, 600, 950)
     """
-    fixed = float(table.text["preprocess"][QUANTILE]) + _prefill_ms(table.text["prefill"], prompt_tokens)
-    times: dict[int, float] = {}
-    floor = 0.0
-    for spec in manifest.exits:
-        floor = max(floor, fixed + sum(table.segments[path][QUANTILE] for path in spec.graphs))
-        times[spec.exit_depth] = floor
-    return times
+    first = math.inf if budget.ttft_ms is None else budget.ttft_ms
+    return first if budget.total_ms is None else min(first, budget.total_ms - later_tokens_ms)
 
 
-def _prefill_ms(points: list[dict[str, Any]], tokens: int) -> float:
-    """The prefill's time at a prompt length, on the line through the shortest and longest measured ones."""
-    ordered = sorted(points, key=lambda point: point["tokens"])
-    low, high = ordered[0], ordered[-1]
-    slope = 0.0
-    if high["tokens"] > low["tokens"]:
-        slope = max(0.0, (high[QUANTILE] - low[QUANTILE]) / (high["tokens"] - low["tokens"]))
-    return float(low[QUANTILE] + slope * max(0, tokens - low["tokens"]))
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def from_profile(manifest: Manifest, profile: DeviceProfile, prompt_tokens: int) -> dict[int, float] | None:
-    """Each exit's time to the first token from the profile's figures, ms; None where a needed figure is absent.
-
-    A graph costs the longer of its arithmetic and of reading its weights once, plus the overhead. An
-    absent overhead adds nothing, so an estimate is a floor. A decoder's ``flops`` count one token.
-    """
-    vision = manifest.quantization.get("vision", "fp32")
-    text = manifest.quantization.get("text", "fp32")
-    prefill = _graph_ms(manifest.graphs[manifest.text.decoder], profile, text, prompt_tokens)
-    if prefill is None:
-        return None
-    times: dict[int, float] = {}
-    floor = 0.0
-    for spec in manifest.exits:
-        parts = [_graph_ms(manifest.graphs[path], profile, vision, 1) for path in spec.graphs]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        floor = max(floor, prefill + sum(known))
-        times[spec.exit_depth] = floor
-    return times
-
-
-def _graph_ms(graph: GraphSpec, profile: DeviceProfile, scheme: str, runs: int) -> float | None:
-    # int4 weights are multiplied in int8 by MLAS, so both quantized schemes use the int8 figure.
-    gops = profile.estimates.get("gops_fp32" if scheme == "fp32" else "gops_int8")
-    read = profile.estimates.get("read_gb_s")
-    if not gops or not read or graph.flops is None:
-        return None
-    arithmetic = runs * graph.flops / (gops * 1e9) * 1e3
-    reading = graph.weight_bytes / (read * 1e9) * 1e3
-    return max(arithmetic, reading) + profile.estimates.get("overhead_ms_per_graph", 0.0)
+def _is_between(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high

@@ -1,18 +1,25 @@
-"""Greedy decoding over the merged decoder: prefill and steps are one graph with a growing cache."""
+"""Reading and answering with the merged decoder: prefill and steps are one graph with a cache.
+
+A `Reader` is the decoder with what it has read. Where the graph and its engine can share one buffer between past and present
+(`edgesafe.runtime.shared`), tokens are written into it in place; else the cache goes in and comes out of every run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgesafe import graph_io
-from edgesafe.bundle import TextSpec
+from edgesafe.bundle import GraphSpec, TextSpec
 from edgesafe.errors import BundleError
+from edgesafe.runtime.sampling import last_row
 
 Array = npt.NDArray[Any]
+# What goes from one vision graph to the next: an array, or what the engine hands on without a copy.
+State = Any
 
 
 class Graph(Protocol):
@@ -22,6 +29,28 @@ class Graph(Protocol):
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run once; feeds that the graph doesn't want are left out."""
+        ...
+
+
+class Reader(Protocol):
+    """The language side with its memory; ``length`` is how many tokens it has read."""
+
+    length: int
+
+    def read(self, embeds: Array) -> Array:
+        """Read embeddings, float32 [1,S,D], after what was read; the logits [1,S or 1,V] stand until the next read."""
+        ...
+
+    def read_token(self, token: int) -> Array:
+        """Read one token by its id."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        ...
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many tokens in all."""
         ...
 
 
@@ -37,10 +66,7 @@ def argmax_token(logits: Array) -> int:
     >>> argmax_token(np.array([[[9.0, 0.0], [1.0, 2.0]]]))
     1
     """
-    row = logits[0, -1]
-    if not np.isfinite(row).all():
-        raise BundleError("the decoder returned logits that are not finite", todo="export the bundle again")
-    return int(row.argmax())
+    return int(last_row(logits).argmax())
 
 
 def empty_cache(text: TextSpec) -> dict[str, Array]:
@@ -78,7 +104,75 @@ def step(decoder: Graph, text: TextSpec, embeds: Array, cache: dict[str, Array])
     return out[graph_io.LOGITS], grown
 
 
-def merge_features(embed: Graph, ids: list[int], image_token_id: int, features: Array) -> Array:
+class GrowingReader:
+    """A reader over any engine's plain ``run``: the cache goes in and comes out one run longer."""
+
+    def __init__(self, embed: Graph, decoder: Graph, text: TextSpec) -> None:
+        self._embed, self._decoder, self._text = embed, decoder, text
+        self._cache = empty_cache(text)
+        self.length = 0
+
+    def read(self, embeds: Array) -> Array:
+        """See ``Reader``."""
+        logits, self._cache = step(self._decoder, self._text, embeds, self._cache)
+        self.length += embeds.shape[1]
+        return logits
+
+    def read_token(self, token: int) -> Array:
+        """See ``Reader``."""
+        return self.read(embed_ids(self._embed, np.array([[token]], np.int64)))
+
+    def rewind(self, length: int) -> None:
+        """See ``Reader``."""
+        self._cache = {name: array[:, :, :length] for name, array in self._cache.items()}
+        self.length = length
+
+    def reserve(self, length: int) -> None:
+        """Nothing to do: each run makes room for itself."""
+
+
+def advance(graph: Graph, state: State) -> State:
+    """A vision graph's one output from its one input, without a copy where the engine can hand its own values on."""
+    direct: Callable[[State], State] | None = getattr(graph, "advance", None)
+    if direct is not None:
+        return direct(state)
+    (out,) = graph.run(dict.fromkeys(graph.wants, as_array(state))).values()
+    return out
+
+
+def as_array(state: State) -> Array:
+    """A state's numbers; the array stays good when the state is gone."""
+    return state if isinstance(state, np.ndarray) else np.array(state.numpy())
+
+
+def shares_cache(spec: GraphSpec) -> bool:
+    """Whether a decoder may write its new tokens into the buffer that it reads the cache from.
+
+    It says so by the names of its shapes: past and present have the same length. Its lengths come from the attention mask then,
+    it takes no position ids, and it gives the last token's logits alone.
+    """
+    inputs = {tensor.name: tensor for tensor in spec.inputs}
+    outputs = {tensor.name: tensor for tensor in spec.outputs}
+    past, present = inputs.get(graph_io.past_key(0)), outputs.get(graph_io.present_key(0))
+    if past is None or present is None or graph_io.LOGITS not in outputs:
+        return False
+    fits = past.shape == present.shape and all(isinstance(n, int) for n in outputs[graph_io.LOGITS].shape)
+    return fits and graph_io.ATTENTION_MASK in inputs and graph_io.POSITION_IDS not in inputs
+
+
+def open_reader(embed: Graph, decoder: Graph, text: TextSpec, length: int) -> Reader:
+    """A reader with room for ``length`` tokens, over one shared buffer where the decoder and its engine can do that."""
+    share: Callable[..., Reader | None] | None = getattr(decoder, "share", None)
+    shared = share(embed, text, length) if share else None
+    return shared or GrowingReader(embed, decoder, text)
+
+
+def embed_ids(embed: Graph, ids: Array) -> Array:
+    """Embeddings float32 [1,S,D] of ids int64 [1,S]."""
+    return embed.run({graph_io.INPUT_IDS: ids})[graph_io.INPUTS_EMBEDS]
+
+
+def merge_features(embed: Graph, ids: list[int], image_token_id: int, features: State) -> Array:
     """The prompt's embeddings with the picture's features in the image token's places.
 
     Args:
@@ -90,7 +184,7 @@ def merge_features(embed: Graph, ids: list[int], image_token_id: int, features: 
     Returns:
         float32 [1,S,D].
     """
-    tokens = np.array([ids], np.int64)
+    tokens, features = np.array([ids], np.int64), as_array(features)
     where = tokens[0] == image_token_id
     if int(where.sum()) != features.shape[0]:
         raise BundleError(
@@ -99,28 +193,25 @@ def merge_features(embed: Graph, ids: list[int], image_token_id: int, features: 
             todo="export the bundle again",
         )
     # The image token's own embedding is never used, and its id may lie outside the table.
-    embeds = embed.run({graph_io.INPUT_IDS: np.where(tokens == image_token_id, 0, tokens)})
-    merged = embeds[graph_io.INPUTS_EMBEDS].copy()
+    merged = embed_ids(embed, np.where(tokens == image_token_id, 0, tokens)).copy()
     merged[0, where] = features
     return merged
 
 
-def greedy(embed: Graph, decoder: Graph, text: TextSpec, embeds: Array, max_new_tokens: int) -> Iterator[int]:
+def generate(reader: Reader, logits: Array, text: TextSpec, max_new_tokens: int, pick: Callable[[Array], int]) -> Iterator[int]:
     """The answer's ids one by one, the end token included if it comes.
 
     Args:
-        embed: The ``embed_tokens`` graph.
-        decoder: The merged decoder.
+        reader: It has read the prompt.
+        logits: What it said to that.
         text: Sizes and end tokens of the language side.
-        embeds: The prompt, float32 [1,S,D].
         max_new_tokens: At most this many ids; the context's end may come sooner.
+        pick: The next token from logits [1,S or 1,V].
     """
-    room = min(max_new_tokens, text.context_length - embeds.shape[1])
-    logits, cache = step(decoder, text, embeds, empty_cache(text))
+    room = min(max_new_tokens, text.context_length - reader.length)
     for made in range(1, room + 1):
-        token = argmax_token(logits)
+        token = pick(logits)
         yield token
         if token in text.eos_token_ids or made == room:
             return
-        new = embed.run({graph_io.INPUT_IDS: np.array([[token]], np.int64)})[graph_io.INPUTS_EMBEDS]
-        logits, cache = step(decoder, text, new, cache)
+        logits = reader.read_token(token)

@@ -7,6 +7,8 @@ its owner asks about what the screen shows; transformers ignores the tag.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import warnings
@@ -15,16 +17,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from edgesafe.bundle import ImageSpec
 from edgesafe.errors import InputError
 
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]"
+Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 # 50 megapixels: above any phone's default photo, and 150 MB decoded, which every profile's memory holds.
 MAX_PIXELS = 50_000_000
+# Pillow knows many more, some of which start other programs (EPS); a phone's photo is one of these.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_STRIP = 64
 _SIDES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -32,7 +37,7 @@ def preprocess(picture: Picture, spec: ImageSpec) -> Floats:
     """The picture as ``pixel_values``.
 
     Args:
-        picture: A file's path, a PIL image, or uint8 [H,W], [H,W,1], [H,W,3] or [H,W,4].
+        picture: A file's path or bytes, a PIL image, or uint8 [H,W], [H,W,1], [H,W,3] or [H,W,4].
         spec: The manifest's ``image`` table.
 
     Returns:
@@ -68,23 +73,16 @@ def load_picture(picture: Picture | None) -> Image.Image:
         return _decode(picture, "the PIL image")
     if isinstance(picture, np.ndarray):
         return _decode(_from_array(picture), "the array")
+    if isinstance(picture, bytes):
+        return _read(io.BytesIO(picture), "the picture's bytes")
     if not isinstance(picture, str | os.PathLike):
-        raise InputError(f"a {type(picture).__name__} is no picture", expected="a path, a PIL image or a uint8 array")
+        raise InputError(f"a {type(picture).__name__} is no picture", expected="a path, bytes, a PIL image or a uint8 array")
     path = Path(picture)
-    # Only plain files: a pipe would hang and a device would never end.
-    if not path.is_file():
-        raise InputError("there is no such picture file", where=str(path), todo="check the path")
-    try:
-        # An error, not a warning: Pillow's own limit lies above ours, so nothing that warns is wanted.
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _bomb("the picture has far more pixels than can be decoded", str(path)) from error
-    except Exception as error:
-        raise _unreadable(error, str(path)) from error
-    with image:
-        return _decode(image, str(path))
+    # Only plain files: a pipe would hang and a device would never end. A name that is too long is an error of the system.
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            return _read(path, str(path))
+    raise InputError("there is no such picture file", where=str(path), todo="check the path")
 
 
 def center_crop(pixels: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
@@ -115,6 +113,20 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     return int(edge * width / height), edge
 
 
+def _read(source: Path | io.BytesIO, where: str) -> Image.Image:
+    try:
+        # An error, not a warning: Pillow's own limit lies above ours, so nothing that warns is wanted.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(source, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb("the picture has far more pixels than can be decoded", where) from error
+    except Exception as error:
+        raise _unreadable(error, where) from error
+    with image:
+        return _decode(image, where)
+
+
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in _SIDES or not array.size:
@@ -130,14 +142,25 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
         raise InputError("the picture is empty", where=where, expected="at least one pixel")
     _refuse_bomb(image.width, image.height, where)
     try:
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
+            image = ImageOps.exif_transpose(image)
         if "A" in image.getbands() or image.info.get("transparency") is not None:
-            over = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(over, image.convert("RGBA")).convert("RGB")
+            return _over_white(image)
         return image.convert("RGB")
     except Exception as error:
         # Decoders raise whatever a broken file makes them trip over; to the caller it is one thing.
         raise _unreadable(error, where) from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Strip by strip: whole copies with an alpha channel would take four times the memory."""
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        box = (0, top, image.width, min(top + _STRIP, image.height))
+        strip = image.crop(box).convert("RGBA")
+        over = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        whole.paste(Image.alpha_composite(over, strip).convert("RGB"), box)
+    return whole
 
 
 def _unreadable(error: Exception, where: str) -> InputError:

@@ -1,86 +1,144 @@
-"""Times every graph of a bundle here and writes ``latency.json``, which holds for this machine alone."""
+"""Times every stage of an answer here and writes ``latency.json``, which holds for this machine alone."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from edgesafe import graph_io
-from edgesafe.bundle import Manifest
-from edgesafe.device import MEASURED, LatencyTable, machine_name, write_latency
+from edgesafe.bundle import Bundle, Manifest
+from edgesafe.device import LatencyTable, percentile, stage_times, write_latency
+from edgesafe.machine import (
+    allowed_cores,
+    core_sets,
+    cpu_model,
+    governor,
+    host_cores,
+    machine_name,
+    on_cores,
+    temperature_c,
+    thread_choices,
+)
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
+from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
 from edgesafe.runtime.image import preprocess
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
+from edgesafe.runtime.tune import Tuning, asked_threads
 
 # A photo of the size that phones send on: 1 megapixel. Decoding a larger file takes longer than predicted.
 _PICTURE = (864, 1152, 3)
-_WARMUPS = 2
-_LEAST = 5
-_MOST = 40
 _PROMPT = "What is in the picture?"
-_LONGER = 4
+_LENGTHS = 3
+_LONGEST = 4
+_STEPS = 4
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
+_LEAST_ANSWERS, _MOST_ANSWERS = 3, 20
+# Choosing the threads takes this share of the time.
+_SWEEP = 0.3
+# The length of an answer that thread counts are compared by: prefill likes more threads than single tokens do.
+_ANSWER_TOKENS = 16
+# A count of threads has to be faster than a smaller one by this much: idle cores are worth something on a device.
+_WORTH = 0.03
 
-Job = tuple[str, Callable[[], object]]
+Samples = dict[str, list[float]]
+
+
+@dataclass
+class _Probe:
+    """One session with a picture and prompts to run through it; ``samples`` are ms by stage, round by round."""
+
+    session: Session
+    samples: Samples = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        manifest = self.session.manifest
+        self.picture = np.random.default_rng(0).integers(0, 256, _PICTURE, np.uint8)
+        self.pixels = preprocess(self.picture, manifest.image)
+        self.prompts = _prompts(self.session)
+
+    def one_answer(self) -> float:
+        """Run an answer from the deepest exit; ms without preprocessing, in which threads play no part."""
+        start = time.perf_counter()
+        deepest = self.session.manifest.exits[-1].exit_depth
+        features = self.session.run_exits(self.pixels, [deepest])[deepest]
+        for _ in self._tokens(features, self.prompts[0], _ANSWER_TOKENS):
+            pass
+        return _ms_since(start)
+
+    def one_round(self) -> None:
+        """Run every stage once, in the order of an answer, and keep its time."""
+        self._timed(PREPROCESS, partial(preprocess, self.picture, self.session.manifest.image))
+        features = self._vision()
+        for ids in self.prompts:
+            tokens = self._tokens(features, ids, 1 + _STEPS)
+            self._timed(f"{PREFILL} {len(ids)}", partial(next, tokens))
+            start = time.perf_counter()
+            made = sum(1 for _ in tokens)
+            self.samples.setdefault(f"{DECODE} {len(ids)}", []).append(_ms_since(start) / max(1, made))
+
+    def _vision(self) -> decode.State:
+        state: dict[tuple[str, ...], decode.State] = {(): self.pixels}
+        timed: set[str] = set()
+        for spec in self.session.manifest.exits:
+            for i, path in enumerate(spec.graphs):
+                way = spec.graphs[: i + 1]
+                if way not in state and path not in timed:
+                    timed.add(path)
+                    state[way] = self._timed(path, partial(self.session.run_vision_graph, path, state[way[:-1]]))
+            features = state.get(spec.graphs, state.get(self.session.manifest.exits[0].graphs))
+        assert features is not None
+        return features
+
+    def _timed(self, stage: str, job: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = job()
+        self.samples.setdefault(stage, []).append(_ms_since(start))
+        return result
+
+    def _tokens(self, features: decode.State, ids: list[int], limit: int) -> Iterator[int]:
+        return self.session.tokens(features, ids, limit, past_the_end=True)
 
 
 def measure(path: str | os.PathLike[str], *, threads: int | None = None, seconds: float = 40.0) -> LatencyTable:
-    """Time preprocessing, each vision graph, prefill at two lengths and one decoding step; keep the result.
+    """Find the best threads and cores, time every stage with them, and keep the result.
 
     Args:
         path: The bundle's folder; ``latency.json`` is written into it.
-        threads: As for ``Session.open``.
-        seconds: About how long to take; each part runs at least five times even where that takes longer.
+        threads: Measure with so many threads; by default the best of a sweep, which ``Session.open`` then uses.
+        seconds: About how long to take; each part runs a few times even where that takes longer.
 
     Returns:
-        The table that was written. Times are ms, ``p50_ms`` and ``p95_ms`` of ``n`` runs.
+        The table that was written.
 
     Raises:
         BundleError: The folder is no whole bundle.
         DeviceError: The machine's memory or time doesn't suffice.
     """
-    session = Session.open(path, threads=threads, allow_uncertified=True)
-    jobs, tokens = _jobs(session)
-    share_s = seconds / len(jobs)
-    times = {}
-    for name, job in bar(jobs, label="measuring"):
-        times[name] = _time(job, share_s)
-    vision = {name: row for name, row in times.items() if name in session.manifest.graphs}
-    text = {
-        "preprocess": times["preprocess"],
-        "prefill": [{"tokens": n, **times[f"prefill {n}"]} for n in tokens],
-        "decode": times["decode"],
-    }
-    table = LatencyTable(
-        bundle_digest=session.bundle.digest,
-        machine=machine_name(),
-        onnxruntime_version=ort.__version__,
-        threads=session.threads,
-        segments=vision,
-        text=text,
-        exits=_exit_rows(session.manifest, vision, times["preprocess"], times[f"prefill {tokens[0]}"]),
-        peak_rss_mib=peak_rss_mib(),
-        source=MEASURED,
-    )
-    write_latency(session.bundle, table)
+    before_c = temperature_c()
+    start = time.perf_counter()
+    bundle = Bundle.open(path)
+    verified_ms = _ms_since(start)
+    sweep = _sweep(bundle, seconds * _SWEEP) if threads is None else []
+    tuning = _best(sweep) if threads is None else asked_threads(threads)
+    start = time.perf_counter()
+    session = Session(bundle, None, tuning=tuning, allow_uncertified=True)
+    opened_ms = verified_ms + _ms_since(start)
+    probe = _Probe(session)
+    with on_cores(tuning.cores):
+        _rounds(probe, seconds * (1 - _SWEEP if sweep else 1.0))
+    table = replace(_table(probe), sweep=sweep, session_open_ms=round(opened_ms, 1))
+    table.conditions["temperature_c"] = [before_c, temperature_c()]
+    write_latency(bundle, table)
     return table
-
-
-def percentiles(samples_ms: list[float]) -> dict[str, float]:
-    """The median and the 95th percentile, linear between samples.
-
-    >>> percentiles([1.0, 2.0, 3.0])
-    {'p50_ms': 2.0, 'p95_ms': 2.9, 'n': 3}
-    """
-    p50, p95 = np.percentile(samples_ms, [50, 95])
-    return {"p50_ms": round(float(p50), 4), "p95_ms": round(float(p95), 4), "n": len(samples_ms)}
 
 
 def peak_rss_mib() -> float | None:
@@ -94,65 +152,99 @@ def peak_rss_mib() -> float | None:
     return round(peak / (1024.0 if sys.platform != "darwin" else 1024.0**2), 1)
 
 
-def _jobs(session: Session) -> tuple[list[Job], list[int]]:
-    """Everything to time, by name, and the two prompt lengths in tokens."""
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, _PICTURE, np.uint8)
-    jobs: list[Job] = [("preprocess", partial(preprocess, picture, session.manifest.image))]
-    state: dict[tuple[str, ...], decode.Array] = {(): preprocess(picture, session.manifest.image)}
-    for spec in session.manifest.exits:
-        for i, path in enumerate(spec.graphs):
-            before = spec.graphs[:i]
-            if spec.graphs[: i + 1] not in state:
-                state[spec.graphs[: i + 1]] = session.run_vision_graph(path, state[before])
-            if path not in dict(jobs):
-                jobs.append((path, partial(session.run_vision_graph, path, state[before])))
-    features = state[session.manifest.exits[-1].graphs]
-    prompts = _prompts(session)
-    for ids in prompts:
-        jobs.append((f"prefill {len(ids)}", partial(session.prefill, features, ids)))
-    text = session.manifest.text
-    _, cache = session.prefill(features, prompts[0])
-    embed, decoder = session.graph(text.embed_tokens), session.graph(text.decoder)
+def _sweep(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
+    """The median time of an answer for each choice of threads and cores; one session is open at a time."""
+    choices = thread_choices(core_sets(allowed_cores() or range(host_cores())))
+    rows = []
+    for threads, cores in bar(choices, label="comparing threads"):
+        probe = _Probe(Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True))
+        with on_cores(cores):
+            probe.one_answer()
+            end = time.perf_counter() + seconds / len(choices)
+            times = [probe.one_answer() for _ in _until(end, _LEAST_ANSWERS, _MOST_ANSWERS)]
+        rows.append({"threads": threads, "cores": list(cores) if cores else None, "answer_ms": percentile(times, 50)})
+    return rows
 
-    def one_step() -> object:
-        new = embed.run({graph_io.INPUT_IDS: np.zeros((1, 1), np.int64)})[graph_io.INPUTS_EMBEDS]
-        return decode.step(decoder, text, new, cache)
 
-    return [*jobs, ("decode", one_step)], [len(ids) for ids in prompts]
+def _best(sweep: list[dict[str, Any]]) -> Tuning:
+    """The fastest row, where a later one (more threads or cores) must be faster by a few percent.
+
+    >>> _best([{"threads": n, "cores": None, "answer_ms": ms} for n, ms in ((1, 100.0), (2, 70.0), (4, 69.0))]).threads
+    2
+    """
+    best = sweep[0]
+    for row in sweep[1:]:
+        if row["answer_ms"] < (1 - _WORTH) * best["answer_ms"]:
+            best = row
+    return Tuning(best["threads"], tuple(best["cores"]) if best["cores"] else None)
+
+
+def _rounds(probe: _Probe, seconds: float) -> None:
+    probe.one_round()
+    start = time.perf_counter()
+    probe.one_round()
+    fitting = int(seconds * 1e3 / _ms_since(start))
+    probe.samples.clear()
+    for _ in bar(range(min(max(fitting, _LEAST_ROUNDS), _MOST_ROUNDS)), label="measuring: round"):
+        probe.one_round()
+
+
+def _until(end: float, least: int, most: int) -> Iterator[int]:
+    """Count up to ``most``, but not beyond the time ``end`` once there were ``least``."""
+    for i in range(most):
+        if i >= least and time.perf_counter() >= end:
+            return
+        yield i
 
 
 def _prompts(session: Session) -> list[list[int]]:
-    """A short prompt's ids and a longer one's, both within the context."""
+    """A short prompt's ids, longer ones and the longest that is measured, all within the context."""
     short = encode_prompt(session.tokenizer, session.manifest, _PROMPT)
-    tail = short[-_LONGER:]
-    room = session.manifest.text.context_length - 1 - len(short)
-    extra = max(1, len(short) // 2)
-    longer = [*short, *(tail * extra)[: min(extra, room)]] if room > 0 else short
-    return [short, longer] if len(longer) > len(short) else [short]
+    room = session.manifest.text.context_length - 1 - _STEPS - len(short)
+    most = max(0, min(room, (_LONGEST - 1) * len(short)))
+    extras = sorted({most * i // (_LENGTHS - 1) for i in range(_LENGTHS)})
+    # The image token stands at the beginning; what is repeated is the question.
+    tail = [i for i in short[-8:] if i != session.manifest.image_token_id]
+    return [[*short, *(tail * (1 + extra // len(tail)))[:extra]] for extra in extras]
 
 
-def _time(job: Callable[[], object], share_s: float) -> dict[str, float]:
-    for _ in range(_WARMUPS):
-        job()
-    samples: list[float] = []
-    end = time.perf_counter() + share_s
-    while len(samples) < _LEAST or (len(samples) < _MOST and time.perf_counter() < end):
-        start = time.perf_counter()
-        job()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return percentiles(samples)
+def _table(probe: _Probe) -> LatencyTable:
+    session, samples = probe.session, probe.samples
+    lengths = [len(ids) for ids in probe.prompts]
+    text = {
+        PREPROCESS: stage_times(samples[PREPROCESS]),
+        PREFILL: [{"tokens": n, **stage_times(samples[f"{PREFILL} {n}"])} for n in lengths],
+        DECODE: [{"context": n, **stage_times(samples[f"{DECODE} {n}"])} for n in lengths],
+    }
+    return LatencyTable(
+        bundle_digest=session.bundle.digest,
+        machine=machine_name(),
+        onnxruntime_version=session.backend.version,
+        threads=session.threads,
+        cores=list(session.tuning.cores) if session.tuning.cores else None,
+        segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},
+        text=text,
+        exits=_exit_rows(session.manifest, samples, f"{PREFILL} {lengths[0]}"),
+        peak_rss_mib=peak_rss_mib(),
+        conditions={
+            "cpu_model": cpu_model(),
+            "governor": governor(),
+            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
 
 
-def _exit_rows(
-    manifest: Manifest, vision: dict[str, dict[str, float]], before: dict[str, float], after: dict[str, float]
-) -> list[dict[str, object]]:
-    """Each exit's time to the first token as a sum of its parts, so that it grows with the depth."""
-    rows: list[dict[str, object]] = []
-    floor = dict.fromkeys(("p50_ms", "p95_ms"), 0.0)
+def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[str, Any]]:
+    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never said to be faster."""
+    rows: list[dict[str, Any]] = []
+    floor = {"p50_ms": 0.0, "p95_ms": 0.0}
     for spec in manifest.exits:
-        for key in floor:
-            total = before[key] + after[key] + sum(vision[path][key] for path in spec.graphs)
-            floor[key] = max(floor[key], round(total, 4))
-        rows.append({"exit_depth": spec.exit_depth, "ttft_ms": dict(floor)})
+        stages = (PREPROCESS, *spec.graphs, prefill)
+        sums = [sum(row) for row in zip(*(samples[stage] for stage in stages), strict=True)]
+        floor = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
+        rows.append({"exit_depth": spec.exit_depth, "ttft_ms": floor})
     return rows
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

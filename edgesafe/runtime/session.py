@@ -3,92 +3,41 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 
-import onnxruntime as ort
-from PIL import Image
-
-from edgesafe import graph_io
 from edgesafe.bundle import Bundle
 from edgesafe.certificate import Certificate, certified_depths, read_certificate
-from edgesafe.device import (
-    ESTIMATED,
-    MEASURED,
-    DeviceProfile,
-    LatencyTable,
-    host_cores,
-    machine_name,
-    profile_of,
-    read_latency,
-)
-from edgesafe.errors import (
-    BundleError,
-    CertificateMismatchError,
-    InputError,
-    NotMeasuredError,
-    UncertifiedExitError,
-)
-from edgesafe.runtime import choose, decode
-from edgesafe.runtime.choose import Budget, Prediction
-from edgesafe.runtime.decode import Array
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.device import profile_of
+from edgesafe.errors import CertificateMismatchError
+from edgesafe.runtime import tune
+from edgesafe.runtime.allowed import allowed_exits
+from edgesafe.runtime.answer import Answer
+from edgesafe.runtime.anytime import Clock
+from edgesafe.runtime.asking import AnswerStream, PendingAnswer
+from edgesafe.runtime.backend import Backend, OnnxRuntime
+from edgesafe.runtime.choose import Budget
+from edgesafe.runtime.conversation import Conversation
+from edgesafe.runtime.correct import Correction
+from edgesafe.runtime.decode import Array, Graph
+from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.image import Picture, preprocess
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt, load_tokenizer
+from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
+from edgesafe.runtime.parts import Parts
+from edgesafe.runtime.sampling import GREEDY, Sampling
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe.runtime.turns import WAIT, Cancel, Progress, Turns
 
-MAX_NEW_TOKENS = 48
 
+class Session(Parts):
+    """A verified bundle, its certificate and its graphs; safe to use from several threads.
 
-@dataclass(frozen=True)
-class Answer:
-    """What was said and how.
-
-    ``finish_reason`` is ``stop`` (the model ended) or ``length``. Times are ms from the call. ``prediction``
-    says what ``predicted_ttft_ms`` rests on (``measured``, ``estimated``, or ``none`` with None). ``note`` is
-    empty or says what the caller should know.
+    One ask runs at a time. Another one meanwhile waits for its turn (``when_busy="wait"``, in the order of asking) or raises
+    ``BusyError`` (``"refuse"``). What ``Parts`` has takes no turn.
     """
-
-    text: str
-    finish_reason: str
-    exit_depth: int
-    certified: bool
-    predicted_ttft_ms: float | None
-    prediction: str
-    ttft_ms: float
-    total_ms: float
-    note: str = ""
-
-
-class AnswerStream:
-    """Yields the answer's text piece by piece; ``answer`` is there once it has ended."""
-
-    def __init__(self, pieces: Iterator[str | Answer]) -> None:
-        self._pieces = pieces
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, str):
-            return piece
-        self._answer = piece
-        raise StopIteration
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; what is left of the stream is read first."""
-        for _ in self:
-            pass
-        if self._answer is None:
-            raise InputError("the stream was closed before its answer ended", todo="read it to its end")
-        return self._answer
-
-
-class Session:
-    """A verified bundle, its certificate and its graphs. Not for use from two threads at once."""
 
     def __init__(
         self,
@@ -96,31 +45,49 @@ class Session:
         certificate: Certificate | None,
         *,
         threads: int | None = None,
+        tuning: tune.Tuning | None = None,
         allow_uncertified: bool = False,
         note: str = "",
+        backend: Backend | None = None,
+        when_busy: str = WAIT,
+        clock: Clock = time.perf_counter,
     ) -> None:
-        self.bundle = bundle
-        self.manifest = bundle.manifest
         self.certificate = certificate
         self.certified = certified_depths(certificate)
         self.allow_uncertified = allow_uncertified
         self.profile = profile_of(bundle)
-        self.threads = _threads(threads, self.profile)
-        self.latency = read_latency(bundle)
+        backend = backend or OnnxRuntime()
+        self.tuning = tuning or tune.tune(bundle, self.profile, threads, backend.version)
+        self.correction = Correction()
+        self.clock = clock
+        self._forecasts: dict[int, Forecast] = {}
         self._note = note
-        self._graphs: dict[str, OrtGraph] = {}
-        self.tokenizer = load_tokenizer(bundle.root / self.manifest.tokenizer)
-        self._eager()
+        self.turns = Turns(when_busy)
+        self._handing_over = threading.Lock()
+        # Those that hold a cache of the decoder's, which close frees; they enter while it is their turn.
+        self.talks: weakref.WeakSet[Conversation] = weakref.WeakSet()
+        self._worker = ThreadPoolExecutor(1, "edgesafe-ask")  # its thread starts with the first ask_async
+        super().__init__(bundle, backend, self.tuning.threads, self.tuning.cores)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, threads: int | None = None, allow_uncertified: bool = False) -> Session:
+    def open(
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        allow_uncertified: bool = False,
+        backend: Backend | None = None,
+        when_busy: str = WAIT,
+    ) -> Session:
         """Verify every byte of a bundle and load it.
 
         Args:
             path: The bundle's folder.
-            threads: Threads of each graph; by default the device profile's, or this machine's if fewer.
+            threads: Threads of each graph; by default those that ``edgesafe measure`` found best here, else the
+                device profile's, or this machine's if fewer.
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
                 certificate is of other bytes. Each answer then says so.
+            backend: What runs the graphs; by default Python's onnxruntime.
+            when_busy: What an ask does while another one runs: ``wait`` or ``refuse``.
 
         Raises:
             BundleError: The folder is no bundle, or its bytes are not those that were sealed.
@@ -133,7 +100,29 @@ class Session:
             if not allow_uncertified:
                 raise
             certificate, note = None, "the certificate is of other bytes and was ignored"
-        return Session(bundle, certificate, threads=threads, allow_uncertified=allow_uncertified, note=note)
+        return Session(
+            bundle,
+            certificate,
+            threads=threads,
+            allow_uncertified=allow_uncertified,
+            note=note,
+            backend=backend,
+            when_busy=when_busy,
+        )
+
+    def close(self) -> None:
+        """Free the graphs and end what runs or waits (``ClosedError``), from any thread; twice does nothing."""
+        self.turns.close()
+        self._graphs.clear()
+        for talk in list(self.talks):
+            talk.forget()
+        self._worker.shutdown(wait=False)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def ask(
         self,
@@ -143,23 +132,33 @@ class Session:
         *,
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         allow_uncertified: bool = False,
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Answer:
         """Answer a question about a picture.
 
         Args:
             image: A path, a PIL image or uint8 [H,W,3].
             prompt: The question, plain text.
-            budget: Take the deepest certified exit predicted to fit; without one, the deepest certified.
+            budget: Take the deepest certified exit that fits, predicted at first and by the clock between vision
+                segments; without one, the deepest certified. Its times count from the call, waiting for the turn
+                included. Its ``max_new_tokens`` counts where it is smaller.
             exit_depth: Take this exit instead.
             max_new_tokens: The answer's longest length in tokens.
+            sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
             allow_uncertified: Use an exit without a passed verdict; the answer then says so.
+            cancel: Ends the ask from another thread, within one token.
+            progress: Called between steps, in the asking thread; what it raises ends the ask.
 
         Raises:
             InputError: The picture, the prompt or an option can't be used.
             UncertifiedExitError: No passed verdict allows the exit.
-            NoExitFitsError: The budget is below the fastest certified exit.
-            NotMeasuredError: A budget was given and nothing predicts the exits' times.
+            NoExitFitsError: The budget is below the fastest certified exit (``on_miss`` ``error``).
+            NotMeasuredError: A budget was given and nothing predicts the exits' times, or only an estimate does
+                and the budget demands a measurement.
+            BusyError, CancelledError, ClosedError: It is not its turn, was cancelled, or the session was closed.
         """
         return self.stream(
             image,
@@ -167,8 +166,43 @@ class Session:
             budget,
             exit_depth=exit_depth,
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
             allow_uncertified=allow_uncertified,
+            cancel=cancel,
+            progress=progress,
         ).answer
+
+    def ask_async(
+        self,
+        image: Picture,
+        prompt: str,
+        budget: Budget | None = None,
+        *,
+        exit_depth: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+        allow_uncertified: bool = False,
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> PendingAnswer[Answer]:
+        """Like ``ask``, in a thread of the session's: wait with ``result()`` or ``await``, end it with ``cancel()``.
+
+        Its place in line is taken here. What ``ask`` raises comes out of ``result()``, but for ``BusyError`` and
+        ``ClosedError``, which are raised here.
+        """
+        cancel, start_s = cancel or Cancel(), self.clock()
+        talk = Conversation(self, image, budget, exit_depth, allow_uncertified)
+        # One step, or the worker could get two asks in another order than the line's, and wait for the one behind it.
+        with self._handing_over:
+            turn = self.turns.enter(cancel, progress)
+            pending = PendingAnswer(lambda: talk.begin(turn, start_s, prompt, max_new_tokens, sampling).answer, cancel)
+            try:
+                self._worker.submit(pending.run)
+            except RuntimeError:  # closed since the turn was taken
+                turn.leave()
+                self.turns.check_open()
+                raise
+        return pending
 
     def stream(
         self,
@@ -178,19 +212,38 @@ class Session:
         *,
         exit_depth: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         allow_uncertified: bool = False,
-    ) -> AnswerStream:
-        """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text."""
-        start = time.perf_counter()
-        _check_max_new_tokens(max_new_tokens)
-        if budget is not None and not isinstance(budget, Budget):
-            raise InputError(f"{budget!r} is no budget", expected="Budget(ttft_ms=...)")
-        ids = encode_prompt(self.tokenizer, self.manifest, prompt)
+        cancel: Cancel | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> AnswerStream[Answer]:
+        """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text.
+
+        It returns once it is this ask's turn, and keeps the turn until it was read to its end or closed.
+        """
+        talk = Conversation(self, image, budget, exit_depth, allow_uncertified)
+        return talk.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, cancel=cancel, progress=progress)
+
+    def conversation(
+        self,
+        image: Picture,
+        budget: Budget | None = None,
+        *,
+        exit_depth: int | None = None,
+        allow_uncertified: bool = False,
+    ) -> Conversation:
+        """Several questions about one picture, which is paid for once.
+
+        Args are those of ``ask``, with a budget for each question; the first one finds the exit.
+
+        Raises:
+            InputError, UncertifiedExitError, ClosedError: As by ``ask``; the picture is read by the first question.
+        """
+        self.turns.check_open()
+        check_options(budget, GREEDY)
         allow = allow_uncertified or self.allow_uncertified
-        prediction = self.predict(len(ids))
-        depth = self.choose(budget, exit_depth, allow, prediction)
-        pixels = preprocess(image, self.manifest.image)
-        return AnswerStream(self._answer(pixels, ids, depth, max_new_tokens, prediction, start))
+        allowed_exits(self.bundle, self.certificate, budget, exit_depth, allow)
+        return Conversation(self, image, budget, exit_depth, allow)
 
     def vision_states(self, image: Picture, depths: Collection[int]) -> dict[int, Array]:
         """The image features of each asked exit, shared segments run once.
@@ -198,193 +251,34 @@ class Session:
         Returns:
             float32 [N,D] by exit depth.
         """
-        return self.run_exits(preprocess(image, self.manifest.image), depths)
-
-    def run_exits(self, pixels: Array, depths: Collection[int]) -> dict[int, Array]:
-        """Like ``vision_states``, from ``pixel_values`` [1,3,H,W]."""
-        done: dict[tuple[str, ...], Array] = {(): pixels}
-        features = {}
-        for depth in sorted(depths):
-            graphs = self.manifest.exit(depth).graphs
-            for i, path in enumerate(graphs):
-                if graphs[: i + 1] not in done:
-                    done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
-            features[depth] = done[graphs]
-        return features
-
-    def run_vision_graph(self, path: str, state: Array) -> Array:
-        """One segment, head or whole exit: its one input is the picture or the state, its one output the next."""
-        graph = self.graph(path)
-        (out,) = graph.run(dict.fromkeys(graph.wants, state)).values()
-        return out
+        with self.turns.enter():
+            return self.run_exits(preprocess(image, self.manifest.image), depths)
 
     def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """The answer's text for image features [N,D] that were computed before."""
-        _check_max_new_tokens(max_new_tokens)
+        check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
-        for token in self._tokens(features, encode_prompt(self.tokenizer, self.manifest, prompt), max_new_tokens):
-            text.push(token)
+        ids = encode_prompt(self.tokenizer, self.manifest, prompt)
+        with self.turns.enter():
+            for token in self.tokens(features, ids, max_new_tokens):
+                text.push(token)
         text.finish()
         return text.text
 
-    def predict(self, prompt_tokens: int) -> Prediction:
-        """Each exit's time to the first token, from this machine's measurement or else from the profile."""
-        note = ""
-        if self.latency is not None:
-            why = latency_mismatch(self.latency, self.bundle, self.threads)
-            if not why:
-                return Prediction(choose.from_latency(self.manifest, self.latency, prompt_tokens), MEASURED)
-            note = f"latency.json was ignored: {why}; "
-        times = choose.from_profile(self.manifest, self.profile, prompt_tokens) if self.profile else None
-        if times is None:
-            return Prediction(None, "none", note + "nothing predicts the time here: run edgesafe measure")
-        name = self.profile.title if self.profile else ""
-        return Prediction(times, ESTIMATED, note + f"the time was estimated for {name}, not measured: run edgesafe measure")
+    def predict(self, prompt_tokens: int) -> Forecast:
+        """The stages' times, from this machine's measurement or else from the profile."""
+        if prompt_tokens not in self._forecasts:
+            self._forecasts[prompt_tokens] = tune.forecast(self.bundle, self.tuning, self.profile, prompt_tokens)
+        return self._forecasts[prompt_tokens]
 
-    def choose(self, budget: Budget | None, exit_depth: int | None, allow: bool, prediction: Prediction) -> int:
-        """The exit to run; see ``ask`` for what it raises."""
-        if exit_depth is not None:
-            return self._checked_depth(budget, exit_depth, allow)
-        usable = self.certified or (self.manifest.depths if allow else ())
-        if not usable:
-            raise self._uncertified("no exit of this bundle has a passed verdict")
-        usable = choose.within_reference(usable, self.manifest.reference_depth)
-        if budget is None:
-            return usable[-1]
-        if prediction.ttft_ms is None:
-            raise NotMeasuredError(
-                "a budget was given, and nothing predicts how long an exit takes here",
-                where=str(self.bundle.root),
-                expected="a measurement on this machine, or a device profile with estimates",
-                todo=f"measure it: edgesafe measure {self.bundle.root}",
-            )
-        return choose.choose_exit(prediction.ttft_ms, usable, budget.ttft_ms)
-
-    def graph(self, path: str) -> OrtGraph:
+    def graph(self, path: str) -> Graph:
         """A loaded graph by its path in the bundle."""
-        if path not in self._graphs:
-            where = str(self.bundle.graph_path(path))
-            self._graphs[path] = OrtGraph(where, self.manifest.graphs[path], self.threads)
-        return self._graphs[path]
+        self.turns.check_open()
+        return super().graph(path)
 
-    def prefill(self, features: Array, ids: list[int]) -> tuple[Array, dict[str, Array]]:
-        """Read a whole prompt: its logits and its cache."""
-        embeds = self._merged(features, ids)
-        text = self.manifest.text
-        return decode.step(self.graph(text.decoder), text, embeds, decode.empty_cache(text))
-
-    def _checked_depth(self, budget: Budget | None, exit_depth: int, allow: bool) -> int:
-        if budget is not None:
-            raise InputError("a budget and an exit depth were given", expected="one of the two")
-        if isinstance(exit_depth, bool) or exit_depth not in self.manifest.depths:
-            raise InputError(
-                f"the bundle has no exit at depth {exit_depth}",
-                where="exit_depth",
-                expected=f"one of {', '.join(map(str, self.manifest.depths))}",
-            )
-        if exit_depth not in self.certified and not allow:
-            raise self._uncertified(f"the exit at depth {exit_depth} has no passed verdict")
-        return exit_depth
-
-    def _uncertified(self, what: str) -> UncertifiedExitError:
-        if self.certificate is None:
-            what += ", because the bundle has no certificate"
-            todo = f"certify it: edgesafe certify {self.bundle.root}"
-        else:
-            todo = "use a certified exit, or align and export the model again"
-        shown = ", ".join(map(str, self.certified)) or "none yet"
-        return UncertifiedExitError(what, where=str(self.bundle.root), expected=f"a certified exit ({shown})", todo=todo)
-
-    def _answer(
-        self, pixels: Array, ids: list[int], depth: int, limit: int, prediction: Prediction, start: float
-    ) -> Iterator[str | Answer]:
-        features = self.run_exits(pixels, [depth])[depth]
-        text = TextStream(self.tokenizer)
-        ttft_ms, reason = 0.0, "length"
-        for token in self._tokens(features, ids, limit):
-            ttft_ms = ttft_ms or _ms_since(start)
-            if token in self.manifest.text.eos_token_ids:
-                reason = "stop"
-                break
-            if piece := text.push(token):
-                yield piece
-        if piece := text.finish():
-            yield piece
-        predicted = prediction.ttft_ms[depth] if prediction.ttft_ms else None
-        yield Answer(
-            text=text.text,
-            finish_reason=reason,
-            exit_depth=depth,
-            certified=depth in self.certified,
-            predicted_ttft_ms=predicted,
-            prediction=prediction.source,
-            ttft_ms=ttft_ms,
-            total_ms=_ms_since(start),
-            note=self._notes(depth, prediction),
-        )
-
-    def _notes(self, depth: int, prediction: Prediction) -> str:
+    def notes(self, depth: int, prediction: Forecast) -> str:
+        """What an answer's caller should know."""
         notes = [self._note, prediction.note]
         if depth not in self.certified:
             notes.insert(0, f"the exit at depth {depth} is NOT certified: its answers were not shown to be safe")
         return "; ".join(note for note in notes if note)
-
-    def _tokens(self, features: Array, ids: list[int], limit: int) -> Iterator[int]:
-        text = self.manifest.text
-        embeds = self._merged(features, ids)
-        return decode.greedy(self.graph(text.embed_tokens), self.graph(text.decoder), text, embeds, limit)
-
-    def _merged(self, features: Array, ids: list[int]) -> Array:
-        embed = self.graph(self.manifest.text.embed_tokens)
-        return decode.merge_features(embed, ids, self.manifest.image_token_id, features)
-
-    def _eager(self) -> None:
-        """Load at once what any answer needs, so that the first question isn't slower than the next.
-
-        A chain's segments hold each weight once; standalone exits would hold it again for every exit, so these
-        are loaded when first used.
-        """
-        Image.preinit()
-        paths = [self.manifest.text.embed_tokens, self.manifest.text.decoder]
-        if self.manifest.layout == "chain":
-            paths += [path for spec in self.manifest.exits for path in spec.graphs]
-        for path in paths:
-            self.graph(path)
-        wanted = {graph_io.INPUTS_EMBEDS, graph_io.ATTENTION_MASK, graph_io.POSITION_IDS}
-        unknown = self.graph(paths[1]).wants - wanted - decode.empty_cache(self.manifest.text).keys()
-        if unknown:
-            raise BundleError(f"the decoder wants {sorted(unknown)}, which this runtime doesn't know")
-
-
-def latency_mismatch(table: LatencyTable, bundle: Bundle, threads: int) -> str:
-    """Why a latency table says nothing about this bundle here, or an empty text where it does."""
-    if table.bundle_digest != bundle.digest:
-        return "it was measured on another bundle"
-    if table.machine != machine_name():
-        return f"it was measured on another machine ({table.machine})"
-    if table.onnxruntime_version != ort.__version__:
-        return f"it was measured with onnxruntime {table.onnxruntime_version}"
-    graphs = {path for spec in bundle.manifest.exits for path in spec.graphs}
-    if not table.text["prefill"] or not graphs <= table.segments.keys():
-        return "it doesn't cover every exit"
-    if table.threads != threads:
-        return f"it was measured with {table.threads} threads"
-    return ""
-
-
-def _threads(asked: int | None, profile: DeviceProfile | None) -> int:
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-            raise InputError(f"{asked!r} is no number of threads", expected="at least 1")
-        return asked
-    cores = host_cores()
-    return min(cores, profile.threads) if profile and profile.threads else cores
-
-
-def _check_max_new_tokens(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
-
-
-def _ms_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from edgesafe.bundle import Manifest
 from edgesafe.errors import BundleError, InputError
+from edgesafe.runtime.sampling import ended
 
 # What a decoder shows for bytes that are no whole character yet.
 _HALF = "\ufffd"
+# No tokenizer known spells more characters with one token; a text far beyond the context isn't worth tokenizing.
+_LONGEST_TOKEN = 128
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -69,6 +73,9 @@ def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> list
 def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("the prompt is empty", expected="a question about the picture", todo="write one")
+    most = _LONGEST_TOKEN * manifest.text.context_length
+    if len(prompt) > most:
+        raise InputError(f"the prompt has {len(prompt)} characters", expected=f"at most {most}", todo="shorten it")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -93,24 +100,30 @@ class TextStream:
     """Answer ids to text, piece by piece, never splitting a character that several tokens spell.
 
     The pieces joined are exactly what ``text`` is at the end: the decoded ids without special tokens and
-    without leading white space.
+    without leading white space, up to the first of the stop texts; ``ended`` says that one of them came.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        self._stop = stop
         self.text = ""
+        self.ended = False
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often a word, sometimes nothing."""
         self._ids.append(token_id)
         whole = self._decoded()
         # Half a character decodes to a mark that the next byte replaces: hold it back until it is whole.
-        return "" if whole.endswith(_HALF) else self._advance(whole)
+        if whole.endswith(_HALF):
+            return ""
+        shown, self.ended = ended(whole, self._stop)
+        return self._advance(whole[:shown])
 
     def finish(self) -> str:
         """What was still held back."""
-        return self._advance(self._decoded())
+        whole = self._decoded()
+        return self._advance(whole[: ended(whole, self._stop)[0]] if self.ended else whole)
 
     def _decoded(self) -> str:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()

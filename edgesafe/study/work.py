@@ -15,8 +15,8 @@ from typing import Any
 
 from edgesafe.bundle import digest_folder, sha256_file, write_atomically
 from edgesafe.certify.suite import Suite, read_suite
-from edgesafe.device import machine_name
 from edgesafe.exits import reference_depth
+from edgesafe.machine import machine_name
 from edgesafe.study.code import code_digest, digest
 from edgesafe.study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, control_file, files_of
 from edgesafe.study.raw import Raw, raw_path, write_raw

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch import nn
 
 from edgesafe import graph_io
 from edgesafe.bundle import GraphSpec
+from edgesafe.errors import UnsupportedModelError
 from edgesafe.graph_io import TensorSpec
+from edgesafe_export.cache import share_cache
 from edgesafe_export.family import Family
 from edgesafe_export.wrap import Whole
 
@@ -152,8 +155,8 @@ def decoder(family: Family) -> Exported:
         "use_cache": True,
         "logits_to_keep": 1,
     }
-    past = (1, heads, "past", size)
-    new = (1, heads, "past + sequence", size)
+    # One name for both lengths: past and present may be one buffer (`edgesafe.runtime.decode.shares_cache`).
+    past = (1, heads, "cache", size)
     specs = [
         TensorSpec(graph_io.INPUTS_EMBEDS, "float32", (1, "sequence", width)),
         TensorSpec(graph_io.ATTENTION_MASK, "int64", (1, "past + sequence")),
@@ -162,8 +165,31 @@ def decoder(family: Family) -> Exported:
     outs = [TensorSpec(graph_io.LOGITS, "float32", (1, 1, config.vocab_size))]
     for i in range(layers):
         specs += [TensorSpec(graph_io.past_key(i), "float32", past), TensorSpec(graph_io.past_value(i), "float32", past)]
-        outs += [TensorSpec(graph_io.present_key(i), "float32", new), TensorSpec(graph_io.present_value(i), "float32", new)]
-    return _finish(_export(causal, inputs, dynamic=True), specs, outs, _flops(causal, 1))
+        outs += [TensorSpec(graph_io.present_key(i), "float32", past), TensorSpec(graph_io.present_value(i), "float32", past)]
+    proto, spec = _finish(_export(causal, inputs, dynamic=True), specs, outs, _flops(causal, 1))
+    share_cache(proto, rotary_tables(causal, config.max_position_embeddings))
+    wanted = {value.name for value in proto.graph.input}
+    return proto, replace(spec, inputs=tuple(tensor for tensor in spec.inputs if tensor.name in wanted))
+
+
+@torch.no_grad()
+def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' own cosines and sines of every position, float32 [length, rotary size / 2] each.
+
+    Raises:
+        UnsupportedModelError: angles that change with the length of the prompt fit no table.
+    """
+    rotary = causal.model.rotary_emb
+    kind = str(getattr(rotary, "rope_type", "default"))
+    if "dynamic" in kind or kind == "longrope":
+        raise UnsupportedModelError(
+            f"rotary embedding of type {kind!r}: its angles change with the prompt's length",
+            where="config.json: rope_parameters",
+            expected="a type whose angles are fixed (default, linear, llama3, yarn)",
+        )
+    tables = rotary(torch.zeros(1), torch.arange(length)[None])
+    cos, sin = (np.ascontiguousarray(t[0, :, : t.shape[-1] // 2].float().numpy()) for t in tables)
+    return cos, sin
 
 
 def _flops(module: nn.Module, tokens: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgesafe.bundle import MANIFEST
 from edgesafe.errors import ConfigError
+from edgesafe.exchange import exchange
 
 
 def check_target(out: Path) -> None:
@@ -32,8 +33,8 @@ def check_target(out: Path) -> None:
 def replacing(out: Path) -> Iterator[Path]:
     """A work folder `OUT.partial`; if all goes well its `bundle` becomes OUT, else OUT stays as it was.
 
-    The two renames of the exchange are not one step: a power cut between them leaves the older bundle at `OUT.old`, from
-    where the next export puts it back before it starts.
+    The exchange is one step where the system has one. Elsewhere it is two renames: a power cut between them leaves the older
+    bundle at `OUT.old`, from where the next export puts it back before it starts.
     """
     old, work = out.with_name(out.name + ".old"), out.with_name(out.name + ".partial")
     check_target(out)
@@ -50,6 +51,8 @@ def replacing(out: Path) -> Iterator[Path]:
 
 def _swap(new: Path, out: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
+    if out.exists() and exchange(new, out):
+        return  # the older bundle is in the work folder now, and goes with it
     if out.exists():
         os.replace(out, old)
     try:

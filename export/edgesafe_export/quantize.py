@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from edgesafe.errors import ConfigError, ExportError
 from edgesafe_export.graphs import quiet
 
 VISION_SCHEMES = ("int8-dynamic", "fp32")
-TEXT_SCHEMES = ("int4-block32", "int8-block32", "fp32", "auto")
+TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 EMBED_SCHEME = "int8-rows"
 
 
@@ -37,7 +38,8 @@ def quantize(model: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
     """A graph's MatMul weights in a scheme; activations stay float32 outside the integer products.
 
     int8-dynamic: weights int8 a column, activations uint8 with a scale taken at run time.
-    int4-block32, int8-block32: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products).
+    int4-block32, int8-block32 and so on: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products). Larger blocks
+    are faster and coarser.
     int8-rows: an embedding table, int8 with one scale a row.
     """
     if scheme == "fp32":
@@ -46,7 +48,8 @@ def quantize(model: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
         return _int8_dynamic(model)
     if scheme == EMBED_SCHEME:
         return _int8_rows(model)
-    return _blocks(model, bits=4 if scheme.startswith("int4") else 8)
+    bits, block_size = scheme.removeprefix("int").split("-block")
+    return blocks(model, bits=int(bits), block_size=int(block_size))
 
 
 def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -66,14 +69,16 @@ def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(target)
 
 
-def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
+def blocks(model: onnx.ModelProto, bits: int, block_size: int = 32, **options: Any) -> onnx.ModelProto:
+    """MatMul weights in blocks by round to nearest; `options` of onnxruntime's quantizer replace ours."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     # The quantizer edits the graph that it is given, and skips what is already in blocks: without a copy a second scheme tried
     # on the same graph would quietly be the first one again.
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    quantizer = MatMulNBitsQuantizer(copied, bits=bits, block_size=32, is_symmetric=False, accuracy_level=4)
+    options = {"is_symmetric": False, "accuracy_level": 4, **options}
+    quantizer = MatMulNBitsQuantizer(copied, bits=bits, block_size=block_size, **options)
     with quiet():
         quantizer.process()
     return quantizer.model.model

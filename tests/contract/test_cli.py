@@ -35,6 +35,17 @@ def test_ask_streams_to_stdout_and_tells_on_stderr(handmade, picture, capsys):
     assert "exit 2 of 3 (certified)" in err and "predicted" in err and "took" in err
 
 
+def test_ask_draws_and_stops_as_it_is_told(handmade, picture, capsys):
+    assert ask(handmade, picture, "--stop", "1") == 0
+    assert capsys.readouterr().out == "Z\u00e9\n"
+    texts = []
+    for seed in ("3", "3", "4"):
+        assert ask(handmade, picture, "--temperature", "9", "--seed", seed, "--max-new-tokens", "9", "--json") == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+    assert ask(handmade, picture, "--temperature", "-1") == errors.InputError.exit_code
+
+
 def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture, capsys):
     assert ask(handmade, picture, "--json", "--exit-depth", "1") == 0
     got = json.loads(capsys.readouterr().out)
@@ -48,7 +59,15 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
         "ttft_ms",
         "total_ms",
         "note",
+        "why",
+        "planned_depth",
+        "deadline_met",
+        "predicted_ms",
+        "actual_ms",
     ]
+    assert (got["why"], got["planned_depth"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
+    stages = ["wait", "preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]
+    assert list(got["actual_ms"]) == stages
     assert (got["text"], got["finish_reason"], got["exit_depth"], got["certified"]) == (ANSWER, "stop", 1, True)
     assert 0 < got["ttft_ms"] <= got["total_ms"]
 

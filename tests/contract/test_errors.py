@@ -25,6 +25,10 @@ CODES = {
     "DeviceError": 60,
     "NoExitFitsError": 61,
     "NotMeasuredError": 62,
+    "SessionError": 70,
+    "BusyError": 71,
+    "CancelledError": 72,
+    "ClosedError": 73,
 }
 PARENTS = {
     "DivergedError": "AlignError",
@@ -37,6 +41,9 @@ PARENTS = {
     "CertificateMismatchError": "CertificateError",
     "NoExitFitsError": "DeviceError",
     "NotMeasuredError": "DeviceError",
+    "BusyError": "SessionError",
+    "CancelledError": "SessionError",
+    "ClosedError": "SessionError",
 }
 
 

@@ -202,6 +202,7 @@ def test_a_failed_exchange_puts_the_older_bundle_back(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "the disk gave up")
         real(source, target)
 
+    monkeypatch.setattr(place, "exchange", lambda new, out: False)
     monkeypatch.setattr(place.os, "replace", fail)
     with pytest.raises(OSError, match="gave up"), place.replacing(out) as work:
         _fake(work / "bundle", "new")

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
-from edgesafe.errors import ParityError
+from edgesafe.errors import BundleError, ParityError
 from edgesafe_export import export as export_module
 from edgesafe_export import graphs, parity
 from edgesafe_export.export import probes, write
@@ -121,12 +121,10 @@ def _edited_decoder(parts, edit):
 
 def _positions_ignored(job, parts):
     def edit(graph: onnx.GraphProto):
-        for node in graph.node:
-            for i, name in enumerate(node.input):
-                if name == graph_io.POSITION_IDS:
-                    node.input[i] = "no_positions"
-        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "nought"))
-        graph.node.insert(0, helper.make_node("Mul", [graph_io.POSITION_IDS, "nought"], ["no_positions"]))
+        for tensor in graph.initializer:
+            if tensor.name in ("cos_cache", "sin_cache"):
+                table = numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(np.repeat(table[:1], len(table), axis=0), tensor.name))
 
     return _edited_decoder(parts, edit)
 
@@ -191,7 +189,6 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     ("change", "refused_by"),
     [
         ({"chat": ("USER: <image>\n", " ASSISTANT")}, "prompt's ids"),
-        ({"image_tokens": 35}, "prompt's ids"),
         ({"image_spec": "mean"}, "image features"),
         ({"image_spec": "resample"}, "image features"),
     ],
@@ -205,6 +202,13 @@ def test_wrong_words_around_the_prompt_or_wrong_preprocessing_are_refused(job, p
     for name, value in change.items():
         setattr(family, name, value)
     with pytest.raises(ParityError, match=refused_by):
+        check(replace(job, family=family), parts, tmp_path / "b")
+
+
+def test_another_number_of_image_tokens_is_refused_before_anything_is_asked(job, parts, tmp_path):
+    family = copy.copy(job.family)
+    family.image_tokens = 35
+    with pytest.raises(BundleError, match="image_features is"):
         check(replace(job, family=family), parts, tmp_path / "b")
 
 

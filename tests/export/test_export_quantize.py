@@ -39,14 +39,18 @@ def test_int8_dynamic_leaves_no_float_matrix_in_a_block(parts):
     assert _ops(model)["QAttention"] == 1 and _ops(model)["Attention"] == 0
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("int4-block32", 4), ("int8-block32", 8)])
-def test_blocks_cover_every_matrix_of_the_decoder(parts, scheme, bits):
+@pytest.mark.parametrize(
+    ("scheme", "bits", "block_size"),
+    [("int4-block32", 4, 32), ("int4-block64", 4, 64), ("int4-block128", 4, 128), ("int8-block32", 8, 32)],
+)
+def test_blocks_cover_every_matrix_of_the_decoder(parts, scheme, bits, block_size):
     model = quantize(parts[graph_io.DECODER_PATH][0], scheme)
     nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
     # Two layers of qkv, output, gate-up and down, and the head; packed or not, no MatMul is left.
     assert len(nodes) == 2 * 4 + 1 and _ops(model)["MatMul"] == 0
     assert {a.i for n in nodes for a in n.attribute if a.name == "bits"} == {bits}
     assert {a.i for n in nodes for a in n.attribute if a.name == "accuracy_level"} == {4}
+    assert {a.i for n in nodes for a in n.attribute if a.name == "block_size"} == {block_size}
 
 
 @pytest.mark.parametrize("path", [SECOND, graph_io.DECODER_PATH, graph_io.EMBED_PATH])

@@ -7,9 +7,11 @@ import math
 import pytest
 
 from edgesafe import graph_io
-from edgesafe.device import DeviceProfile, LatencyTable, load_device
+from edgesafe.device import DeviceProfile, LatencyTable, load_device, stage_times
 from edgesafe.errors import InputError, NoExitFitsError
-from edgesafe.runtime.choose import Budget, choose_exit, from_latency, from_profile, within_reference
+from edgesafe.runtime.choose import Budget, choose_exit, within_reference
+from edgesafe.runtime.correct import Correction
+from edgesafe.runtime.forecast import PREFILL, PREPROCESS, from_latency, from_profile
 from handmade import make_bundle
 
 PREDICTED = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
@@ -42,10 +44,28 @@ def test_the_error_names_the_fastest_certified_exit_not_the_fastest():
         choose_exit(PREDICTED, {3, 4}, 5)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, True, "5", None])
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, True, "5"])
 def test_what_is_no_budget(value):
+    for name in ("ttft_ms", "total_ms"):
+        with pytest.raises(InputError, match=name):
+            Budget(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_new_tokens": 5},
+        *({"ttft_ms": 1, "quantile": q} for q in (0, 1, 95, -0.5, math.nan, None)),
+        *({"ttft_ms": 1, "max_new_tokens": n} for n in (0, 1.5, True)),
+        {"ttft_ms": 1, "on_miss": "deepest"},
+        {"ttft_ms": 1, "require_measured": "yes"},
+    ],
+    ids=str,
+)
+def test_what_else_is_no_budget(options):
     with pytest.raises(InputError):
-        Budget(value)
+        Budget(**options)
 
 
 def test_depths_beyond_the_reference_are_not_taken_for_being_deeper():
@@ -58,35 +78,46 @@ def manifest(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("choose") / "bundle").manifest
 
 
-def times(p50: float, p95: float, **more: int) -> dict:
-    return {"p50_ms": p50, "p95_ms": p95, "n": 9, **more}
+def latency(segments=(2.0, 3.0, 4.0), head=0.5, prefill=((10, 20.0), (30, 60.0))) -> LatencyTable:
+    """Each stage in two rounds, the second three times as slow as the first; the medians are the figures given."""
 
+    def times(ms: float, **more: int) -> dict:
+        return stage_times([ms / 2, 3 * ms / 2]) | more
 
-def latency(manifest, segments=(2.0, 3.0, 4.0), head=0.5, prefill=((10, 20.0), (30, 60.0))) -> LatencyTable:
-    paths = {graph_io.segment_path(i, i + 1): times(0, ms) for i, ms in enumerate(segments)}
+    paths = {graph_io.segment_path(i, i + 1): times(ms) for i, ms in enumerate(segments)}
     text = {
-        "preprocess": times(0, 1.0),
-        "prefill": [times(0, ms, tokens=n) for n, ms in prefill],
-        "decode": times(0, 7.0),
+        "preprocess": times(1.0),
+        "prefill": [times(ms, tokens=n) for n, ms in prefill],
+        "decode": [times(7.0, context=10), times(9.0, context=30)],
     }
-    return LatencyTable("d", "m", "1", 1, paths | {graph_io.HEAD_PATH: times(0, head)}, text, [], None)
+    return LatencyTable("d", "m", "1", 1, paths | {graph_io.HEAD_PATH: times(head)}, text, [], None)
+
+
+def exit_stages(manifest, depth: int) -> tuple[str, ...]:
+    return (PREPROCESS, *manifest.exit(depth).graphs, PREFILL)
 
 
 def test_a_measured_prediction_is_the_sum_of_its_parts(manifest):
     # preprocess 1 + prefill of 20 tokens 40 (half way from 20 to 60) + head 0.5 + segments 2, 2+3, 2+3+4
-    assert from_latency(manifest, latency(manifest), 20) == pytest.approx({1: 43.5, 2: 46.5, 3: 50.5})
+    made = from_latency(manifest, latency(), 20)
+    assert [made.expected_ms(exit_stages(manifest, d)) for d in (1, 2, 3)] == pytest.approx([43.5, 46.5, 50.5])
+    # Both rounds are known: the sum of the slow one is 1.5 times that of the medians, and half way lies between.
+    assert made.quantile_ms(exit_stages(manifest, 1), 1.0) == pytest.approx(1.5 * 43.5)
+    assert made.quantile_ms(exit_stages(manifest, 1), 0.75) == pytest.approx(1.25 * 43.5)
+    # Twice as slow as measured, and the prefill three times.
+    slow = Correction(2.0, {PREFILL: 1.5})
+    assert made.expected_ms(exit_stages(manifest, 1), slow) == pytest.approx(2 * 3.5 + 3 * 40)
     # 40 tokens lie on the same line: 80. Fewer than measured cost what the shortest cost: 20.
-    assert from_latency(manifest, latency(manifest), 40)[1] == pytest.approx(83.5)
-    assert from_latency(manifest, latency(manifest), 5)[1] == pytest.approx(23.5)
+    assert from_latency(manifest, latency(), 40).typical_ms[PREFILL] == pytest.approx(80)
+    assert from_latency(manifest, latency(), 5).typical_ms[PREFILL] == pytest.approx(20)
     # Noise may make the longer prefill look faster; it is never extrapolated downwards.
-    odd = latency(manifest, prefill=((10, 20.0), (30, 10.0)))
-    assert from_latency(manifest, odd, 30)[1] == pytest.approx(23.5)
-    assert from_latency(manifest, latency(manifest, prefill=((10, 20.0),)), 30)[1] == pytest.approx(23.5)
-
-
-def test_predictions_never_fall_with_depth(manifest):
-    predicted = list(from_latency(manifest, latency(manifest, segments=(5.0, 0.0, 0.0)), 10).values())
-    assert predicted == sorted(predicted)
+    odd = latency(prefill=((10, 20.0), (30, 10.0)))
+    assert from_latency(manifest, odd, 30).typical_ms[PREFILL] == pytest.approx(20)
+    assert from_latency(manifest, latency(prefill=((10, 20.0),)), 30).typical_ms[PREFILL] == pytest.approx(20)
+    # Between three points: 40 at 20 tokens, 60 at 30, 100 at 40.
+    three = latency(prefill=((10, 20.0), (30, 60.0), (50, 140.0)))
+    assert from_latency(manifest, three, 40).typical_ms[PREFILL] == pytest.approx(100)
+    assert [made.decode_ms(context) for context in (10, 20, 40)] == pytest.approx([7, 8, 10])
 
 
 def profile(**estimates: float) -> DeviceProfile:
@@ -97,16 +128,21 @@ def profile(**estimates: float) -> DeviceProfile:
 def test_an_estimate_is_arithmetic_or_reading_whichever_takes_longer(manifest):
     # The graphs by hand: segments and head 1e6 operations each, the decoder 1e6 a token.
     # At 1 GOP/s a segment takes 1 ms, 20 tokens take 20 ms; reading at 1000 GB/s takes nothing worth naming.
-    got = from_profile(manifest, profile(gops_int8=1.0, read_gb_s=1000.0), 20)
-    assert got == pytest.approx({1: 22.0, 2: 23.0, 3: 24.0})
+    def expected(tokens: int, **estimates: float) -> list[float]:
+        made = from_profile(manifest, profile(**estimates), tokens)
+        assert made is not None and made.source == "estimated"
+        return [made.expected_ms(exit_stages(manifest, depth)) for depth in (1, 2, 3)]
+
+    assert expected(20, gops_int8=1.0, read_gb_s=1000.0) == pytest.approx([22.0, 23.0, 24.0])
     # With 0.1 ms a graph: the decoder, the head and each segment.
-    got = from_profile(manifest, profile(gops_int8=1.0, read_gb_s=1000.0, overhead_ms_per_graph=0.1), 20)
-    assert got == pytest.approx({1: 22.3, 2: 23.4, 3: 24.5})
+    assert expected(20, gops_int8=1.0, read_gb_s=1000.0, overhead_ms_per_graph=0.1) == pytest.approx([22.3, 23.4, 24.5])
     # At endless arithmetic and 1000 bytes a second (a byte a ms) only reading is left. The bytes by hand: the decoder's
     # 259 x 258 floats and an int64, the first segment's float and three int64, the head's 4 and 2 int64 and 4 x 259 floats.
     weights = (259 * 258 * 4 + 8) + (4 + 3 * 8) + (6 * 8 + 4 * 259 * 4)
-    got = from_profile(manifest, profile(gops_int8=1e9, read_gb_s=1e-6), 20)
-    assert got is not None and got[1] == pytest.approx(weights)
+    assert expected(20, gops_int8=1e9, read_gb_s=1e-6)[0] == pytest.approx(weights)
+    # One number has no spread, so any quantile of it is the number.
+    made = from_profile(manifest, profile(gops_int8=1.0, read_gb_s=1000.0), 20)
+    assert made is not None and made.quantile_ms(exit_stages(manifest, 1), 0.99) == pytest.approx(22.0)
 
 
 @pytest.mark.parametrize("estimates", [{}, {"gops_int8": 1.0}, {"read_gb_s": 1.0}, {"gops_fp32": 1.0, "read_gb_s": 1.0}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from edgesafe import Session
 from edgesafe.errors import IntegrityError
 from edgesafe.runtime import measure
+from edgesafe.runtime.decode import GrowingReader
+from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.sampling import Sampling
+from edgesafe.runtime.shared import SharedReader
 from edgesafe.runtime.tokenizer import encode_prompt
 
 # Float32 graphs of a random model: the exporter's own parity bound is 1e-4 relative, and nothing is added here.
@@ -83,3 +89,49 @@ def test_a_flipped_byte_in_each_file_is_refused(tiny_bundle, copy_of):
             Session.open(root)
         path.write_bytes(whole)
     Session.open(root)
+
+
+def test_the_exported_decoder_answers_alike_with_a_shared_and_with_a_growing_cache(session, picture, monkeypatch):
+    assert isinstance(session.reader(8), SharedReader)
+    asks = [(prompt, depth) for prompt in PROMPTS for depth in session.manifest.depths]
+    states = session.vision_states(picture, session.manifest.depths)
+    shared = [session.answer_features(states[depth], prompt, 30) for prompt, depth in asks]
+    monkeypatch.setattr(OrtGraph, "share", lambda *_: None)
+    assert isinstance(session.reader(8), GrowingReader)
+    assert [session.answer_features(states[depth], prompt, 30) for prompt, depth in asks] == shared
+    assert len(set(shared)) > len(PROMPTS)
+
+
+def test_a_conversation_answers_as_ask_does(session, picture):
+    for depth in session.manifest.depths:
+        talk = session.conversation(picture, exit_depth=depth)
+        for i, prompt in enumerate(PROMPTS):
+            assert (
+                talk.ask(prompt, max_new_tokens=20).text
+                == session.ask(picture, prompt, exit_depth=depth, max_new_tokens=20).text
+            )
+            assert (talk.reused_tokens >= session.manifest.image_tokens) == (i > 0)
+
+
+def test_threads_take_turns_at_the_bound_buffers(session, picture):
+    """Asks and a conversation's questions at once, each as it is answered alone."""
+    talk = session.conversation(picture, exit_depth=session.manifest.depths[0])
+    asks = [(prompt, depth) for prompt in PROMPTS for depth in session.manifest.depths]
+    alone = [session.ask(picture, prompt, exit_depth=depth, max_new_tokens=12).text for prompt, depth in asks]
+
+    def both(ask: tuple[str, int]) -> tuple[str, str]:
+        text = session.ask(picture, ask[0], exit_depth=ask[1], max_new_tokens=12).text
+        return text, talk.ask(ask[0], max_new_tokens=12).text
+
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(both, asks))
+    first = {prompt: text for (prompt, depth), text in zip(asks, alone, strict=True) if depth == talk.exit_depth}
+    assert said == [(text, first[prompt]) for (prompt, _), text in zip(asks, alone, strict=True)]
+
+
+def test_drawn_answers_differ_by_seed_and_not_by_run(session, picture):
+    def said(seed: int) -> str:
+        return session.ask(picture, PROMPTS[0], max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=seed)).text
+
+    assert said(1) == said(1)
+    assert len({said(seed) for seed in range(4)}) > 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from edgesafe import Budget, Session
 from edgesafe.bundle import Bundle, seal, unseal
-from edgesafe.device import LatencyTable, machine_name, read_latency, write_latency
+from edgesafe.device import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.errors import (
     BundleError,
+    FormatVersionError,
     InputError,
     IntegrityError,
     NoExitFitsError,
@@ -18,8 +21,9 @@ from edgesafe.errors import (
     UncertifiedExitError,
 )
 from edgesafe.runtime import decode, measure
-from edgesafe.runtime.session import OrtGraph
+from edgesafe.runtime.graph import OrtGraph
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from engines import slow_session
 from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 
 BLACK = np.zeros((8, 8, 3), np.uint8)
@@ -69,8 +73,8 @@ def test_vision_states_by_hand(session, picture, mean):
 
 def test_shared_segments_run_once(session, monkeypatch):
     ran = []
-    run = OrtGraph.run
-    monkeypatch.setattr(OrtGraph, "run", lambda self, feeds: ran.append(len(ran)) or run(self, feeds))
+    run = OrtGraph.advance
+    monkeypatch.setattr(OrtGraph, "advance", lambda self, state: ran.append(len(ran)) or run(self, state))
     session.vision_states(BLACK, [1, 2, 3])
     # Three segments and a head for each of three exits; one by one it would have been 1 + 2 + 3 segments.
     assert len(ran) == 6
@@ -143,6 +147,7 @@ def test_the_context_s_edge(session):
         {"budget": 5.0},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.0},
+        {"sampling": 0.7},
     ],
     ids=str,
 )
@@ -202,34 +207,48 @@ def test_the_profile_s_estimate_is_marked_as_one(tmp_path):
     assert session.threads <= 4
 
 
-@pytest.fixture
-def measured(handmade, copy_of):
-    """A copy whose latency.json says 10, 20 and 30 ms of vision; the rest costs nothing."""
-    root = copy_of(handmade)
-    session = Session.open(root)
-    ms = {"p50_ms": 10.0, "p95_ms": 10.0, "n": 5}
-    none = {"p50_ms": 0.0, "p95_ms": 0.0, "n": 5}
-    graphs = {path for e in session.manifest.exits for path in e.graphs}
-    table = LatencyTable(
-        bundle_digest=session.bundle.digest,
-        machine=machine_name(),
-        onnxruntime_version=__import__("onnxruntime").__version__,
-        threads=session.threads,
-        segments={path: ms if "blocks" in path else none for path in graphs},
-        text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": none},
-        exits=[],
-        peak_rss_mib=None,
-    )
-    write_latency(session.bundle, table)
-    return root, table
-
-
 @pytest.mark.parametrize(("budget", "exit_depth"), [(1000, 2), (20, 2), (19.9, 1), (10, 1)])
 def test_a_smaller_budget_takes_a_shallower_exit(measured, budget, exit_depth):
-    answer = Session.open(measured[0]).ask(BLACK, "what?", Budget(budget))
-    assert (answer.exit_depth, answer.prediction) == (exit_depth, "measured")
-    assert answer.predicted_ttft_ms == 10 * exit_depth
-    assert answer.certified and answer.note == ""
+    answer = slow_session(measured[0]).ask(BLACK, "what?", Budget(budget))
+    assert (answer.exit_depth, answer.planned_depth, answer.prediction) == (exit_depth, exit_depth, "measured")
+    assert answer.predicted_ttft_ms == answer.ttft_ms == 10 * exit_depth
+    assert answer.certified and answer.note == "" and answer.deadline_met is True
+    blocks = {path: ms for path, ms in answer.actual_ms.items() if "blocks" in path}
+    assert list(blocks.values()) == [10.0] * exit_depth and blocks.items() <= answer.predicted_ms.items()
+
+
+def test_blocks_that_take_longer_than_measured_end_at_an_earlier_exit_and_are_remembered(measured):
+    # Planned: 2 blocks, 20 ms of 45. The first took 40: there is no time for the second.
+    session = slow_session(measured[0], block_ms=40)
+    answer = session.ask(BLACK, "what?", Budget(45))
+    assert (answer.exit_depth, answer.planned_depth, answer.deadline_met, answer.ttft_ms) == (1, 2, True, 40)
+    assert "exit 2 was predicted to need" in answer.why
+    assert session.correction.speed > 1
+    # Exit 3 failed its certification: it isn't taken with all the time of the world, and the reference depth is the end.
+    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6)).exit_depth == 2
+    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6), allow_uncertified=True).exit_depth == 2
+
+
+def test_total_ms_cuts_the_answer_and_says_so(measured):
+    root, table = measured
+    text = {**table.text, "decode": [{"context": 10, **stage_times([5.0] * 5)}]}
+    write_latency(Bundle.open(root), replace(table, text=text))
+    # 20 ms of vision and 5 a token: the seventh of eight tokens ends at 55, the eighth, which is the full stop, would at 60.
+    session = slow_session(root, step_ms=5)
+    answer = session.ask(BLACK, "what?", Budget(total_ms=59))
+    assert (answer.finish_reason, answer.text, answer.deadline_met) == ("deadline", ANSWER[:-1], True)
+    assert answer.total_ms == pytest.approx(55)
+    whole = session.ask(BLACK, "what?", Budget(total_ms=1000))
+    assert (whole.finish_reason, whole.text, whole.deadline_met) == ("stop", ANSWER, True)
+    assert session.ask(BLACK, "what?", Budget(1000, max_new_tokens=1)).text == "Z"
+    assert session.ask(BLACK, "what?", Budget(1000, max_new_tokens=5), max_new_tokens=1).text == "Z"
+
+
+def test_on_miss(measured):
+    with pytest.raises(NoExitFitsError):
+        slow_session(measured[0]).ask(BLACK, "what?", Budget(9))
+    answer = slow_session(measured[0]).ask(BLACK, "what?", Budget(9, on_miss="shallowest"))
+    assert (answer.exit_depth, answer.deadline_met, answer.ttft_ms) == (1, False, 10)
 
 
 def test_a_budget_below_the_fastest_certified_exit(measured):
@@ -243,7 +262,6 @@ def test_a_budget_below_the_fastest_certified_exit(measured):
         ({"machine": "another"}, "another machine"),
         ({"onnxruntime_version": "1.0"}, "onnxruntime 1.0"),
         ({"bundle_digest": "0" * 64}, "another bundle"),
-        ({"threads": 99}, "99 threads"),
         ({"segments": {}}, "every exit"),
     ],
 )
@@ -252,6 +270,52 @@ def test_a_measurement_of_something_else_is_ignored_with_a_note(measured, change
     write_latency(Bundle.open(root), LatencyTable.from_dict({**table.to_dict(), **change}))
     answer = Session.open(root).ask(BLACK, "what?")
     assert answer.prediction == "none" and shown in answer.note
+    with pytest.raises(NotMeasuredError, match=shown):
+        Session.open(root).ask(BLACK, "what?", Budget(1000))
+
+
+def test_measured_threads_are_used_unless_others_are_asked_for(measured):
+    root, table = measured
+    write_latency(Bundle.open(root), LatencyTable.from_dict({**table.to_dict(), "threads": 3, "cores": [0]}))
+    session = Session.open(root)
+    assert (session.threads, session.tuning.cores) == (3, (0,))
+    session = Session.open(root, threads=2)
+    assert (session.threads, session.tuning.cores) == (2, None)
+    assert "measured with 3 threads" in session.ask(BLACK, "what?").note
+
+
+def test_an_estimate_is_refused_where_a_measurement_is_demanded(tmp_path, measured):
+    root = make_bundle(tmp_path / "b", device="rpi5").root
+    assert Session.open(root).ask(BLACK, "what?", Budget(60_000)).prediction == "estimated"
+    with pytest.raises(NotMeasuredError, match="only an estimate") as caught:
+        Session.open(root).ask(BLACK, "what?", Budget(60_000, require_measured=True))
+    assert caught.value.exit_code == 62
+    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(60, require_measured=True)).prediction == "measured"
+
+
+def test_a_measurement_of_an_older_format_is_ignored_with_a_note_and_measured_anew(measured):
+    root, _ = measured
+    old = {"bundle_digest": "x", "machine": "y", "segments": {}, "threads": 2, "source": "measured"}
+    (root / "latency.json").write_bytes(seal(old))
+    answer = Session.open(root).ask(BLACK, "what?")
+    assert "latency.json was ignored: the measurement was written by an older edgesafe" in answer.note
+    with pytest.raises(FormatVersionError, match="edgesafe measure"):
+        read_latency(Bundle.open(root))
+    (root / "latency.json").write_bytes(seal({**old, "format_version": 3}))
+    assert "another edgesafe (format 3)" in Session.open(root).ask(BLACK, "what?").note
+    measure(root, seconds=0.1)
+    assert Session.open(root).ask(BLACK, "what?").prediction == "measured"
+
+
+def test_a_measurement_that_lacks_a_round_is_refused(measured):
+    root, table = measured
+    obj = table.to_dict()
+    obj["text"]["decode"][0]["ms"].pop()
+    with pytest.raises(BundleError, match="every round"):
+        LatencyTable.from_dict(obj)
+    obj["text"]["decode"][0]["ms"] = [1.0, 1.0, 1.0, 1.0, -1.0]
+    with pytest.raises(BundleError, match="below 0"):
+        LatencyTable.from_dict(obj)
 
 
 def test_a_broken_measurement_is_refused(measured):
@@ -275,7 +339,12 @@ def test_measure_writes_a_table_that_predicts(handmade, copy_of):
         column = [row["ttft_ms"][key] for row in table.exits]
         assert column == sorted(column) and column[0] > 0
     assert [row["exit_depth"] for row in table.exits] == [1, 2, 3]
-    assert table.text["prefill"][0]["tokens"] < table.text["prefill"][1]["tokens"] < CONTEXT
+    for rows, key in ((table.text["prefill"], "tokens"), (table.text["decode"], "context")):
+        lengths = [row[key] for row in rows]
+        assert len(lengths) == 3 and lengths == sorted(set(lengths)) and lengths[-1] < CONTEXT
+    assert table.sweep[0]["threads"] == 1 and table.threads in [row["threads"] for row in table.sweep]
+    assert Session.open(root).threads == table.threads and table.session_open_ms > 0
+    assert set(table.conditions) == {"cpu_model", "governor", "temperature_c", "measured_at"}
     answer = Session.open(root).ask(BLACK, "what?", Budget(60_000))
     assert answer.prediction == "measured" and answer.predicted_ttft_ms > 0
 
@@ -291,6 +360,11 @@ def test_measure_json_keys(handmade, copy_of):
         "exits",
         "peak_rss_mib",
         "source",
+        "format_version",
+        "cores",
+        "sweep",
+        "session_open_ms",
+        "conditions",
     }
 
 

@@ -1,0 +1,122 @@
+"""The machine that this runs on: its name, its cores and their kinds, and the conditions that change its speed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SYS = Path("/sys")
+
+
+def machine_name() -> str:
+    """This machine in words: board or processor model, architecture, cores. A measurement holds for it."""
+    try:
+        model = Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0 \n")
+    except OSError:
+        model = cpu_model()
+    name = f"{model or platform.processor() or 'unknown processor'}, {platform.machine()}, {host_cores()} cores"
+    return " ".join(name.split())
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, or an empty text."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def host_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(allowed_cores()) or os.cpu_count() or 1
+
+
+def allowed_cores() -> tuple[int, ...]:
+    """The numbers of the cores that this process may use; empty where the system doesn't tell."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def core_sets(cores: Sequence[int], sys: Path = SYS) -> list[tuple[int, ...]]:
+    """The fastest kind of cores, the two fastest kinds, and so on to all of them; one set where they are alike.
+
+    Args:
+        cores: The cores to tell apart.
+        sys: Where Linux shows them. ``cpu_capacity`` says how much work a core does; where only the largest
+            frequency is known, that decides. A core of which neither is known makes all of them alike.
+    """
+    speeds = {core: _speed(sys / f"devices/system/cpu/cpu{core}") for core in cores}
+    known = {speed for speed in speeds.values() if speed is not None}
+    if len(known) < 2 or None in speeds.values():
+        return [tuple(cores)]
+    return [tuple(c for c in cores if (speeds[c] or 0) >= least) for least in sorted(known, reverse=True)]
+
+
+def thread_choices(sets: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Thread counts worth trying, each with the cores to stay on (None = all): 1, 2, 4 ... and one a core.
+
+    On a larger set only counts that the smaller one has no room for are new.
+
+    >>> thread_choices([(0, 1, 2, 3)])
+    [(1, None), (2, None), (4, None)]
+    >>> thread_choices([(7,), (4, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7)])
+    [(1, (7,)), (2, (4, 5, 6, 7)), (4, (4, 5, 6, 7)), (8, None)]
+    """
+    choices: list[tuple[int, tuple[int, ...] | None]] = []
+    below = 0
+    for cores in sets:
+        counts = {2**i for i in range(len(cores).bit_length())} | {len(cores)}
+        kept = None if len(cores) == len(sets[-1]) else tuple(cores)
+        choices += [(count, kept) for count in sorted(counts) if below < count <= len(cores)]
+        below = len(cores)
+    return choices
+
+
+@contextmanager
+def on_cores(cores: Sequence[int] | None) -> Iterator[None]:
+    """Keep the calling thread, and every thread that it starts meanwhile, on these cores; None changes nothing.
+
+    Cores that this process may not use any more are left out; where none is left, nothing changes.
+    """
+    before = set(allowed_cores())
+    wanted = before & set(cores or ())
+    if not wanted or wanted == before:
+        yield
+        return
+    os.sched_setaffinity(0, wanted)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def governor(sys: Path = SYS) -> str | None:
+    """The frequency governors in use, joined by a comma, or None where the system doesn't tell."""
+    texts = {_read(path) for path in sorted(sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"))}
+    return ", ".join(sorted(text for text in texts if text)) or None
+
+
+def temperature_c(sys: Path = SYS) -> float | None:
+    """The hottest thermal zone in degrees Celsius, or None where the system doesn't tell."""
+    texts = [_read(path) for path in sys.glob("class/thermal/thermal_zone[0-9]*/temp")]
+    degrees = [int(text) / 1000 for text in texts if text.removeprefix("-").isdecimal()]
+    return max(degrees, default=None)
+
+
+def _speed(folder: Path) -> int | None:
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        text = _read(folder / name)
+        if text.isdecimal():
+            return int(text)
+    return None
+
+
+def _read(path: Path) -> str:
+    # A thermal zone that is switched off answers reading with an error.
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""

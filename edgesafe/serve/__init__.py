@@ -1,0 +1,1 @@
+"""A local page for trying a bundle in a browser: standard library, loopback only, nothing from outside."""

@@ -1,0 +1,108 @@
+"""The decoder's lengths come from the attention mask; what is built otherwise is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgesafe import graph_io
+from edgesafe.errors import ExportError, UnsupportedModelError
+from edgesafe.runtime import decode
+from edgesafe_export import cache, graphs
+from mutants import wrong
+
+
+@pytest.fixture
+def decoder(parts) -> tuple[onnx.ModelProto, object]:
+    model = onnx.ModelProto()
+    model.CopyFrom(parts[graph_io.DECODER_PATH][0])
+    return model, parts[graph_io.DECODER_PATH][1]
+
+
+def attention_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+
+
+def test_the_decoder_says_that_it_shares_its_cache_and_wants_no_positions(decoder):
+    model, spec = decoder
+    assert decode.shares_cache(spec)
+    assert [t.name for t in spec.inputs] == [value.name for value in model.graph.input]
+    assert graph_io.POSITION_IDS not in {t.name for t in spec.inputs}
+    # Nothing is left of the mask that the fusion added: it was built anew for every token.
+    kinds = {node.op_type for node in model.graph.node}
+    assert not kinds & {"Where", "GatherND", "LessOrEqual", "Range", "Cos", "Sin"}
+    assert len({tuple(node.input[5:]) for node in attention_of(model)}) == 1
+
+
+def test_the_rotary_tables_are_transformers_own(job):
+    causal = job.family.decoder()
+    cos, sin = graphs.rotary_tables(causal, 9)
+    want = causal.model.rotary_emb(torch.zeros(1), torch.arange(9)[None])
+    size = causal.config.hidden_size // causal.config.num_attention_heads
+    assert cos.shape == sin.shape == (9, size // 2)
+    for table, whole in ((cos, want[0]), (sin, want[1])):
+        np.testing.assert_array_equal(np.concatenate([table, table], axis=1), whole[0].numpy())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_no_table_holds_are_refused(kind):
+    causal = SimpleNamespace(model=SimpleNamespace(rotary_emb=SimpleNamespace(rope_type=kind)))
+    with pytest.raises(UnsupportedModelError, match=kind):
+        graphs.rotary_tables(causal, 9)
+
+
+def test_a_decoder_that_was_not_fused_is_refused(decoder):
+    model, _ = decoder
+    tables = (np.zeros((9, 4), np.float32),) * 2
+    for node in attention_of(model):
+        for attribute in node.attribute:
+            if attribute.name == "do_rotary":
+                attribute.i = 0
+    with pytest.raises(ExportError, match="rotary"):
+        cache.share_cache(model, tables)
+    for node in attention_of(model):
+        node.op_type = "Other"
+    with pytest.raises(ExportError, match="no attention"):
+        cache.share_cache(model, tables)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("share_cache", ("[_SEQLENS, _TOTAL, _COS, _SIN]", "[_SEQLENS, _TOTAL, _SIN, _COS]")),
+        ("prune", ("needed |= set(node.input)", "needed |= set(node.input[:1])")),
+    ],
+    ids=["cosines for sines", "needed nodes removed"],
+)
+def test_a_wrong_rewiring_is_seen_by_what_the_decoder_says(job, decoder, tmp_path, monkeypatch, name, edit):
+    """The rewiring is done again on the finished decoder: the right one changes nothing, a wrong one changes the logits."""
+    model, spec = decoder
+    tables = graphs.rotary_tables(job.family.decoder(), job.family.text_config.max_position_embeddings)
+
+    def logits(model: onnx.ModelProto) -> np.ndarray:
+        import onnxruntime as ort
+
+        text = job.family.text_config
+        shape = (1, text.num_key_value_heads, 0, text.hidden_size // text.num_attention_heads)
+        feeds = {t.name: np.zeros(shape, np.float32) for t in spec.inputs if t.name.startswith("past")}
+        embeds = np.random.default_rng(0).standard_normal((1, 5, text.hidden_size)).astype(np.float32)
+        feeds |= {"inputs_embeds": embeds, "attention_mask": np.ones((1, 5), np.int64)}
+        return ort.InferenceSession(model.SerializeToString()).run(["logits"], feeds)[0]
+
+    want = logits(model)
+    again = onnx.ModelProto()
+    again.CopyFrom(model)
+    for tensor in [t for t in again.graph.initializer if t.name in ("cos_cache", "sin_cache", "cache_axis", "cache_one")]:
+        again.graph.initializer.remove(tensor)
+    for node in [n for n in again.graph.node if any(o.startswith(("cache_", "seqlens_k", "total_seq")) for o in n.output)]:
+        again.graph.node.remove(node)
+    broken = onnx.ModelProto()
+    broken.CopyFrom(again)
+    np.testing.assert_array_equal(logits(cache.share_cache(again, tables)), want)
+    monkeypatch.setattr(cache, name, wrong(getattr(cache, name), edit))
+    with pytest.raises(Exception):  # noqa: B017  onnxruntime's own, or the comparison's
+        np.testing.assert_allclose(logits(cache.share_cache(broken, tables)), want, rtol=1e-3)

@@ -1,0 +1,398 @@
+"""Ways to break a bundle, a picture or a prompt; each takes its randomness from the caller."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from edgesafe.bundle import CERTIFICATE, MANIFEST, file_specs, seal, unseal
+
+Change = Callable[[Path, random.Random], None]
+ESCAPES = ("../outside", "/etc/passwd", "vision/../../outside", "..", "a\\..\\b", "./x", "vision//head.onnx", "/", "\0")
+ABSURD = (0, -1, 1, 2**31, 2**63, 10**12, 10**400, 1.5, 1e308, True, None, "", "x", "é\u202e", "x" * 100_000, [], {}, [[]])
+ABSURD = (*ABSURD, {"a": 1}, ["../outside"], *ESCAPES)
+
+
+def files(root: Path) -> list[Path]:
+    """All plain files, in a fixed order."""
+    return sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    """One to eight bytes changed; never the same bytes again."""
+    out = bytearray(data or b"\0")
+    for at in rng.sample(range(len(out)), min(len(out), rng.randint(1, 8))):
+        out[at] ^= rng.randint(1, 255)
+    return bytes(out)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    """A part from the start, or with a piece missing from its middle."""
+    if rng.random() < 0.5:
+        return data[: rng.randrange(len(data))]
+    at = rng.randrange(len(data))
+    return data[:at] + data[at + rng.randint(1, 64) :]
+
+
+def grow(data: bytes, rng: random.Random) -> bytes:
+    """Bytes added somewhere."""
+    at = rng.randint(0, len(data))
+    return data[:at] + rng.randbytes(rng.randint(1, 64)) + data[at:]
+
+
+def _edit(edit: Callable[[bytes, random.Random], bytes]) -> Change:
+    def change(root: Path, rng: random.Random) -> None:
+        path = rng.choice(files(root))
+        path.write_bytes(edit(path.read_bytes(), rng))
+
+    return change
+
+
+def _swap(root: Path, rng: random.Random) -> None:
+    while True:
+        a, b = rng.sample(files(root), 2)
+        if a.read_bytes() != b.read_bytes():
+            break
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def _remove(root: Path, rng: random.Random) -> None:
+    listed = [p for p in files(root) if p.name != CERTIFICATE]  # without a certificate a bundle is whole, only not certified
+    rng.choice(listed).unlink()
+
+
+def _add(root: Path, rng: random.Random) -> None:
+    folder = rng.choice([root, root / "vision", root / "new", root / "suite" / "deep" / "er"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / rng.choice(["x.onnx", ".hidden", "manifest.json.old", "weights.bin", "é"])).write_bytes(rng.randbytes(9))
+
+
+def _link(root: Path, rng: random.Random) -> None:
+    path = rng.choice([*files(root), root / "vision", root / "suite"])
+    aside = root.parent / "aside"
+    path.rename(aside)
+    path.symlink_to(aside if rng.random() < 0.7 else "/dev/zero")
+
+
+def _special(root: Path, rng: random.Random) -> None:
+    path = rng.choice(files(root))
+    path.unlink()
+    if rng.random() < 0.5:
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+def _rename(root: Path, rng: random.Random) -> None:
+    path = rng.choice([p for p in files(root) if p.name != CERTIFICATE])
+    path.rename(path.with_name(rng.choice([path.name.upper() + "X", path.name + ".bak", "é"])))
+
+
+def _respell(root: Path, rng: random.Random) -> None:
+    """A sealed file that says the same in another spelling."""
+    path = root / rng.choice([MANIFEST, CERTIFICATE])
+    data = path.read_bytes()
+    obj = json.loads(data)
+    path.write_bytes(
+        rng.choice(
+            [
+                b"\xef\xbb\xbf" + data,
+                data.replace(b"\n", b"\r\n"),
+                data + b" ",
+                json.dumps(obj).encode(),
+                json.dumps(dict(reversed(obj.items())), indent=1).encode(),
+                data.replace(b'"digest"', b'"digest": 1,\n "digest"', 1),
+            ]
+        )
+    )
+
+
+def _behind_the_seal(root: Path, rng: random.Random) -> None:
+    """A sealed file's object edited while its digest stays."""
+    path = root / rng.choice([MANIFEST, CERTIFICATE])
+    obj = json.loads(path.read_bytes())
+    _edit_tree(obj, rng)
+    path.write_bytes((json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def _edit_tree(obj: Any, rng: random.Random) -> None:
+    """One place of a JSON tree replaced, removed, doubled or added."""
+    spots: list[tuple[Any, Any]] = []
+    stack = [obj]
+    while stack:
+        node = stack.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
+            if key != "digest" or node is not obj:
+                spots.append((node, key))
+            if isinstance(node[key], dict | list):
+                stack.append(node[key])
+    node, key = rng.choice(spots)
+    how = rng.random()
+    if how < 0.7:
+        was = node[key]
+        # As JSON, because 1 == True == 1.0 in Python.
+        node[key] = rng.choice([v for v in ABSURD if json.dumps(v) != json.dumps(was)])
+    elif how < 0.85:
+        del node[key]
+    elif isinstance(node, dict):
+        node[rng.choice(["new", key + "x", ""])] = node[key]
+    else:
+        node.append(node[key])
+
+
+def _manifest_edit(root: Path, rng: random.Random) -> None:
+    obj = json.loads((root / MANIFEST).read_bytes())
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        _edit_tree(obj, rng)
+    (root / MANIFEST).write_bytes(json.dumps(obj).encode())
+
+
+def _huge(root: Path, rng: random.Random) -> None:
+    """A number of the manifest made absurdly large."""
+    obj = json.loads((root / MANIFEST).read_bytes())
+    text, image = obj["text"], obj["image"]
+    keys = ("num_layers", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "context_length")
+    spots = [(text, key) for key in keys]
+    spots += [(obj, "image_tokens"), (obj, "n_blocks"), (image["size"], "height"), (image["size"], "width")]
+    spots += [(image["resize_to"], 0), (image["resize_to"], 1), (image["std"], 0), (image, "rescale_factor")]
+    for node, key in rng.sample(spots, rng.choice([1, 1, 2, len(spots)])):
+        node[key] = rng.choice([2**20, 2**31, 2**40, 10**18, 10**400])
+    (root / MANIFEST).write_bytes(json.dumps(obj).encode())
+
+
+def _escape(root: Path, rng: random.Random) -> None:
+    """A path of the manifest that leaves the bundle, in every place that holds one, with the file listed too."""
+    obj = json.loads((root / MANIFEST).read_bytes())
+    away = rng.choice(ESCAPES)
+    where = rng.choice(["tokenizer", "embed_tokens", "graph", "suite", "files"])
+    old = {"tokenizer": obj["tokenizer"], "embed_tokens": obj["text"]["embed_tokens"], "graph": "vision/head.onnx"}.get(where)
+    if old is not None:
+        text = json.dumps(obj).replace(json.dumps(old), json.dumps(away))
+        obj = json.loads(text)
+    elif where == "suite":
+        obj["suite"]["path"] = away
+    else:
+        obj["files"][away] = {"sha256": "0" * 64, "bytes": 0}
+    (root / MANIFEST).write_bytes(json.dumps(obj).encode())
+
+
+def _file_edit(edit: Callable[[bytes, random.Random], bytes]) -> Change:
+    """A listed file changed; sealing again gives it its new digest."""
+
+    def change(root: Path, rng: random.Random) -> None:
+        path = rng.choice([p for p in files(root) if p.name not in (MANIFEST, CERTIFICATE)])
+        path.write_bytes(edit(path.read_bytes(), rng))
+
+    return change
+
+
+def _tokenizer(root: Path, rng: random.Random) -> None:
+    path = root / "tokenizer.json"
+    obj = json.loads(path.read_bytes())
+    _edit_tree(obj, rng)
+    path.write_bytes(json.dumps(obj).encode("utf-8", "replace"))
+
+
+def _shape(root: Path, rng: random.Random) -> None:
+    """A graph whose inner sizes are other ones, or whose weights lie outside."""
+    import onnx
+
+    path = rng.choice([p for p in files(root) if p.suffix == ".onnx"])
+    model = onnx.load(str(path))
+    graph = model.graph
+    how = rng.randrange(4)
+    if how == 0 and graph.initializer:
+        tensor = rng.choice(list(graph.initializer))
+        tensor.dims.append(rng.choice([0, 2, 2**40]))
+    elif how == 1:
+        node = rng.choice(list(graph.node))
+        node.op_type = rng.choice(["Add", "MatMul", "Identity", "Loop", "Nope", "Reshape", "Gather"])
+    elif how == 2:
+        node = rng.choice(list(graph.node))
+        node.input[0] = rng.choice([*(t.name for t in graph.initializer), "nowhere", ""])
+    else:
+        for tensor in graph.initializer:
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            entry = {"location": rng.choice(["../outside", "/etc/passwd", "nowhere", "../../../../dev/zero"]), "length": "4"}
+            for key, value in entry.items():
+                tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+
+
+def reseal(root: Path, *, forge: bool) -> None:
+    """List the files with their digests of now and seal the manifest; ``forge`` makes the certificate fit it."""
+    obj = json.loads((root / MANIFEST).read_bytes())
+    listed = obj.get("files")
+    if isinstance(listed, dict):
+        for path, spec in file_specs(root).items():
+            if isinstance(listed.get(path), dict):
+                listed[path] |= {"sha256": spec.sha256, "bytes": spec.bytes}
+    data = seal(obj)
+    (root / MANIFEST).write_bytes(data)
+    if forge:
+        certificate = unseal((root / CERTIFICATE).read_bytes(), CERTIFICATE)
+        certificate["manifest_digest"] = unseal(data, MANIFEST)["digest"]
+        suite = obj.get("suite")
+        if isinstance(suite, dict):
+            certificate["suite_digest"] = suite.get("digest")
+        (root / CERTIFICATE).write_bytes(seal(certificate))
+
+
+SEALED: list[tuple[str, Change]] = [
+    ("flip", _edit(flip)),
+    ("flip", _edit(flip)),
+    ("cut", _edit(cut)),
+    ("grow", _edit(grow)),
+    ("empty", _edit(lambda data, rng: b"")),
+    ("swap", _swap),
+    ("remove", _remove),
+    ("add", _add),
+    ("link", _link),
+    ("special", _special),
+    ("rename", _rename),
+    ("respell", _respell),
+    ("behind the seal", _behind_the_seal),
+]
+RESEALED: list[tuple[str, Change]] = [
+    ("manifest edit", _manifest_edit),
+    ("manifest edit", _manifest_edit),
+    ("manifest edit", _manifest_edit),
+    ("huge", _huge),
+    ("escape", _escape),
+    ("file flip", _file_edit(flip)),
+    ("file cut", _file_edit(cut)),
+    ("file empty", _file_edit(lambda data, rng: b"")),
+    ("tokenizer", _tokenizer),
+    ("shape", _shape),
+]
+MUST_REFUSE = ("escape",)
+
+
+def picture(rng: random.Random, work: Path) -> tuple[str, Any]:
+    """A picture argument that is broken, absurd or merely odd."""
+    name, make = rng.choice(_PICTURES)
+    made = make(rng)
+    if isinstance(made, bytes) and rng.random() < 0.5:
+        path = work / ("picture" + rng.choice([".png", ".jpg", ".webp", ".txt", ""]))
+        path.write_bytes(made)
+        return name, path
+    return name, made
+
+
+def _drawn(rng: random.Random) -> Image.Image:
+    size = (rng.randint(1, 40), rng.randint(1, 40))
+    noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 4), np.uint8).reshape(size[1], size[0], 4)
+    return Image.fromarray(noise).convert(rng.choice(["RGB", "RGBA", "L", "P", "LA", "1", "CMYK", "I;16"]))
+
+
+def _encoded(rng: random.Random) -> bytes:
+    image, out = _drawn(rng), io.BytesIO()
+    kind = rng.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "EPS"])
+    try:
+        image.save(out, kind)
+    except Exception:
+        image.convert("RGB").save(out := io.BytesIO(), "PNG" if kind == "EPS" else kind)
+    return out.getvalue()
+
+
+def _sized(rng: random.Random) -> bytes:
+    """A header that claims absurd sizes, with a right checksum where the format has one."""
+    sides = (0, 1, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**32 - 1)
+    width, height = rng.choice(sides), rng.choice(sides)
+    data = bytearray(_as("PNG", Image.new("RGB", (4, 4))))
+    kind = rng.choice(["png", "gif", "bmp"])
+    if kind == "png":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    elif kind == "gif":
+        data = bytearray(_as("GIF", Image.new("P", (4, 4))))
+        data[6:10] = struct.pack("<HH", width % 65536, height % 65536)
+    else:
+        data = bytearray(_as("BMP", Image.new("RGB", (4, 4))))
+        data[18:26] = struct.pack("<II", width, height)
+    return bytes(data)
+
+
+def _as(kind: str, image: Image.Image) -> bytes:
+    image.save(out := io.BytesIO(), kind)
+    return out.getvalue()
+
+
+def _large(rng: random.Random) -> bytes:
+    """A small file of up to 60 megapixels; 50 are allowed."""
+    mode = rng.choice(["L", "P", "RGBA", "LA", "1"])
+    return _as("PNG", Image.new(mode, (rng.choice([100, 7000, 10_000]), rng.choice([5000, 6000, 7000]))))
+
+
+def _array(rng: random.Random) -> Any:
+    shape = rng.choice([(0, 4, 3), (4, 0, 3), (4, 4), (4, 4, 1), (4, 4, 2), (4, 4, 5), (1, 4, 4, 3), (), (7,)])
+    kind = rng.choice([np.uint8, np.float32, np.int64, np.bool_, object, "U3"])
+    return rng.choice(
+        [
+            lambda: np.zeros(shape, kind),
+            lambda: np.broadcast_to(np.zeros(3, np.uint8), (10**5, 10**5, 3)),
+            lambda: np.zeros((9, 9, 3), np.uint8)[::-2, ::3],
+            lambda: np.full((4, 4, 3), np.nan),
+        ]
+    )()
+
+
+def _odd(rng: random.Random) -> Any:
+    values = [None, 3, 1.5, {}, [], object(), "", "/", ".", "/dev/zero", "/no/such", "\0", "a" * 5000, "x\ud800", b""]
+    return rng.choice([*values, Path(), Image.new("RGB", (0, 0)), Image.new("RGB", (0, 5)), Image.new("F", (3, 3))])
+
+
+_PICTURES: list[tuple[str, Callable[[random.Random], Any]]] = [
+    ("whole", _encoded),
+    *[("flip", lambda rng: flip(_encoded(rng), rng))] * 4,
+    *[("cut", lambda rng: cut(_encoded(rng), rng))] * 2,
+    ("grow", lambda rng: grow(_encoded(rng), rng)),
+    ("noise", lambda rng: rng.randbytes(rng.randint(0, 300))),
+    ("noise after a header", lambda rng: _encoded(rng)[:16] + rng.randbytes(200)),
+    *[("absurd size", _sized)] * 2,
+    ("array", _array),
+    ("odd", _odd),
+]
+_PICTURES = [*_PICTURES * 6, ("large", _large)]  # a large one takes a second
+
+
+def prompt(rng: random.Random) -> tuple[str, Any]:
+    """A prompt that is broken, hostile or merely odd."""
+    name, make = rng.choice(_PROMPTS)
+    return name, make(rng)
+
+
+def _unicode(rng: random.Random) -> str:
+    ranges = ((0, 31), (32, 126), (0x80, 0x2FF), (0x300, 0x36F), (0x200B, 0x206F), (0x4E00, 0x4EFF), (0x1F300, 0x1F6FF))
+    ranges = (*ranges, (0xD800, 0xDFFF), (0xE000, 0xE0FF), (0x10FF00, 0x10FFFF), (0xFFF0, 0xFFFF))
+    return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 30)))
+
+
+def _special_token(rng: random.Random) -> str:
+    token = rng.choice(["<image>", "</s>", "<s>", "<unk>", "<|im_end|>", "[INST]"])
+    return "what " + rng.choice([token, token.upper(), "\u200b".join(token), token.replace("<", "＜"), token * 40]) + "?"
+
+
+_PROMPTS: list[tuple[str, Callable[[random.Random], Any]]] = [
+    ("unicode", _unicode),
+    ("unicode", _unicode),
+    ("special token", _special_token),
+    ("long", lambda rng: rng.choice("ab é\n") * rng.choice([40, 60, 1000, 10**6])),
+    ("blank", lambda rng: rng.choice(["", " ", "\n\t", "\u3000", "\0"])),
+    ("chat text", lambda rng: "x A: yes U y" + _unicode(rng)),
+    ("odd", lambda rng: rng.choice([None, 3, b"what?", ["what?"], {"a": 1}, 1.5, True])),
+]

@@ -1,0 +1,32 @@
+"""A measurement whose numbers a test can reckon with."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgesafe.bundle import Bundle
+from edgesafe.device import LatencyTable, stage_times, write_latency
+from edgesafe.machine import machine_name
+from edgesafe.runtime import OnnxRuntime
+
+
+@pytest.fixture
+def measured(handmade, copy_of):
+    """A copy whose latency.json says 10, 20 and 30 ms of vision; the rest costs nothing."""
+    root = copy_of(handmade)
+    bundle = Bundle.open(root)
+    graphs = {path for e in bundle.manifest.exits for path in e.graphs}
+    none = stage_times([0.0] * 5)
+    table = LatencyTable(
+        bundle_digest=bundle.digest,
+        machine=machine_name(),
+        onnxruntime_version=OnnxRuntime().version,
+        threads=1,
+        segments={path: stage_times([10.0] * 5) if "blocks" in path else none for path in graphs},
+        text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": [{"context": 10, **none}]},
+        exits=[],
+        peak_rss_mib=None,
+        conditions={"governor": None},
+    )
+    write_latency(bundle, table)
+    return root, table

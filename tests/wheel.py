@@ -1,0 +1,140 @@
+"""The wheel as a user gets it: built, small, installed with its base dependencies alone, and the runtime's tests run there.
+
+`make wheel` runs it under build/wheel. Nothing of torch, transformers, onnx or optimum is in that environment, and none of them
+can be imported in it; the bundle made by hand, which takes onnx to make, is made before and copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from handmade import MADE_BEFORE, make_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_BYTES = 1_000_000
+ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
+# Heavy or raw: a clone has them, an install does not.
+LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "edgesafe/align/study/")
+SHIPPED = ("edgesafe/_devices/rpi5.toml", "edgesafe/serve/page.html", "edgesafe/py.typed", "edgesafe/BUNDLE.md")
+HELPERS = (
+    "chaos.py",
+    "conftest.py",
+    "engines.py",
+    "handmade.py",
+    "killed.py",
+    "mutants.py",
+    "mutations.py",
+    "results.py",
+    "runtime/conftest.py",
+    "soak.py",
+)
+TESTS = (
+    "runtime/test_runtime_anytime.py",
+    "runtime/test_runtime_chaos.py",
+    "runtime/test_runtime_choose.py",
+    "runtime/test_runtime_conversation.py",
+    "runtime/test_runtime_imports.py",
+    "runtime/test_runtime_session.py",
+    "runtime/test_runtime_soak.py",
+    "runtime/test_runtime_threads.py",
+    "serve/test_serve_http.py",
+    "contract/test_bundle_format.py",
+    "contract/test_cli.py",
+    "contract/test_errors.py",
+    "contract/test_seal.py",
+)
+GUARD = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"{{name}} was imported from the wheel", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+STEP_S = 1200
+
+
+def run(*words: str | Path, cwd: Path = ROOT, **env: str) -> str:
+    """Standard output of a command; its failure ends the check."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    line = [str(word) for word in words]
+    done = subprocess.run(line, cwd=cwd, env=clean | env, stdout=subprocess.PIPE, text=True, timeout=STEP_S, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{' '.join(map(str, words))} ended with {done.returncode}")
+    return done.stdout
+
+
+def build(folder: Path) -> Path:
+    """The wheel of this checkout."""
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def complaints(wheel: Path) -> list[str]:
+    """What is wrong with the wheel's size or contents."""
+    names = zipfile.ZipFile(wheel).namelist()
+    wrong = [f"{name} is in the wheel" for name in names if name.startswith(LEFT_OUT)]
+    wrong += [f"{name} is not in the wheel" for name in SHIPPED if name not in names]
+    size = wheel.stat().st_size
+    return wrong + ([f"the wheel has {size} bytes, more than {MOST_BYTES}"] if size > MOST_BYTES else [])
+
+
+def install(wheel: Path, folder: Path) -> tuple[Path, list[str]]:
+    """An environment with the wheel and what it depends on: its Python and the packages' names; pytest comes after."""
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
+    run(*pip, "install", "-c", ROOT / ".ci" / "constraints.txt", wheel)
+    packages = [row["name"] for row in json.loads(run(*pip[:3], "list", "--format", "json", "--disable-pip-version-check"))]
+    there = sorted(set(packages) & set(ABSENT))
+    if there:
+        sys.exit(f"the base install brings {', '.join(there)}")
+    run(*pip, "install", "pytest", "pytest-socket")
+    return python, packages
+
+
+def copy_tests(folder: Path) -> None:
+    """The runtime's tests and their helpers, away from the checkout, so that `edgesafe` is the installed one."""
+    for name in (*HELPERS, *TESTS):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "tests" / name, folder / name)
+    (folder / "absent.py").write_text(GUARD, encoding="utf-8")
+
+
+def main() -> int:
+    """Build, look, install, test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "wheel", help="made anew (build/wheel)")
+    folder = parser.parse_args().folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    wheel = build(folder)
+    if wrong := complaints(wheel):
+        sys.exit("\n".join(wrong))
+    make_bundle(folder / "handmade")
+    python, packages = install(wheel, folder / "env")
+    tests = folder / "tests"
+    copy_tests(tests)
+    where = run(python, "-c", "import edgesafe; print(edgesafe.__file__)", cwd=tests).strip()
+    if not Path(where).is_relative_to(folder / "env"):
+        sys.exit(f"edgesafe is imported from {where}")
+    options = ["-p", "absent", "-q", "-p", "no:cacheprovider", "--disable-socket", "--allow-unix-socket"]
+    env = {"PYTHONPATH": str(tests), MADE_BEFORE: str(folder / "handmade")}
+    out = run(python, "-m", "pytest", *options, *TESTS, cwd=tests, **env)
+    print(out)
+    print(f"{wheel.name}: {wheel.stat().st_size} bytes; installed with {', '.join(sorted(packages))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

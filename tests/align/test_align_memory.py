@@ -157,7 +157,7 @@ def _bigger(folder: Path) -> Path:
 
 def test_the_estimate_is_near_what_a_process_took(rows, tmp_path):
     model = _bigger(tmp_path / "bigger")
-    toml = 'method = "l-sft"\nsteps = 1\nbatch_size = 16\nreference_rows = 4\nprecision = "fp32"\n'
+    toml = 'method = "l-sft"\nsteps = 1\nbatch_size = 16\nreference_rows = 4\nprecision = "fp32"\ntune = "lora"\n'
     (tmp_path / "c.toml").write_text(toml)
     argv = ["align", str(model), "--config", str(tmp_path / "c.toml"), "--data", str(rows), "--out", str(tmp_path / "out")]
     # VmHWM, because what getrusage says of a child starts at its parent's size.

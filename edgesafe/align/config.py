@@ -156,7 +156,7 @@ class AlignConfig:
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.5, 0.6)
     focus_share: float = 0.6
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 32
     reference_rows: int = 16
     tune: str = AUTO

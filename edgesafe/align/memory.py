@@ -306,7 +306,8 @@ def cache_bytes(model_dir: Path, s: Sizes, config: AlignConfig, lengths: Lengths
 
     def size(draws: int) -> float:
         rows = min(lengths.rows or draws, draws)
-        return 2.0 * (min(rows * exits, rows + draws) * s.states + rows * teacher)
+        again = min(rows, draws * config.reference_rows // config.batch_size)
+        return 2.0 * (min(rows * exits, again + draws) * s.states + rows * teacher)
 
     whole = size(config.steps * config.batch_size)
     fits = whole <= config.cache_gib * 2**30 and config.sampler != HARM

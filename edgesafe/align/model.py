@@ -114,14 +114,26 @@ def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
 
 
 @torch.no_grad()
-def exit_states(llava: Llava, pixels: Tensor) -> tuple[Tensor, ...]:
+def exit_states(llava: Llava, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
     """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is exit depth d.
 
     Raw residual states, CLS dropped, not normed: what `vision_feature_layer=d` hands to the projector.
 
+    Args:
+        deepest: the last depth that is wanted; no later block is run. All of them by default.
+
     Source: transformers `LlavaModel.get_image_features`.
     """
-    out = llava.model.model.vision_tower(pixels, output_hidden_states=True)
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    tower = llava.model.model.vision_tower
+    blocks = tower.encoder.layers
+    maybe_install_capturing_hooks(tower)  # once and for all: while some blocks are away, they would never get theirs
+    tower.encoder.layers = blocks[:deepest]
+    try:
+        out = tower(pixels, output_hidden_states=True)
+    finally:
+        tower.encoder.layers = blocks
     return tuple(state[:, 1:] for state in out.hidden_states)
 
 

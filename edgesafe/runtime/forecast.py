@@ -7,7 +7,7 @@ from typing import Any
 
 from edgesafe.bundle import GraphSpec, Manifest
 from edgesafe.device import ESTIMATED, MEASURED, DeviceProfile, LatencyTable, percentile
-from edgesafe.runtime.correct import Correction, error_bound, factor
+from edgesafe.runtime.correct import Correction, enough_errors, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()
@@ -66,7 +66,9 @@ class Forecast:
         >>> f.expected_ms(("a", "b")), f.quantile_ms(("a", "b"), 1.0), f.quantile_ms(("a", "b"), 1.0, Correction(2.0))
         (4.0, 9.0, 18.0)
         """
-        widening = max(self.spread(tuple(stages), quantile), error_bound(correction, quantile))
+        widening = error_bound(correction, quantile)
+        if not enough_errors(correction, quantile):
+            widening = max(self.spread(tuple(stages), quantile), widening)
         return self.expected_ms(stages, correction) * widening
 
     def ttft_ms(self, graphs: Sequence[str], quantile: float, correction: Correction = UNCORRECTED) -> float | None:

@@ -163,7 +163,8 @@ def test_with_the_sign_of_the_advantage_flipped_it_does_not(tiny_llava, rows, tm
 
 
 def _ppo_step(t, seed_rows=ROWS):
-    features = compute(t.llava, t.examples, merge_needs([(EXIT, seed_rows)]), teacher=False, precision="fp32")
+    needs = merge_needs([(EXIT, seed_rows), (t.llava.reference_depth, seed_rows)])
+    features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     return ppo_update(t, features, EXIT, seed_rows, 0)
 
 
@@ -233,7 +234,8 @@ def test_pairs_are_the_models_own_answers_at_the_reference_depth_and_at_the_exit
 def test_an_untouched_policy_has_the_loss_of_a_coin_and_learns_the_preference(tiny_llava, rows):
     t = prepare(tiny_llava, _config(rows, "l-dpo", sft_weight=0.0))
     pairs = [Pair(row, (5, 6, t.llava.eos_id), (7, 8, 9, t.llava.eos_id)) for row in ROWS]
-    features = compute(t.llava, t.examples, merge_needs([(EXIT, ROWS)]), teacher=False, precision="fp32")
+    needs = merge_needs([(EXIT, ROWS), (t.llava.reference_depth, ROWS)])
+    features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     loss, _ = dpo_loss(t, features, EXIT, pairs)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-5)  # -log sigmoid(0), at the exit and at the reference depth
     for _ in range(8):

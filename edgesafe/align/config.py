@@ -165,7 +165,7 @@ class AlignConfig:
     warmup: float = 0.08
     sft_weight: float = 1.5
     harm_weight: float = 9.0
-    focus_harm_weight: float = 4.0
+    focus_harm_weight: float = 2.5
     shallow_harm_weight: float = 24.0
     max_loss: float = 50.0
     precision: str = "auto"

@@ -174,7 +174,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     wanted = [(p, x, y) for p, x, y in (("by_exit", "exit depth", "ttft_ms"), ("prefill_by_tokens", "tokens", "prefill_ms"))]
     wanted = [w for w in wanted if w[0] in found]
-    figure, axes = plt.subplots(1, max(1, len(wanted)), figsize=(4.5 * max(1, len(wanted)), 3.2), squeeze=False)
+    if not wanted:
+        return
+    figure, axes = plt.subplots(1, len(wanted), figsize=(4.5 * len(wanted), 3.2), squeeze=False)
     for axis, (part, label, key) in zip(axes[0], wanted, strict=True):
         axis.plot([int(k) for k in found[part]], [row[key] for row in found[part].values()], marker="o")
         axis.set(xlabel=label, ylabel="ms", ylim=(0, None))

@@ -34,7 +34,7 @@ Quantize = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 def text_schemes() -> dict[str, Quantize]:
     """By name; the shipped default first."""
-    names = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "int8-dynamic", "fp32")
+    names = ("int4-block128", "int4-block64", "int4-block32", "int8-block32", "int8-dynamic", "fp32")
     schemes: dict[str, Quantize] = {name: lambda m, n=name: quantize(m, n) for name in names}
     schemes["int8-block128"] = lambda m: blocks(m, 8, 128)
     schemes["int4-block32 symmetric"] = lambda m: blocks(m, 4, 32, is_symmetric=True)

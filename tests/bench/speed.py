@@ -25,6 +25,7 @@ from results import circumstances, write_json
 
 HERE = Path(__file__).parent
 PROMPT, ANSWER = 600, 32
+SCHEME = "int4-block128"  # the text scheme of every device profile
 # Image tokens of LLaVA-1.5 at 168, 224 and 336 px with 24 tokens of text, then longer texts after 576 image tokens.
 LENGTHS = (24 + 144, 24 + 256, 24 + 576, 128 + 576)
 
@@ -123,7 +124,7 @@ def ours(work: Path, checkpoint: Path) -> Path:
     from edgesafe_export.quantize import quantize
 
     if not (work / "ours" / "about.json").exists():
-        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), lambda m: quantize(m, "int4-block32"))
+        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), lambda m: quantize(m, SCHEME))
     return work / "ours"
 
 

@@ -18,7 +18,7 @@ from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, ParityError
 from edgesafe_export import export as export_module
 from edgesafe_export import graphs, parity
-from edgesafe_export.export import probes, write
+from edgesafe_export.export import AUTO, probes, write
 from edgesafe_export.tolerances import FLOAT_RELATIVE
 from edgesafe_export.wrap import Head, Segment
 
@@ -251,14 +251,18 @@ def test_dropped_scales_in_any_quantized_graph_are_refused(trained_job, trained_
         _write_checked(trained_job, trained_parts, "int4-block32", tmp_path)
 
 
-def test_auto_takes_eight_bits_where_four_change_answers_and_says_so(trained_job, trained_parts, tmp_path, monkeypatch):
-    _break(monkeypatch, "int4-block32")
+@pytest.mark.parametrize("broken", [1, 2])
+def test_auto_takes_the_next_finer_scheme_where_one_changes_answers_and_says_so(
+    trained_job, trained_parts, tmp_path, monkeypatch, broken
+):
+    for scheme in AUTO[:broken]:
+        _break(monkeypatch, scheme)
     bundle = _write_checked(trained_job, trained_parts, "auto", tmp_path)
-    assert _bits(bundle) == {8}
-    assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": "int8-block32"}
-    assert list(bundle.manifest.parity["schemes_tried"]) == ["int4-block32", "int8-block32"]
-    assert "below" in bundle.manifest.parity["schemes_why"]["int4-block32"]
-    assert bundle.manifest.parity["schemes_why"]["int8-block32"] == "taken"
+    assert _bits(bundle) == ({8} if AUTO[broken].startswith("int8") else {4})
+    assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": AUTO[broken]}
+    assert tuple(bundle.manifest.parity["schemes_tried"]) == AUTO[: broken + 1]
+    assert all("below" in bundle.manifest.parity["schemes_why"][scheme] for scheme in AUTO[:broken])
+    assert bundle.manifest.parity["schemes_why"][AUTO[broken]] == "taken"
 
 
 def test_relative_refuses_shapes_and_values_that_compare_as_nothing():

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from edgesafe.checkpoint import read_checkpoint
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
+from edgesafe.recipe import Recipe, load_recipes, refused_families
 from edgesafe_export.pictures import picture_specs
-from edgesafe_export.recipe import Recipe, load_recipes, refused_families
 from edgesafe_export.wrap import Head, MaskedEmbeddings, Segment
 
 # What a processor makes of the text.

@@ -7,8 +7,8 @@ from typing import Any
 
 from edgesafe.bundle import ImageSpec
 from edgesafe.errors import InputError, UnsupportedModelError
+from edgesafe.recipe import Recipe
 from edgesafe.tiles import TilesSpec
-from edgesafe_export.recipe import Recipe
 
 _WHERE = "preprocessor_config.json"
 

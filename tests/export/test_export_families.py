@@ -126,7 +126,10 @@ def _truncated(family, inputs, depth: int) -> torch.Tensor:
 def test_a_truncated_tower_is_transformers_own_selection(case):
     inputs = parity._inputs(case.family, noise(40, 70), "What is this?")
     for depth in range(1, case.family.n_blocks + 1):
-        assert torch.equal(_truncated(case.family, inputs, depth), case.family.oracle(inputs, depth))
+        want = case.family.oracle(
+            inputs, depth
+        )  # first: transformers hooks the blocks that are there when states are first asked for
+        assert torch.equal(_truncated(case.family, inputs, depth), want)
     assert not torch.equal(_truncated(case.family, inputs, 2), case.family.oracle(inputs, 1))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from edgesafe.errors import ConfigError, ExportError, InputError, UnsupportedModelError
+from edgesafe.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe_export.family import _chat, load_family
-from edgesafe_export.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe_export.resolve import resolve_model
 from tiny_families import make_tiny
 

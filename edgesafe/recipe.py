@@ -1,4 +1,4 @@
-"""Recipes: what a model family is, as TOML, read strictly."""
+"""Recipes: what a model family is, as TOML, read strictly; align and export read a checkpoint through them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Recipe:
 def recipes_folder() -> Path:
     """Where the recipes lie: inside the wheel, or beside the package in a checkout."""
     inside = Path(__file__).parent / "_recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "export" / "recipes"
 
 
 def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.processor import read_processor
+from edgesafe.recipe import refused_families
 
 MEND = "use an intact Hugging Face checkpoint folder"
 
@@ -47,8 +48,9 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     try:
         family = AutoConfig.from_pretrained(folder).model_type
         if family not in supported:
+            why = refused_families().get(family)
             raise UnsupportedModelError(
-                f"model family {family!r}",
+                f"model family {family!r}" + (f": {why}" if why else ""),
                 where=str(folder),
                 expected="one of " + ", ".join(supported),
                 todo="use a supported family",

@@ -11,6 +11,8 @@ from edgesafe.records import Fields
 from edgesafe.sizes import MAX_SIDE
 
 CUTS = ("never", "grid", "canvas")
+# Far above any model here (37), and low enough that a picture's tiles and their states fit a device's memory.
+MAX_TILES = 256
 Size = tuple[int, int]  # height, width
 
 
@@ -75,6 +77,9 @@ class TilesSpec:
         side = tile[0]
         if tile[0] != tile[1] or any(n % side for size in self.canvases for n in size):
             raise BundleError("tiles are square, and canvases are whole tiles", where=where)
+        sides = self.canvases or ((self.longest_edge, self.longest_edge),)
+        if max(math.ceil(h / side) * math.ceil(w / side) for h, w in sides) > MAX_TILES:
+            raise BundleError("a picture would be cut into too many tiles", where=where, expected=f"at most {MAX_TILES}")
         if self.cut == "canvas" and math.isqrt(image_tokens) ** 2 != image_tokens:
             raise BundleError(f"a tile's {image_tokens} features are no square", where=where)
         texts = self.texts

@@ -60,15 +60,16 @@ class Head(nn.Module):
     The first `drop` tokens are dropped; the norm, where there is one, and the projector run; the newline's row is added.
     """
 
-    def __init__(self, projector: nn.Module, drop: int, norm: nn.Module | None = None, newline: Tensor | None = None) -> None:
+    def __init__(
+        self, projector: nn.Module, drop: int, norm: nn.Module | None = None, newline: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.projector, self.drop, self.norm = projector, drop, norm
-        self.register_buffer("newline", None if newline is None else newline.detach()[None], persistent=False)
+        self.projector, self.drop, self.norm, self.newline = projector, drop, norm, newline
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, self.drop :]
         out = self.projector(x if self.norm is None else self.norm(x))[0]
-        return out if self.newline is None else torch.cat([out, self.newline])
+        return out if self.newline is None else torch.cat([out, self.newline[None]])
 
 
 class Whole(nn.Module):

@@ -67,6 +67,8 @@ def test_the_version_says_whether_there_are_tiles(tiled):
         ({**CANVAS, "canvases": [[8, 12]]}, "whole tiles"),
         ({**CANVAS, "canvases": [[8, 8000]]}, "canvases"),
         ({**CANVAS, "canvases": 8}, "canvases"),
+        ({**CANVAS, "canvases": [[8, 16], [136, 128]]}, "too many tiles"),
+        ({"longest_edge": 129}, "too many tiles"),
         ({**CANVAS, "limit": 0}, "limit"),
         ({**CANVAS, "texts": TEXTS}, "texts"),
         ({**CANVAS, "newline": True}, "image_features is"),

@@ -15,11 +15,12 @@ from PIL import Image
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
 from edgesafe.device import load_device
-from edgesafe.errors import InputError, ParityError
+from edgesafe.errors import CancelledError, InputError, ParityError
 from edgesafe.runtime import decode
 from edgesafe.runtime.measure import measure
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
+from edgesafe.runtime.turns import Cancel
 from edgesafe_export import graphs, parity
 from edgesafe_export.export import Job, probes, trace, write
 from edgesafe_export.family import load_family
@@ -227,6 +228,21 @@ def test_an_ask_a_conversation_and_a_measurement(cases, tmp_path):
     assert set(table.segments) == {p for e in timed.manifest.exits for p in e.graphs}
     assert many.typical_ms[path] == pytest.approx(7 * one.typical_ms[path])
     assert many.typical_ms["prefill"] == one.typical_ms["prefill"]
+
+
+def test_a_cancelled_ask_ends_between_two_tiles(cases, tmp_path, monkeypatch):
+    session = open_bundle(cases("smolvlm"), tmp_path / "b")
+    cancel, ran, real = Cancel(), [], session.run_vision_graph
+
+    def run(path, state):
+        ran.append(path)
+        cancel.cancel()
+        return real(path, state)
+
+    monkeypatch.setattr(session, "run_vision_graph", run)
+    with pytest.raises(CancelledError):
+        session.ask(noise(70, 40), "What?", exit_depth=3, cancel=cancel)
+    assert len(ran) == 1
 
 
 def test_a_picture_with_more_tiles_than_the_context_holds_is_refused(cases, tmp_path):

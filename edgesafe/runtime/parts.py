@@ -14,10 +14,10 @@ from edgesafe.machine import on_cores
 from edgesafe.runtime import decode
 from edgesafe.runtime.backend import Backend
 from edgesafe.runtime.decode import Array, Graph, Reader, State
-from edgesafe.runtime.image import Picture, picture_size, preprocess
-from edgesafe.runtime.tiles import join_tiles, preprocess_tiles
+from edgesafe.runtime.image import Picture
+from edgesafe.runtime.tiles import join_tiles, picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import load_tokenizer
-from edgesafe.tiles import ALONE, Cut, cut_of
+from edgesafe.tiles import ALONE, Cut
 
 
 class Parts:
@@ -51,13 +51,11 @@ class Parts:
 
     def cut(self, picture: Picture) -> Cut:
         """How a picture is cut into tiles; a bundle without tiles doesn't look at it."""
-        spec = self.manifest.tiles
-        return ALONE if spec is None else cut_of(spec, self.manifest.image.height, picture_size(picture))
+        return picture_cut(picture, self.manifest)
 
     def look(self, picture: Picture) -> State:
         """A picture's ``pixel_values`` float32 [1,3,H,W], or a list of them where the bundle has tiles."""
-        image, tiles = self.manifest.image, self.manifest.tiles
-        return preprocess(picture, image) if tiles is None else preprocess_tiles(picture, image, tiles)
+        return pixel_values(picture, self.manifest)
 
     def run_exits(self, pixels: State, depths: Collection[int], cut: Cut = ALONE) -> dict[int, Array]:
         """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once."""

@@ -12,9 +12,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgesafe.bundle import ImageSpec
-from edgesafe.runtime.image import Floats, Picture, load_picture, normalised
-from edgesafe.tiles import Cut, Size, TilesSpec, best_canvas, cut_of, fitted, grid_size, long_size, map_rows, smaller
+from edgesafe.bundle import ImageSpec, Manifest
+from edgesafe.runtime.image import Floats, Picture, load_picture, normalised, picture_size, preprocess
+from edgesafe.tiles import ALONE, Cut, Size, TilesSpec, best_canvas, cut_of, fitted, grid_size, long_size, map_rows, smaller
+
+
+def picture_cut(picture: Picture, manifest: Manifest) -> Cut:
+    """How a bundle cuts a picture; one without tiles doesn't look at it."""
+    if manifest.tiles is None:
+        return ALONE
+    return cut_of(manifest.tiles, manifest.image.height, picture_size(picture))
+
+
+def pixel_values(picture: Picture, manifest: Manifest) -> Floats | list[Floats]:
+    """What a bundle's vision graphs take: float32 [1,3,H,W], or a list of them where it has tiles."""
+    if manifest.tiles is None:
+        return preprocess(picture, manifest.image)
+    return preprocess_tiles(picture, manifest.image, manifest.tiles)
 
 
 def preprocess_tiles(picture: Picture, image: ImageSpec, spec: TilesSpec) -> list[Floats]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError, UnsupportedModelError
+from edgesafe.processor import read_processor
+from edgesafe.recipe import refused_families
 
 MEND = "use an intact Hugging Face checkpoint folder"
 
@@ -34,7 +36,7 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
@@ -46,14 +48,15 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     try:
         family = AutoConfig.from_pretrained(folder).model_type
         if family not in supported:
+            why = refused_families().get(family)
             raise UnsupportedModelError(
-                f"model family {family!r}",
+                f"model family {family!r}" + (f": {why}" if why else ""),
                 where=str(folder),
                 expected="one of " + ", ".join(supported),
                 todo="use a supported family",
             )
         model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = read_processor(folder, family)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
             f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND

@@ -53,7 +53,7 @@ def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, froze
 def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
-    state = llava.image_tokens * config.vision_config.hidden_size
+    state = llava.patches * config.vision_config.hidden_size
     values = sum(len(depths) * state for depths in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
@@ -71,7 +71,7 @@ def chunk_rows(blocks: int, patches: int, width: int) -> int:
 
 def chunk_of(llava: Llava) -> int:
     """`chunk_rows` of a loaded checkpoint."""
-    return chunk_rows(llava.n_blocks, llava.image_tokens, llava.model.config.vision_config.hidden_size)
+    return chunk_rows(llava.n_blocks, llava.patches, llava.model.config.vision_config.hidden_size)
 
 
 @torch.no_grad()

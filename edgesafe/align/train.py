@@ -115,7 +115,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     _check_wrapper(accelerator.distributed_type, getattr(plugin, "fsdp_version", 0), config.optimizer)
     llava = load(model_dir)
-    parts = (llava.model.model.language_model, llava.model.lm_head)
+    parts = (llava.language, llava.model.lm_head)
     config = with_tune(config, sum(p.numel() for part in parts for p in part.parameters()))
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"

@@ -80,6 +80,14 @@ class Forecast:
         """What is known of one stage alone; it predicts no time to the first token, and says why."""
         return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, self._decode)
 
+    def tiled(self, tiles: int) -> Forecast:
+        """The same with vision graphs that run so many times, once a tile."""
+        if tiles == 1 or not self:
+            return self
+        other = (PREPROCESS, PREFILL, DECODE)
+        rounds = {stage: times if stage in other else [tiles * ms for ms in times] for stage, times in self.rounds.items()}
+        return Forecast(rounds, self.source, self.note, self._decode)
+
     def spread(self, stages: tuple[str, ...], quantile: float) -> float:
         """The quantile of the rounds' sums over the sum of the stages' medians, and at least 1."""
         if (stages, quantile) not in self._spreads:

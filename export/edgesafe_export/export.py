@@ -215,6 +215,7 @@ def _manifest(
         image_token=family.processor.image_token,
         image_token_id=family.image_token_id,
         image_tokens=family.image_tokens,
+        tiles=family.tiles,
         chat=ChatSpec(*family.chat, add_special_tokens=True),
         quantization=schemes,
         files=file_specs(folder),

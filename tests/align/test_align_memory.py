@@ -204,7 +204,7 @@ def test_a_checkpoint_that_cannot_be_read_is_left_to_loading(tiny_llava, tmp_pat
         {"text_config": {}, "vision_config": {"hidden_size": 8, "num_hidden_layers": 2}},  # weights without an embedding
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=r"config\.json of a LLaVA checkpoint"):
+        with pytest.raises(ConfigError, match=r"config\.json of a vision-language checkpoint"):
             estimate(tmp_path, AlignConfig())
     memory.say_need(tmp_path, AlignConfig())
     assert capsys.readouterr().err == ""

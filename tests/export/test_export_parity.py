@@ -45,12 +45,12 @@ def test_the_oracle_is_transformers_own_hidden_state(job):
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         for depth in (1, 2, 3, 4):
             want = model.model.multi_modal_projector(states[depth][:, 1:])[0]
-            assert torch.equal(job.family.oracle(pixels, depth), want)
+            assert torch.equal(job.family.oracle({"pixel_values": pixels}, depth), want)
 
 
 def test_neighbouring_exits_differ_far_beyond_the_tolerance(job):
     pixels = torch.randn(1, 3, 72, 72)
-    states = [job.family.oracle(pixels, d).numpy() for d in (1, 2, 3, 4)]
+    states = [job.family.oracle({"pixel_values": pixels}, d).numpy() for d in (1, 2, 3, 4)]
     assert min(parity.relative(a, b) for a, b in zip(states, states[1:], strict=False)) > 100 * FLOAT_RELATIVE
 
 
@@ -181,7 +181,7 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     inputs = parity._inputs(job.family, image, prompt)
     ids = inputs["input_ids"]
     logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
-    want = job.family.oracle_logits(ids, inputs["pixel_values"], 3)[-1].numpy()
+    want = job.family.oracle_logits(ids, inputs, 3)[-1].numpy()
     assert parity.relative(logits[0, -1], want) < FLOAT_RELATIVE
 
 

@@ -6,6 +6,7 @@ T vision tokens with CLS, N image tokens, W tower width, D text width, S prompt 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgesafe.bundle import ImageSpec
-from edgesafe.checkpoint import read_checkpoint
+from edgesafe.checkpoint import read_checkpoint, read_config
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
 from edgesafe_export.recipe import Recipe, load_recipes
@@ -108,6 +109,26 @@ def load_family(folder: Path) -> Family:
     recipes = load_recipes()
     _check_model_type(folder, recipes)
     name, model, processor = read_checkpoint(folder, tuple(recipes))
+    _check_tokenizer(folder)
+    return Family(model, processor, recipes[name])
+
+
+def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> tuple[Family, int]:
+    """A checkpoint's family over a model that `build` makes of its config, and the number that `build` gives with it.
+
+    Raises:
+        InputError, UnsupportedModelError: as `load_family`, but for the weights.
+    """
+    recipes = load_recipes()
+    _check_model_type(folder, recipes)
+    config, processor = read_config(folder, tuple(recipes))
+    _check_config(config, recipes[config.model_type])
+    _check_tokenizer(folder)
+    model, number = build(folder, config)
+    return Family(model, processor, recipes[config.model_type]), number
+
+
+def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             "the checkpoint has no tokenizer.json",
@@ -115,7 +136,6 @@ def load_family(folder: Path) -> Family:
             expected="a fast tokenizer: the device reads this file and nothing else",
             todo="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
-    return Family(model, processor, recipes[name])
 
 
 def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:

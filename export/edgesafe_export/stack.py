@@ -103,7 +103,6 @@ def _part(decoder: Blueprint, level: dict[str, int], at: int, edges: Sequence[li
     outputs = [value for value in graph.output if level[value.name] == at]
     del graph.node[:]
     graph.node.extend(nodes)
-    del graph.value_info[:]
     state = (1, "sequence", width)
     after = edges[at + 1] if at + 1 < len(edges) else []
     kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs]
@@ -112,6 +111,9 @@ def _part(decoder: Blueprint, level: dict[str, int], at: int, edges: Sequence[li
     present = {value.name for value in graph.input}
     graph.input.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, state) for n in edges[at] if n not in present)
     prune(graph)
+    edge = {value.name for value in (*graph.input, *graph.output)}
+    for value in [value for value in graph.value_info if value.name in edge]:
+        graph.value_info.remove(value)
     sources = {tensor.name: decoder.sources[tensor.name] for tensor in graph.initializer if tensor.name in decoder.sources}
     return Blueprint(proto, decoder.spec, sources)
 
@@ -149,7 +151,7 @@ def _renamed(part: Blueprint, names: dict[str, str]) -> Blueprint:
     proto = onnx.ModelProto()
     proto.CopyFrom(part.proto)
     graph = proto.graph
-    for values in (graph.input, graph.output, graph.initializer):
+    for values in (graph.input, graph.output, graph.initializer, graph.value_info):
         for value in values:
             value.name = names.get(value.name, value.name)
     for node in graph.node:
@@ -179,6 +181,8 @@ def join(parts: Iterable[onnx.ModelProto], inputs: Sequence[str], outputs: Seque
         whole.opset_import.extend(opset for opset in part.opset_import if opset.domain not in domains)
         whole.graph.node.extend(node for node in graph.node if _new(node.output[0], node, made))
         whole.graph.initializer.extend(tensor for tensor in graph.initializer if _new(tensor.name, tensor, made))
+        shapes = {value.name for value in whole.graph.value_info}
+        whole.graph.value_info.extend(value for value in graph.value_info if value.name not in shapes)
     if whole is None:
         raise _unlike("there are no parts")
     whole.graph.input.extend(ends[name] for name in inputs)

@@ -179,7 +179,7 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     write(job, tmp_path / "b", wrong, FP32, {})
     session = parity.open_session(tmp_path / "b")
     image, prompt = probes(job)[0]
-    inputs = parity._inputs(job.family, image, prompt)
+    inputs = parity.processed(job.family, image, prompt)
     ids = inputs["input_ids"]
     logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
     want = job.family.oracle_logits(ids, inputs["pixel_values"], 3)[-1].numpy()

@@ -223,6 +223,14 @@ def test_a_graph_with_its_weights_outside_answers_like_one_with_them_inside(deep
     assert said[0] == said[1]
 
 
+def test_standalone_exits_are_pieces_too(deep, tmp_path):
+    bundle = export_bundle(
+        deep, tmp_path / "out", HOST, layout="standalone", exits="1,3", vision_scheme="fp32", text_scheme="fp32"
+    )
+    assert [e.graphs for e in bundle.manifest.exits] == [("vision/exit_01.onnx",), ("vision/exit_03.onnx",)]
+    assert bundle.manifest.parity["check"] == "whole model"
+
+
 def _files(bundle: Bundle) -> dict[str, str]:
     return {path: spec.sha256 for path, spec in bundle.manifest.files.items()}
 

@@ -36,7 +36,30 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
+
+    config, processor = read_config(folder, supported)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=MEND)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=MEND)
+    return config.model_type, model.eval(), processor
+
+
+def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
+    """A checkpoint's config and processor; its weights are not looked at.
+
+    Raises:
+        InputError: no such folder, or files missing or damaged.
+        UnsupportedModelError: another family.
+    """
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
@@ -46,25 +69,19 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
             "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=MEND
         )
     try:
-        family = AutoConfig.from_pretrained(folder).model_type
-        if family not in supported:
-            why = refused_families().get(family)
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in supported:
+            why = refused_families().get(config.model_type)
             raise UnsupportedModelError(
-                f"model family {family!r}" + (f": {why}" if why else ""),
+                f"model family {config.model_type!r}" + (f": {why}" if why else ""),
                 where=str(folder),
                 expected="one of " + ", ".join(supported),
                 todo="use a supported family",
             )
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        processor = read_processor(folder, family)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND
-        ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=MEND)
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=MEND)
-    return family, model.eval(), processor
+        return config, read_processor(folder, config.model_type)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError(f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND)

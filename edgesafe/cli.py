@@ -327,6 +327,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
     "certify": (_add_certify, "run the certification suite at every exit"),
     "smoke": (_add_smoke, "run the suite's on-device subset (exit code 42 on failure)"),
     "serve": (_elsewhere("edgesafe.serve.server", "add_arguments", "run"), "a local page for trying a bundle in a browser"),
+    "plan": (_elsewhere("edgesafe_export.cli", "add_plan_arguments", "run_plan"), "what an export would do, nothing loaded"),
     "export": (_elsewhere("edgesafe_export.cli", "add_arguments", "run"), "turn a checkpoint into a bundle"),
     "align": (
         _elsewhere("edgesafe.align.cli", "add_align_arguments", "run_align"),

@@ -75,6 +75,23 @@ def thread_choices(sets: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, 
     return choices
 
 
+def free_mib() -> float | None:
+    """Memory that a process could still get here, what Linux and its cgroup leave; None where the system doesn't tell."""
+    found = []
+    try:
+        info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        found.append(int(info["MemAvailable"].split()[0]) / 1024)
+    except (OSError, ValueError, KeyError):
+        pass  # no Linux
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        found.append((int(limit) - int(used)) / 2**20)
+    except (OSError, ValueError):
+        pass  # no cgroup, or "max"
+    return min(found) if found else None
+
+
 @contextmanager
 def on_cores(cores: Sequence[int] | None) -> Iterator[None]:
     """Keep the calling thread, and every thread that it starts meanwhile, on these cores; None changes nothing.

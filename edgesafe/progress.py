@@ -40,8 +40,13 @@ def step(title: str) -> Iterator[None]:
     print(f"+ {title} took {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
 
 
-def bar(iterable: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
-    """Pass the items through and show how far it is: a bar on a terminal, a line every 5 s elsewhere."""
+def bar(
+    iterable: Iterable[T], total: int | None = None, label: str = "", *, sizes: Sequence[float] | None = None
+) -> Iterator[T]:
+    """Pass the items through and show how far it is: a bar on a terminal, a line every 5 s elsewhere.
+
+    ``sizes`` says how much work each item is, for the time left; by default all are alike.
+    """
     if not speaks():
         yield from iterable
         return
@@ -56,18 +61,29 @@ def bar(iterable: Iterable[T], total: int | None = None, label: str = "") -> Ite
         now = time.perf_counter()
         if now - shown >= (_REDRAW_S if terminal else _EVERY_S):
             shown = now
-            _show(label, done, total, now - start, terminal)
-    _show(label, done, total, time.perf_counter() - start, terminal)
+            _show(label, done, total, _share(done, total, sizes), now - start, terminal)
+    _show(label, done, total, _share(done, total, sizes), time.perf_counter() - start, terminal)
     if terminal:
         print(file=sys.stderr, flush=True)
 
 
-def _show(label: str, done: int, total: int | None, seconds: float, terminal: bool) -> None:
+def _share(done: int, total: int | None, sizes: Sequence[float] | None) -> float:
+    """How much of the work is done, 0..1.
+
+    >>> _share(1, 4, None), _share(1, 3, (6, 1, 1)), _share(5, None, None)
+    (0.25, 0.75, 0.0)
+    """
+    if not total:
+        return 0.0
+    return sum(sizes[:done]) / (sum(sizes) or 1.0) if sizes else done / total
+
+
+def _show(label: str, done: int, total: int | None, share: float, seconds: float, terminal: bool) -> None:
     count = f"{done}/{total}" if total else str(done)
-    left = f", {_clock(seconds / done * (total - done))} left" if total and 0 < done < total else ""
+    left = f", {_clock(seconds / share * (1 - share))} left" if 0 < share < 1 else ""
     text = f"{label} {count} in {_clock(seconds)}{left}".strip()
     if terminal:
-        full = _WIDTH * done // total if total else 0
+        full = int(_WIDTH * share)
         drawn = f"[{'#' * full}{'.' * (_WIDTH - full)}] " if total else ""
         print(f"\r\x1b[K{drawn}{text}", end="", file=sys.stderr, flush=True)
     else:

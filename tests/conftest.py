@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# The helpers beside this file (tiny, handmade) are plain modules, importable from every room's tests.
-sys.path.insert(0, str(Path(__file__).parent))
+# The helpers beside this file (tiny, handmade) and the tools are plain modules, importable from every room's tests.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "tools")]
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def make_tiny_llava(folder: Path, seed: int = 0, *, blocks: int = 4, dtype: str = "float32") -> Path:
-    """Write the checkpoint: CLIP with `blocks` blocks of width 32 on 72 px, Llama with 2 layers of width 64."""
+def make_tiny_llava(folder: Path, seed: int = 0, *, blocks: int = 4, layers: int = 2, dtype: str = "float32") -> Path:
+    """Write the checkpoint: CLIP with `blocks` blocks of width 32 on 72 px, Llama with `layers` layers of width 64."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -15,7 +15,7 @@ def make_tiny_llava(folder: Path, seed: int = 0, *, blocks: int = 4, dtype: str 
 
     folder.mkdir(parents=True, exist_ok=True)
     processor = write_processor(folder)
-    recipe = Recipe(blocks=blocks, vision_width=32, vision_heads=2, text_layers=2, text_width=64, text_heads=2)
+    recipe = Recipe(blocks=blocks, vision_width=32, vision_heads=2, text_layers=layers, text_width=64, text_heads=2)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
     for name, weight in model.named_parameters():

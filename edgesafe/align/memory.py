@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgesafe import machine
 from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig, with_tune
 from edgesafe.align.features import chunk_rows
 from edgesafe.align.rollout import LOGIT_BYTES
@@ -321,19 +322,7 @@ def free_mib() -> float | None:
 
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0]) / 2**20
-    found = []
-    try:
-        info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        found.append(int(info["MemAvailable"].split()[0]) / 1024)
-    except (OSError, ValueError, KeyError):
-        pass  # no Linux
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        found.append((int(limit) - int(used)) / 2**20)
-    except (OSError, ValueError):
-        pass  # no cgroup, or "max"
-    return min(found) if found else None
+    return machine.free_mib()
 
 
 def say_need(model_dir: Path, config: AlignConfig) -> None:

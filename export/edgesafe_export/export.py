@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import onnx
 from PIL import Image
 
-from edgesafe import graph_io
+from edgesafe import __version__, graph_io
 from edgesafe.bundle import (
     Bundle,
     ChatSpec,
@@ -31,25 +34,38 @@ from edgesafe.bundle import (
 from edgesafe.certify.suite import Suite, read_suite
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError, ParityError
-from edgesafe.exits import default_ladder, parse_exits
 from edgesafe.progress import step
-from edgesafe_export import graphs, parity
+from edgesafe.runtime.tokenizer import load_tokenizer
+from edgesafe_export import parity
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
+from edgesafe_export.marks import fill, with_weights
+from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.place import check_target, replacing
-from edgesafe_export.quantize import EMBED_SCHEME, check_schemes, quantize, weight_bytes
+from edgesafe_export.plan import check_room, choose_ladder, exit_graphs, make_plan
+from edgesafe_export.quantize import check_schemes, weight_bytes
 from edgesafe_export.resolve import resolve_model
-from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS
+from edgesafe_export.sketch import Sketch, open_sketch
+from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
+from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 from edgesafe_export.weights import SharedWeights
 
 AUTO = ("int4-block128", "int4-block32", "int8-block32")
 LAYOUTS = ("chain", "standalone")
+FLOAT = {"vision": "fp32", "text": "fp32"}
+# What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
+WHOLE_MODEL, PIECES = "whole model", "pieces"
+# A graph of more bytes keeps its weights in a file beside it.
+INLINE_BYTES = 2**30
 _RECORDED = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same between the float and the quantized bundle of one export."""
+    """What stays the same between the float and the quantized bundle of one export.
+
+    `layers` are the decoder's, where the family was built with fewer.
+    """
 
     family: Family
     model_dir: Path
@@ -61,6 +77,7 @@ class Job:
     suite: Suite | None
     config: Mapping[str, Any]
     seed: int
+    layers: int | None = None
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -104,39 +121,41 @@ def export_bundle(
     check_target(out)
     suite = read_suite(suite_dir) if suite_dir else None
     folder, name = resolve_model(model_dir)
-    family = load_family(folder)
-    ladder = _ladder(family, exits)
+    sketch = open_sketch(folder)
+    ladder = choose_ladder(sketch, exits)
+    check_room(make_plan(sketch, folder, name, device, ladder, layout, {"vision": vision, "text": text}), out)
     profile = {k: v for k, v in asdict(device).items() if k != "name"}
     config = {"vision_scheme": vision, "text_scheme": text, "exits": list(ladder), "device_profile": profile}
-    job = Job(family, folder, name, digest_folder(folder), device, layout, ladder, suite, config, seed)
-    with replacing(out) as work:
-        with step(f"trace {len(ladder)} exits and the text graphs"):
-            parts = trace(job)
-        _write_checked(job, parts, vision, text, work)
+    digest = digest_folder(folder)
+    job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
+    with replacing(out, key=_key(job)) as work:
+        _write_checked(job, sketch, vision, text, work)
     return Bundle.open(out)
 
 
-def _ladder(family: Family, exits: str | None) -> tuple[int, ...]:
-    """The exits to export; the reference depth is always one of them."""
-    if exits is None:
-        return default_ladder(family.n_blocks, family.reference_depth)
-    return tuple(sorted({*parse_exits(exits, family.n_blocks), family.reference_depth}))
+def _key(job: Job) -> str:
+    """What the pieces of an interrupted export must have been made of to be used again."""
+    suite = job.suite.digest if job.suite else ""
+    parts = [job.parent_digest, job.layout, job.config, suite, _versions(), __version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def trace(job: Job, *, text: bool = True) -> dict[str, Exported]:
-    """The float graphs by their path in the bundle; without `text` the vision ones alone."""
-    parts: dict[str, Exported] = {}
-    if job.layout == "chain":
-        for start, end in job.steps:
-            parts[graph_io.segment_path(start, end)] = graphs.segment(job.family, start, end)
-        parts[graph_io.HEAD_PATH] = graphs.head(job.family)
-    else:
-        for depth in job.ladder:
-            parts[graph_io.standalone_path(depth)] = graphs.standalone(job.family, depth)
+    """The float graphs by their path in the bundle, whole and in memory; without `text` the vision ones alone."""
+    sketch = open_sketch(job.model_dir)
+    protos: dict[str, list[onnx.ModelProto]] = {}
+    specs: dict[str, GraphSpec] = {}
+    for piece in trace_pieces(sketch, job.ladder, job.layout, text=text):
+        constants = fill(piece.blueprint, sketch.load(piece.weights))
+        protos.setdefault(piece.graph, []).append(with_weights(piece.blueprint, constants))
+        specs[piece.graph] = piece.blueprint.spec
     if text:
-        parts[graph_io.EMBED_PATH] = graphs.embed_tokens(job.family)
-        parts[graph_io.DECODER_PATH] = graphs.decoder(job.family)
-    return parts
+        specs[graph_io.DECODER_PATH] = decoder_spec(sketch, specs[graph_io.DECODER_PATH])
+    return {path: (_joined(path, found, specs[path]), specs[path]) for path, found in protos.items()}
+
+
+def _joined(path: str, protos: Iterable[onnx.ModelProto], spec: GraphSpec) -> onnx.ModelProto:
+    return join_decoder(protos, spec) if path == graph_io.DECODER_PATH else next(iter(protos))
 
 
 def probes(job: Job) -> list[parity.Probe]:
@@ -148,21 +167,33 @@ def probes(job: Job) -> list[parity.Probe]:
     return parity.probes(picked, PARITY_ROWS, job.family.image_size)
 
 
-def write(job: Job, folder: Path, parts: Mapping[str, Exported], schemes: dict[str, str], checked: dict[str, Any]) -> None:
+def write(
+    job: Job, folder: Path, parts: Mapping[str, Exported | Made], schemes: dict[str, str], checked: dict[str, Any]
+) -> None:
     """Write a whole bundle folder."""
     folder.mkdir(parents=True)
     specs: dict[str, GraphSpec] = {}
     standalone = job.layout == "standalone"
     with SharedWeights(folder / "vision" / "weights.bin") if standalone else nullcontext() as shared:
-        for path, (proto, spec) in parts.items():
+        for path, part in parts.items():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
+            spec = part.spec if isinstance(part, Made) else part[1]
+            proto = _read(path, part, target) if isinstance(part, Made) else part[0]
             specs[path] = GraphSpec(spec.inputs, spec.outputs, spec.flops, weight_bytes(proto))
             onnx.save(shared.move(proto) if shared and path.startswith("vision/") else proto, target)
     shutil.copyfile(job.model_dir / "tokenizer.json", folder / "tokenizer.json")
     if job.suite:
         _copy_suite(job.suite, folder / "suite")
     write_manifest(folder, _manifest(job, folder, specs, schemes, checked))
+
+
+def _read(path: str, made: Made, target: Path) -> onnx.ModelProto:
+    """A graph of its pieces' files; a large one leaves its weights in a file beside `target`, as protobuf ends at 2 GiB."""
+    if sum(file.stat().st_size for file in made.files) < INLINE_BYTES:
+        return _joined(path, map(onnx.load, made.files), made.spec)
+    with SharedWeights(target.with_name(target.name + ".data")) as beside:
+        return _joined(path, (beside.move(onnx.load(file)) for file in made.files), made.spec)
 
 
 def _copy_suite(suite: Suite, to: Path) -> None:
@@ -175,18 +206,15 @@ def _copy_suite(suite: Suite, to: Path) -> None:
 
 def _exit_specs(job: Job) -> tuple[ExitSpec, ...]:
     """Which graphs each exit runs, in order."""
-    if job.layout == "standalone":
-        return tuple(ExitSpec(d, (graph_io.standalone_path(d),)) for d in job.ladder)
-    chain = [graph_io.segment_path(a, b) for a, b in job.steps]
-    return tuple(ExitSpec(d, (*chain[: i + 1], graph_io.HEAD_PATH)) for i, d in enumerate(job.ladder))
+    return tuple(ExitSpec(depth, chain) for depth, chain in exit_graphs(job.ladder, job.layout).items())
 
 
-def _text_spec(family: Family) -> TextSpec:
+def _text_spec(family: Family, layers: int) -> TextSpec:
     text = family.text_config
     return TextSpec(
         embed_tokens=graph_io.EMBED_PATH,
         decoder=graph_io.DECODER_PATH,
-        num_layers=text.num_hidden_layers,
+        num_layers=layers,
         num_kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         hidden_size=text.hidden_size,
@@ -209,7 +237,7 @@ def _manifest(
         n_blocks=family.n_blocks,
         reference_depth=family.reference_depth,
         exits=_exit_specs(job),
-        text=_text_spec(family),
+        text=_text_spec(family, job.layers or family.text_config.num_hidden_layers),
         graphs=specs,
         image=family.image_spec,
         image_token=family.processor.image_token,
@@ -223,37 +251,73 @@ def _manifest(
         suite=SuiteRef("suite", job.suite.digest) if job.suite else None,
         seed=job.seed,
         config=dict(job.config),
-        versions={name: version(name) for name in _RECORDED},
+        versions=_versions(),
         created=datetime.date.today().isoformat(),
     )
 
 
-def _write_checked(job: Job, parts: dict[str, Exported], vision: str, text: str, work: Path) -> None:
-    """The float bundle checked against transformers, then the quantized one against the float one."""
-    write(job, work / "float", parts, {"vision": "fp32", "text": "fp32"}, {})
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _RECORDED}
+
+
+def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path) -> None:
+    """Every piece against torch; of a model that fits also the float bundle against transformers, the quantized against it."""
+    with step(f"trace {len(job.ladder)} exits and the text graphs"):
+        pieces = trace_pieces(sketch, job.ladder, job.layout)
     rows = probes(job)
-    with step("parity of the float graphs with transformers, every exit"):
-        session = parity.open_session(work / "float")
-        checked = parity.check_float(job.family, session, rows)
-        want = parity.answers(session, rows, ANSWER_TOKENS, "float answers")
+    make = partial(make_pieces, sketch, pieces, work=work / "pieces", probe=rows[0])
+    checked: dict[str, Any] = {"check": PIECES}
+    want: dict[int, list[str]] = {}
+    if sketch.count <= WHOLE_WEIGHTS:
+        checked, want = _check_whole(job, make(FLOAT)[0], rows, work)
     tried: dict[str, Any] = {}
     why: dict[str, str] = {}
     for scheme in AUTO if text == "auto" else (text,):
         schemes = {"vision": vision, "text": scheme}
         with step(f"quantize: vision {vision}, text {scheme}"):
+            try:
+                parts, measured = make(schemes)
+            except ParityError as error:
+                if text != "auto":
+                    raise
+                why[scheme] = str(error)
+                continue
+            found = _by_exit(job, measured)
             shutil.rmtree(work / "bundle", ignore_errors=True)
-            quantized = {path: (quantize(m, _scheme(path, vision, scheme)), spec) for path, (m, spec) in parts.items()}
-            write(job, work / "bundle", quantized, schemes, {})
+            write(job, work / "bundle", parts, schemes, {**found, **checked})
+            if not want:
+                manifest = Bundle.open(work / "bundle", verify=False).manifest
+                parity.check_inputs(job.family, load_tokenizer(work / "bundle" / manifest.tokenizer), manifest, rows)
+                return
             got = parity.answers(parity.open_session(work / "bundle"), rows, ANSWER_TOKENS, "quantized answers")
         share = parity.agreement(want, got)
         tried[scheme] = {str(d): round(v, 4) for d, v in share.items()}
         why[scheme] = parity.disagrees(share) or "taken"
         if why[scheme] == "taken":
             shutil.rmtree(work / "bundle")
-            found = {"answer_agreement": tried[scheme], "answers": len(rows), "schemes_tried": tried, "schemes_why": why}
-            write(job, work / "bundle", quantized, schemes, {**checked, **found})
+            said = {"answer_agreement": tried[scheme], "answers": len(rows), "schemes_tried": tried, "schemes_why": why}
+            write(job, work / "bundle", parts, schemes, {**found, **checked, **said})
             return
     raise _changed_answers(vision, text, why)
+
+
+def _check_whole(
+    job: Job, parts: Mapping[str, Made], rows: list[parity.Probe], work: Path
+) -> tuple[dict[str, Any], dict[int, list[str]]]:
+    """The float bundle against transformers' whole model at every exit; what was measured, and its answers."""
+    shutil.rmtree(work / "float", ignore_errors=True)
+    write(job, work / "float", parts, FLOAT, {})
+    with step("parity of the float graphs with transformers, every exit"):
+        session = parity.open_session(work / "float")
+        checked = parity.check_float(load_family(job.model_dir), session, rows)
+        return {"check": WHOLE_MODEL, **checked}, parity.answers(session, rows, ANSWER_TOKENS, "float answers")
+
+
+def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The largest errors of each exit's pieces."""
+    graphs = {spec.exit_depth: spec.graphs for spec in _exit_specs(job)}
+    kinds = {"float_relative": "float", "quantized_relative": "quantized"}
+    return {key: by_exit(measured, graphs, kind) for key, kind in kinds.items()}
 
 
 def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError:
@@ -264,10 +328,3 @@ def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError
         expected="the float graphs' answers, but for a few",
         todo=f"use a milder scheme: {milder}, or --vision-scheme fp32; or compare on the model's own kind of pictures: --suite",
     )
-
-
-def _scheme(path: str, vision: str, text: str) -> str:
-    """A graph's scheme. The embedding is looked up, not multiplied: where text is quantized its table takes int8 rows."""
-    if path == graph_io.EMBED_PATH:
-        return "fp32" if text == "fp32" else EMBED_SCHEME
-    return vision if path.startswith("vision/") else text

@@ -6,7 +6,7 @@ T vision tokens with CLS, N image tokens of a picture or tile, W tower width, D 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgesafe.checkpoint import read_checkpoint
+from edgesafe.checkpoint import read_checkpoint, read_config
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
 from edgesafe.recipe import Recipe, load_recipes, refused_families
@@ -132,6 +132,26 @@ def load_family(folder: Path) -> Family:
     recipes = load_recipes()
     _check_model_type(folder, recipes)
     name, model, processor = read_checkpoint(folder, tuple(recipes))
+    _check_tokenizer(folder)
+    return Family(model, processor, recipes[name])
+
+
+def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> tuple[Family, int]:
+    """A checkpoint's family over a model that `build` makes of its config, and the number that `build` gives with it.
+
+    Raises:
+        InputError, UnsupportedModelError: as `load_family`, but for the weights.
+    """
+    recipes = load_recipes()
+    _check_model_type(folder, recipes)
+    config, processor = read_config(folder, tuple(recipes))
+    _check_config(config, recipes[config.model_type])
+    _check_tokenizer(folder)
+    model, number = build(folder, config)
+    return Family(model, processor, recipes[config.model_type]), number
+
+
+def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             "the checkpoint has no tokenizer.json",
@@ -139,7 +159,6 @@ def load_family(folder: Path) -> Family:
             expected="a fast tokenizer: the device reads this file and nothing else",
             todo="convert it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
-    return Family(model, processor, recipes[name])
 
 
 def _of_pictures(inputs: Mapping[str, Any]) -> dict[str, Any]:

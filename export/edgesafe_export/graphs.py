@@ -26,6 +26,7 @@ from edgesafe.errors import UnsupportedModelError
 from edgesafe.graph_io import TensorSpec
 from edgesafe_export.cache import share_cache
 from edgesafe_export.family import Family
+from edgesafe_export.marks import thin_constants
 from edgesafe_export.wrap import Whole
 
 Exported = tuple[onnx.ModelProto, GraphSpec]
@@ -51,10 +52,11 @@ def _export(module: nn.Module, inputs: dict[str, Any], *, dynamic: bool) -> Any:
         return OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
 
 
-def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], flops: int | None) -> Exported:
+def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], operations: int | None) -> Exported:
     """Rename the graph's ends to the contract's and describe them; inputs that the fused graph dropped stay out."""
     import onnx_ir
 
+    thin_constants(program)
     named = {spec.name: spec for spec in inputs}
     if len(program.graph.inputs) == len(inputs):
         for value, spec in zip(program.graph.inputs, inputs, strict=True):
@@ -63,7 +65,7 @@ def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], f
         value.name = spec.name
     present = tuple(named[v.name] for v in program.graph.inputs)
     proto = pack_attention(onnx_ir.to_proto(program))
-    return proto, GraphSpec(present, tuple(outputs), flops, weight_bytes=0)
+    return proto, GraphSpec(present, tuple(outputs), operations, weight_bytes=0)
 
 
 def pack_attention(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -104,7 +106,7 @@ def segment(family: Family, start: int, end: int) -> Exported:
         x, spec = torch.zeros(1, t, w), TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
     module = family.segment(start, end)
     out = TensorSpec(graph_io.HIDDEN_STATES_OUT, "float32", (1, t, w))
-    return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], _flops(module, t))
+    return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], flops(module, t))
 
 
 def head(family: Family) -> Exported:
@@ -115,7 +117,7 @@ def head(family: Family) -> Exported:
     module = family.head()
     # A projector that joins patches first runs over fewer tokens.
     tokens = family.image_tokens if family.recipe.shuffle else t
-    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], _flops(module, tokens))
+    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, tokens))
 
 
 def standalone(family: Family, depth: int) -> Exported:
@@ -125,7 +127,7 @@ def standalone(family: Family, depth: int) -> Exported:
     spec = TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, size, size))
     out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.head_rows, family.text_config.hidden_size))
     return _finish(
-        _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], _flops(module, family.tokens)
+        _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], flops(module, family.tokens)
     )
 
 
@@ -147,8 +149,8 @@ def decoder(family: Family) -> Exported:
     heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or width // config.num_attention_heads
     cache = DynamicCache()
-    with torch.no_grad():
-        causal(inputs_embeds=torch.randn(1, 5, width), past_key_values=cache, use_cache=True)
+    for i in range(layers):
+        cache.update(torch.zeros(1, heads, 5, size), torch.zeros(1, heads, 5, size), i)
     inputs = {
         "inputs_embeds": torch.randn(1, 3, width),
         "attention_mask": torch.ones(1, 8, dtype=torch.long),
@@ -168,7 +170,7 @@ def decoder(family: Family) -> Exported:
     for i in range(layers):
         specs += [TensorSpec(graph_io.past_key(i), "float32", past), TensorSpec(graph_io.past_value(i), "float32", past)]
         outs += [TensorSpec(graph_io.present_key(i), "float32", past), TensorSpec(graph_io.present_value(i), "float32", past)]
-    proto, spec = _finish(_export(causal, inputs, dynamic=True), specs, outs, _flops(causal, 1))
+    proto, spec = _finish(_export(causal, inputs, dynamic=True), specs, outs, flops(causal, 1))
     share_cache(proto, rotary_tables(causal, config.max_position_embeddings))
     wanted = {value.name for value in proto.graph.input}
     return proto, replace(spec, inputs=tuple(tensor for tensor in spec.inputs if tensor.name in wanted))
@@ -194,7 +196,7 @@ def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     return cos, sin
 
 
-def _flops(module: nn.Module, tokens: int) -> int:
+def flops(module: nn.Module, tokens: int) -> int:
     """Multiply-adds times two of all linear layers over `tokens` positions, plus the patch convolution's."""
     total = 0
     for m in module.modules():

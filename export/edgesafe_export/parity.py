@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from edgesafe import graph_io
+from edgesafe.bundle import Manifest
 from edgesafe.errors import ParityError
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
 from edgesafe.runtime.session import Session
+from edgesafe.runtime.tiles import picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe_export.family import Family
 from edgesafe_export.tolerances import (
@@ -82,7 +85,7 @@ def check_float(family: Family, session: Session, rows: Sequence[Probe]) -> dict
     Raises:
         ParityError: anything that differs.
     """
-    check_prompt(family, session, rows)
+    check_inputs(family, session.tokenizer, session.manifest, rows)
     features = check_features(family, session, rows)
     logits = check_logits(family, session, rows)
     return {
@@ -92,15 +95,36 @@ def check_float(family: Family, session: Session, rows: Sequence[Probe]) -> dict
     }
 
 
-def check_prompt(family: Family, session: Session, rows: Sequence[Probe]) -> None:
+def check_inputs(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows: Sequence[Probe]) -> None:
+    """What goes into the graphs, the runtime's against the HF processor's: the prompt's ids and the picture's pixels.
+
+    Raises:
+        ParityError: ids or pixels that differ.
+    """
+    check_prompt(family, tokenizer, manifest, rows)
+    for image, prompt in rows[:FEATURE_ROWS]:
+        ours = pixel_values(image, manifest)
+        theirs = processed(family, image, prompt)["pixel_values"].numpy()
+        ours = np.concatenate(ours) if isinstance(ours, list) else ours
+        error = relative(ours, theirs.reshape(-1, *theirs.shape[-3:]))
+        if not error <= FLOAT_RELATIVE:
+            raise ParityError(
+                f"the picture's pixels differ from the HF processor's by {error:.2e}",
+                where="image features: preprocessing",
+                expected=f"at most {FLOAT_RELATIVE:.0e} relative",
+                todo=_TODO,
+            )
+
+
+def check_prompt(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows: Sequence[Probe]) -> None:
     """Prompt ids of the runtime against the HF processor's: chat text, tokenizer and the number of image tokens.
 
     Raises:
         ParityError: ids that differ.
     """
     for image, prompt in rows:
-        want = _inputs(family, image, prompt)["input_ids"][0].tolist()
-        got = encode_prompt(session.tokenizer, session.manifest, prompt, session.cut(image))
+        want = processed(family, image, prompt)["input_ids"][0].tolist()
+        got = encode_prompt(tokenizer, manifest, prompt, picture_cut(image, manifest))
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise ParityError(
@@ -120,7 +144,7 @@ def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> d
     depths = session.manifest.depths
     worst = dict.fromkeys(depths, 0.0)
     for image, prompt in rows[:FEATURE_ROWS]:
-        inputs = _inputs(family, image, prompt)
+        inputs = processed(family, image, prompt)
         states = session.vision_states(image, depths)
         for d in depths:
             worst[d] = max(worst[d], relative(np.asarray(states[d]), family.oracle(inputs, d).numpy()))
@@ -140,7 +164,7 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
     embed, graph = session.graph(text.embed_tokens), session.graph(text.decoder)
     worst = dict.fromkeys(depths, 0.0)
     for image, prompt in rows[:LOGIT_ROWS]:
-        inputs = _inputs(family, image, prompt)
+        inputs = processed(family, image, prompt)
         ids = inputs["input_ids"]
         states = session.vision_states(image, depths)
         for d in depths:
@@ -170,7 +194,7 @@ def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
     """
     depth = session.manifest.reference_depth
     for image, prompt in rows[:GENERATE_ROWS]:
-        inputs = _inputs(family, image, prompt)
+        inputs = processed(family, image, prompt)
         out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False)
         want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         features, cut = session.vision_states(image, [depth])[depth], session.cut(image)
@@ -226,7 +250,7 @@ def open_session(folder: Path) -> Session:
     return Session.open(folder, allow_uncertified=True)
 
 
-def _inputs(family: Family, image: Image.Image, prompt: str) -> Any:
+def processed(family: Family, image: Image.Image, prompt: str) -> Any:
     """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgesafe.bundle import MANIFEST
-from edgesafe.errors import ConfigError
+from edgesafe.bundle import MANIFEST, write_atomically
+from edgesafe.errors import ConfigError, EdgesafeError
 from edgesafe.exchange import exchange
+
+KEY = "made-of"  # in the work folder: what its pieces were made of
 
 
 def check_target(out: Path) -> None:
@@ -30,8 +32,11 @@ def check_target(out: Path) -> None:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, key: str = "") -> Iterator[Path]:
     """A work folder `OUT.partial`; if all goes well its `bundle` becomes OUT, else OUT stays as it was.
+
+    With a `key`, what a stopped run of the same key left in the work folder is there again; it goes when an error of ours says
+    that the work was in vain.
 
     The exchange is one step where the system has one. Elsewhere it is two renames: a power cut between them leaves the older
     bundle at `OUT.old`, from where the next export puts it back before it starts.
@@ -40,13 +45,29 @@ def replacing(out: Path) -> Iterator[Path]:
     check_target(out)
     if old.is_dir() and not out.exists():
         os.replace(old, out)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if not key or _key_of(work) != key:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    if key:
+        write_atomically(work / KEY, key.encode())
+    kept = bool(key)
     try:
         yield work
         _swap(work / "bundle", out, old)
+        kept = False
+    except EdgesafeError:
+        kept = False
+        raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _key_of(work: Path) -> str:
+    try:
+        return (work / KEY).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:

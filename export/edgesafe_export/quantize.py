@@ -16,6 +16,7 @@ from edgesafe_export.graphs import quiet
 VISION_SCHEMES = ("int8-dynamic", "fp32")
 TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 EMBED_SCHEME = "int8-rows"
+_ROWS = 4096
 
 
 def check_schemes(vision: str, text: str) -> None:
@@ -90,23 +91,29 @@ def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     if len(gathers) != 1 or len(model.graph.node) != 1 or len(model.graph.initializer) != 1:
         raise ExportError("the embedding is no plain table", where="text/embed_tokens.onnx", expected="one Gather of one table")
     (ids, out), table = (gathers[0].input[1], gathers[0].output[0]), numpy_helper.to_array(model.graph.initializer[0])
-    peak = np.abs(table).max(axis=1, keepdims=True)
-    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
-    whole = np.rint(table / scale).astype(np.int8)
+    whole, scale = np.empty(table.shape, np.int8), np.empty((len(table), 1), np.float32)
+    for at in range(0, len(table), _ROWS):  # a large table takes no second one in float32
+        some = slice(at, at + _ROWS)
+        peak = np.abs(table[some]).max(axis=1, keepdims=True)
+        scale[some] = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+        whole[some] = np.rint(table[some] / scale[some]).astype(np.int8)
     nodes = [
         helper.make_node("Gather", ["table", ids], ["row"], axis=0),
         helper.make_node("Cast", ["row"], ["row_float"], to=TensorProto.FLOAT),
         helper.make_node("Gather", ["scale", ids], ["row_scale"], axis=0),
         helper.make_node("Mul", ["row_float", "row_scale"], [out]),
     ]
-    quantized = onnx.ModelProto()
-    quantized.CopyFrom(model)
-    del quantized.graph.node[:], quantized.graph.initializer[:], quantized.graph.value_info[:]
+    quantized = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    quantized.opset_import.extend(model.opset_import)
+    quantized.graph.name = model.graph.name
+    quantized.graph.input.extend(model.graph.input)
+    quantized.graph.output.extend(model.graph.output)
     quantized.graph.node.extend(nodes)
     quantized.graph.initializer.extend([numpy_helper.from_array(whole, "table"), numpy_helper.from_array(scale, "scale")])
     return quantized
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of a graph's weights."""
-    return sum(t.ByteSize() for t in model.graph.initializer)
+    """Bytes of a graph's weights, those in a file beside it included."""
+    outside = (int(entry.value) for t in model.graph.initializer for entry in t.external_data if entry.key == "length")
+    return sum(t.ByteSize() for t in model.graph.initializer) + sum(outside)

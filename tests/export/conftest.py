@@ -61,3 +61,12 @@ def trained_parts(trained_job):
     from edgesafe_export.export import trace
 
     return trace(trained_job)
+
+
+@pytest.fixture(scope="package")
+def tiny_pieces(tiny_llava: Path):
+    """The pieces of an export of the tiny checkpoint, exits 1 to 3, for tests that need no trace of their own."""
+    from edgesafe_export.sketch import open_sketch
+    from edgesafe_export.stream import trace_pieces
+
+    return trace_pieces(open_sketch(tiny_llava), (1, 2, 3), "chain")

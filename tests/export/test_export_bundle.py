@@ -22,6 +22,7 @@ from edgesafe_export import export as export_module
 from edgesafe_export import export_bundle, parity, place
 from edgesafe_export.export import write
 from edgesafe_export.quantize import quantize
+from edgesafe_export.stream import scheme_of
 
 FLOAT = {"vision_scheme": "fp32", "text_scheme": "fp32"}
 PICTURE = Image.radial_gradient("L").convert("RGB")
@@ -33,7 +34,7 @@ def _graph_bytes(bundle: Bundle) -> int:
 
 def _written(job, parts, folder: Path, vision: str = "fp32", text: str = "fp32") -> Bundle:
     """A bundle of traced parts in a scheme, without the parity checks."""
-    chosen = {path: (quantize(m, export_module._scheme(path, vision, text)), spec) for path, (m, spec) in parts.items()}
+    chosen = {path: (quantize(m, scheme_of(path, vision, text)), spec) for path, (m, spec) in parts.items()}
     write(job, folder, chosen, {"vision": vision, "text": text}, {})
     return Bundle.open(folder)
 
@@ -169,7 +170,7 @@ STOPS = [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
 @pytest.mark.parametrize("stop", STOPS, ids=["ctrl-c", "disk full"])
 @pytest.mark.parametrize("at", ["save", "write_manifest", "copyfile"])
 def test_a_stopped_export_leaves_the_older_bundle_untouched(
-    tiny_llava, tiny_bundle, parts, tmp_path, monkeypatch, capsys, stop, at
+    tiny_llava, tiny_bundle, tiny_pieces, tmp_path, monkeypatch, capsys, stop, at
 ):
     out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before = Bundle.open(out).digest
@@ -178,14 +179,15 @@ def test_a_stopped_export_leaves_the_older_bundle_untouched(
         raise stop
 
     owner = {"save": export_module.onnx, "write_manifest": export_module, "copyfile": export_module.shutil}[at]
-    monkeypatch.setattr(export_module, "trace", lambda _job: parts)
+    monkeypatch.setattr(export_module, "trace_pieces", lambda *_: tiny_pieces)
     monkeypatch.setattr(owner, at, fail)
     schemes = ["--vision-scheme", "fp32", "--text-scheme", "fp32"]
     code = main(["export", str(tiny_llava), "--device", "host", "--out", str(out), *schemes])
     assert code == (130 if isinstance(stop, KeyboardInterrupt) else 1)
     assert ("interrupted" if code == 130 else "disk is full") in capsys.readouterr().err
     assert Bundle.open(out).digest == before
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    # What was finished is kept for the next try; nothing reads it as a bundle.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "bundle.partial"]
 
 
 def _fake(folder: Path, text: str) -> Path:

@@ -16,9 +16,10 @@ from onnx import helper, numpy_helper
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, ParityError
+from edgesafe_export import compare, graphs, parity, stream
 from edgesafe_export import export as export_module
-from edgesafe_export import graphs, parity
 from edgesafe_export.export import AUTO, probes, write
+from edgesafe_export.sketch import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE
 from edgesafe_export.wrap import Head, Segment
 
@@ -178,7 +179,7 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     write(job, tmp_path / "b", wrong, FP32, {})
     session = parity.open_session(tmp_path / "b")
     image, prompt = probes(job)[0]
-    inputs = parity._inputs(job.family, image, prompt)
+    inputs = parity.processed(job.family, image, prompt)
     ids = inputs["input_ids"]
     logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
     want = job.family.oracle_logits(ids, inputs, 3)[-1].numpy()
@@ -212,8 +213,8 @@ def test_another_number_of_image_tokens_is_refused_before_anything_is_asked(job,
         check(replace(job, family=family), parts, tmp_path / "b")
 
 
-def _write_checked(job, parts, text, folder: Path) -> Bundle:
-    export_module._write_checked(job, parts, "int8-dynamic", text, folder)
+def _write_checked(job, text, folder: Path) -> Bundle:
+    export_module._write_checked(job, open_sketch(job.model_dir), "int8-dynamic", text, folder)
     return Bundle.open(folder / "bundle")
 
 
@@ -223,8 +224,9 @@ def _bits(bundle: Bundle) -> set[int]:
 
 
 def _break(monkeypatch, broken: str):
-    """Make one scheme lose its scales."""
-    right = export_module.quantize
+    """Make one scheme lose its scales, and let the answers alone be the judge of it."""
+    right = stream.quantize
+    monkeypatch.setattr(compare, "PIECE_QUANTIZED", float("inf"))
 
     def wrong(model, scheme):
         model = right(model, scheme)
@@ -233,31 +235,29 @@ def _break(monkeypatch, broken: str):
                 tensor.CopyFrom(numpy_helper.from_array(np.ones_like(numpy_helper.to_array(tensor)), tensor.name))
         return model
 
-    monkeypatch.setattr(export_module, "quantize", wrong)
+    monkeypatch.setattr(stream, "quantize", wrong)
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("int4-block32", 4), ("int8-block32", 8)])
-def test_quantized_graphs_keep_the_trained_model_s_answers(trained_job, trained_parts, tmp_path, scheme, bits):
-    bundle = _write_checked(trained_job, trained_parts, scheme, tmp_path)
+def test_quantized_graphs_keep_the_trained_model_s_answers(trained_job, tmp_path, scheme, bits):
+    bundle = _write_checked(trained_job, scheme, tmp_path)
     assert _bits(bundle) == {bits}
     assert set(bundle.manifest.parity["answer_agreement"]) == {str(d) for d in trained_job.ladder}
     assert bundle.manifest.parity["schemes_why"] == {scheme: "taken"}
 
 
 @pytest.mark.parametrize("broken", ["int4-block32", "int8-dynamic", "int8-rows"])
-def test_dropped_scales_in_any_quantized_graph_are_refused(trained_job, trained_parts, tmp_path, monkeypatch, broken):
+def test_dropped_scales_in_any_quantized_graph_are_refused(trained_job, tmp_path, monkeypatch, broken):
     _break(monkeypatch, broken)
     with pytest.raises(ParityError, match="quantization changes the answers"):
-        _write_checked(trained_job, trained_parts, "int4-block32", tmp_path)
+        _write_checked(trained_job, "int4-block32", tmp_path)
 
 
 @pytest.mark.parametrize("broken", [1, 2])
-def test_auto_takes_the_next_finer_scheme_where_one_changes_answers_and_says_so(
-    trained_job, trained_parts, tmp_path, monkeypatch, broken
-):
+def test_auto_takes_the_next_finer_scheme_where_one_changes_answers_and_says_so(trained_job, tmp_path, monkeypatch, broken):
     for scheme in AUTO[:broken]:
         _break(monkeypatch, scheme)
-    bundle = _write_checked(trained_job, trained_parts, "auto", tmp_path)
+    bundle = _write_checked(trained_job, "auto", tmp_path)
     assert _bits(bundle) == ({8} if AUTO[broken].startswith("int8") else {4})
     assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": AUTO[broken]}
     assert tuple(bundle.manifest.parity["schemes_tried"]) == AUTO[: broken + 1]

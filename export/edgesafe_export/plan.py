@@ -1,0 +1,341 @@
+"""What an export will do, before anything is loaded: config.json and safetensors headers are read, and the device's profile.
+
+Bytes are counted from the shapes; times come from the profile's figures, as the runtime's own estimates do.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgesafe import graph_io, machine
+from edgesafe.bundle import GraphSpec
+from edgesafe.device import DeviceProfile
+from edgesafe.errors import InputError
+from edgesafe.exits import default_ladder, parse_exits
+from edgesafe.progress import table
+from edgesafe.runtime.forecast import graph_ms
+from edgesafe_export import graphs
+from edgesafe_export.quantize import EMBED_SCHEME
+from edgesafe_export.sketch import Sketch
+from edgesafe_export.stream import scheme_of
+from edgesafe_export.tolerances import WHOLE_WEIGHTS
+from edgesafe_export.wrap import Whole
+
+GIB = 2**30
+# A graph beside its weights: nodes, names and shapes. Seen: 3 to 8 kB a vision segment, 14 kB a decoder layer.
+_GRAPH_BYTES, _LAYER_BYTES = 8_000, 14_000
+_QUESTION = "What is this?"
+# Shapes of published models that are smaller, to name what a device can do: weights of the encoder, positions that it reads a
+# picture as, weights of the decoder, and tokens of a prompt with one picture.
+SMALLER = {
+    "LLaVA-OneVision-0.5B": (428e6, 729, 494e6, 760),
+    "SmolVLM-500M, one tile": (93e6, 1024, 410e6, 96),
+    "SmolVLM-256M, one tile": (93e6, 1024, 163e6, 96),
+}
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """One exit: its graphs' bytes with the text's, and when the first token is expected (None: the profile lacks a figure)."""
+
+    exit_depth: int
+    bytes: int
+    ttft_ms: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen.
+
+    Attributes:
+        check: what the exporter will compare with, see `edgesafe_export.export`.
+        bundle_bytes: of the whole bundle, a suite left out.
+        export_gib, disk_gib: most memory of the exporting process, and room on the disk while it runs.
+        run_gib: memory of a process that answers on the device.
+        fits: whether some exit's first token is expected within the device's budget; None where that is not known.
+        notes: what the reader should know, in sentences.
+    """
+
+    model: str
+    device: str
+    weights: int
+    n_blocks: int
+    reference_depth: int
+    quantization: dict[str, str]
+    check: str
+    prompt_tokens: int
+    exits: tuple[ExitPlan, ...]
+    bundle_bytes: int
+    export_gib: float
+    disk_gib: float
+    run_gib: float
+    budget_ms: float
+    fits: bool | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[int, ...]:
+    """The exits to export; the reference depth is always one of them."""
+    family = sketch.family
+    if exits is None:
+        return default_ladder(family.n_blocks, family.reference_depth)
+    return tuple(sorted({*parse_exits(exits, family.n_blocks), family.reference_depth}))
+
+
+def make_plan(
+    sketch: Sketch,
+    folder: Path,
+    name: str,
+    device: DeviceProfile,
+    ladder: tuple[int, ...],
+    layout: str,
+    schemes: Mapping[str, str],
+) -> Plan:
+    """The plan of an export.
+
+    Args:
+        sketch: the checkpoint without its weights.
+        folder, name: where it lies, and what it is called.
+        device: gives the figures that times are estimated with.
+        ladder, layout, schemes: as they will be exported; text "auto" is planned as its first choice.
+    """
+    vision, text = schemes["vision"], {"auto": "int4-block32"}.get(schemes["text"], schemes["text"])
+    specs = graph_specs(sketch, ladder, layout, vision, text)
+    tokens, whole = _prompt_tokens(sketch), sketch.count <= WHOLE_WEIGHTS
+    times = {
+        path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else 1)
+        for path, spec in specs.items()
+    }
+    exits = tuple(_exit(depth, chain, specs, times) for depth, chain in exit_graphs(ladder, layout).items())
+    graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
+    bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
+    known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
+    plan = Plan(
+        model=name,
+        device=device.name,
+        weights=sketch.count,
+        n_blocks=sketch.family.n_blocks,
+        reference_depth=sketch.family.reference_depth,
+        quantization={"vision": vision, "text": text},
+        check="whole model" if whole else "pieces",
+        prompt_tokens=tokens,
+        exits=exits,
+        bundle_bytes=bundle,
+        export_gib=round(export_bytes(sketch, whole) / GIB, 2),
+        disk_gib=round((2 * bundle + (8 * sketch.count if whole else 0)) / GIB, 2),
+        run_gib=round(run_bytes(sketch, specs, text, tokens) / GIB, 2),
+        budget_ms=device.ttft_budget_ms,
+        fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
+        notes=(),
+    )
+    return replace(plan, notes=tuple(_notes(plan, device)))
+
+
+def _exit(depth: int, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None]) -> ExitPlan:
+    """One exit; looking up the prompt's embeddings counts as no time."""
+    weights = sum(specs[path].weight_bytes for path in (*chain, graph_io.EMBED_PATH, graph_io.DECODER_PATH))
+    return ExitPlan(depth, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
+
+
+def exit_graphs(ladder: tuple[int, ...], layout: str) -> dict[int, tuple[str, ...]]:
+    """The vision graphs of each exit, in order."""
+    if layout == "standalone":
+        return {depth: (graph_io.standalone_path(depth),) for depth in ladder}
+    chain = [graph_io.segment_path(a, b) for a, b in zip((0, *ladder), ladder, strict=False)]
+    return {depth: (*chain[: i + 1], graph_io.HEAD_PATH) for i, depth in enumerate(ladder)}
+
+
+def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
+    """Operations and weights' bytes of every graph, by its path; nothing is traced."""
+    family, specs = sketch.family, {}
+    if layout == "standalone":
+        for depth in ladder:
+            module = Whole(family.segment(0, depth), family.head())
+            specs[graph_io.standalone_path(depth)] = _spec(module, family.tokens, vision)
+    else:
+        for start, end in zip((0, *ladder), ladder, strict=False):
+            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.tokens, vision)
+        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.tokens, vision)
+    embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
+    specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
+    causal = family.decoder()
+    layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
+    config = family.text_config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * size
+    flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
+    specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
+    return specs
+
+
+def _spec(module: nn.Module, tokens: int, scheme: str) -> GraphSpec:
+    return GraphSpec((), (), graphs.flops(module, tokens), module_bytes(module, scheme))
+
+
+def module_bytes(module: nn.Module, scheme: str) -> int:
+    """A module's weights in a scheme: matrices as `edgesafe_export.quantize` stores them, all else in float32.
+
+    >>> module_bytes(nn.Linear(64, 10, bias=False), "int4-block32"), module_bytes(nn.Linear(64, 10), "int8-dynamic")
+    (410, 730)
+    """
+    total = 0
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if isinstance(part, nn.Linear) and name == "weight":
+                total += _matrix_bytes(part.in_features, part.out_features, scheme)
+            elif scheme == EMBED_SCHEME and weight.dim() == 2:
+                total += weight.numel() + 4 * len(weight)
+            else:
+                total += 4 * weight.numel()
+    return total
+
+
+def _matrix_bytes(rows: int, columns: int, scheme: str) -> int:
+    if scheme == "fp32":
+        return 4 * rows * columns
+    if scheme == "int8-dynamic":
+        return columns * (rows + 4 + 1)  # a scale and a zero point a column
+    bits, size = (int(n) for n in scheme.removeprefix("int").split("-block"))
+    blocks = math.ceil(rows / size)
+    return columns * (blocks * size * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
+
+
+def export_bytes(sketch: Sketch, whole: bool) -> float:
+    """Most memory of an exporting process.
+
+    Seen at most: what is imported; of the largest piece its weights in float32 `_COPIES` times (read, joined, in the graph, in
+    the quantizer's copy); of a model that is compared whole, transformers' model and the float graphs' own.
+    """
+    family = sketch.family
+    causal = family.decoder()
+    sizes = [_count(causal.model.layers[0]), _count(causal.lm_head), _count(family.embed_tokens()), _count(family.head())]
+    sizes += [_count(family.segment(0, 1)) * 3]
+    piece = _COPIES * 4 * max(sizes)
+    return _IMPORTED + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
+
+
+_IMPORTED, _COPIES, _WHOLE_COPIES = 0.55 * GIB, 3.0, 3.0
+
+
+def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tokens: int) -> float:
+    """Memory of a process that answers: what is imported, the weights, the cache of a prompt and an answer.
+
+    onnxruntime packs weights for its kernels when it opens a graph and then lets the read ones go: of weights in blocks the
+    packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
+    """
+    config = sketch.family.text_config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * size * (tokens + 64)
+    states = 4 * tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
+    causal = sketch.family.decoder()
+    matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
+    packed = 8 * matrices / int(text.partition("-block")[2]) if "-block" in text else 0
+    texts = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
+    tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in texts)
+    return _STARTED + sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower + cache + states
+
+
+_STARTED = 0.1 * GIB
+
+
+def _count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _sum(times: Iterable[float | None]) -> float | None:
+    known = list(times)
+    return None if None in known else round(sum(t for t in known if t is not None), 1)
+
+
+def _prompt_tokens(sketch: Sketch) -> int:
+    family = sketch.family
+    prefix, suffix = family.chat
+    return len(family.processor.tokenizer(prefix + _QUESTION + suffix)["input_ids"]) - 1 + family.image_tokens
+
+
+def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:
+    """What the reader should know."""
+    budget = f"the budget of {device.ttft_budget_ms / 1e3:g} s"
+    if plan.fits is None:
+        yield f"no time can be predicted: the profile of {device.title} lacks a figure"
+    elif not plan.fits:
+        best = min(e.ttft_ms for e in plan.exits if e.ttft_ms is not None)
+        yield (
+            f"not interactive on {device.title}: the first token takes at least {best / 1e3:.1f} s at any exit, beyond {budget}"
+            f" ({plan.prompt_tokens} tokens of prompt through the decoder)"
+        )
+        fitting = [f"{n} ({ms / 1e3:.1f} s)" for n, ms in _smaller(device) if ms <= device.ttft_budget_ms]
+        yield f"what fits {budget}: " + (", ".join(fitting) if fitting else "none of the smaller models known here")
+    if device.memory_mib and plan.run_gib * 1024 > device.memory_mib:
+        yield f"needs {plan.run_gib:.1f} GiB to answer, more than the {device.memory_mib / 1024:.1f} GiB of {device.title}"
+
+
+def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:
+    """Smaller models and the time to their first token by the same arithmetic, int8 and int4."""
+    for name, (encoder, positions, decoder, tokens) in SMALLER.items():
+        tower = GraphSpec((), (), int(2 * encoder * positions), int(encoder))
+        text = GraphSpec((), (), int(2 * decoder), int(0.64 * decoder))
+        total = _sum([graph_ms(tower, device, "int8-dynamic", 1), graph_ms(text, device, "int4-block32", tokens)])
+        if total is not None:
+            yield name, total
+
+
+def check_room(plan: Plan, out: Path) -> None:
+    """Refuse an export that this machine has no disk or memory for.
+
+    Raises:
+        InputError: too little of either; it names what is needed and what is free.
+    """
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    started = out.with_name(out.name + ".partial")  # what a stopped export left counts as there
+    held = sum(path.stat().st_size for path in started.rglob("*") if path.is_file()) / GIB
+    free = shutil.disk_usage(place).free / GIB
+    if plan.disk_gib - held > free:
+        raise InputError(
+            f"the export needs {plan.disk_gib - held:.1f} GiB on the disk, {free:.1f} GiB are free",
+            where=str(place),
+            expected="room for the pieces and the bundle",
+            todo="make room, or name an --out on another disk",
+        )
+    memory = machine.free_mib()
+    if memory is not None and plan.export_gib * 1024 > memory:
+        raise InputError(
+            f"the export needs about {plan.export_gib:.1f} GiB of memory, {memory / 1024:.1f} GiB are free",
+            where=plan.model,
+            expected="memory for its largest piece",
+            todo="end other programs, or export on a machine with more memory",
+        )
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text."""
+    rows = []
+    for e in plan.exits:
+        within = "?" if e.ttft_ms is None else ("yes" if e.ttft_ms <= plan.budget_ms else "no")
+        seconds = "-" if e.ttft_ms is None else f"{e.ttft_ms / 1e3:.3g}"
+        rows.append(
+            [f"{e.exit_depth}{'*' if e.exit_depth == plan.reference_depth else ''}", f"{e.bytes / 1e6:.1f}", seconds, within]
+        )
+    lines = [
+        table(rows, ["exit", "MB", "first token s (estimated)", f"within {plan.budget_ms / 1e3:g} s"]),
+        "",
+        f"{plan.model} for {plan.device}: {plan.weights / 1e6:.1f} million weights, {plan.quantization['vision']} vision, "
+        f"{plan.quantization['text']} text, a prompt of {plan.prompt_tokens} tokens",
+        f"bundle {plan.bundle_bytes / 1e6:.1f} MB; export needs {plan.export_gib:.1f} GiB of memory and {plan.disk_gib:.1f} "
+        f"GiB of disk; answering needs {plan.run_gib:.1f} GiB; checked: {plan.check}",
+        *plan.notes,
+    ]
+    return "\n".join(lines)

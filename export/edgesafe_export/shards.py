@@ -1,0 +1,119 @@
+"""A checkpoint's weights where they lie: safetensors headers are read at once, a tensor's numbers when it is asked for.
+
+Source: the safetensors format: eight bytes of header length, a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgesafe.errors import InputError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MEND = "use an intact Hugging Face checkpoint folder: download it again"
+# Kind of number: bytes each and what numpy reads them as; bfloat16 is the upper half of a float32.
+_KINDS = {"F64": (8, "<f8"), "F32": (4, "<f4"), "F16": (2, "<f2"), "BF16": (2, "<u2")}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor: its file, kind of number, shape, and where its bytes start in the file."""
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder by its name on disk.
+
+    Raises:
+        InputError: a shard is missing, cut short or damaged, or the index names a tensor that its shard lacks.
+    """
+    if not (folder / INDEX).is_file():
+        return _read_header(folder / SINGLE)
+    try:
+        where = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the index of the shards can't be read: {error}", where=str(folder / INDEX), todo=MEND) from error
+    found: dict[str, Stored] = {}
+    for name in sorted(set(where.values())):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"the index names the shard {name!r}", where=str(folder / INDEX), todo=MEND)
+        found |= _read_header(folder / name)
+    for tensor, name in where.items():
+        if tensor not in found or found[tensor].file.name != name:
+            raise InputError(f"the shard lacks the tensor {tensor}", where=str(folder / name), todo=MEND)
+    return found
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    if not path.is_file():
+        raise InputError("a file of weights is missing", where=str(path), expected="every shard of the checkpoint", todo=MEND)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise _damaged(path, f"its header would be {length} bytes long")
+        try:
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError) as error:
+            raise _damaged(path, "its header is no JSON object") from error
+    header.pop("__metadata__", None)
+    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> Stored:
+    try:
+        kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        first, last = (int(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the entry of {name} can't be read") from error
+    each = _KINDS.get(kind, (0, ""))[0] or (last - first) // max(1, math.prod(shape))
+    if first < 0 or last - first != each * math.prod(shape):
+        raise _damaged(path, f"{name} has {last - first} bytes for the shape {list(shape)} of {kind}")
+    if base + last > size:
+        raise _damaged(path, f"it ends {base + last - size} bytes before {name} does")
+    return Stored(path, kind, shape, base + first)
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"a file of weights is cut short or damaged: {what}", where=str(path), expected="safetensors", todo=MEND)
+
+
+def read_tensor(stored: Stored, name: str) -> np.ndarray:
+    """A tensor's numbers as float32, read and not mapped, so that nothing of the file stays in this process.
+
+    Raises:
+        InputError: it holds no floating-point numbers, or one that is not finite.
+    """
+    if stored.kind not in _KINDS:
+        raise InputError(
+            f"weight {name} is of type {stored.kind}", where=str(stored.file), expected="one of " + ", ".join(_KINDS)
+        )
+    raw = np.fromfile(stored.file, _KINDS[stored.kind][1], stored.count, offset=stored.start)
+    if raw.size != stored.count:
+        raise _damaged(stored.file, f"{name} ends early")
+    if stored.kind == "BF16":
+        wide = np.empty(raw.size, np.float32)
+        np.left_shift(raw, 16, out=wide.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    else:
+        wide = raw.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(wide, wide))  # finite only where every number is; needs no second array
+    if not math.isfinite(squares) and not np.isfinite(wide).all():
+        raise InputError(f"weight {name} is not finite", where=str(stored.file), expected="finite weights", todo=MEND)
+    return wide.reshape(stored.shape)

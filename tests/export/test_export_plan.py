@@ -1,0 +1,88 @@
+"""`edgesafe plan`: bytes against what is written, times against hand arithmetic, and what can't be interactive said so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from random_checkpoint import find_config, make_checkpoint
+
+from edgesafe.cli import main
+from edgesafe.device import load_device
+from edgesafe_export import export as export_module
+from edgesafe_export.plan import choose_ladder, describe, graph_specs, make_plan
+from edgesafe_export.quantize import quantize, weight_bytes
+from edgesafe_export.sketch import open_sketch
+from edgesafe_export.stream import scheme_of
+
+RPI5 = load_device("rpi5")
+
+
+def _plan(folder: Path, device=RPI5, exits=None, **schemes):
+    sketch = open_sketch(folder)
+    chosen = {"vision": device.vision_scheme, "text": device.text_scheme, **schemes}
+    return make_plan(sketch, folder, folder.name, device, choose_ladder(sketch, exits), "chain", chosen)
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory) -> Path:
+    """LLaVA-1.5-7B's config and headers; its weights have a length and no content."""
+    folder = tmp_path_factory.mktemp("seven") / "llava-1.5-7b"
+    return make_checkpoint(find_config("llava-1.5-7b"), folder, empty=True)
+
+
+SCHEMES = [("int8-dynamic", "int4-block32"), ("fp32", "int8-block32"), ("int8-dynamic", "int4-block128"), ("fp32", "fp32")]
+
+
+@pytest.mark.parametrize("schemes", SCHEMES)
+def test_bytes_are_within_two_per_cent_of_those_written(trained_job, trained_parts, tmp_path, schemes):
+    sketch = open_sketch(trained_job.model_dir)
+    planned = graph_specs(sketch, trained_job.ladder, "chain", *schemes)
+    made = {p: (quantize(m, scheme_of(p, *schemes)), spec) for p, (m, spec) in trained_parts.items()}
+    assert planned.keys() == made.keys()
+    for path, (proto, spec) in made.items():
+        assert planned[path].weight_bytes == pytest.approx(weight_bytes(proto), rel=0.02), path
+        assert planned[path].flops == spec.flops, path
+    export_module.write(trained_job, tmp_path / "b", made, {"vision": schemes[0], "text": schemes[1]}, {})
+    written = sum(f.stat().st_size for f in (tmp_path / "b").rglob("*") if f.is_file() and "suite" not in f.parts)
+    exits = ",".join(map(str, trained_job.ladder))
+    plan = _plan(trained_job.model_dir, exits=exits, vision=schemes[0], text=schemes[1])
+    assert plan.bundle_bytes == pytest.approx(written, rel=0.02)
+
+
+def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
+    plan = _plan(seven_billion)
+    assert plan.weights == 7_063_427_072  # transformers' own count of the published config
+    assert [e.exit_depth for e in plan.exits] == [3, 6, 9, 12, 14, 17, 20, 23] and plan.reference_depth == 23
+    # 6.6 billion decoder weights (7.06 without the tower, the projector and the embedding), two operations each, over the
+    # prompt, at 187 GOP/s: 42 s and more.
+    least = 2 * 6.6e9 * plan.prompt_tokens / 187e9
+    assert 576 < plan.prompt_tokens < 640
+    assert least < plan.exits[0].ttft_ms / 1e3 < 1.1 * least
+    assert plan.fits is False and plan.check == "pieces"
+    # int4 in blocks of 32 with scales and zero points is 0.64 bytes a weight, int8 1.
+    assert plan.bundle_bytes == pytest.approx(0.6406 * 6.607e9 + 0.131e9 + 0.313e9, rel=0.02)
+    text = describe(plan)
+    assert "not interactive on Raspberry Pi 5" in text and "SmolVLM-256M" in text and "beyond the budget of 10 s" in text
+
+
+def test_the_command_reads_headers_alone(seven_billion, capsys):
+    # The weights' bytes are holes: had they been read, they would be zeros, and a shard of 5 GB takes longer than this test.
+    assert main(["plan", str(seven_billion), "--device", "rpi5", "--json", "--text-scheme", "int4-block64"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["quantization"] == {"vision": "int8-dynamic", "text": "int4-block64"}
+    assert plan["bundle_bytes"] < 4.5e9 and plan["export_gib"] < 6 and plan["run_gib"] < 6.5
+    assert plan["fits"] is False and len(plan["exits"]) == 8
+    assert main(["plan", str(seven_billion), "--device", "rpi5"]) == 0
+    assert "first token s (estimated)" in capsys.readouterr().out
+
+
+def test_a_small_model_fits_its_budget_and_is_compared_whole(trained_job):
+    plan = _plan(trained_job.model_dir)
+    assert plan.fits is True and plan.check == "whole model" and plan.notes == ()
+
+
+def test_a_profile_without_figures_predicts_no_time(trained_job):
+    plan = _plan(trained_job.model_dir, load_device("host"))
+    assert plan.fits is None and all(e.ttft_ms is None for e in plan.exits) and "lacks a figure" in plan.notes[0]

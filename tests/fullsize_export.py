@@ -1,0 +1,173 @@
+"""The whole line at full size: `make fullsize MODEL=llava-1.5-7b` makes a checkpoint of random weights, plans, exports, asks.
+
+Not collected by pytest, because it takes too long. MODEL is a name of `tests/tools/configs`, or a folder or file with a
+published config. Each step runs in a process of its own, whose peak memory is read when it ends. The random weights answer
+nonsense; what is shown is that the line works at this size, and its time, memory and bytes. `--layers` and `--blocks` cut the
+shape down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgesafe.errors import InputError
+from edgesafe.progress import step, table
+
+sys.path[:0] = [str(Path(__file__).parent / "tools")]
+
+from random_checkpoint import count_weights, find_config  # noqa: E402
+
+from results import write_result  # noqa: E402
+
+ASKED_TOKENS = 8
+PROMPT = "What is this?"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that ended well: wall clock time and peak memory, and what it printed."""
+
+    seconds: float
+    peak_gib: float
+    out: str
+
+
+def run(words: list[str]) -> Ended:
+    """Run Python in a process of its own; its peak memory is its own."""
+    began = time.perf_counter()
+    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    out = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(words[:4])} ended with {child.returncode}")
+    return Ended(time.perf_counter() - began, usage.ru_maxrss / 2**20, out)
+
+
+def ask_every_exit(bundle: Path, picture: Path) -> list[dict[str, Any]]:
+    """One question at each exit of one session: first token, and each later token, ms."""
+    from edgesafe.runtime import Session
+
+    rows = []
+    with Session.open(bundle, allow_uncertified=True) as session:
+        for depth in session.manifest.depths:
+            answer = session.ask(picture, PROMPT, exit_depth=depth, max_new_tokens=ASKED_TOKENS)
+            later = answer.actual_ms["decode"] / max(1, ASKED_TOKENS - 1)
+            rows.append({"exit_depth": depth, "ttft_ms": round(answer.ttft_ms, 1), "token_ms": round(later, 1)})
+    return rows
+
+
+def check_disk(work: Path, config: Path) -> None:
+    """Refuse to start without room for the checkpoint and its export.
+
+    Raises:
+        InputError: too little; it names what is needed and what is free.
+    """
+    need, free = (2 + 2 * 0.7) * count_weights(config), shutil.disk_usage(work).free
+    if need > free:
+        raise InputError(
+            f"about {need / 1e9:.0f} GB are needed on the disk, {free / 1e9:.0f} GB are free",
+            where=str(work),
+            expected="room for a bfloat16 checkpoint, the pieces and the bundle",
+            todo="make room",
+        )
+
+
+def whole_line(options: argparse.Namespace) -> dict[str, Any]:
+    """Checkpoint, plan, export, ask; what each took."""
+    model, bundle, picture = options.work / "model", options.work / "bundle", options.work / "picture.png"
+    cut = [w for key in ("layers", "blocks") if getattr(options, key) for w in (f"--{key}", str(getattr(options, key)))]
+    if not (model / "model.safetensors.index.json").exists():
+        shutil.rmtree(model, ignore_errors=True)
+        with step("make the checkpoint"):
+            tool = str(Path(__file__).parent / "tools" / "random_checkpoint.py")
+            made = asdict(run([tool, options.model, str(model), *cut]))
+    else:
+        made = {"seconds": 0.0, "peak_gib": 0.0}
+    from PIL import Image
+
+    Image.radial_gradient("L").convert("RGB").resize((400, 300)).save(picture)
+    asked = ["--device", options.device, "--text-scheme", options.text_scheme]
+    edgesafe = ["-m", "edgesafe.cli"]
+    plan = run([*edgesafe, "plan", str(model), *asked, "--json"])
+    with step("export"):
+        exported = run([*edgesafe, "export", str(model), *asked, "--out", str(bundle), "--json"])
+    depth = json.loads(exported.out)["exits"][-1]
+    question = ["--image", str(picture), "--prompt", PROMPT, "--exit-depth", str(depth), "--allow-uncertified"]
+    with step("ask"):
+        answered = run([*edgesafe, "ask", str(bundle), *question, "--max-new-tokens", str(ASKED_TOKENS), "--json"])
+    with step("ask at every exit"):
+        every = run([__file__, options.model, str(options.work), "--every-exit"])
+    return {
+        "model": options.model,
+        "cut": cut,
+        "device": options.device,
+        "plan": json.loads(plan.out),
+        "checkpoint": {k: v for k, v in made.items() if k != "out"} | {"bytes": folder_bytes(model)},
+        "export": {"seconds": exported.seconds, "peak_gib": exported.peak_gib, "bytes": folder_bytes(bundle)},
+        "ask": {"seconds": answered.seconds, "peak_gib": answered.peak_gib, "answer": json.loads(answered.out)},
+        "every_exit": {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)},
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def show(result: dict[str, Any]) -> str:
+    """The tables."""
+    plan = result["plan"]
+    rows = [
+        [name, f"{result[name]['seconds']:.0f}", f"{result[name]['peak_gib']:.2f}", f"{result[name].get('bytes', 0) / 1e9:.3f}"]
+        for name in ("checkpoint", "export", "ask")
+    ]
+    rows.append(["planned export", None, f"{plan['export_gib']:.2f}", f"{plan['bundle_bytes'] / 1e9:.3f}"])
+    rows.append(["planned ask", None, f"{plan['run_gib']:.2f}", None])
+    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, r["token_ms"]] for r in result["every_exit"]["rows"]]
+    return (
+        table(rows, ["step", "seconds", "peak GiB", "GB"])
+        + "\n\n"
+        + table(exits, ["exit", "first token s (here)", "later tokens ms"])
+        + "\n\n"
+        + "\n".join(plan["notes"])
+    )
+
+
+def main() -> int:
+    """Run the line and print its tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="a name of tests/tools/configs, or a folder or file with a published config")
+    parser.add_argument("work", type=Path, help="folder for checkpoint and bundle; a checkpoint that is there is used")
+    parser.add_argument("--device", default="rpi5")
+    # In blocks of 32 seven billion weights take 4.7 GB, and answering 6.8 GiB; in blocks of 64 4.2 GB and 5.9 GiB.
+    parser.add_argument("--text-scheme", default="int4-block64")
+    parser.add_argument("--layers", type=int, help="decoder layers, where not the config's")
+    parser.add_argument("--blocks", type=int, help="vision blocks, where not the config's")
+    parser.add_argument("--out", type=Path, help="write the result there, as JSON")
+    parser.add_argument("--every-exit", action="store_true", help="only ask the bundle that is there, once an exit")
+    options = parser.parse_args()
+    if options.every_exit:
+        print(json.dumps(ask_every_exit(options.work / "bundle", options.work / "picture.png")))
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    check_disk(options.work, find_config(options.model))
+    result = whole_line(options)
+    print(show(result))
+    if options.out:
+        write_result(options.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

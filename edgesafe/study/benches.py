@@ -36,7 +36,8 @@ def engines_table(folder: Path) -> str:
     headers = ["engine", "prefill of 600 tokens, ms", "a token, ms", "prefill: times edgesafe's time", "a token: the same"]
     headers += ["prefill, processor time", "a token, processor time"]
     run = found["runs"]["engines"]
-    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {', '.join(found['peers'])}; {run['rounds']} rounds in turns."
+    peers = ", ".join(found["peers"])
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {peers}; {run['rounds']} rounds in turns."
 
 
 def vision_table(folder: Path) -> str:
@@ -66,7 +67,8 @@ def schemes_table(folder: Path) -> str:
     headers = ["scheme", "decoder, MiB", f"prefill: speed over {first}", f"decode: speed over {first}", "same answers, %"]
     run = found["runs"]["text_speed"]
     vision = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["agreement"]["vision"].items())
-    told = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth. The tower's schemes by answers: {vision}."
+    rows_told = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth."
+    told = f"{rows_told} The tower's schemes by answers: {vision}."
     return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {told}"
 
 

@@ -99,7 +99,7 @@ def _by_hand(family, inputs, depth: int) -> torch.Tensor:
 
 
 def test_the_oracle_is_the_state_after_so_many_blocks(case):
-    inputs = parity._inputs(case.family, noise(70, 40), "What is this?")
+    inputs = parity.processed(case.family, noise(70, 40), "What is this?")
     wanted = {d: _by_hand(case.family, inputs, d) for d in range(1, case.family.n_blocks + 1)}
     for depth, want in wanted.items():
         assert torch.equal(case.family.oracle(inputs, depth), want)
@@ -125,7 +125,7 @@ def _truncated(family, inputs, depth: int) -> torch.Tensor:
 
 
 def test_a_truncated_tower_is_transformers_own_selection(case):
-    inputs = parity._inputs(case.family, noise(40, 70), "What is this?")
+    inputs = parity.processed(case.family, noise(40, 70), "What is this?")
     for depth in range(1, case.family.n_blocks + 1):
         want = case.family.oracle(
             inputs, depth
@@ -199,7 +199,7 @@ def test_pictures_and_prompts_are_the_processor_s(case, tmp_path):
     seen = set()
     for size in SIZES:
         picture = noise(*size)
-        inputs = parity._inputs(family, picture, "What is <this>?\n\nSay.")
+        inputs = parity.processed(family, picture, "What is <this>?\n\nSay.")
         cut = session.cut(picture)
         seen.add(cut.tiles)
         assert (
@@ -268,7 +268,7 @@ def test_standalone_exits_of_tiles_give_the_chain_s_features(cases, tmp_path):
 def test_one_tile_where_the_checkpoint_says_so(tmp_path):
     family = load_family(make_tiny("smolvlm", tmp_path / "m", do_image_splitting=False))
     assert family.tiles.cut == "never"
-    inputs = parity._inputs(family, noise(70, 40), "What?")
+    inputs = parity.processed(family, noise(70, 40), "What?")
     from edgesafe.runtime.tiles import preprocess_tiles
 
     (ours,) = preprocess_tiles(noise(70, 40), family.image_spec, family.tiles)

@@ -132,6 +132,12 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
     )
     for part in (vision, projector, pictures, text, fields):
         part.done()
+    _check(recipe, where)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Refuse a recipe that contradicts itself."""
     if (recipe.exit_state == "normed") != bool(recipe.norm_after_blocks):
         raise ConfigError("exit_state and norm_after_blocks disagree", where=where, expected="a norm where the state is normed")
     if (recipe.cut == "grid") != (recipe.texts is not None):
@@ -141,4 +147,3 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         raise ConfigError(
             f"unknown select strategy {unknown[0]!r}", where=where, expected="one of " + ", ".join(SELECT_STRATEGIES)
         )
-    return recipe

@@ -55,8 +55,8 @@ LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
 WHOLE_MODEL, PIECES = "whole model", "pieces"
-# A graph of more bytes keeps its weights in a file beside it: protobuf ends at 2 GiB, and putting a graph together in memory takes
-# three times its size (eight decoder layers of 1 GB: a peak of 4.0 GiB, where the pieces themselves needed 2.8).
+# A graph of more bytes keeps its weights in a file beside it: protobuf ends at 2 GiB, and putting a graph together in memory
+# takes three times its size (eight decoder layers of 1 GB: a peak of 4.0 GiB, where the pieces themselves needed 2.8).
 INLINE_BYTES = 2**28
 _RECORDED = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 

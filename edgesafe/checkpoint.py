@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError, UnsupportedModelError
+from edgesafe.processor import read_processor
+from edgesafe.recipe import refused_families
 
 MEND = "use an intact Hugging Face checkpoint folder"
 
@@ -57,7 +59,7 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
         InputError: no such folder, or files missing or damaged.
         UnsupportedModelError: another family.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
@@ -69,13 +71,14 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in supported:
+            why = refused_families().get(config.model_type)
             raise UnsupportedModelError(
-                f"model family {config.model_type!r}",
+                f"model family {config.model_type!r}" + (f": {why}" if why else ""),
                 where=str(folder),
                 expected="one of " + ", ".join(supported),
                 todo="use a supported family",
             )
-        return config, AutoProcessor.from_pretrained(folder)
+        return config, read_processor(folder, config.model_type)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreadable(folder, error) from error
 

@@ -1,7 +1,8 @@
 """The name, dtype and shape of every graph input and output, used by the exporter and the runtime alike.
 
-Shapes: T vision tokens with CLS, C vision width, N image tokens, D text width, S new tokens, P cached tokens,
-V vocabulary, KVH key-value heads, HD head size. Batch is always 1.
+Shapes: T vision tokens with CLS, C vision width, N image tokens (of a tile, where there are tiles, and
+then a row more where there is a newline), D text width, S new tokens, P cached tokens, V vocabulary, KVH key-value heads,
+HD head size. Batch is always 1.
 
     first segment   pixel_values f32 [1,3,H,W]        -> hidden_states_out f32 [1,T,C]
     next segments   hidden_states f32 [1,T,C]         -> hidden_states_out f32 [1,T,C]

@@ -12,8 +12,11 @@ from edgesafe.errors import BundleError, FormatVersionError, UnsupportedModelErr
 from edgesafe.graph_io import TensorSpec
 from edgesafe.records import Fields
 from edgesafe.sizes import MAX_CONTEXT, MAX_SIDE, check_sizes
+from edgesafe.tiles import TilesSpec
 
-FORMAT_VERSION = 1
+# A bundle has the oldest format that says all of it: format 2 adds `tiles`.
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1
 LAYOUTS = ("chain", "standalone")
 DTYPES = ("float32", "int64")
 RESIZES = ("shortest_edge", "exact", "none")
@@ -200,7 +203,12 @@ class Manifest:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    format_version: int = FORMAT_VERSION
+    tiles: TilesSpec | None = None
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format that can say what this manifest says."""
+        return PLAIN_VERSION if self.tiles is None else FORMAT_VERSION
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -222,6 +230,9 @@ class Manifest:
         """Plain JSON values; ``from_dict`` reads them back to an equal manifest."""
         obj: dict[str, Any] = _plain(asdict(self))
         obj["image"] = self.image.to_dict()
+        obj["format_version"] = self.format_version
+        if self.tiles is None:
+            del obj["tiles"]
         return obj
 
     @staticmethod
@@ -251,7 +262,7 @@ def _read_manifest(fields: Fields, version: int) -> Manifest:
     parent, chat = fields.child("parent"), fields.child("chat")
     suite = fields.child("suite") if fields.has("suite") else None
     manifest = Manifest(
-        format_version=version,
+        tiles=TilesSpec.read(fields.child("tiles")) if version > PLAIN_VERSION else None,
         name=fields.text("name"),
         family=fields.text("family"),
         device=fields.text("device"),
@@ -345,6 +356,11 @@ def _check(manifest: Manifest, where: str) -> None:
         raise BundleError(f"the tokenizer {manifest.tokenizer!r} is not under files", where=where)
     if manifest.chat.prefix.count(manifest.image_token) != 1 or manifest.image_token in manifest.chat.suffix:
         raise BundleError("the chat prefix must hold the image token exactly once", where=where)
+    if manifest.tiles is not None:
+        tile = (manifest.image.height, manifest.image.width)
+        if manifest.image.resize != "exact" or manifest.image.center_crop:
+            raise BundleError("tiles are resized to another size", where=where, expected="resize exact, no centre crop")
+        manifest.tiles.check(manifest.image_token, manifest.image_tokens, tile, f"{where}: tiles")
     if not all(e.graphs for e in manifest.exits):
         raise BundleError("an exit lists no graphs", where=where)
     if manifest.suite and f"{manifest.suite.path}/suite.json" not in manifest.files:

@@ -29,7 +29,8 @@ def check_sizes(manifest: Manifest, where: str) -> None:
             if len(graph.inputs) != 1 or len(graph.outputs) != 1:
                 raise BundleError(f"the graph {path!r} needs one input and one output", where=where)
         _same(graphs[0].inputs[0], (1, 3, image.height, image.width), where)
-        _same(graphs[-1].outputs[0], (manifest.image_tokens, text.hidden_size), where)
+        rows = manifest.image_tokens + (manifest.tiles is not None and manifest.tiles.newline)
+        _same(graphs[-1].outputs[0], (rows, text.hidden_size), where)
     embed, decoder = manifest.graphs[text.embed_tokens], manifest.graphs[text.decoder]
     # Counted before a list of that length is made.
     if 2 * text.num_layers + 1 > len(decoder.inputs) or manifest.image_tokens >= text.context_length:

@@ -24,7 +24,13 @@ MOST_BYTES = 1_000_000
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
 LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "edgesafe/align/study/")
-SHIPPED = ("edgesafe/_devices/rpi5.toml", "edgesafe/serve/page.html", "edgesafe/py.typed", "edgesafe/BUNDLE.md")
+SHIPPED = (
+    "edgesafe/_devices/rpi5.toml",
+    "edgesafe/serve/page.html",
+    "edgesafe/py.typed",
+    "edgesafe/BUNDLE.md",
+    "edgesafe/_recipes/smolvlm.toml",
+)
 HELPERS = (
     "chaos.py",
     "conftest.py",
@@ -48,6 +54,7 @@ TESTS = (
     "runtime/test_runtime_threads.py",
     "serve/test_serve_http.py",
     "contract/test_bundle_format.py",
+    "contract/test_tiles_format.py",
     "contract/test_cli.py",
     "contract/test_errors.py",
     "contract/test_seal.py",

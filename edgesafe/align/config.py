@@ -156,7 +156,7 @@ class AlignConfig:
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.5, 0.6)
     focus_share: float = 0.6
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 32
     reference_rows: int = 16
     tune: str = AUTO
@@ -165,7 +165,7 @@ class AlignConfig:
     warmup: float = 0.08
     sft_weight: float = 1.5
     harm_weight: float = 9.0
-    focus_harm_weight: float = 4.0
+    focus_harm_weight: float = 2.5
     shallow_harm_weight: float = 24.0
     max_loss: float = 50.0
     precision: str = "auto"

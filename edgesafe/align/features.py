@@ -16,7 +16,7 @@ from edgesafe.align.data import Example, collate
 from edgesafe.align.model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
 
 CHUNK, CHUNK_BYTES = 64, 2**30  # rows that the tower sees at once, and what their states may take
-Need = Mapping[int, frozenset[int]]  # row number -> exit depths at which it is wanted, the reference depth aside
+Need = Mapping[int, frozenset[int]]  # row number -> depths at which it is wanted; a teacher adds the reference depth
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, froze
 def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
-    state = llava.image_tokens * config.vision_config.hidden_size
-    values = sum(len(depths | {llava.reference_depth}) * state for depths in need.values())
+    state = llava.patches * config.vision_config.hidden_size
+    values = sum(len(depths) * state for depths in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
     return 2 * values / 2**30
@@ -71,7 +71,7 @@ def chunk_rows(blocks: int, patches: int, width: int) -> int:
 
 def chunk_of(llava: Llava) -> int:
     """`chunk_rows` of a loaded checkpoint."""
-    return chunk_rows(llava.n_blocks, llava.image_tokens, llava.model.config.vision_config.hidden_size)
+    return chunk_rows(llava.n_blocks, llava.patches, llava.model.config.vision_config.hidden_size)
 
 
 @torch.no_grad()
@@ -99,9 +99,11 @@ def compute(
     for rows in plan(need, examples, chunk_of(llava)) if chunks is None else chunks:
         part = [examples[row] for row in rows]
         with autocast(precision, llava.device.type):
-            seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])))
+            taught = frozenset({llava.reference_depth} if teacher else ())
+            deepest = max(max(need[row] | taught) for row in rows)
+            seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
             for i, row in enumerate(rows):
-                for depth in need[row] | {llava.reference_depth}:
+                for depth in need[row]:
                     states[row, depth] = _half(exit_state(seen, depth)[i]).cpu()
             if teacher:
                 batch = collate(part, llava.pad_id).to(llava.device)
@@ -112,8 +114,8 @@ def compute(
 
 
 def plan(need: Need, examples: Sequence[Example], size: int) -> list[list[int]]:
-    """The needed rows in chunks of `size` and of like length, so that little is padded."""
-    order = sorted(need, key=lambda row: (len(examples[row].prompt) + len(examples[row].answer), row))
+    """The needed rows in chunks of `size`: of like depth, so that the tower stops early, then of like length."""
+    order = sorted(need, key=lambda row: (max(need[row]), len(examples[row].prompt) + len(examples[row].answer), row))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

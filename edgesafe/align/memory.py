@@ -202,11 +202,12 @@ def sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
         whole = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
         text, vision = whole["text_config"], whole["vision_config"]
         side, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
-        wide, blocks = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
+        wide, blocks = int(vision["hidden_size"]), int(vision.get("num_hidden_layers", _blocks(shapes, "vision")))
         patches = (side // patch) ** 2
+        tokens = patches // int(whole.get("scale_factor", 1)) ** 2
         vocabulary, width = next(shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight"))
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StopIteration) as error:
-        raise _unreadable(model_dir / "config.json", "config.json of a LLaVA checkpoint") from error
+        raise _unreadable(model_dir / "config.json", "config.json of a vision-language checkpoint") from error
     queries, keys, gated = (_rows(shapes, name) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
     layer = 4 * width + 2 * queries + 2 * keys + 4 * gated
     layer += config.lora.r * len(config.lora.targets) if config.tune == LORA else 2 * width
@@ -214,7 +215,7 @@ def sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
     at_work = (6 * wide + 2 * int(vision.get("intermediate_size", 4 * wide))) * (patches + 1) + 3 * side * side
     tower = (blocks + 1) * (patches + 1) * wide + at_work
     chunk = chunk_rows(blocks, patches, wide)
-    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, patches, patches * wide, blocks, chunk)
+    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, tokens, patches * wide, blocks, chunk)
 
 
 def _rows(shapes: Shapes, layer: str) -> int:
@@ -222,9 +223,9 @@ def _rows(shapes: Shapes, layer: str) -> int:
     return next((s[0] for name, s in shapes.items() if name.endswith(f"{layer}.weight") and "vision" not in name), 0)
 
 
-def _blocks(shapes: Shapes) -> int:
-    """Blocks of the language model."""
-    return sum(name.endswith("self_attn.q_proj.weight") and "vision" not in name for name in shapes)
+def _blocks(shapes: Shapes, part: str = "") -> int:
+    """Blocks of the language model, or of the tower."""
+    return sum(name.endswith("self_attn.q_proj.weight") and ("vision" in name) == bool(part) for name in shapes)
 
 
 def read_lengths(model_dir: Path, config: AlignConfig, image_tokens: int) -> Lengths:
@@ -307,7 +308,8 @@ def cache_bytes(model_dir: Path, s: Sizes, config: AlignConfig, lengths: Lengths
 
     def size(draws: int) -> float:
         rows = min(lengths.rows or draws, draws)
-        return 2.0 * (min(rows * exits, rows + draws) * s.states + rows * teacher)
+        again = min(rows, draws * config.reference_rows // config.batch_size)
+        return 2.0 * (min(rows * exits, again + draws) * s.states + rows * teacher)
 
     whole = size(config.steps * config.batch_size)
     fits = whole <= config.cache_gib * 2**30 and config.sampler != HARM

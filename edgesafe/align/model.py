@@ -1,6 +1,8 @@
-"""A LLaVA checkpoint seen from its exits: states after every block, answers at every depth.
+"""A checkpoint seen from its exits: states after every block, answers at every depth.
 
 B pictures or rows, P patches, W tower width, D text width, S tokens, A answer tokens, V tokens in the vocabulary.
+A picture is one tile here, also where the family cuts it into several: what is trained is the decoder's answer to an exit's
+state, and a row costs as little as it can. What is certified are the bundle's own tiles.
 """
 
 from __future__ import annotations
@@ -18,23 +20,31 @@ from torch import Tensor
 from edgesafe.checkpoint import read_checkpoint
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
+from edgesafe.recipe import Recipe, load_recipes
 
 
 @dataclass(frozen=True)
 class Llava:
     """A loaded checkpoint.
 
-    model: LlavaForConditionalGeneration in float32. processor: its LlavaProcessor. stored: dtype on disk.
-    image_tokens: P, the tokens that a picture takes. context_length: tokens that fit.
+    model: transformers' model in float32. processor: its processor. recipe: its family's. stored: dtype on disk.
+    patches: P. image_tokens: the tokens that a picture takes. context_length: tokens that fit.
     """
 
     model: Any
     processor: Any
+    recipe: Recipe
     n_blocks: int
     reference_depth: int
+    patches: int
     image_tokens: int
     context_length: int
     stored: torch.dtype
+
+    @property
+    def language(self) -> Any:
+        """The language model without its head."""
+        return self.model.get_submodule(self.recipe.decoder)
 
     @property
     def eos_id(self) -> int:
@@ -54,27 +64,41 @@ def load(path: Path) -> Llava:
 
     Raises:
         InputError: not a checkpoint folder, or a damaged one.
-        UnsupportedModelError: a family other than `llava`, or one whose exits are not single states without CLS.
+        UnsupportedModelError: a family without a recipe, or one whose exits are not single states without CLS.
     """
-    _, model, processor = read_checkpoint(path, ("llava",))
-    config = model.config
-    if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+    recipes = load_recipes()
+    family, model, processor = read_checkpoint(path, tuple(recipes))
+    config, recipe = model.config, recipes[family]
+    n_blocks = config.vision_config.num_hidden_layers
+    layer = getattr(config, recipe.reference) if recipe.reference else n_blocks
+    wanted = ("default",) if recipe.extra_tokens else recipe.select_strategies or (None,)
+    if not isinstance(layer, int) or getattr(config, "vision_feature_select_strategy", None) not in wanted:
         raise UnsupportedModelError(
             "the projector reads several layers or the CLS token",
             where=str(path / "config.json"),
-            expected="one vision_feature_layer and vision_feature_select_strategy 'default'",
-            todo="use a LLaVA-1.5 checkpoint",
+            expected=f"one vision_feature_layer and vision_feature_select_strategy {wanted[0]!r}",
+            todo="use a checkpoint of this family as it was published",
         )
-    n_blocks = config.vision_config.num_hidden_layers
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    joined = getattr(config, recipe.shuffle) ** 2 if recipe.shuffle else 1
     return Llava(
         model.requires_grad_(False),
         processor,
+        recipe,
         n_blocks,
-        reference_depth(n_blocks, config.vision_feature_layer),
-        (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
+        reference_depth(n_blocks, layer),
+        patches,
+        patches // joined + bool(recipe.newline),
         config.text_config.max_position_embeddings,
         stored_dtype(path),
     )
+
+
+def put_language(llava: Llava, language: Any, head: Any) -> None:
+    """Put another language model and head in the place of the model's own."""
+    owner, _, name = llava.recipe.decoder.rpartition(".")
+    setattr(llava.model.get_submodule(owner), name, language)
+    llava.model.lm_head = head
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -110,19 +134,37 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
     """Preprocess pictures with the checkpoint's own processor: [B, 3, H, W]."""
-    return llava.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"].to(llava.device)
+    whole = {"do_image_splitting": False} if llava.recipe.cut == "grid" else {}
+    pixels = llava.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
+    if pixels.dim() == 5:  # [1, B, ...] of pictures, or [B, tiles, ...] with the whole picture first
+        pixels = pixels[0] if llava.recipe.cut == "grid" else pixels[:, 0]
+    return pixels.to(llava.device)
 
 
 @torch.no_grad()
-def exit_states(llava: Llava, pixels: Tensor) -> tuple[Tensor, ...]:
+def exit_states(llava: Llava, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
     """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is exit depth d.
 
-    Raw residual states, CLS dropped, not normed: what `vision_feature_layer=d` hands to the projector.
+    Raw residual states, CLS dropped, not normed: what `vision_feature_layer=d` hands on to the norm or projector.
+
+    Args:
+        deepest: the last depth that is wanted; no later block is run. All of them by default.
 
     Source: transformers `LlavaModel.get_image_features`.
     """
-    out = llava.model.model.vision_tower(pixels, output_hidden_states=True)
-    return tuple(state[:, 1:] for state in out.hidden_states)
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    tower = llava.model.get_submodule(llava.recipe.tower)
+    parent, _, name = llava.recipe.blocks.rpartition(".")
+    stack = tower.get_submodule(parent)
+    blocks = getattr(stack, name)
+    maybe_install_capturing_hooks(tower)  # once and for all: while some blocks are away, they would never get theirs
+    setattr(stack, name, blocks[:deepest])
+    try:
+        out = tower(pixels, output_hidden_states=True)
+    finally:
+        setattr(stack, name, blocks)
+    return tuple(state[:, llava.recipe.extra_tokens :] for state in out.hidden_states)
 
 
 def exit_state(states: Sequence[Tensor], depth: int) -> Tensor:
@@ -143,7 +185,9 @@ def prompt_ids(llava: Llava, prompt: str) -> list[int]:
     image = llava.processor.image_token
     if text.count(image) != 1:
         raise InputError(f"the request spells {image!r}", where=repr(prompt), expected="text alone", todo="leave it out")
-    return list(llava.processor.tokenizer(text.replace(image, image * llava.image_tokens))["input_ids"])
+    shown = llava.recipe.texts.alone if llava.recipe.texts else image
+    shown = shown.replace(image, image * llava.image_tokens)
+    return list(llava.processor.tokenizer(text.replace(image, shown))["input_ids"])
 
 
 def answer_ids(llava: Llava, answer: str) -> list[int]:
@@ -155,7 +199,7 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     """Token embeddings with the projected exit states in the image tokens' places.
 
     Args:
-        ids: [B, S] with P image tokens a row.
+        ids: [B, S] with a picture's image tokens in each row.
         states: [B, P, W].
 
     Returns:
@@ -163,11 +207,25 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     """
     model = llava.model
     embeds = model.get_input_embeddings()(ids)
-    features = model.model.multi_modal_projector(states)
+    if not states.shape[1]:
+        return embeds
+    features = project(llava, states)
     image = ids == model.config.image_token_id
     image &= image.cumsum(1) <= llava.image_tokens  # a sampled answer may hold the token too
     where = image.unsqueeze(-1).expand_as(embeds)
     return embeds.masked_scatter(where, features.to(embeds.dtype))
+
+
+def project(llava: Llava, states: Tensor) -> Tensor:
+    """Image features [B, image tokens, D] of exit states [B, P, W]."""
+    recipe, model = llava.recipe, llava.model
+    if recipe.norm_after_blocks:
+        states = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
+    features = model.get_submodule(recipe.projector)(states)
+    if not recipe.newline:
+        return features
+    newline = model.get_parameter(recipe.newline).to(features.dtype)
+    return torch.cat([features, newline.expand(len(features), 1, -1)], 1)
 
 
 def answer_hidden(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
@@ -177,7 +235,7 @@ def answer_hidden(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> T
     No attention mask is needed: padding lies after every position that is read.
     """
     inputs = embed(llava, ids, states)
-    hidden = llava.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
+    hidden = llava.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
     return hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
@@ -214,7 +272,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for step in range(max_new_tokens):
-        out = model.model.language_model(
+        out = llava.language(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         token = pick(model.lm_head(out.last_hidden_state[:, -1]), alive, step)

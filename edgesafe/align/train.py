@@ -115,7 +115,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     _check_wrapper(accelerator.distributed_type, getattr(plugin, "fsdp_version", 0), config.optimizer)
     llava = load(model_dir)
-    parts = (llava.model.model.language_model, llava.model.lm_head)
+    parts = (llava.language, llava.model.lm_head)
     config = with_tune(config, sum(p.numel() for part in parts for p in part.parameters()))
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
@@ -193,7 +193,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
     for number in bar(updates, len(updates), f"align ({config.method})") if main else updates:
         began = time.perf_counter()
         depth, rows = draw_update(t, number)
-        features = everything or _features(t, {row: frozenset({depth}) for row in rows})
+        features = everything or _features(t, merge_needs(_wanted(t, depth, rows)))
         try:
             figures = _update(t, features, depth, rows, number)
         except DivergedError as error:
@@ -256,6 +256,11 @@ def _draw_pairs(t: Trainer, depth: int, number: int) -> list[l_dpo.Pair]:
     return [some[i] for i in draw_rows(t.config.seed + depth, len(some), t.config.batch_size, number)]
 
 
+def _wanted(t: Trainer, depth: int, rows: list[int]) -> list[tuple[int, list[int]]]:
+    """Which rows an update reads at which depth: all at the exit, the first `reference_rows` at the reference depth too."""
+    return [(depth, rows), (t.llava.reference_depth, rows[: t.config.reference_rows])]
+
+
 def _update(t: Trainer, features: Features, depth: int, rows: list[int], number: int) -> dict[str, float]:
     """One update of the policy."""
     for group in t.optimizer.param_groups:
@@ -286,7 +291,7 @@ def _whole_run_features(t: Trainer, start: int) -> Features | None:
     """
     if start >= t.config.steps or t.config.sampler == HARM:
         return None
-    need = merge_needs(draw_update(t, number) for number in range(t.config.steps))
+    need = merge_needs(one for number in range(t.config.steps) for one in _wanted(t, *draw_update(t, number)))
     if size_gib(t.llava, t.examples, need, teacher=_taught(t)) > t.config.cache_gib:
         return None
     return _features(t, need, label="tower and teacher" if _taught(t) else "tower")

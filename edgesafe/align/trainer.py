@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from edgesafe.align.config import LORA, MUON, AlignConfig
 from edgesafe.align.data import Batch, Example, collate
 from edgesafe.align.features import Features
-from edgesafe.align.model import Llava, answer_hidden, autocast
+from edgesafe.align.model import Llava, answer_hidden, autocast, put_language
 from edgesafe.align.sampler import focused_exits
 from edgesafe.align.watch import Watch
 from edgesafe.errors import ConfigError, DivergedError
@@ -150,13 +150,13 @@ class Trainer:
             with self.peft.disable_adapter():
                 yield
             return
-        inner, model = self.llava.model.model, self.llava.model
-        own = inner.language_model, model.lm_head
-        inner.language_model, model.lm_head = self.frozen or own
+        llava = self.llava
+        own = llava.language, llava.model.lm_head
+        put_language(llava, *(self.frozen or own))
         try:
             yield
         finally:
-            inner.language_model, model.lm_head = own
+            put_language(llava, *own)
 
     def descend(self, loss: Tensor, place: str) -> dict[str, float]:
         """One optimizer step; nothing moves where the loss or its gradient is beyond bounds.
@@ -192,7 +192,7 @@ def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Poli
     Raises:
         ConfigError: an adapter target that the language model does not have.
     """
-    language = llava.model.model.language_model
+    language = llava.language
     if config.gradient_checkpointing:
         language.gradient_checkpointing_enable({"use_reentrant": False})
     if config.tune != LORA:
@@ -223,7 +223,7 @@ def target_modules(llava: Llava, targets: tuple[str, ...]) -> list[str]:
     Raises:
         ConfigError: a target that the language model does not have.
     """
-    inside = [name for name, _ in llava.model.named_modules() if ".language_model." in name]
+    inside = [name for name, _ in llava.model.named_modules() if f"{llava.recipe.decoder}." in name]
     for target in targets:
         if not any(name.split(".")[-1] == target for name in inside):
             raise ConfigError(

@@ -22,6 +22,7 @@ from edgesafe.machine import machine_name
 from edgesafe.progress import bar, table
 from edgesafe.runtime.options import MAX_NEW_TOKENS
 from edgesafe.runtime.session import Session
+from edgesafe.tiles import ALONE
 
 Said = dict[int, dict[str, str]]
 
@@ -72,13 +73,14 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterabl
     """Greedy answers {exit depth: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
     depths = tuple(depths)
     said: Said = {d: {} for d in depths}
-    shown, features = None, {}
+    shown, features, cut = None, {}, ALONE
     for row in bar(rows, len(rows), label) if label else rows:
         # Rows of one picture stand next to each other where a suite asks several things about it.
         if row.image != shown:
-            features, shown = session.vision_states(suite.image_path(row), depths), row.image
+            path = suite.image_path(row)
+            features, cut, shown = session.vision_states(path, depths), session.cut(path), row.image
         for d in depths:
-            said[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS)
+            said[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS, cut)
     return said
 
 

@@ -15,11 +15,12 @@ from edgesafe.runtime.asking import AnswerStream
 from edgesafe.runtime.choose import Budget
 from edgesafe.runtime.decode import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
-from edgesafe.runtime.image import Picture, preprocess
+from edgesafe.runtime.image import Picture
 from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import Cancel, Progress, Turn
+from edgesafe.tiles import Cut
 
 if TYPE_CHECKING:
     from edgesafe.runtime.session import Session
@@ -58,6 +59,7 @@ class Conversation:
         self._image: Any = image  # a Picture, until it was looked at
         self._taken: ExitSpec | None = None
         self._features: State = None
+        self._cut: Cut | None = None
         self._reader: Reader | None = None
         self._read: list[int] = []
 
@@ -99,7 +101,9 @@ class Conversation:
             check_max_new_tokens(max_new_tokens)
             check_options(self._budget, sampling)
             limit = min(max_new_tokens, (self._budget and self._budget.max_new_tokens) or max_new_tokens)
-            ids = encode_prompt(session.tokenizer, session.manifest, prompt)
+            image = self._image  # before the cut: another thread may be about to let go of the picture
+            self._cut = self._cut or session.cut(image)
+            ids = encode_prompt(session.tokenizer, session.manifest, prompt, self._cut)
             exits, why = allowed_exits(session.bundle, session.certificate, self._budget, self._asked_depth, self._allow)
             turn.wait()
             course = Course(
@@ -119,34 +123,46 @@ class Conversation:
         self._features = self._reader = self._image = None
 
     def _forecast(self, prompt_tokens: int) -> Forecast:
-        whole = self._session.predict(prompt_tokens)
+        whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
         return whole if self._taken is None else whole.only(DECODE, _READ_BEFORE)
 
-    def _open_picture(self, course: Course, exits: list[ExitSpec]) -> Array:
+    def _open_picture(self, course: Course, exits: list[ExitSpec]) -> State:
         """The pixels, and the plan that the budget allows."""
         session = self._session
         if self._budget is not None:
             tune.check_measured(course.forecast, self._budget, session.bundle)
         # A picture is decoded when it is its turn, so that a line of asks holds no line of pictures in memory.
-        pixels = course.timed(PREPROCESS, lambda: preprocess(self._image, session.manifest.image))
+        pixels = course.timed(PREPROCESS, lambda: session.look(self._image))
         if self._budget is not None:
             course.plan(exits)
         return pixels
 
-    def _look(self, question: _Question, exits: list[ExitSpec], pixels: Array) -> None:
+    def _look(self, question: _Question, exits: list[ExitSpec], pixels: State) -> None:
         """Run the vision side as deep as the clock allows, and keep what it gave."""
         ran: list[str] = []
 
         def run(path: str, state: State) -> State:
-            out = question.course.timed(path, lambda: self._session.run_vision_graph(path, state))
+            out = question.course.timed(path, lambda: self._run(path, state, question.turn))
             ran.append(path)
             question.turn.step("vision", len(ran), len(exits[-1].graphs))
             return out
 
-        self._taken, self._features = run_anytime(exits, run, pixels, question.course.goes_on)
+        assert self._cut is not None
+        self._taken, state = run_anytime(exits, run, pixels, question.course.goes_on)
+        self._features = self._session.joined(state, self._cut)
         self._image = None
 
-    def _answer(self, question: _Question, exits: list[ExitSpec], pixels: Array | None) -> Generator[str | Answer, None, None]:
+    def _run(self, path: str, state: State, turn: Turn) -> State:
+        """One vision graph, which a cancelled ask leaves between two tiles."""
+        if not isinstance(state, list):
+            return self._session.run_vision_graph(path, state)
+        out = []
+        for tile in state:
+            turn.check()
+            out.append(self._session.run_vision_graph(path, tile))
+        return out
+
+    def _answer(self, question: _Question, exits: list[ExitSpec], pixels: State) -> Generator[str | Answer, None, None]:
         """The answer's pieces, then the answer."""
         session, course, ids = self._session, question.course, question.ids
         question.turn.check()

@@ -134,5 +134,15 @@ def error_bound(correction: Correction, quantile: float) -> float:
     return errors[min(max(place, 1), len(errors)) - 1]
 
 
+def enough_errors(correction: Correction, quantile: float) -> bool:
+    """Whether the errors are so many that one of them, and not merely the largest, is the quantile's bound.
+
+    >>> enough_errors(Correction(errors=(1.0,) * 19), 0.95), enough_errors(Correction(errors=(1.0,) * 18), 0.95)
+    (True, False)
+    """
+    count = len(correction.errors)
+    return round((count + 1) * quantile, 9) <= count
+
+
 def _bounded(value: float) -> float:
     return min(max(value, _LEAST), _MOST)

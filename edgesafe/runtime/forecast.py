@@ -7,7 +7,7 @@ from typing import Any
 
 from edgesafe.bundle import GraphSpec, Manifest
 from edgesafe.device import ESTIMATED, MEASURED, DeviceProfile, LatencyTable, percentile
-from edgesafe.runtime.correct import Correction, error_bound, factor
+from edgesafe.runtime.correct import Correction, enough_errors, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()
@@ -66,7 +66,9 @@ class Forecast:
         >>> f.expected_ms(("a", "b")), f.quantile_ms(("a", "b"), 1.0), f.quantile_ms(("a", "b"), 1.0, Correction(2.0))
         (4.0, 9.0, 18.0)
         """
-        widening = max(self.spread(tuple(stages), quantile), error_bound(correction, quantile))
+        widening = error_bound(correction, quantile)
+        if not enough_errors(correction, quantile):
+            widening = max(self.spread(tuple(stages), quantile), widening)
         return self.expected_ms(stages, correction) * widening
 
     def ttft_ms(self, graphs: Sequence[str], quantile: float, correction: Correction = UNCORRECTED) -> float | None:
@@ -77,6 +79,14 @@ class Forecast:
     def only(self, stage: str, note: str) -> Forecast:
         """What is known of one stage alone; it predicts no time to the first token, and says why."""
         return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, self._decode)
+
+    def tiled(self, tiles: int) -> Forecast:
+        """The same with vision graphs that run so many times, once a tile."""
+        if tiles == 1 or not self:
+            return self
+        other = (PREPROCESS, PREFILL, DECODE)
+        rounds = {stage: times if stage in other else [tiles * ms for ms in times] for stage, times in self.rounds.items()}
+        return Forecast(rounds, self.source, self.note, self._decode)
 
     def spread(self, stages: tuple[str, ...], quantile: float) -> float:
         """The quantile of the rounds' sums over the sum of the stages' medians, and at least 1."""

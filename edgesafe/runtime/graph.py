@@ -11,6 +11,7 @@ from edgesafe.runtime.decode import Array, Graph, Reader, State, shares_cache
 from edgesafe.runtime.shared import SharedReader, graph_errors
 
 _DTYPES = {"float32": np.float32, "int64": np.int64}
+_SPIN_US = "50"
 
 
 class OrtGraph:
@@ -22,7 +23,8 @@ class OrtGraph:
         self.outputs = [tensor.name for tensor in spec.outputs]
         self._shares = shares_cache(spec)
         try:
-            self._session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+            options = session_options(threads, alone=self._shares)
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BundleError(f"onnxruntime can't load the graph: {error}", where=path) from error
         names = {tensor.name for tensor in self._session.get_inputs()}
@@ -59,16 +61,25 @@ class OrtGraph:
         return SharedReader(embed._session, self._session, text, length)
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """How every graph is opened."""
+def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
+    """How every graph is opened.
+
+    Args:
+        threads: Threads of its own.
+        alone: It runs many times without another graph of many threads in between, as a decoder does.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # A chain is many graphs, each with threads of its own: those that wait must not keep the cores busy for those that
-    # work. With 15 graphs on 2 cores an answer took 3.2 times as long with spinning on.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Each graph's arena would keep the largest memory that it ever used: the reference bundle's peak was 101 MiB with arenas
-    # and 96 without, at the same CPU time an answer.
+    # work. With 15 graphs on 2 cores the first token took 6.6 times as long with onnxruntime's own spinning. The decoder's
+    # threads may wait awake for the next operator: a token took 0.84 times as long.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if alone else "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
+    # Each graph's arena would keep the largest memory that it ever used, and a pattern plans one block for a whole run: the
+    # reference bundle's peak was 101 MiB with arenas and 96 without on one machine, 100.3 with patterns and 99.5 without on
+    # another, at the same time an answer.
     options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     return options

@@ -12,8 +12,9 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _STRIP = 64
 _SIDES = {1: "L", 3: "RGB", 4: "RGBA"}
+# EXIF orientations that turn a picture by a quarter.
+_LYING = (5, 6, 7, 8)
+T = TypeVar("T")
 
 
 def preprocess(picture: Picture, spec: ImageSpec) -> Floats:
@@ -52,8 +56,11 @@ def preprocess(picture: Picture, spec: ImageSpec) -> Floats:
         _refuse_bomb(width, height, f"the picture would be resized to {width} x {height}")
         image = image.resize((width, height), resample=Image.Resampling[spec.resample.upper()])
     pixels = np.asarray(image)
-    if spec.center_crop:
-        pixels = center_crop(pixels, spec.height, spec.width)
+    return normalised(center_crop(pixels, spec.height, spec.width) if spec.center_crop else pixels, spec)
+
+
+def normalised(pixels: npt.NDArray[np.uint8], spec: ImageSpec) -> Floats:
+    """``pixel_values`` float32 [1,3,H,W] of uint8 [H,W,3], by the spec's factor, mean and std."""
     # In float64 first and rounded once, as transformers does, to stay bit-equal to it.
     values = (pixels.astype(np.float64) * spec.rescale_factor).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
@@ -67,21 +74,34 @@ def load_picture(picture: Picture | None) -> Image.Image:
     Raises:
         InputError: There is no picture, it can't be read, or it has more than ``MAX_PIXELS``.
     """
+    return _opened(picture, _decode)
+
+
+def picture_size(picture: Picture | None) -> tuple[int, int]:
+    """The upright picture's height and width, from the head of its file where that says it.
+
+    Raises:
+        InputError: As by ``load_picture``.
+    """
+    return _opened(picture, _size)
+
+
+def _opened(picture: Picture | None, use: Callable[[Image.Image, str], T]) -> T:
     if picture is None:
         raise InputError("there is no picture", expected="a path, a PIL image or a uint8 array", todo="pass one")
     if isinstance(picture, Image.Image):
-        return _decode(picture, "the PIL image")
+        return use(picture, "the PIL image")
     if isinstance(picture, np.ndarray):
-        return _decode(_from_array(picture), "the array")
+        return use(_from_array(picture), "the array")
     if isinstance(picture, bytes):
-        return _read(io.BytesIO(picture), "the picture's bytes")
+        return _read(io.BytesIO(picture), "the picture's bytes", use)
     if not isinstance(picture, str | os.PathLike):
         raise InputError(f"a {type(picture).__name__} is no picture", expected="a path, bytes, a PIL image or a uint8 array")
     path = Path(picture)
     # Only plain files: a pipe would hang and a device would never end. A name that is too long is an error of the system.
     with contextlib.suppress(OSError):
         if path.is_file():
-            return _read(path, str(path))
+            return _read(path, str(path), use)
     raise InputError("there is no such picture file", where=str(path), todo="check the path")
 
 
@@ -113,7 +133,7 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     return int(edge * width / height), edge
 
 
-def _read(source: Path | io.BytesIO, where: str) -> Image.Image:
+def _read(source: Path | io.BytesIO, where: str, use: Callable[[Image.Image, str], T]) -> T:
     try:
         # An error, not a warning: Pillow's own limit lies above ours, so nothing that warns is wanted.
         with warnings.catch_warnings():
@@ -124,7 +144,7 @@ def _read(source: Path | io.BytesIO, where: str) -> Image.Image:
     except Exception as error:
         raise _unreadable(error, where) from error
     with image:
-        return _decode(image, where)
+        return use(image, where)
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
@@ -136,11 +156,24 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(flat))
 
 
-def _decode(image: Image.Image, where: str) -> Image.Image:
-    """Upright RGB. Transparent pixels show white, as transformers' ``convert_to_rgb`` shows them."""
+def _size(image: Image.Image, where: str) -> tuple[int, int]:
+    _check_size(image, where)
+    try:
+        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+    except Exception as error:
+        raise _unreadable(error, where) from error
+    return (image.width, image.height) if lying else (image.height, image.width)
+
+
+def _check_size(image: Image.Image, where: str) -> None:
     if not image.width or not image.height:
         raise InputError("the picture is empty", where=where, expected="at least one pixel")
     _refuse_bomb(image.width, image.height, where)
+
+
+def _decode(image: Image.Image, where: str) -> Image.Image:
+    """Upright RGB. Transparent pixels show white, as transformers' ``convert_to_rgb`` shows them."""
+    _check_size(image, where)
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
             image = ImageOps.exif_transpose(image)

@@ -29,10 +29,10 @@ from edgesafe.machine import (
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
-from edgesafe.runtime.image import preprocess
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe.runtime.tune import Tuning, asked_threads
+from edgesafe.tiles import ALONE, Cut, prompt_runs
 
 # A photo of the size that phones send on: 1 megapixel. Decoding a larger file takes longer than predicted.
 _PICTURE = (864, 1152, 3)
@@ -62,8 +62,10 @@ class _Probe:
     def __post_init__(self) -> None:
         manifest = self.session.manifest
         self.picture = np.random.default_rng(0).integers(0, 256, _PICTURE, np.uint8)
-        self.pixels = preprocess(self.picture, manifest.image)
-        self.prompts = _prompts(self.session)
+        looked = self.session.look(self.picture)
+        # One tile stands for all: a forecast multiplies by a picture's own number of them.
+        self.pixels = looked[:1] if manifest.tiles else looked
+        self.prompts = _prompts(self.session, self.session.cut(self.picture))
 
     def one_answer(self) -> float:
         """Run an answer from the deepest exit; ms without preprocessing, in which threads play no part."""
@@ -76,7 +78,7 @@ class _Probe:
 
     def one_round(self) -> None:
         """Run every stage once, in the order of an answer, and keep its time."""
-        self._timed(PREPROCESS, partial(preprocess, self.picture, self.session.manifest.image))
+        self._timed(PREPROCESS, partial(self.session.look, self.picture))
         features = self._vision()
         for ids in self.prompts:
             tokens = self._tokens(features, ids, 1 + _STEPS)
@@ -96,7 +98,7 @@ class _Probe:
                     state[way] = self._timed(path, partial(self.session.run_vision_graph, path, state[way[:-1]]))
             features = state.get(spec.graphs, state.get(self.session.manifest.exits[0].graphs))
         assert features is not None
-        return features
+        return self.session.joined(features, ALONE)
 
     def _timed(self, stage: str, job: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -197,11 +199,16 @@ def _until(end: float, least: int, most: int) -> Iterator[int]:
         yield i
 
 
-def _prompts(session: Session) -> list[list[int]]:
-    """A short prompt's ids, longer ones and the longest that is measured, all within the context."""
+def _prompts(session: Session, cut: Cut) -> list[list[int]]:
+    """A short prompt's ids, longer ones and the longest that is measured, all within the context.
+
+    Where the bundle has tiles the short one shows one of them, and the longest is no shorter than one with all of ``cut``.
+    """
     short = encode_prompt(session.tokenizer, session.manifest, _PROMPT)
+    m = session.manifest
+    whole = sum(prompt_runs(m.tiles, cut, m.image_token, m.image_tokens)[1]) - m.image_tokens
     room = session.manifest.text.context_length - 1 - _STEPS - len(short)
-    most = max(0, min(room, (_LONGEST - 1) * len(short)))
+    most = max(0, min(room, max(whole, (_LONGEST - 1) * len(short))))
     extras = sorted({most * i // (_LENGTHS - 1) for i in range(_LENGTHS)})
     # The image token stands at the beginning; what is repeated is the question.
     tail = [i for i in short[-8:] if i != session.manifest.image_token_id]

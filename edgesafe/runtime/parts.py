@@ -14,7 +14,10 @@ from edgesafe.machine import on_cores
 from edgesafe.runtime import decode
 from edgesafe.runtime.backend import Backend
 from edgesafe.runtime.decode import Array, Graph, Reader, State
+from edgesafe.runtime.image import Picture
+from edgesafe.runtime.tiles import join_tiles, picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import load_tokenizer
+from edgesafe.tiles import ALONE, Cut
 
 
 class Parts:
@@ -46,8 +49,16 @@ class Parts:
             self._graphs[path] = self.backend.open(where, self.manifest.graphs[path], self.threads)
         return self._graphs[path]
 
-    def run_exits(self, pixels: Array, depths: Collection[int]) -> dict[int, Array]:
-        """The image features float32 [N,D] of each asked exit from ``pixel_values`` [1,3,H,W], shared segments run once."""
+    def cut(self, picture: Picture) -> Cut:
+        """How a picture is cut into tiles; a bundle without tiles doesn't look at it."""
+        return picture_cut(picture, self.manifest)
+
+    def look(self, picture: Picture) -> State:
+        """A picture's ``pixel_values`` float32 [1,3,H,W], or a list of them where the bundle has tiles."""
+        return pixel_values(picture, self.manifest)
+
+    def run_exits(self, pixels: State, depths: Collection[int], cut: Cut = ALONE) -> dict[int, Array]:
+        """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once."""
         done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
         for depth in sorted(depths):
@@ -55,12 +66,22 @@ class Parts:
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:
                     done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
-            features[depth] = decode.as_array(done[graphs])
+            features[depth] = self.joined(done[graphs], cut)
         return features
 
     def run_vision_graph(self, path: str, state: State) -> State:
-        """One segment, head or whole exit: its one input is the picture or the state, its one output the next."""
-        return decode.advance(self.graph(path), state)
+        """One segment, head or whole exit: its one input is the picture or the state, its one output the next.
+
+        A list of tiles runs one by one and gives a list.
+        """
+        graph = self.graph(path)
+        return [decode.advance(graph, tile) for tile in state] if isinstance(state, list) else decode.advance(graph, state)
+
+    def joined(self, state: State, cut: Cut) -> Array:
+        """The image features float32 [N,D] of what the last vision graph gave."""
+        if self.manifest.tiles is None:
+            return decode.as_array(state)
+        return join_tiles([decode.as_array(tile) for tile in state], cut, self.manifest.tiles)
 
     def prefill(self, features: Array, ids: list[int]) -> tuple[Array, dict[str, Array]]:
         """Read a whole prompt: its logits and its cache."""

@@ -24,12 +24,13 @@ from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.correct import Correction
 from edgesafe.runtime.decode import Array, Graph
 from edgesafe.runtime.forecast import Forecast
-from edgesafe.runtime.image import Picture, preprocess
+from edgesafe.runtime.image import Picture
 from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
 from edgesafe.runtime.parts import Parts
 from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import WAIT, Cancel, Progress, Turns
+from edgesafe.tiles import ALONE, Cut
 
 
 class Session(Parts):
@@ -60,7 +61,7 @@ class Session(Parts):
         self.tuning = tuning or tune.tune(bundle, self.profile, threads, backend.version)
         self.correction = Correction()
         self.clock = clock
-        self._forecasts: dict[int, Forecast] = {}
+        self._forecasts: dict[tuple[int, int], Forecast] = {}
         self._note = note
         self.turns = Turns(when_busy)
         self._handing_over = threading.Lock()
@@ -252,24 +253,26 @@ class Session(Parts):
             float32 [N,D] by exit depth.
         """
         with self.turns.enter():
-            return self.run_exits(preprocess(image, self.manifest.image), depths)
+            return self.run_exits(self.look(image), depths, self.cut(image))
 
-    def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
-        """The answer's text for image features [N,D] that were computed before."""
+    def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, cut: Cut = ALONE) -> str:
+        """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""
         check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
-        ids = encode_prompt(self.tokenizer, self.manifest, prompt)
+        ids = encode_prompt(self.tokenizer, self.manifest, prompt, cut)
         with self.turns.enter():
             for token in self.tokens(features, ids, max_new_tokens):
                 text.push(token)
         text.finish()
         return text.text
 
-    def predict(self, prompt_tokens: int) -> Forecast:
+    def predict(self, prompt_tokens: int, tiles: int = 1) -> Forecast:
         """The stages' times, from this machine's measurement or else from the profile."""
-        if prompt_tokens not in self._forecasts:
-            self._forecasts[prompt_tokens] = tune.forecast(self.bundle, self.tuning, self.profile, prompt_tokens)
-        return self._forecasts[prompt_tokens]
+        key = (prompt_tokens, tiles)
+        if key not in self._forecasts:
+            found = tune.forecast(self.bundle, self.tuning, self.profile, prompt_tokens)
+            self._forecasts[key] = found.tiled(tiles)
+        return self._forecasts[key]
 
     def graph(self, path: str) -> Graph:
         """A loaded graph by its path in the bundle."""

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from edgesafe.bundle import Manifest
 from edgesafe.errors import BundleError, InputError
 from edgesafe.runtime.sampling import ended
+from edgesafe.tiles import ALONE, Cut, prompt_runs
 
 # What a decoder shows for bytes that are no whole character yet.
 _HALF = "\ufffd"
@@ -33,41 +34,48 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cut = ALONE) -> list[int]:
     """The ids of the whole prompt, the image token repeated once for each image feature.
 
     Args:
         tokenizer: The bundle's tokenizer.
         manifest: Gives the chat text around the prompt, the image token and the context length.
         prompt: What the user wrote, without special tokens.
+        cut: How the picture is cut, where the bundle has tiles.
 
     Returns:
-        The ids, S of them, ``manifest.image_tokens`` of which are ``manifest.image_token_id``.
+        The ids, S of them, as many of which are ``manifest.image_token_id`` as the picture has features.
 
     Raises:
         InputError: The prompt is empty, not text, too long, or holds a special token.
     """
     _check_prompt(tokenizer, manifest, prompt)
-    text = manifest.chat.prefix + prompt + manifest.chat.suffix
+    shown, runs = prompt_runs(manifest.tiles, cut, manifest.image_token, manifest.image_tokens)
+    text = manifest.chat.prefix.replace(manifest.image_token, shown) + prompt + manifest.chat.suffix
     ids = tokenizer.encode(text, add_special_tokens=manifest.chat.add_special_tokens).ids
-    image = manifest.image_token_id
-    if ids.count(image) != 1:
-        raise BundleError(
-            f"the chat text holds the image token {ids.count(image)} times",
-            where=manifest.tokenizer,
-            expected=f"{manifest.image_token!r} as token {image}, once",
-            todo="export the bundle again",
-        )
-    at = ids.index(image)
-    ids = [*ids[:at], *[image] * manifest.image_tokens, *ids[at + 1 :]]
+    ids = _repeated(ids, manifest, runs)
     limit = manifest.text.context_length
     if len(ids) >= limit:
         raise InputError(
             f"the prompt takes {len(ids)} tokens with its picture",
             expected=f"fewer than the context's {limit} tokens, to leave room for an answer",
-            todo=f"shorten it by {len(ids) - limit + 1} tokens or more",
+            todo=f"shorten it by {len(ids) - limit + 1} tokens or more" + (", or use a smaller picture" if cut.rows else ""),
         )
     return ids
+
+
+def _repeated(ids: list[int], manifest: Manifest, runs: list[int]) -> list[int]:
+    """The ids with each image token as often as its run says."""
+    image = manifest.image_token_id
+    if ids.count(image) != len(runs):
+        raise BundleError(
+            f"the chat text holds the image token {ids.count(image)} times",
+            where=manifest.tokenizer,
+            expected=f"{manifest.image_token!r} as token {image}, " + ("once" if len(runs) == 1 else f"{len(runs)} times"),
+            todo="export the bundle again",
+        )
+    left = iter(runs)
+    return [i for token in ids for i in [token] * (next(left) if token == image else 1)]
 
 
 def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None:

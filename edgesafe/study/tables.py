@@ -40,11 +40,12 @@ _WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "ove
 
 def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name that its marker has; one whose runs are not there says so."""
+    from edgesafe.study.benches import bench_tables
     from edgesafe.study.shipped import export_table
 
     study = read_study(folder)
     tables = {name: make(study) if study else _missing([]) for name, make in _TABLES.items()}
-    return {**tables, "export": export_table(folder / "export") or _missing([])}
+    return {**tables, **bench_tables(), "export": export_table(folder / "export") or _missing([])}
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

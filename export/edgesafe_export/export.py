@@ -50,7 +50,7 @@ from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 from edgesafe_export.weights import SharedWeights
 
-AUTO = ("int4-block32", "int8-block32")
+AUTO = ("int4-block128", "int4-block32", "int8-block32")
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
@@ -105,7 +105,8 @@ def export_bundle(
         out: the bundle's folder; an older bundle there is replaced only when the new one is whole.
         device: profile that gives the schemes unless they are named here.
         layout: "chain" (segments and one head) or "standalone" (one graph an exit over one shared weight file).
-        vision_scheme, text_scheme: see `edgesafe_export.quantize`; text "auto" takes int4, or int8 where int4 changes answers.
+        vision_scheme, text_scheme: see `edgesafe_export.quantize`; text "auto" takes int4 in large blocks, or the first finer
+            scheme of `AUTO` that does not change answers.
         exits: ladder, as `edgesafe.exits.parse_exits` reads it.
         suite_dir: certification suite to ship inside the bundle.
         seed: recorded.
@@ -243,6 +244,7 @@ def _manifest(
         image_token=family.processor.image_token,
         image_token_id=family.image_token_id,
         image_tokens=family.image_tokens,
+        tiles=family.tiles,
         chat=ChatSpec(*family.chat, add_special_tokens=True),
         quantization=schemes,
         files=file_specs(folder),
@@ -320,7 +322,7 @@ def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str,
 
 
 def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError:
-    milder = "--text-scheme auto (takes int8 blocks where int4 fails)" if text == "int4-block32" else "--text-scheme fp32"
+    milder = "--text-scheme auto (takes finer blocks where these fail)" if text.startswith("int4") else "--text-scheme fp32"
     return ParityError(
         "quantization changes the answers: " + "; ".join(f"{scheme}: {reason}" for scheme, reason in why.items()),
         where=f"vision {vision}, text {text}",

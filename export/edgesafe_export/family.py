@@ -1,24 +1,28 @@
 """A checkpoint seen through its family's recipe: its pieces, its sizes, its chat text, and transformers as the oracle.
 
-T vision tokens with CLS, N image tokens, W tower width, D text width, S prompt tokens, V vocabulary.
+T vision tokens with CLS, N image tokens of a picture or tile, W tower width, D text width, S prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgesafe.bundle import ImageSpec
 from edgesafe.checkpoint import read_checkpoint, read_config
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
-from edgesafe_export.recipe import Recipe, load_recipes
-from edgesafe_export.wrap import Head, Segment
+from edgesafe.recipe import Recipe, load_recipes, refused_families
+from edgesafe_export.pictures import picture_specs
+from edgesafe_export.wrap import Head, MaskedEmbeddings, Segment
+
+# What a processor makes of the text.
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class Family:
@@ -31,39 +35,40 @@ class Family:
         _check_config(config, recipe)
         self.name = recipe.model_type
         self.n_blocks = int(vision.num_hidden_layers)
-        self.reference_depth = reference_depth(self.n_blocks, config.vision_feature_layer)
+        layer = getattr(config, recipe.reference) if recipe.reference else self.n_blocks
+        self.reference_depth = reference_depth(self.n_blocks, layer)
         self.image_size = int(vision.image_size)
         self.vision_width = int(vision.hidden_size)
-        patches = (self.image_size // int(vision.patch_size)) ** 2
-        self.tokens = patches + recipe.extra_tokens
-        self.drop = recipe.extra_tokens if config.vision_feature_select_strategy == "default" else 0
-        self.image_tokens = self.tokens - self.drop
+        self.patch = int(vision.patch_size)
+        self.tokens = (self.image_size // self.patch) ** 2 + recipe.extra_tokens
+        default = getattr(config, "vision_feature_select_strategy", "full") == "default"
+        self.drop = recipe.extra_tokens if default else 0
+        self.image_tokens = (self.tokens - self.drop) // (getattr(config, recipe.shuffle) ** 2 if recipe.shuffle else 1)
+        self.head_rows = self.image_tokens + bool(recipe.newline)  # the newline's own comes last
         self.image_token_id = int(config.image_token_id)
         self.text_config = config.text_config
-        self.image_spec = ImageSpec.from_hf(processor.image_processor.to_dict())
-        if (self.image_spec.height, self.image_spec.width) != (self.image_size, self.image_size):
-            raise InputError(
-                f"the image processor makes pictures of {self.image_spec.height} x {self.image_spec.width}",
-                where="preprocessor_config.json",
-                expected=f"{self.image_size} x {self.image_size}, which the tower was built for",
-                todo="use the processor files that belong to this checkpoint",
-            )
+        self.image_spec, self.tiles = picture_specs(processor, config, recipe)
         self.chat = _chat(processor)
         self.eos_token_ids = _eos(model, processor)
 
     def segment(self, start: int, end: int) -> Segment:
         """Blocks start..end of the tower, with the picture's embedding where start is 0."""
-        tower = self.model.get_submodule(self.recipe.tower)
-        first = start == 0
-        return Segment(
-            list(tower.get_submodule(self.recipe.blocks))[start:end],
-            tower.get_submodule(self.recipe.embeddings) if first else None,
-            tower.get_submodule(self.recipe.norm_before_blocks) if first else None,
-        ).eval()
+        recipe, tower = self.recipe, self.model.get_submodule(self.recipe.tower)
+        blocks = list(tower.get_submodule(recipe.blocks))[start:end]
+        if start > 0:
+            return Segment(blocks, None).eval()
+        embeddings = tower.get_submodule(recipe.embeddings)
+        if recipe.patch_mask:
+            embeddings = MaskedEmbeddings(embeddings, self.image_size, self.patch)
+        norm = tower.get_submodule(recipe.norm_before_blocks) if recipe.norm_before_blocks else None
+        return Segment(blocks, embeddings, norm).eval()
 
     def head(self) -> Head:
         """What follows an exit."""
-        return Head(self.model.get_submodule(self.recipe.projector), self.drop).eval()
+        recipe, tower = self.recipe, self.model.get_submodule(self.recipe.tower)
+        norm = tower.get_submodule(recipe.norm_after_blocks) if recipe.norm_after_blocks else None
+        newline = self.model.get_parameter(recipe.newline) if recipe.newline else None
+        return Head(self.model.get_submodule(recipe.projector), self.drop, norm, newline).eval()
 
     def embed_tokens(self) -> nn.Module:
         """The token embedding."""
@@ -80,23 +85,41 @@ class Family:
         return causal.eval()
 
     @torch.no_grad()
-    def oracle(self, pixels: Tensor, depth: int) -> Tensor:
-        """transformers' own image features at an exit depth, [N, D]: the untruncated model, `vision_feature_layer=depth`."""
-        out = self.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=hidden_states_index(depth))
+    def oracle(self, inputs: Mapping[str, Any], depth: int) -> Tensor:
+        """transformers' own image features at an exit depth, [its number of tokens, D].
+
+        Args:
+            inputs: what the checkpoint's processor makes of one picture.
+            depth: the exit depth.
+        """
+        with self._selected(depth) as layer:
+            out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         return out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
 
     @torch.no_grad()
-    def oracle_logits(self, ids: Tensor, pixels: Tensor, depth: int) -> Tensor:
-        """transformers' own logits at an exit depth, [S, V]: the whole untruncated model, no cache."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels,
-            vision_feature_layer=hidden_states_index(depth),
-            use_cache=False,
-        )
+    def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], depth: int) -> Tensor:
+        """transformers' own logits at an exit depth, [S, V]: the whole model, no cache."""
+        with self._selected(depth) as layer:
+            out = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
+            )
         return out.logits[0]
+
+    @contextmanager
+    def _selected(self, depth: int) -> Iterator[dict[str, int]]:
+        """transformers' own way to read the state after `depth` blocks: its argument on the untruncated model, or else its own
+        forward over a tower that has no more blocks."""
+        if self.recipe.reference:
+            yield {self.recipe.reference: hidden_states_index(depth)}
+            return
+        path, _, name = f"{self.recipe.tower}.{self.recipe.blocks}".rpartition(".")
+        owner, blocks = self.model.get_submodule(path), self.model.get_submodule(path).get_submodule(name)
+        setattr(owner, name, blocks[: hidden_states_index(depth)])
+        try:
+            yield {}
+        finally:
+            setattr(owner, name, blocks)
 
 
 def load_family(folder: Path) -> Family:
@@ -138,6 +161,10 @@ def _check_tokenizer(folder: Path) -> None:
         )
 
 
+def _of_pictures(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in _TEXT_INPUTS}
+
+
 def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:
     """Refuse another family before its weights are read, also one that transformers itself doesn't know."""
     try:
@@ -145,11 +172,16 @@ def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:
     except (OSError, ValueError, AttributeError):
         return  # read_checkpoint says what is wrong with the file
     if isinstance(named, str) and named not in recipes:
-        raise _unsupported(f"model family {named!r}", recipes.values(), str(folder))
+        why = refused_families().get(named)
+        raise _unsupported(f"model family {named!r}", recipes.values(), str(folder), why)
 
 
 def _check_config(config: Any, recipe: Recipe) -> None:
-    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    layer = getattr(config, recipe.reference) if recipe.reference else config.vision_config.num_hidden_layers
+    strategy, window = (
+        getattr(config, "vision_feature_select_strategy", None),
+        getattr(config.text_config, "sliding_window", None),
+    )
     problem = ""
     if config.vision_config.model_type not in recipe.vision_types:
         problem = f"a {config.vision_config.model_type!r} tower"
@@ -157,15 +189,17 @@ def _check_config(config: Any, recipe: Recipe) -> None:
         problem = f"a {config.text_config.model_type!r} language model"
     elif isinstance(layer, bool) or not isinstance(layer, int):
         problem = f"a projector that reads several vision layers ({layer})"
-    elif strategy not in recipe.select_strategies:
+    elif strategy not in (recipe.select_strategies or (None,)):
         problem = f"the select strategy {strategy!r}"
+    elif window is not None and window < config.text_config.max_position_embeddings:
+        problem = f"a decoder that sees no more than the last {window} tokens"
     if problem:
         raise _unsupported(problem, [recipe], "config.json")
 
 
-def _unsupported(what: str, recipes: Any, where: str) -> UnsupportedModelError:
+def _unsupported(what: str, recipes: Any, where: str, why: str | None = None) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what} can't be exported",
+        f"{what} can't be exported" + (f": {why}" if why else ""),
         where=where,
         expected="; ".join(recipe.describe() for recipe in recipes),
         todo="use a supported checkpoint",

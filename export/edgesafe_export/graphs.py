@@ -110,12 +110,14 @@ def segment(family: Family, start: int, end: int) -> Exported:
 
 
 def head(family: Family) -> Exported:
-    """CLS dropped, then the projector."""
+    """What follows an exit: dropped tokens, a norm, the projector, the newline."""
     t, w = family.tokens, family.vision_width
     spec = TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
-    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.image_tokens, family.text_config.hidden_size))
+    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.head_rows, family.text_config.hidden_size))
     module = family.head()
-    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, t))
+    # A projector that joins patches first runs over fewer tokens.
+    tokens = family.image_tokens if family.recipe.shuffle else t
+    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, tokens))
 
 
 def standalone(family: Family, depth: int) -> Exported:
@@ -123,7 +125,7 @@ def standalone(family: Family, depth: int) -> Exported:
     size = family.image_size
     module = Whole(family.segment(0, depth), family.head()).eval()
     spec = TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, size, size))
-    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.image_tokens, family.text_config.hidden_size))
+    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.head_rows, family.text_config.hidden_size))
     return _finish(
         _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], flops(module, family.tokens)
     )

@@ -1,7 +1,7 @@
 """Does the bundle compute what transformers computes? At every exit depth, or there is no bundle.
 
 Everything here runs through the shipped runtime, so the picture's preprocessing, the prompt's ids and the decoding loop are
-checked with the graphs. The oracle is the untruncated model with `vision_feature_layer=d`.
+checked with the graphs. The oracle is transformers' own way to read the state after d blocks (`Family.oracle`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgesafe.bundle import Manifest
 from edgesafe.errors import ParityError
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
-from edgesafe.runtime.image import preprocess
 from edgesafe.runtime.session import Session
+from edgesafe.runtime.tiles import picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe_export.family import Family
 from edgesafe_export.tolerances import (
@@ -103,7 +103,10 @@ def check_inputs(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows:
     """
     check_prompt(family, tokenizer, manifest, rows)
     for image, prompt in rows[:FEATURE_ROWS]:
-        error = relative(preprocess(image, manifest.image), processed(family, image, prompt)["pixel_values"].numpy())
+        ours = pixel_values(image, manifest)
+        theirs = processed(family, image, prompt)["pixel_values"].numpy()
+        ours = np.concatenate(ours) if isinstance(ours, list) else ours
+        error = relative(ours, theirs.reshape(-1, *theirs.shape[-3:]))
         if not error <= FLOAT_RELATIVE:
             raise ParityError(
                 f"the picture's pixels differ from the HF processor's by {error:.2e}",
@@ -121,7 +124,7 @@ def check_prompt(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows:
     """
     for image, prompt in rows:
         want = processed(family, image, prompt)["input_ids"][0].tolist()
-        got = encode_prompt(tokenizer, manifest, prompt)
+        got = encode_prompt(tokenizer, manifest, prompt, picture_cut(image, manifest))
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise ParityError(
@@ -141,10 +144,10 @@ def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> d
     depths = session.manifest.depths
     worst = dict.fromkeys(depths, 0.0)
     for image, prompt in rows[:FEATURE_ROWS]:
-        pixels = processed(family, image, prompt)["pixel_values"]
+        inputs = processed(family, image, prompt)
         states = session.vision_states(image, depths)
         for d in depths:
-            worst[d] = max(worst[d], relative(np.asarray(states[d]), family.oracle(pixels, d).numpy()))
+            worst[d] = max(worst[d], relative(np.asarray(states[d]), family.oracle(inputs, d).numpy()))
     _refuse_large(worst, "image features")
     return worst
 
@@ -162,7 +165,7 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
     worst = dict.fromkeys(depths, 0.0)
     for image, prompt in rows[:LOGIT_ROWS]:
         inputs = processed(family, image, prompt)
-        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        ids = inputs["input_ids"]
         states = session.vision_states(image, depths)
         for d in depths:
             logits, cache = session.prefill(states[d], ids[0].tolist())
@@ -173,7 +176,7 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
                 embeds = embed.run({graph_io.INPUT_IDS: new.numpy()})[graph_io.INPUTS_EMBEDS]
                 logits, cache = decode.step(graph, text, embeds, cache)
                 got.append(logits[0, -1])
-            want = family.oracle_logits(torch.cat([ids, more], dim=1), pixels, d)[[-4, -3, -1]].numpy()
+            want = family.oracle_logits(torch.cat([ids, more], dim=1), inputs, d)[[-4, -3, -1]].numpy()
             worst[d] = max(worst[d], relative(np.stack(got), want))
     _refuse_large(worst, "logits, with and without a cache")
     return worst
@@ -194,7 +197,8 @@ def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
         inputs = processed(family, image, prompt)
         out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False)
         want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        got = session.answer_features(session.vision_states(image, [depth])[depth], prompt, GENERATE_TOKENS).strip()
+        features, cut = session.vision_states(image, [depth])[depth], session.cut(image)
+        got = session.answer_features(features, prompt, GENERATE_TOKENS, cut).strip()
         if got != want:
             raise ParityError(
                 f"the answer is {got!r}, transformers says {want!r}",
@@ -212,7 +216,7 @@ def answers(session: Session, rows: Sequence[Probe], max_new_tokens: int, label:
     for image, prompt in bar(rows, len(rows), label):
         states = session.vision_states(image, depths)
         for d in depths:
-            said[d].append(session.answer_features(states[d], prompt, max_new_tokens))
+            said[d].append(session.answer_features(states[d], prompt, max_new_tokens, session.cut(image)))
     return said
 
 
@@ -247,7 +251,7 @@ def open_session(folder: Path) -> Session:
 
 
 def processed(family: Family, image: Image.Image, prompt: str) -> Any:
-    """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values [1,3,H,W]."""
+    """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return family.processor(images=[image.convert("RGB")], text=text, return_tensors="pt")

@@ -1,41 +1,75 @@
 """The pieces that are exported, as torch modules over the checkpoint's own weights.
 
-T vision tokens with CLS, W tower width, N image tokens, D text width.
+T vision tokens with CLS, W tower width, N image tokens of a picture or tile, D text width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
 class Segment(nn.Module):
     """A run of blocks; the first segment also embeds the picture. pixel_values or hidden_states -> [1, T, W]."""
 
-    def __init__(self, blocks: Sequence[nn.Module], embeddings: nn.Module | None, norm: nn.Module | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], embeddings: nn.Module | None, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.embeddings, self.norm_before_blocks = embeddings, norm
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.embeddings is not None and self.norm_before_blocks is not None:
-            x = self.norm_before_blocks(self.embeddings(x))
+        if self.embeddings is not None:
+            x = self.embeddings(x)
+        if self.norm_before_blocks is not None:
+            x = self.norm_before_blocks(x)
         for block in self.blocks:
             out = block(x, attention_mask=None)
             x = out[0] if isinstance(out, tuple) else out
         return x
 
 
-class Head(nn.Module):
-    """Drop the first `drop` tokens, then the projector: hidden_states [1, T, W] -> image_features [N, D]."""
+class MaskedEmbeddings(nn.Module):
+    """Embeddings that place their patches by a mask, for a picture that fills its square: pixel_values -> [1, T, W].
 
-    def __init__(self, projector: nn.Module, drop: int) -> None:
+    The places are transformers' own, taken once from its module: it finds them by comparing fractions, which an ONNX graph
+    need not do at each run.
+    """
+
+    def __init__(self, embeddings: nn.Module, side: int, patch: int) -> None:
         super().__init__()
-        self.projector, self.drop = projector, drop
+        seen: list[Tensor] = []
+        hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            with torch.no_grad():
+                everywhere = torch.ones(1, side // patch, side // patch, dtype=torch.bool)
+                embeddings(pixel_values=torch.zeros(1, 3, side, side), patch_attention_mask=everywhere)
+        finally:
+            hook.remove()
+        self.patches, self.positions = embeddings.patch_embedding, embeddings.position_embedding
+        self.register_buffer("places", seen[0], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projector(x[:, self.drop :])[0]
+        return self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+
+
+class Head(nn.Module):
+    """What follows an exit: hidden_states [1, T, W] -> image_features [N, D], one row more where there is a newline.
+
+    The first `drop` tokens are dropped; the norm, where there is one, and the projector run; the newline's row is added.
+    """
+
+    def __init__(
+        self, projector: nn.Module, drop: int, norm: nn.Module | None = None, newline: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.projector, self.drop, self.norm, self.newline = projector, drop, norm, newline
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, self.drop :]
+        out = self.projector(x if self.norm is None else self.norm(x))[0]
+        return out if self.newline is None else torch.cat([out, self.newline[None]])
 
 
 class Whole(nn.Module):

@@ -128,8 +128,9 @@ def test_kept_features_stay_below_their_limit(tiny_llava, rows):
     config = _config(rows, method="l-sft", steps=10_000)
     # 48 rows at 4 exits and the reference depth, 36 patches of width 32, two bytes each.
     assert estimate(tiny_llava, config).cache == pytest.approx(48 * 5 * 36 * 32 * 2 / MIB)
-    # Without a cache an update's own: 4 rows at its exit and the reference depth.
-    assert estimate(tiny_llava, dataclasses.replace(config, cache_gib=0.0)).cache == pytest.approx(4 * 2 * 36 * 32 * 2 / MIB)
+    # Without a cache an update's own: 4 rows at its exit, 2 of them at the reference depth too.
+    assert (config.batch_size, config.reference_rows) == (4, 2)
+    assert estimate(tiny_llava, dataclasses.replace(config, cache_gib=0.0)).cache == pytest.approx((4 + 2) * 36 * 32 * 2 / MIB)
 
 
 def test_lengths_are_those_of_the_rows_and_an_assumption_without_them(tiny_llava, rows, llava):
@@ -203,7 +204,7 @@ def test_a_checkpoint_that_cannot_be_read_is_left_to_loading(tiny_llava, tmp_pat
         {"text_config": {}, "vision_config": {"hidden_size": 8, "num_hidden_layers": 2}},  # weights without an embedding
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=r"config\.json of a LLaVA checkpoint"):
+        with pytest.raises(ConfigError, match=r"config\.json of a vision-language checkpoint"):
             estimate(tmp_path, AlignConfig())
     memory.say_need(tmp_path, AlignConfig())
     assert capsys.readouterr().err == ""

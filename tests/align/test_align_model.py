@@ -66,6 +66,14 @@ def test_exit_states_equal_transformers_at_every_depth(llava, pixels):
         torch.testing.assert_close(mine, torch.stack(list(features)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_tower_that_stops_early_gives_the_same_states_and_is_whole_again(tiny_llava, pixels):
+    fresh = load(tiny_llava)  # one that has not been called yet
+    few, whole = exit_states(fresh, pixels, 2), exit_states(fresh, pixels)
+    assert len(few) == 3 and len(whole) == fresh.n_blocks + 1 == len(fresh.model.model.vision_tower.encoder.layers) + 1
+    for mine, state in zip(few, whole, strict=False):
+        torch.testing.assert_close(mine, state, rtol=0, atol=0)
+
+
 def test_answer_logits_equal_transformers_at_every_depth(llava, pixels, examples):
     for depth in range(1, llava.n_blocks + 1):
         for i, mine in enumerate(_mine(llava, pixels, examples, depth)):

@@ -100,7 +100,8 @@ def test_the_reference_policy_runs_at_the_same_exit_without_the_adapter(tiny_lla
         want, _ = run.forward(batch, states)
     torch.testing.assert_close(moved.ref_logprobs, rollout.token_logprobs(want, batch.targets))
     assert (moved.ref_logprobs - moved.logprobs)[batch.mask].abs().max() > 1e-2
-    features = compute(run.llava, run.examples, merge_needs([(EXIT, ROWS)]), teacher=False, precision="fp32")
+    needs = merge_needs([(run.llava.reference_depth, ROWS)])
+    features = compute(run.llava, run.examples, needs, teacher=False, precision="fp32")
     with run.untouched():
         wrong, _ = run.forward(batch, run.states(features, ROWS, [run.llava.reference_depth] * len(ROWS)))
     assert (rollout.token_logprobs(wrong, batch.targets) - moved.ref_logprobs)[batch.mask].abs().max() > 1e-3
@@ -147,7 +148,8 @@ def test_an_answer_may_hold_the_image_token(run):
     odd = dataclasses.replace(e, answer=(5, run.llava.model.config.image_token_id, run.llava.eos_id))
     features = compute(run.llava, run.examples, merge_needs([(EXIT, [0])]), teacher=False, precision="fp32")
     logits, _ = run.forward(run.batch([odd, odd]), run.states(features, [0, 0], [EXIT, EXIT]))
-    assert torch.isfinite(logits).all() and torch.equal(logits[0], logits[1])
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)  # one row may be added up in another order
 
 
 def test_a_known_reward_rises_at_every_depth(tiny_llava, rows, tmp_path, monkeypatch):
@@ -163,7 +165,8 @@ def test_with_the_sign_of_the_advantage_flipped_it_does_not(tiny_llava, rows, tm
 
 
 def _ppo_step(t, seed_rows=ROWS):
-    features = compute(t.llava, t.examples, merge_needs([(EXIT, seed_rows)]), teacher=False, precision="fp32")
+    needs = merge_needs([(EXIT, seed_rows), (t.llava.reference_depth, seed_rows)])
+    features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     return ppo_update(t, features, EXIT, seed_rows, 0)
 
 
@@ -233,7 +236,8 @@ def test_pairs_are_the_models_own_answers_at_the_reference_depth_and_at_the_exit
 def test_an_untouched_policy_has_the_loss_of_a_coin_and_learns_the_preference(tiny_llava, rows):
     t = prepare(tiny_llava, _config(rows, "l-dpo", sft_weight=0.0))
     pairs = [Pair(row, (5, 6, t.llava.eos_id), (7, 8, 9, t.llava.eos_id)) for row in ROWS]
-    features = compute(t.llava, t.examples, merge_needs([(EXIT, ROWS)]), teacher=False, precision="fp32")
+    needs = merge_needs([(EXIT, ROWS), (t.llava.reference_depth, ROWS)])
+    features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     loss, _ = dpo_loss(t, features, EXIT, pairs)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-5)  # -log sigmoid(0), at the exit and at the reference depth
     for _ in range(8):

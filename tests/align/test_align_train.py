@@ -253,6 +253,10 @@ def _teacher_at(run, numbers, depth):
         return torch.log_softmax(answer_logits(run.llava, batch.ids, batch.where, states), -1)
 
 
+def _needs(run, depth, rows):
+    return merge_needs([(depth, rows), (run.llava.reference_depth, rows)])
+
+
 def test_the_teacher_stands_at_the_reference_depth(run):
     features = compute(run.llava, run.examples, merge_needs([(1, [0, 5])]), teacher=True, precision="fp32")
     for row in (0, 5):
@@ -264,14 +268,14 @@ def test_the_teacher_stands_at_the_reference_depth(run):
 
 def test_states_are_those_of_their_row_and_depth(run):
     features = compute(run.llava, run.examples, merge_needs([(1, [7, 2]), (4, [2])]), teacher=False, precision="fp32")
-    assert set(features.states) == {(7, 1), (7, 3), (2, 1), (2, 3), (2, 4)}
+    assert set(features.states) == {(7, 1), (2, 1), (2, 4)}
     for (row, depth), state in features.states.items():
         pixels = pixel_values(run.llava, open_images([run.examples[row].image]))
         torch.testing.assert_close(state.float(), exit_state(exit_states(run.llava, pixels), depth)[0], rtol=2e-3, atol=2e-3)
 
 
 def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_exit(run):
-    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, _needs(run, 1, [0, 1, 2, 3]), teacher=True, precision="fp32")
     with torch.no_grad():
         _, figures = update_loss(run, features, 1, [0, 1, 2, 3])
     assert figures["reference_kl"] == pytest.approx(0.0, abs=1e-5) and figures["exit_kl"] > 1e-3
@@ -294,7 +298,7 @@ def _kl(run, row, teacher_depth, exit_depth):
 def test_an_update_is_the_kl_that_transformers_gives(run):
     # The adapter does nothing yet, so the whole update can be computed without our code.
     rows, depth, reference = [0, 1, 2, 3], 2, run.llava.reference_depth
-    features = compute(run.llava, run.examples, merge_needs([(depth, rows)]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, _needs(run, depth, rows), teacher=True, precision="fp32")
     with torch.no_grad():
         _, figures = update_loss(run, features, depth, rows)
     weight = [run.config.harm_weight if run.examples[row].harmful else 1.0 for row in rows]
@@ -317,7 +321,7 @@ def test_an_update_is_the_kl_that_transformers_gives(run):
 
 
 def test_both_parts_weigh_the_same(run: Trainer):
-    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1, 2, 3])]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, _needs(run, 1, [0, 1, 2, 3]), teacher=True, precision="fp32")
     with torch.no_grad():
         loss, f = update_loss(run, features, 1, [0, 1, 2, 3])
     want = (f["exit_kl"] + f["exit_sft"] + f["reference_kl"] + f["reference_sft"]) / 2

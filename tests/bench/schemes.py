@@ -19,6 +19,8 @@ from typing import Any
 import llama_shape
 import numpy as np
 import onnx
+import onnx_ir
+from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 from speed import Engine, in_turns  # which also makes results importable
 
 from edgesafe.machine import host_cores
@@ -32,15 +34,26 @@ Quantize = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 def text_schemes() -> dict[str, Quantize]:
     """By name; the shipped default first."""
-    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-
-    names = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "int8-dynamic", "fp32")
+    names = ("int4-block128", "int4-block64", "int4-block32", "int8-block32", "int8-dynamic", "fp32")
     schemes: dict[str, Quantize] = {name: lambda m, n=name: quantize(m, n) for name in names}
     schemes["int8-block128"] = lambda m: blocks(m, 8, 128)
     schemes["int4-block32 symmetric"] = lambda m: blocks(m, 4, 32, is_symmetric=True)
-    schemes["int4-block32 k-quant"] = lambda m: blocks(m, 4, 32, algo_config=nbits.KQuantWeightOnlyQuantConfig())
+    schemes["int4-block32 k-quant"] = k_quant
     schemes["int4-block32 hqq"] = lambda m: blocks(m, 4, 32, algo_config=nbits.HQQWeightOnlyQuantConfig(block_size=32))
     return schemes
+
+
+def k_quant(model: onnx.ModelProto) -> onnx.ModelProto:
+    """onnxruntime's k-quant; it loses the nodes that compute the lengths, which are put back."""
+    quantized = blocks(model, 4, 32, algo_config=nbits.KQuantWeightOnlyQuantConfig())
+    made = {name for node in quantized.graph.node for name in node.output}
+    quantized.graph.node.extend(node for node in model.graph.node if not made & set(node.output))
+    kept = {tensor.name for tensor in quantized.graph.initializer}
+    used = {name for node in quantized.graph.node for name in node.input}
+    quantized.graph.initializer.extend(t for t in model.graph.initializer if t.name in used - kept)
+    ordered = onnx_ir.from_proto(quantized)
+    ordered.graph.sort()
+    return onnx_ir.to_proto(ordered)
 
 
 def vision_schemes() -> dict[str, Quantize]:

@@ -25,6 +25,7 @@ from results import circumstances, write_json
 
 HERE = Path(__file__).parent
 PROMPT, ANSWER = 600, 32
+SCHEME = "int4-block128"  # the text scheme of every device profile
 # Image tokens of LLaVA-1.5 at 168, 224 and 336 px with 24 tokens of text, then longer texts after 576 image tokens.
 LENGTHS = (24 + 144, 24 + 256, 24 + 576, 128 + 576)
 
@@ -123,7 +124,7 @@ def ours(work: Path, checkpoint: Path) -> Path:
     from edgesafe_export.quantize import quantize
 
     if not (work / "ours" / "about.json").exists():
-        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), lambda m: quantize(m, "int4-block32"))
+        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), lambda m: quantize(m, SCHEME))
     return work / "ours"
 
 
@@ -174,7 +175,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     wanted = [(p, x, y) for p, x, y in (("by_exit", "exit depth", "ttft_ms"), ("prefill_by_tokens", "tokens", "prefill_ms"))]
     wanted = [w for w in wanted if w[0] in found]
-    figure, axes = plt.subplots(1, max(1, len(wanted)), figsize=(4.5 * max(1, len(wanted)), 3.2), squeeze=False)
+    if not wanted:
+        return
+    figure, axes = plt.subplots(1, len(wanted), figsize=(4.5 * len(wanted), 3.2), squeeze=False)
     for axis, (part, label, key) in zip(axes[0], wanted, strict=True):
         axis.plot([int(k) for k in found[part]], [row[key] for row in found[part].values()], marker="o")
         axis.set(xlabel=label, ylabel="ms", ylim=(0, None))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgesafe.bundle import CERTIFICATE, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
+from edgesafe.bundle import CERTIFICATE, FORMAT_VERSION, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
 from edgesafe.certificate import Certificate, certified_depths, read_certificate, write_certificate
 from edgesafe.errors import (
     BundleError,
@@ -101,7 +101,7 @@ def test_a_wrong_folder_is_a_bundle_error(tmp_path, make):
 def test_a_newer_format_says_upgrade(handmade, copy_of):
     root = copy_of(handmade)
     obj = unseal((root / MANIFEST).read_bytes(), MANIFEST)
-    (root / MANIFEST).write_bytes(seal({**obj, "format_version": 2, "new_key": 1}))
+    (root / MANIFEST).write_bytes(seal({**obj, "format_version": FORMAT_VERSION + 1, "new_key": 1}))
     with pytest.raises(FormatVersionError, match="upgrade"):
         Bundle.open(root)
 

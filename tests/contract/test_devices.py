@@ -15,7 +15,7 @@ kind = "board"
 threads = 2
 provider = "CPUExecutionProvider"
 vision_scheme = "int8-dynamic"
-text_scheme = "int4-block32"
+text_scheme = "int4-block128"
 ttft_budget_ms = 1000
 [estimates]
 read_gb_s = 3.5
@@ -29,7 +29,7 @@ def test_the_profiles_that_the_issue_asks_for():
     assert {"rpi5", "host"} <= set(profiles)
     assert {"phone", "car"} <= {p.kind for p in profiles.values()}
     for profile in profiles.values():
-        assert (profile.vision_scheme, profile.text_scheme) == ("int8-dynamic", "int4-block32")
+        assert (profile.vision_scheme, profile.text_scheme) == ("int8-dynamic", "int4-block128")
     assert (profiles["rpi5"].threads, profiles["rpi5"].ttft_budget_ms) == (4, 10_000)
     assert profiles["sa8295p"].hard_ttft_ms == 2000
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from edgesafe.errors import ConfigError, ExportError, InputError, UnsupportedModelError
+from edgesafe.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe_export.family import _chat, load_family
-from edgesafe_export.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe_export.resolve import resolve_model
+from tiny_families import make_tiny
 
 
 @pytest.fixture
@@ -25,7 +26,13 @@ def llava():
 
 def test_the_shipped_recipes_are_read():
     recipes = load_recipes()
-    assert set(recipes) == {"llava"} and recipes["llava"].exit_state == "raw"
+    assert {name: recipe.exit_state for name, recipe in recipes.items()} == {
+        "llava": "raw",
+        "llava_next": "raw",
+        "llava_onevision": "raw",
+        "idefics3": "normed",
+        "smolvlm": "normed",
+    }
 
 
 def test_a_recipe_s_keys_are_known_and_all_there(llava):
@@ -73,6 +80,66 @@ def test_other_families_are_named_with_what_is_supported(tiny_llava, tmp_path, f
     folder = _edited(tiny_llava, tmp_path / "m", model_type=family)
     with pytest.raises(UnsupportedModelError, match=rf"{family}.*llava \(clip_vision_model tower, llama text\)"):
         load_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mllama", "3, 7, 15, 23 and 30"),
+        ("qwen2_vl", "three positions"),
+        ("qwen2_5_vl", "8, 16, 24 and 32"),
+        ("qwen3_vl", "deepstack"),
+        ("gemma3", "both directions"),
+        ("paligemma", "both directions"),
+    ],
+)
+def test_families_that_an_exit_would_break_are_refused_with_the_reason(tiny_llava, tmp_path, family, reason):
+    folder = _edited(tiny_llava, tmp_path / "m", model_type=family)
+    with pytest.raises(UnsupportedModelError, match=rf"{family}.*{reason}.*Expected: .*smolvlm"):
+        load_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "config", "error", "shown"),
+    [
+        ("smolvlm", {"do_resize": False}, {}, UnsupportedModelError, "tiles of one size"),
+        ("smolvlm", {"max_image_size": {"longest_edge": 36}}, {}, InputError, "36 x 36"),
+        ("llava_next", {"crop_size": {"height": 12, "width": 12}}, {}, UnsupportedModelError, "tiles of"),
+        ("llava_next", {"image_grid_pinpoints": [[24, 24]]}, {}, InputError, "otherwise than the model expects"),
+        ("llava_next", {}, {"vision_feature_select_strategy": "full"}, UnsupportedModelError, "select strategy 'full'"),
+        (
+            "llava_onevision",
+            {},
+            {"vision_feature_select_strategy": "default"},
+            UnsupportedModelError,
+            "select strategy 'default'",
+        ),
+        ("llava_onevision", {}, {"vision_aspect_ratio": "square"}, UnsupportedModelError, "vision_aspect_ratio is 'square'"),
+        ("llava_onevision", {}, {"vision_aspect_ratio": "anyres_max_9"}, UnsupportedModelError, "anyres_max_9"),
+    ],
+    ids=lambda value: "" if isinstance(value, type) else str(value)[:40],
+)
+def test_members_of_the_families_with_tiles_that_cut_otherwise_are_refused(tmp_path, name, pictures, config, error, shown):
+    folder = make_tiny(name, tmp_path / "m", **pictures)
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**whole, **config}))
+    with pytest.raises(error, match=shown):
+        load_family(folder)
+
+
+def test_a_decoder_that_sees_a_window_alone_is_refused(tmp_path):
+    folder = make_tiny("llava_next mistral", tmp_path / "m")
+    whole = json.loads((folder / "config.json").read_text())
+    whole["text_config"]["sliding_window"] = 128
+    (folder / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(UnsupportedModelError, match="the last 128 tokens"):
+        load_family(folder)
+
+
+def test_a_recipe_that_contradicts_itself_is_refused(llava):
+    for table, key, value in (("vision", "norm_after_blocks", "post_layernorm"), ("pictures", "cut", "grid")):
+        with pytest.raises(ConfigError, match="disagree"):
+            recipe_from_dict({**llava, table: {**llava[table], key: value}}, where="llava.toml")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, ParityError
 from edgesafe_export import compare, graphs, parity, stream
 from edgesafe_export import export as export_module
-from edgesafe_export.export import probes, write
+from edgesafe_export.export import AUTO, probes, write
 from edgesafe_export.sketch import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE
 from edgesafe_export.wrap import Head, Segment
@@ -46,12 +46,12 @@ def test_the_oracle_is_transformers_own_hidden_state(job):
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         for depth in (1, 2, 3, 4):
             want = model.model.multi_modal_projector(states[depth][:, 1:])[0]
-            assert torch.equal(job.family.oracle(pixels, depth), want)
+            assert torch.equal(job.family.oracle({"pixel_values": pixels}, depth), want)
 
 
 def test_neighbouring_exits_differ_far_beyond_the_tolerance(job):
     pixels = torch.randn(1, 3, 72, 72)
-    states = [job.family.oracle(pixels, d).numpy() for d in (1, 2, 3, 4)]
+    states = [job.family.oracle({"pixel_values": pixels}, d).numpy() for d in (1, 2, 3, 4)]
     assert min(parity.relative(a, b) for a, b in zip(states, states[1:], strict=False)) > 100 * FLOAT_RELATIVE
 
 
@@ -182,7 +182,7 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     inputs = parity.processed(job.family, image, prompt)
     ids = inputs["input_ids"]
     logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
-    want = job.family.oracle_logits(ids, inputs["pixel_values"], 3)[-1].numpy()
+    want = job.family.oracle_logits(ids, inputs, 3)[-1].numpy()
     assert parity.relative(logits[0, -1], want) < FLOAT_RELATIVE
 
 
@@ -253,14 +253,16 @@ def test_dropped_scales_in_any_quantized_graph_are_refused(trained_job, tmp_path
         _write_checked(trained_job, "int4-block32", tmp_path)
 
 
-def test_auto_takes_eight_bits_where_four_change_answers_and_says_so(trained_job, tmp_path, monkeypatch):
-    _break(monkeypatch, "int4-block32")
+@pytest.mark.parametrize("broken", [1, 2])
+def test_auto_takes_the_next_finer_scheme_where_one_changes_answers_and_says_so(trained_job, tmp_path, monkeypatch, broken):
+    for scheme in AUTO[:broken]:
+        _break(monkeypatch, scheme)
     bundle = _write_checked(trained_job, "auto", tmp_path)
-    assert _bits(bundle) == {8}
-    assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": "int8-block32"}
-    assert list(bundle.manifest.parity["schemes_tried"]) == ["int4-block32", "int8-block32"]
-    assert "below" in bundle.manifest.parity["schemes_why"]["int4-block32"]
-    assert bundle.manifest.parity["schemes_why"]["int8-block32"] == "taken"
+    assert _bits(bundle) == ({8} if AUTO[broken].startswith("int8") else {4})
+    assert bundle.manifest.quantization == {"vision": "int8-dynamic", "text": AUTO[broken]}
+    assert tuple(bundle.manifest.parity["schemes_tried"]) == AUTO[: broken + 1]
+    assert all("below" in bundle.manifest.parity["schemes_why"][scheme] for scheme in AUTO[:broken])
+    assert bundle.manifest.parity["schemes_why"][AUTO[broken]] == "taken"
 
 
 def test_relative_refuses_shapes_and_values_that_compare_as_nothing():

@@ -144,6 +144,13 @@ def test_errors_widen_the_next_prediction_and_are_forgotten():
     assert forecast().quantile_ms(("s1",), 0.95, correction) == pytest.approx(10.0)
 
 
+def test_a_noisy_measurement_counts_until_there_are_errors_enough():
+    noisy = Forecast({"a": (10.0, 10.0, 30.0)}, "measured")
+    few, many = (Correction(errors=(1.1,) * n) for n in (18, 19))
+    assert noisy.quantile_ms(("a",), 0.95, few) == pytest.approx(28.0)  # linear between 10 and 30 at 0.95 * 2 = 1.9
+    assert noisy.quantile_ms(("a",), 0.95, many) == pytest.approx(11.0)
+
+
 def test_kept_deadlines_narrow_the_prediction_and_a_missed_one_widens_it_at_once():
     correction = Correction(errors=tuple(1 + i / 40 for i in range(40)))
     # At 0.95 it is the 39th of 40 errors.

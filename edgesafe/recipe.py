@@ -1,4 +1,4 @@
-"""Recipes: what a model family is, as TOML, read strictly."""
+"""Recipes: what a model family is, as TOML, read strictly; align and export read a checkpoint through them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ from typing import Any
 
 from edgesafe.errors import ConfigError
 from edgesafe.records import Fields
+from edgesafe.tiles import TileTexts
 
-EXIT_STATES = ("raw",)
+EXIT_STATES = ("raw", "normed")
 SELECT_STRATEGIES = ("default", "full")
+CUTS = ("", "grid", "canvas")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where a family's parts sit and what an exit hands on; `export/recipes/llava.toml` explains each key."""
+    """Where parts sit, what an exit hands on, how pictures are cut; `export/recipes/llava.toml` explains each key."""
 
     title: str
     model_type: str
     vision_types: tuple[str, ...]
     tower: str
     embeddings: str
+    patch_mask: bool
     norm_before_blocks: str
     blocks: str
     exit_state: str
+    norm_after_blocks: str
+    reference: str
     extra_tokens: int
     projector: str
+    shuffle: str
+    newline: str
     select_strategies: tuple[str, ...]
+    cut: str
+    limit: str
+    texts: TileTexts | None
     text_types: tuple[str, ...]
     decoder: str
     lm_head: str
@@ -42,7 +52,7 @@ class Recipe:
 def recipes_folder() -> Path:
     """Where the recipes lie: inside the wheel, or beside the package in a checkout."""
     inside = Path(__file__).parent / "_recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "export" / "recipes"
 
 
 def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:
@@ -68,13 +78,23 @@ def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:
     return recipes
 
 
+def refused_families() -> dict[str, str]:
+    """Families that an early exit would break, by model type, with the reason."""
+    path = recipes_folder() / "refused" / "families.toml"
+    fields = Fields(_toml(path), str(path), ConfigError)
+    return {name: fields.text(name) for name in fields.obj}
+
+
 def _read(path: Path) -> Recipe:
+    return recipe_from_dict(_toml(path), where=str(path))
+
+
+def _toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            obj = tomllib.load(file)
+            return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe can't be read: {error}", where=str(path), expected="a TOML file") from error
-    return recipe_from_dict(obj, where=str(path))
 
 
 def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
@@ -84,25 +104,38 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         ConfigError: A key is wrong, missing or unknown.
     """
     fields = Fields(obj, where, ConfigError)
-    vision, projector, text = fields.child("vision"), fields.child("projector"), fields.child("text")
+    vision, projector, pictures, text = (fields.child(key) for key in ("vision", "projector", "pictures", "text"))
+    texts = TileTexts(*(pictures.text(key) for key in ("tile", "row_end", "whole", "alone")))
     recipe = Recipe(
         title=fields.text("title"),
         model_type=fields.text("model_type"),
         vision_types=vision.texts("model_types"),
         tower=vision.text("tower"),
         embeddings=vision.text("embeddings"),
+        patch_mask=vision.flag("patch_mask"),
         norm_before_blocks=vision.text("norm_before_blocks"),
         blocks=vision.text("blocks"),
         exit_state=vision.choice("exit_state", EXIT_STATES),
+        norm_after_blocks=vision.text("norm_after_blocks"),
+        reference=vision.text("reference"),
         extra_tokens=vision.integer("extra_tokens"),
         projector=projector.text("module"),
+        shuffle=projector.text("shuffle"),
+        newline=projector.text("newline"),
         select_strategies=projector.texts("select_strategies"),
+        cut=pictures.choice("cut", CUTS),
+        limit=pictures.text("limit"),
+        texts=texts if texts.tile else None,
         text_types=text.texts("model_types"),
         decoder=text.text("decoder"),
         lm_head=text.text("lm_head"),
     )
-    for part in (vision, projector, text, fields):
+    for part in (vision, projector, pictures, text, fields):
         part.done()
+    if (recipe.exit_state == "normed") != bool(recipe.norm_after_blocks):
+        raise ConfigError("exit_state and norm_after_blocks disagree", where=where, expected="a norm where the state is normed")
+    if (recipe.cut == "grid") != (recipe.texts is not None):
+        raise ConfigError("cut and the texts around tiles disagree", where=where, expected="texts for the cut 'grid' alone")
     unknown = sorted(set(recipe.select_strategies) - set(SELECT_STRATEGIES))
     if unknown:
         raise ConfigError(

@@ -1,0 +1,36 @@
+"""The benches' tables: figures worked out by hand from small results, and a result that is not there."""
+
+from __future__ import annotations
+
+import json
+
+from edgesafe.study.benches import bench_tables
+
+RUN = {"date": "2026-01-02T03:04:05+00:00", "machine": "a machine", "threads": 2, "rounds": 3}
+
+
+def _ratios(**of):
+    return {"times_as_fast_as_first": of}
+
+
+def test_tables_say_what_the_results_say(tmp_path):
+    # The peer's prefill takes 200 ms to our 100 and its token 4 ms to our 5: 2.00 and 0.80 times ours.
+    ours = {"prefill_ms": 100.0, "decode_ms": 5.0, "prefill_cpu_ms": 180.0, "decode_cpu_ms": 9.0}
+    peer = {"prefill_ms": 200.0, "decode_ms": 4.0, "prefill_cpu_ms": 360.0, "decode_cpu_ms": 9.0}
+    engines = {
+        "edgesafe": ours | _ratios(**dict.fromkeys(ours, 1.0)),
+        "peer": peer | _ratios(prefill_ms=0.5, decode_ms=1.25, prefill_cpu_ms=0.5, decode_cpu_ms=1.0),
+    }
+    vision = {"fp32": {"picture_ms": 30.0} | _ratios(picture_ms=1.0), "int8": {"picture_ms": 10.0} | _ratios(picture_ms=3.0)}
+    speed = {"engines": engines, "peers": ["peer==1"], "vision": vision, "vision_blocks": 8}
+    speed |= {"vision_agreement": {"least_cosine": 0.5}, "runs": {"engines": RUN, "vision": RUN}}
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
+    policies = {name: {"miss_rate": 0.025, "depth_of_oracle": 0.9} for name in ("edgesafe", "static", "oracle")}
+    budget = RUN | {"quantile": 0.95, "traces": {"quiet": {"requests": 40, "policies": policies}}}
+    (tmp_path / "budget.json").write_text(json.dumps(budget))
+    tables = bench_tables(tmp_path)
+    assert "| peer | 200 | 4.0 | 2.00 | 0.80 | 2.00 | 1.00 |" in tables["engines"]
+    assert "2026-01-02, a machine, 2 threads. peer==1; 3 rounds" in tables["engines"]
+    assert "| int8 | 10 | 3.00 |" in tables["vision-speed"] and "float32 one: 0.5." in tables["vision-speed"]
+    assert "| quiet | 40 | 2.5 / 90 | 2.5 / 90 |" in tables["budget"]  # the oracle is the measure, not a column
+    assert tables["schemes"] == "Not run: schemes.json"

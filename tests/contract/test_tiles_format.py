@@ -1,0 +1,96 @@
+"""Format 2: the `tiles` table is read strictly, and a bundle without tiles keeps the bytes of format 1."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from edgesafe.bundle import MANIFEST, Bundle, Manifest, seal, unseal
+from edgesafe.errors import BundleError
+from edgesafe.tiles import Cut, cut_of, prompt_runs
+
+TEXTS = {"tile": "[{row}-{col}]<image>", "row_end": "\n", "whole": "all <image>", "alone": "<image>"}
+GRID = {"cut": "grid", "longest_edge": 24, "canvases": [], "limit": None, "newline": False, "texts": TEXTS}
+CANVAS = {"cut": "canvas", "longest_edge": 0, "canvases": [[8, 16], [16, 8]], "limit": 2, "newline": False, "texts": None}
+
+
+@pytest.fixture
+def tiled(handmade):
+    """A manifest as JSON whose pictures are cut; the handmade one's tower takes 8 px."""
+    obj = copy.deepcopy(Bundle.open(handmade).manifest.to_dict())
+    obj["image"] |= {"resize": "exact", "resize_to": [8, 8], "center_crop": False}
+    return obj | {"format_version": 2, "tiles": copy.deepcopy(GRID)}
+
+
+@pytest.mark.parametrize("table", [GRID, CANVAS, {**GRID, "cut": "never"}], ids=["grid", "canvas", "never"])
+def test_tiles_read_back_as_they_were_written(tiled, table):
+    manifest = Manifest.from_dict(tiled | {"tiles": table})
+    assert manifest.tiles is not None and manifest.format_version == 2
+    assert manifest.to_dict()["tiles"] == table
+    assert Manifest.from_dict(manifest.to_dict()) == manifest
+
+
+def test_without_tiles_nothing_changes(handmade):
+    data = (handmade / MANIFEST).read_bytes()
+    obj = unseal(data, MANIFEST)
+    assert obj["format_version"] == 1 and "tiles" not in obj
+    assert seal(Bundle.open(handmade).manifest.to_dict()) == data
+
+
+def test_the_version_says_whether_there_are_tiles(tiled):
+    with pytest.raises(BundleError, match="unknown key 'tiles'"):
+        Manifest.from_dict(tiled | {"format_version": 1})
+    del tiled["tiles"]
+    with pytest.raises(BundleError, match="'tiles' is missing"):
+        Manifest.from_dict(tiled)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"cut": "spiral"}, "cut"),
+        ({"longest_edge": 0}, "longest_edge"),
+        ({"longest_edge": 5000}, "longest_edge"),
+        ({"canvases": [[8, 8]]}, "canvases"),
+        ({"limit": 3}, "limit"),
+        ({"newline": True}, "newline"),
+        ({"newline": 1}, "newline"),
+        ({"texts": None}, "texts"),
+        ({"texts": {**TEXTS, "alone": "no picture"}}, "image token"),
+        ({"texts": {**TEXTS, "row_end": "<image>"}}, "image token"),
+        ({"texts": {**TEXTS, "more": ""}}, "more"),
+        ({"tyles": 1}, "did you mean"),
+        ({**CANVAS, "canvases": []}, "canvases"),
+        ({**CANVAS, "canvases": [[8]]}, "canvases"),
+        ({**CANVAS, "canvases": [[8, True]]}, "canvases"),
+        ({**CANVAS, "canvases": [[8, 12]]}, "whole tiles"),
+        ({**CANVAS, "canvases": [[8, 8000]]}, "canvases"),
+        ({**CANVAS, "canvases": 8}, "canvases"),
+        ({**CANVAS, "canvases": [[8, 16], [136, 128]]}, "too many tiles"),
+        ({"longest_edge": 129}, "too many tiles"),
+        ({**CANVAS, "limit": 0}, "limit"),
+        ({**CANVAS, "texts": TEXTS}, "texts"),
+        ({**CANVAS, "newline": True}, "image_features is"),
+    ],
+    ids=str,
+)
+def test_wrong_tiles_are_a_bundle_error(tiled, change, shown):
+    with pytest.raises(BundleError, match=shown):
+        Manifest.from_dict(tiled | {"tiles": {**GRID, **change}})
+
+
+def test_tiles_of_another_resize_are_refused(tiled):
+    tiled["image"] |= {"resize": "shortest_edge", "center_crop": True}
+    with pytest.raises(BundleError, match="resized to another size"):
+        Manifest.from_dict(tiled)
+
+
+def test_a_prompt_s_texts_stand_where_the_image_token_stood(tiled):
+    manifest = Manifest.from_dict(tiled)
+    assert manifest.tiles is not None
+    cut = cut_of(manifest.tiles, 8, (10, 20))
+    assert cut == Cut(2, 3, 10, 20)
+    text, runs = prompt_runs(manifest.tiles, cut, "<image>", manifest.image_tokens)
+    rows = ["".join(f"[{r}-{c}]<image>" for c in (1, 2, 3)) for r in (1, 2)]
+    assert text == "\n".join(rows) + "\nall <image>" and runs == [manifest.image_tokens] * 7

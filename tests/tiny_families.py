@@ -1,0 +1,126 @@
+"""Tiny random checkpoints of the families, in transformers' own layout: a byte a token, tiles of 24 px in patches of 6."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TILE, PATCH, WIDTH, TEXT_WIDTH, BLOCKS = 24, 6, 32, 64, 3
+CANVASES = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+MANY = [[h, w] for h in (24, 48, 72) for w in (24, 48, 72)]
+SPECIAL = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+SPECIAL += ["<fake_token_around_image>", "<global-img>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<video>"]
+_TURN = "{% for m in messages %}PREFIX{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}"
+_TURN += "{% endif %}{% endfor %}SUFFIX{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
+# The words around a question, as the families' published templates have them.
+CHATS = {
+    "llava_next": ("USER: ", "<image>\n", " ", "ASSISTANT:"),
+    "llava_next mistral": ("[INST] ", "<image>\n", " ", "[/INST]"),
+    "llava_onevision": ("<|im_start|>user ", "<image>\n", "<|im_end|>", "<|im_start|>assistant\n"),
+    "idefics3": ("<|im_start|>User:", "<image>", "<end_of_utterance>\n", "Assistant:"),
+    "smolvlm": ("<|im_start|>User:", "<image>", "<end_of_utterance>\n", "Assistant:"),
+}
+NAMES = tuple(CHATS)
+
+
+def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:
+    """Write a checkpoint of a family; `pictures` replace entries of its preprocessor_config.json."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    family, folder = name.split()[0], Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(folder)
+    config = _config(name, tokenizer)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    for parameter, weight in model.named_parameters():
+        if weight.dim() > 1 and "embed_tokens" not in parameter and "lm_head" not in parameter:
+            weight.data.mul_(3.0)  # far enough from zero that depths and answers differ
+        elif "layernorm" in parameter and weight.dim() == 1:
+            weight.data.add_(0.3 * torch.randn_like(weight))  # a norm left out must show
+    model.save_pretrained(folder)
+    chat = _TURN
+    for key, text in zip(("PREFIX", "IMAGE", "SUFFIX", "ANSWER"), CHATS[name], strict=True):
+        chat = chat.replace(key, "{{ " + json.dumps(text) + " }}")
+    (folder / "chat_template.jinja").write_text(chat)
+    made, processor = _pictures(family)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**made, **pictures}))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def _tokenizer(folder: Path) -> Any:
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    from handmade import make_tokenizer
+
+    plain = make_tokenizer()
+    plain.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="</s>", pad_token="<|im_end|>", extra_special_tokens={"image_token": "<image>"}
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _config(name: str, tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+
+    family, image = name.split()[0], tokenizer.convert_tokens_to_ids("<image>")
+    text: dict[str, Any] = {
+        "model_type": {"llava_next mistral": "mistral", "llava_onevision": "qwen2"}.get(name, "llama"),
+        "vocab_size": 288,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if text["model_type"] == "mistral":
+        text["sliding_window"] = None
+    tower = {"llava_next": "clip_vision_model", "llava_onevision": "siglip_vision_model", "idefics3": "idefics3_vision"}
+    vision = {
+        "model_type": tower.get(family, "smolvlm_vision"),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "num_hidden_layers": BLOCKS + (family == "llava_next"),
+        "num_attention_heads": 2,
+    }
+    if family in ("idefics3", "smolvlm"):
+        return AutoConfig.for_model(family, vision_config=vision, text_config=text, image_token_id=image, scale_factor=2)
+    options: dict[str, Any] = {"image_token_index": image, "image_grid_pinpoints": CANVASES}
+    if family == "llava_onevision":
+        vision["vision_use_head"] = False
+        video = tokenizer.convert_tokens_to_ids("<video>")
+        options |= {"image_grid_pinpoints": MANY, "vision_aspect_ratio": "anyres_max_2", "video_token_index": video}
+    return AutoConfig.for_model(family, vision_config=vision, text_config=text, **options)
+
+
+def _pictures(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The family's preprocessor_config.json and processor_config.json."""
+    plain = {"do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True}
+    plain |= {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if family in ("idefics3", "smolvlm"):
+        kind = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[family]
+        sizes = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}, "do_image_splitting": True}
+        made = {**plain, **sizes, "image_processor_type": f"{kind}ImageProcessor", "resample": 1}
+        return made, {"processor_class": f"{kind}Processor", "image_seq_len": (TILE // PATCH // 2) ** 2}
+    if family == "llava_next":
+        sizes = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}, "do_center_crop": True}
+        clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        made = {**plain, **sizes, **clip, "image_processor_type": "LlavaNextImageProcessor", "resample": 3}
+        made["image_grid_pinpoints"] = CANVASES
+        more = {"patch_size": PATCH, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+        return made, {"processor_class": "LlavaNextProcessor", "image_token": "<image>", **more}
+    sizes = {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": MANY}
+    made = {**plain, **sizes, "image_processor_type": "LlavaOnevisionImageProcessor", "resample": 3}
+    more = {"num_image_tokens": (TILE // PATCH) ** 2, "vision_aspect_ratio": "anyres_max_2"}
+    return made, {"processor_class": "LlavaOnevisionProcessor", "vision_feature_select_strategy": "full", **more}

@@ -43,14 +43,13 @@ from edgesafe_export.marks import fill, with_weights
 from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.place import check_target, replacing
 from edgesafe_export.plan import check_room, choose_ladder, exit_graphs, make_plan
-from edgesafe_export.quantize import check_schemes, weight_bytes
+from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.resolve import resolve_model
 from edgesafe_export.sketch import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 from edgesafe_export.weights import SharedWeights
 
-AUTO = ("int4-block128", "int4-block32", "int8-block32")
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.

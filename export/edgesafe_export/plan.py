@@ -22,7 +22,7 @@ from edgesafe.exits import default_ladder, parse_exits
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
 from edgesafe_export import graphs
-from edgesafe_export.quantize import EMBED_SCHEME
+from edgesafe_export.quantize import AUTO, EMBED_SCHEME
 from edgesafe_export.sketch import Sketch
 from edgesafe_export.stream import scheme_of
 from edgesafe_export.tolerances import WHOLE_WEIGHTS
@@ -110,7 +110,7 @@ def make_plan(
         device: gives the figures that times are estimated with.
         ladder, layout, schemes: as they will be exported; text "auto" is planned as its first choice.
     """
-    vision, text = schemes["vision"], {"auto": "int4-block32"}.get(schemes["text"], schemes["text"])
+    vision, text = schemes["vision"], AUTO[0] if schemes["text"] == "auto" else schemes["text"]
     specs = graph_specs(sketch, ladder, layout, vision, text)
     tokens, whole = _prompt_tokens(sketch), sketch.count <= WHOLE_WEIGHTS
     times = {

@@ -33,7 +33,7 @@ test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q
 
 fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask
-	@$(BIN)/python $(if $(MODEL),tests/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE),tests/fullsize.py build/fullsize)
+	@$(BIN)/python $(if $(MODEL),tests/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/fullsize.py build/fullsize)
 
 check: $(VENV)/ready ## ruff, mypy --strict, import rules, and tables that are what their raw answers give
 	@$(BIN)/ruff check .

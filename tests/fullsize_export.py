@@ -97,7 +97,7 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
     Image.radial_gradient("L").convert("RGB").resize((400, 300)).save(picture)
-    asked = ["--device", options.device, "--text-scheme", options.text_scheme]
+    asked = ["--device", options.device, *(["--text-scheme", options.text_scheme] if options.text_scheme else [])]
     edgesafe = ["-m", "edgesafe.cli"]
     plan = run([*edgesafe, "plan", str(model), *asked, "--json"])
     with step("export"):
@@ -150,8 +150,7 @@ def main() -> int:
     parser.add_argument("model", help="a name of tests/tools/configs, or a folder or file with a published config")
     parser.add_argument("work", type=Path, help="folder for checkpoint and bundle; a checkpoint that is there is used")
     parser.add_argument("--device", default="rpi5")
-    # In blocks of 32 seven billion weights take 4.7 GB, and answering 6.8 GiB; in blocks of 64 4.2 GB and 5.9 GiB.
-    parser.add_argument("--text-scheme", default="int4-block64")
+    parser.add_argument("--text-scheme", help="default: the device's")
     parser.add_argument("--layers", type=int, help="decoder layers, where not the config's")
     parser.add_argument("--blocks", type=int, help="vision blocks, where not the config's")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")

@@ -43,20 +43,20 @@ from edgesafe_export.marks import fill, with_weights
 from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.place import check_target, replacing
 from edgesafe_export.plan import check_room, choose_ladder, exit_graphs, make_plan
-from edgesafe_export.quantize import check_schemes, weight_bytes
+from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.resolve import resolve_model
 from edgesafe_export.sketch import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 from edgesafe_export.weights import SharedWeights
 
-AUTO = ("int4-block128", "int4-block32", "int8-block32")
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
 WHOLE_MODEL, PIECES = "whole model", "pieces"
-# A graph of more bytes keeps its weights in a file beside it.
-INLINE_BYTES = 2**30
+# A graph of more bytes keeps its weights in a file beside it: protobuf ends at 2 GiB, and putting a graph together in memory
+# takes three times its size (eight decoder layers of 1 GB: a peak of 4.0 GiB, where the pieces themselves needed 2.8).
+INLINE_BYTES = 2**28
 _RECORDED = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 

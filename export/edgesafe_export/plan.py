@@ -21,8 +21,9 @@ from edgesafe.errors import InputError
 from edgesafe.exits import default_ladder, parse_exits
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
+from edgesafe.tiles import ALONE, cut_of, prompt_runs
 from edgesafe_export import graphs
-from edgesafe_export.quantize import EMBED_SCHEME
+from edgesafe_export.quantize import AUTO, EMBED_SCHEME
 from edgesafe_export.sketch import Sketch
 from edgesafe_export.stream import scheme_of
 from edgesafe_export.tolerances import WHOLE_WEIGHTS
@@ -32,6 +33,7 @@ GIB = 2**30
 # A graph beside its weights: nodes, names and shapes. Seen: 3 to 8 kB a vision segment, 14 kB a decoder layer.
 _GRAPH_BYTES, _LAYER_BYTES = 8_000, 14_000
 _QUESTION = "What is this?"
+PICTURE = (480, 640)  # height and width of the picture that times are planned for
 # Shapes of published models that are smaller, to name what a device can do: weights of the encoder, positions that it reads a
 # picture as, weights of the decoder, and tokens of a prompt with one picture.
 SMALLER = {
@@ -55,6 +57,7 @@ class Plan:
     """What will happen.
 
     Attributes:
+        tiles, prompt_tokens: how often the tower runs, and the tokens of a short question, for a picture of `PICTURE`.
         check: what the exporter will compare with, see `edgesafe_export.export`.
         bundle_bytes: of the whole bundle, a suite left out.
         export_gib, disk_gib: most memory of the exporting process, and room on the disk while it runs.
@@ -70,6 +73,7 @@ class Plan:
     reference_depth: int
     quantization: dict[str, str]
     check: str
+    tiles: int
     prompt_tokens: int
     exits: tuple[ExitPlan, ...]
     bundle_bytes: int
@@ -110,11 +114,11 @@ def make_plan(
         device: gives the figures that times are estimated with.
         ladder, layout, schemes: as they will be exported; text "auto" is planned as its first choice.
     """
-    vision, text = schemes["vision"], {"auto": "int4-block32"}.get(schemes["text"], schemes["text"])
+    vision, text = schemes["vision"], AUTO[0] if schemes["text"] == "auto" else schemes["text"]
     specs = graph_specs(sketch, ladder, layout, vision, text)
-    tokens, whole = _prompt_tokens(sketch), sketch.count <= WHOLE_WEIGHTS
+    (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
     times = {
-        path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else 1)
+        path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
         for path, spec in specs.items()
     }
     exits = tuple(_exit(depth, chain, specs, times) for depth, chain in exit_graphs(ladder, layout).items())
@@ -129,6 +133,7 @@ def make_plan(
         reference_depth=sketch.family.reference_depth,
         quantization={"vision": vision, "text": text},
         check="whole model" if whole else "pieces",
+        tiles=tiles,
         prompt_tokens=tokens,
         exits=exits,
         bundle_bytes=bundle,
@@ -258,10 +263,15 @@ def _sum(times: Iterable[float | None]) -> float | None:
     return None if None in known else round(sum(t for t in known if t is not None), 1)
 
 
-def _prompt_tokens(sketch: Sketch) -> int:
+def _prompt(sketch: Sketch) -> tuple[int, int]:
+    """How often the tower runs for a picture of `PICTURE`, and how many tokens a short question about it has."""
     family = sketch.family
     prefix, suffix = family.chat
-    return len(family.processor.tokenizer(prefix + _QUESTION + suffix)["input_ids"]) - 1 + family.image_tokens
+    token = family.processor.image_token
+    cut = cut_of(family.tiles, family.image_size, PICTURE) if family.tiles else ALONE
+    text, features = prompt_runs(family.tiles, cut, token, family.image_tokens)
+    words = family.processor.tokenizer(prefix.replace(token, text) + _QUESTION + suffix)["input_ids"]
+    return cut.tiles, len(words) - len(features) + sum(features)
 
 
 def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:
@@ -333,7 +343,8 @@ def describe(plan: Plan) -> str:
         table(rows, ["exit", "MB", "first token s (estimated)", f"within {plan.budget_ms / 1e3:g} s"]),
         "",
         f"{plan.model} for {plan.device}: {plan.weights / 1e6:.1f} million weights, {plan.quantization['vision']} vision, "
-        f"{plan.quantization['text']} text, a prompt of {plan.prompt_tokens} tokens",
+        f"{plan.quantization['text']} text, a picture of {PICTURE[1]} x {PICTURE[0]} in {plan.tiles} and a prompt of "
+        f"{plan.prompt_tokens} tokens",
         f"bundle {plan.bundle_bytes / 1e6:.1f} MB; export needs {plan.export_gib:.1f} GiB of memory and {plan.disk_gib:.1f} "
         f"GiB of disk; answering needs {plan.run_gib:.1f} GiB; checked: {plan.check}",
         *plan.notes,

@@ -15,6 +15,8 @@ from edgesafe_export.graphs import quiet
 
 VISION_SCHEMES = ("int8-dynamic", "fp32")
 TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
+# What "auto" tries, from coarse to fine.
+AUTO = ("int4-block128", "int4-block32", "int8-block32")
 EMBED_SCHEME = "int8-rows"
 _ROWS = 4096
 

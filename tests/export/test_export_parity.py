@@ -18,7 +18,8 @@ from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, ParityError
 from edgesafe_export import compare, graphs, parity, stream
 from edgesafe_export import export as export_module
-from edgesafe_export.export import AUTO, probes, write
+from edgesafe_export.export import probes, write
+from edgesafe_export.quantize import AUTO
 from edgesafe_export.sketch import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE
 from edgesafe_export.wrap import Head, Segment

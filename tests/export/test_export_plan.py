@@ -52,7 +52,7 @@ def test_bytes_are_within_two_per_cent_of_those_written(trained_job, trained_par
 
 
 def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
-    plan = _plan(seven_billion)
+    plan = _plan(seven_billion, text="int4-block32")
     assert plan.weights == 7_063_427_072  # transformers' own count of the published config
     assert [e.exit_depth for e in plan.exits] == [3, 6, 9, 12, 14, 17, 20, 23] and plan.reference_depth == 23
     # 6.6 billion decoder weights (7.06 without the tower, the projector and the embedding), two operations each, over the

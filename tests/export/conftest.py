@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def traced_once():
+    """Exports of equal configs share their traced pieces: they hold no weights, and tracing is most of these tests' time."""
+    from edgesafe_export import export
+
+    real, kept = export.trace_pieces, {}
+
+    def trace_pieces(sketch, ladder, layout, *, text=True):
+        config = {k: v for k, v in sketch.family.model.config.to_dict().items() if k != "_name_or_path"}
+        key = json.dumps([config, sketch.layers, list(ladder), layout, text], sort_keys=True, default=str)
+        if key not in kept:
+            kept[key] = real(sketch, ladder, layout, text=text)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace_pieces", trace_pieces)
+        yield
 
 
 @pytest.fixture(scope="package")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.processor import read_processor
-from edgesafe.recipe import refused_families
+from edgesafe.recipe import Recipe, refused_families
 
 MEND = "use an intact Hugging Face checkpoint folder"
 
@@ -85,3 +87,24 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
 
 def _unreadable(folder: Path, error: Exception) -> InputError:
     return InputError(f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND)
+
+
+@contextmanager
+def first_blocks(model: Any, recipe: Recipe, depth: int | None) -> Iterator[None]:
+    """The model with the first `depth` blocks of its tower alone (None: all), for as long as the block lasts.
+
+    transformers hangs the hooks that collect hidden states on a tower's blocks once, when it is first asked for them: it
+    is made to do so before any block is away.
+    """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    tower = model.get_submodule(recipe.tower)
+    parent, _, name = recipe.blocks.rpartition(".")
+    stack = tower.get_submodule(parent)
+    blocks = getattr(stack, name)
+    maybe_install_capturing_hooks(tower)
+    setattr(stack, name, blocks[:depth])
+    try:
+        yield
+    finally:
+        setattr(stack, name, blocks)

@@ -97,6 +97,15 @@ def default_ladder(n_blocks: int, reference_depth: int) -> tuple[int, ...]:
     return tuple((2 * reference_depth * i + _SPREAD) // (2 * _SPREAD) for i in range(1, _SPREAD + 1))
 
 
+def segments(ladder: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The blocks between one exit and the next, as (blocks before, blocks after).
+
+    >>> segments((3, 6, 9))
+    [(0, 3), (3, 6), (6, 9)]
+    """
+    return list(zip((0, *ladder), ladder, strict=False))
+
+
 def _number(text: str, spec: str) -> int:
     # isdecimal() alone accepts other scripts' digits, which int() reads but nobody means here.
     if not (text.strip().isascii() and text.strip().isdecimal()):

@@ -48,6 +48,14 @@ class Recipe:
         """What the recipe covers, for messages: `llava (clip_vision_model tower, llama text)`."""
         return f"{self.model_type} ({' or '.join(self.vision_types)} tower, {' or '.join(self.text_types)} text)"
 
+    def reference_layer(self, config: Any) -> Any:
+        """What a checkpoint's config says that its projector reads; the last block where it does not say."""
+        return getattr(config, self.reference) if self.reference else config.vision_config.num_hidden_layers
+
+    def patches_a_token(self, config: Any) -> int:
+        """How many patches the projector joins into one image token."""
+        return int(getattr(config, self.shuffle)) ** 2 if self.shuffle else 1
+
 
 def recipes_folder() -> Path:
     """Where the recipes lie: inside the wheel, or beside the package in a checkout."""

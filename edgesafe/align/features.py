@@ -98,9 +98,8 @@ def compute(
     said: dict[int, Tensor] = {}
     for rows in plan(need, examples, chunk_of(llava)) if chunks is None else chunks:
         part = [examples[row] for row in rows]
+        deepest = max(llava.reference_depth if teacher else 0, *(max(need[row]) for row in rows))
         with autocast(precision, llava.device.type):
-            taught = frozenset({llava.reference_depth} if teacher else ())
-            deepest = max(max(need[row] | taught) for row in rows)
             seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
             for i, row in enumerate(rows):
                 for depth in need[row]:

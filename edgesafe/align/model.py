@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.checkpoint import read_checkpoint
+from edgesafe.checkpoint import first_blocks, read_checkpoint
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
 from edgesafe.recipe import Recipe, load_recipes
@@ -70,7 +70,7 @@ def load(path: Path) -> Llava:
     family, model, processor = read_checkpoint(path, tuple(recipes))
     config, recipe = model.config, recipes[family]
     n_blocks = config.vision_config.num_hidden_layers
-    layer = getattr(config, recipe.reference) if recipe.reference else n_blocks
+    layer = recipe.reference_layer(config)
     wanted = ("default",) if recipe.extra_tokens else recipe.select_strategies or (None,)
     if not isinstance(layer, int) or getattr(config, "vision_feature_select_strategy", None) not in wanted:
         raise UnsupportedModelError(
@@ -80,7 +80,6 @@ def load(path: Path) -> Llava:
             todo="use a checkpoint of this family as it was published",
         )
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    joined = getattr(config, recipe.shuffle) ** 2 if recipe.shuffle else 1
     return Llava(
         model.requires_grad_(False),
         processor,
@@ -88,7 +87,7 @@ def load(path: Path) -> Llava:
         n_blocks,
         reference_depth(n_blocks, layer),
         patches,
-        patches // joined + bool(recipe.newline),
+        patches // recipe.patches_a_token(config) + bool(recipe.newline),
         config.text_config.max_position_embeddings,
         stored_dtype(path),
     )
@@ -152,18 +151,8 @@ def exit_states(llava: Llava, pixels: Tensor, deepest: int | None = None) -> tup
 
     Source: transformers `LlavaModel.get_image_features`.
     """
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-    tower = llava.model.get_submodule(llava.recipe.tower)
-    parent, _, name = llava.recipe.blocks.rpartition(".")
-    stack = tower.get_submodule(parent)
-    blocks = getattr(stack, name)
-    maybe_install_capturing_hooks(tower)  # once and for all: while some blocks are away, they would never get theirs
-    setattr(stack, name, blocks[:deepest])
-    try:
-        out = tower(pixels, output_hidden_states=True)
-    finally:
-        setattr(stack, name, blocks)
+    with first_blocks(llava.model, llava.recipe, deepest):
+        out = llava.model.get_submodule(llava.recipe.tower)(pixels, output_hidden_states=True)
     return tuple(state[:, llava.recipe.extra_tokens :] for state in out.hidden_states)
 
 

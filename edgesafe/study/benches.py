@@ -54,6 +54,23 @@ def vision_table(folder: Path) -> str:
     )
 
 
+def session_table(folder: Path) -> str:
+    """What a session of the reference bundle costs beside its graphs' work."""
+    found = _read(folder, "speed.json")
+    talk, memory, start = found["conversation"], found["memory"], found["cold_start"]
+    exits = list(found["by_exit"].items())
+    rows = [
+        ["second question about a picture, first token over the first one's", f"{talk['second_over_first']:.2f}", "0.40"],
+        ["most memory, every exit asked, MiB", f"{memory['peak_mib']:.1f}", f"{memory['limit_mib']:.1f}"],
+        ["of it numpy, onnxruntime, pillow and tokenizers", f"{memory['imports_mib']:.1f}", "-"],
+        ["import edgesafe after numpy and onnxruntime, ms", f"{start['import_edgesafe_ms']:.1f}", "150"],
+        ["the same with Session, ms", f"{start['with_session_ms']:.0f}", "150"],
+        *([f"first token at exit {d}, ms", f"{row['ttft_ms']:.1f}", "-"] for d, row in (exits[0], exits[-1])),
+    ]
+    run = found["runs"]["session"]
+    return f"{markdown(['of the reference bundle', 'seen', 'limit'], rows)}\n\n{_when(run, run['threads'])}"
+
+
 def schemes_table(folder: Path) -> str:
     """The decoder's weight schemes: speed on the LLaMA shape, answers on the reference model."""
     found = _read(folder, "schemes.json")
@@ -87,6 +104,7 @@ def budget_table(folder: Path) -> str:
 _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "engines": ("speed.json", engines_table),
     "vision-speed": ("speed.json", vision_table),
+    "session": ("speed.json", session_table),
     "schemes": ("schemes.json", schemes_table),
     "budget": ("budget.json", budget_table),
 }

@@ -42,7 +42,7 @@ from edgesafe_export.graphs import Exported
 from edgesafe_export.marks import fill, with_weights
 from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.place import check_target, replacing
-from edgesafe_export.plan import check_room, choose_ladder, exit_graphs, make_plan
+from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, exit_graphs, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.resolve import resolve_model
 from edgesafe_export.sketch import Sketch, open_sketch
@@ -52,8 +52,6 @@ from edgesafe_export.weights import SharedWeights
 
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
-# What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
-WHOLE_MODEL, PIECES = "whole model", "pieces"
 # A graph of more bytes keeps its weights in a file beside it: protobuf ends at 2 GiB, and putting a graph together in memory
 # takes three times its size (eight decoder layers of 1 GB: a peak of 4.0 GiB, where the pieces themselves needed 2.8).
 INLINE_BYTES = 2**28
@@ -78,11 +76,6 @@ class Job:
     config: Mapping[str, Any]
     seed: int
     layers: int | None = None
-
-    @property
-    def steps(self) -> list[tuple[int, int]]:
-        """The chain's segments as (blocks before, blocks after)."""
-        return list(zip((0, *self.ladder), self.ladder, strict=False))
 
 
 def export_bundle(
@@ -216,7 +209,7 @@ def _text_spec(family: Family, layers: int) -> TextSpec:
         decoder=graph_io.DECODER_PATH,
         num_layers=layers,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=family.head_dim,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,

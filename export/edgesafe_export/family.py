@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgesafe.checkpoint import read_checkpoint, read_config
+from edgesafe.checkpoint import first_blocks, read_checkpoint, read_config
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.exits import hidden_states_index, reference_depth
 from edgesafe.recipe import Recipe, load_recipes, refused_families
@@ -35,18 +35,18 @@ class Family:
         _check_config(config, recipe)
         self.name = recipe.model_type
         self.n_blocks = int(vision.num_hidden_layers)
-        layer = getattr(config, recipe.reference) if recipe.reference else self.n_blocks
-        self.reference_depth = reference_depth(self.n_blocks, layer)
+        self.reference_depth = reference_depth(self.n_blocks, recipe.reference_layer(config))
         self.image_size = int(vision.image_size)
         self.vision_width = int(vision.hidden_size)
         self.patch = int(vision.patch_size)
         self.tokens = (self.image_size // self.patch) ** 2 + recipe.extra_tokens
         default = getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.drop = recipe.extra_tokens if default else 0
-        self.image_tokens = (self.tokens - self.drop) // (getattr(config, recipe.shuffle) ** 2 if recipe.shuffle else 1)
+        self.image_tokens = (self.tokens - self.drop) // recipe.patches_a_token(config)
         self.head_rows = self.image_tokens + bool(recipe.newline)  # the newline's own comes last
         self.image_token_id = int(config.image_token_id)
-        self.text_config = config.text_config
+        self.text_config = text = config.text_config
+        self.head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         self.image_spec, self.tiles = picture_specs(processor, config, recipe)
         self.chat = _chat(processor)
         self.eos_token_ids = _eos(model, processor)
@@ -113,13 +113,8 @@ class Family:
         if self.recipe.reference:
             yield {self.recipe.reference: hidden_states_index(depth)}
             return
-        path, _, name = f"{self.recipe.tower}.{self.recipe.blocks}".rpartition(".")
-        owner, blocks = self.model.get_submodule(path), self.model.get_submodule(path).get_submodule(name)
-        setattr(owner, name, blocks[: hidden_states_index(depth)])
-        try:
+        with first_blocks(self.model, self.recipe, hidden_states_index(depth)):
             yield {}
-        finally:
-            setattr(owner, name, blocks)
 
 
 def load_family(folder: Path) -> Family:
@@ -177,11 +172,9 @@ def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:
 
 
 def _check_config(config: Any, recipe: Recipe) -> None:
-    layer = getattr(config, recipe.reference) if recipe.reference else config.vision_config.num_hidden_layers
-    strategy, window = (
-        getattr(config, "vision_feature_select_strategy", None),
-        getattr(config.text_config, "sliding_window", None),
-    )
+    layer = recipe.reference_layer(config)
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    window = getattr(config.text_config, "sliding_window", None)
     problem = ""
     if config.vision_config.model_type not in recipe.vision_types:
         problem = f"a {config.vision_config.model_type!r} tower"

@@ -146,8 +146,7 @@ def decoder(family: Family) -> Exported:
 
     config, causal = family.text_config, family.decoder()
     width, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    heads, size = config.num_key_value_heads, family.head_dim
     cache = DynamicCache()
     for i in range(layers):
         cache.update(torch.zeros(1, heads, 5, size), torch.zeros(1, heads, 5, size), i)

@@ -14,6 +14,7 @@ from torch import nn
 
 from edgesafe import graph_io
 from edgesafe.bundle import GraphSpec
+from edgesafe.exits import segments
 from edgesafe_export import graphs
 from edgesafe_export.graphs import Exported
 from edgesafe_export.marks import Blueprint, read_marks
@@ -62,7 +63,7 @@ def vision_pieces(sketch: Sketch, ladder: tuple[int, ...], layout: str) -> Itera
             yield _piece(sketch, path, WHOLE, (0, depth), module, graphs.standalone(family, depth))
         return
     traced: dict[tuple[bool, int], Piece] = {}
-    for start, end in zip((0, *ladder), ladder, strict=False):
+    for start, end in segments(ladder):
         shape, module = (start == 0, end - start), family.segment(start, end)
         path = graph_io.segment_path(start, end)
         if shape not in traced:

@@ -18,7 +18,7 @@ from edgesafe import graph_io, machine
 from edgesafe.bundle import GraphSpec
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
-from edgesafe.exits import default_ladder, parse_exits
+from edgesafe.exits import default_ladder, parse_exits, segments
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
 from edgesafe.tiles import ALONE, cut_of, prompt_runs
@@ -30,6 +30,8 @@ from edgesafe_export.tolerances import WHOLE_WEIGHTS
 from edgesafe_export.wrap import Whole
 
 GIB = 2**30
+# What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
+WHOLE_MODEL, PIECES = "whole model", "pieces"
 # A graph beside its weights: nodes, names and shapes. Seen: 3 to 8 kB a vision segment, 14 kB a decoder layer.
 _GRAPH_BYTES, _LAYER_BYTES = 8_000, 14_000
 _QUESTION = "What is this?"
@@ -58,7 +60,7 @@ class Plan:
 
     Attributes:
         tiles, prompt_tokens: how often the tower runs, and the tokens of a short question, for a picture of `PICTURE`.
-        check: what the exporter will compare with, see `edgesafe_export.export`.
+        check: what the exporter will compare with, `WHOLE_MODEL` or `PIECES`.
         bundle_bytes: of the whole bundle, a suite left out.
         export_gib, disk_gib: most memory of the exporting process, and room on the disk while it runs.
         run_gib: memory of a process that answers on the device.
@@ -132,7 +134,7 @@ def make_plan(
         n_blocks=sketch.family.n_blocks,
         reference_depth=sketch.family.reference_depth,
         quantization={"vision": vision, "text": text},
-        check="whole model" if whole else "pieces",
+        check=WHOLE_MODEL if whole else PIECES,
         tiles=tiles,
         prompt_tokens=tokens,
         exits=exits,
@@ -157,7 +159,7 @@ def exit_graphs(ladder: tuple[int, ...], layout: str) -> dict[int, tuple[str, ..
     """The vision graphs of each exit, in order."""
     if layout == "standalone":
         return {depth: (graph_io.standalone_path(depth),) for depth in ladder}
-    chain = [graph_io.segment_path(a, b) for a, b in zip((0, *ladder), ladder, strict=False)]
+    chain = [graph_io.segment_path(a, b) for a, b in segments(ladder)]
     return {depth: (*chain[: i + 1], graph_io.HEAD_PATH) for i, depth in enumerate(ladder)}
 
 
@@ -169,7 +171,7 @@ def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: st
             module = Whole(family.segment(0, depth), family.head())
             specs[graph_io.standalone_path(depth)] = _spec(module, family.tokens, vision)
     else:
-        for start, end in zip((0, *ladder), ladder, strict=False):
+        for start, end in segments(ladder):
             specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.tokens, vision)
         specs[graph_io.HEAD_PATH] = _spec(family.head(), family.tokens, vision)
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
@@ -177,8 +179,7 @@ def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: st
     causal = family.decoder()
     layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
     config = family.text_config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * size
+    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.head_dim
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs
@@ -240,8 +241,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tokens:
     packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
     """
     config = sketch.family.text_config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * size * (tokens + 64)
+    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.head_dim * (tokens + 64)
     states = 4 * tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
     causal = sketch.family.decoder()
     matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
@@ -292,11 +292,11 @@ def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:
 
 
 def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:
-    """Smaller models and the time to their first token by the same arithmetic, int8 and int4."""
+    """Smaller models and the time to their first token by the same arithmetic, in the schemes that are tried first."""
     for name, (encoder, positions, decoder, tokens) in SMALLER.items():
         tower = GraphSpec((), (), int(2 * encoder * positions), int(encoder))
-        text = GraphSpec((), (), int(2 * decoder), int(0.64 * decoder))
-        total = _sum([graph_ms(tower, device, "int8-dynamic", 1), graph_ms(text, device, "int4-block32", tokens)])
+        text = GraphSpec((), (), int(2 * decoder), int(decoder * _matrix_bytes(1024, 1, AUTO[0]) / 1024))
+        total = _sum([graph_ms(tower, device, "int8-dynamic", 1), graph_ms(text, device, AUTO[0], tokens)])
         if total is not None:
             yield name, total
 

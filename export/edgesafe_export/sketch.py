@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from edgesafe.errors import InputError, UnsupportedModelError
+from edgesafe.shards import MEND, Stored, read_headers, read_tensor
 from edgesafe_export.family import Family, open_family
 from edgesafe_export.marks import mark
-from edgesafe_export.shards import MEND, Stored, read_headers, read_tensor
 
 TRACED_LAYERS = 2
 

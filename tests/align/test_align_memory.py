@@ -18,7 +18,7 @@ from edgesafe.align.data import collate
 from edgesafe.align.memory import Memory, describe, estimate, read_headers, sizes
 from edgesafe.align.model import load
 from edgesafe.align.train import prepare
-from edgesafe.errors import ConfigError
+from edgesafe.errors import ConfigError, InputError
 
 MIB = 2**20
 # The estimate is for people who choose a batch size. The worst figure seen is 1.22 (see `memory.estimate`).
@@ -194,8 +194,8 @@ def test_too_little_memory_is_said_and_processes_count():
 
 def test_a_checkpoint_that_cannot_be_read_is_left_to_loading(tiny_llava, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 32)
-    for folder, match in ((tmp_path, "sizes can't be read"), (tmp_path / "none", "sizes can't be read")):
-        with pytest.raises(ConfigError, match=match):
+    for folder, match in ((tmp_path, "damaged"), (tmp_path / "none", "missing")):
+        with pytest.raises(InputError, match=match):
             estimate(folder, AlignConfig())
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
     for config in (

@@ -23,7 +23,13 @@ def test_tables_say_what_the_results_say(tmp_path):
     }
     vision = {"fp32": {"picture_ms": 30.0} | _ratios(picture_ms=1.0), "int8": {"picture_ms": 10.0} | _ratios(picture_ms=3.0)}
     speed = {"engines": engines, "peers": ["peer==1"], "vision": vision, "vision_blocks": 8}
-    speed |= {"vision_agreement": {"least_cosine": 0.5}, "runs": {"engines": RUN, "vision": RUN}}
+    speed |= {"vision_agreement": {"least_cosine": 0.5}, "runs": {"engines": RUN, "vision": RUN, "session": RUN}}
+    speed |= {
+        "conversation": {"second_over_first": 0.25},
+        "memory": {"peak_mib": 90.04, "imports_mib": 50.0, "limit_mib": 99.9},
+    }
+    speed |= {"cold_start": {"import_edgesafe_ms": 0.5, "with_session_ms": 99.6}}
+    speed |= {"by_exit": {"1": {"ttft_ms": 4.0}, "2": {"ttft_ms": 5.0}, "3": {"ttft_ms": 6.0}}}
     (tmp_path / "speed.json").write_text(json.dumps(speed))
     policies = {name: {"miss_rate": 0.025, "depth_of_oracle": 0.9} for name in ("edgesafe", "static", "oracle")}
     budget = RUN | {"quantile": 0.95, "traces": {"quiet": {"requests": 40, "policies": policies}}}
@@ -33,4 +39,6 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert "2026-01-02, a machine, 2 threads. peer==1; 3 rounds" in tables["engines"]
     assert "| int8 | 10 | 3.00 |" in tables["vision-speed"] and "float32 one: 0.5." in tables["vision-speed"]
     assert "| quiet | 40 | 2.5 / 90 | 2.5 / 90 |" in tables["budget"]  # the oracle is the measure, not a column
+    assert "MiB | 90.0 | 99.9 |" in tables["session"] and "with Session, ms | 100 | 150 |" in tables["session"]
+    assert "exit 1, ms | 4.0 |" in tables["session"] and "exit 3, ms | 6.0 |" in tables["session"]
     assert tables["schemes"] == "Not run: schemes.json"

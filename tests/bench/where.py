@@ -32,7 +32,7 @@ def profile(model: Path, threads: int) -> list[dict[str, Any]]:
     """The profile's kernel events of one prefill and TOKENS steps, in order."""
     text = TextSpec(**json.loads((model / "about.json").read_text())["text"])
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(threads)
+        options = session_options(threads, alone=True)  # as the shipped decoder
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/p"
         decoder = ort.InferenceSession(str(model / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
         embed = ort.InferenceSession(str(model / "embed.onnx"), session_options(threads), providers=["CPUExecutionProvider"])

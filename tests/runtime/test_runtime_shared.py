@@ -11,7 +11,7 @@ from edgesafe import graph_io
 from edgesafe.bundle import GraphSpec, TextSpec
 from edgesafe.graph_io import TensorSpec
 from edgesafe.runtime import decode
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.graph import OrtGraph, session_options
 from edgesafe.runtime.shared import SharedReader
 from mutants import wrong
 
@@ -160,3 +160,11 @@ def test_a_decoder_of_the_older_kind_keeps_its_growing_cache(handmade):
     session = Session.open(handmade)
     assert isinstance(session.reader(8), decode.GrowingReader)
     assert not decode.shares_cache(session.manifest.graphs[graph_io.DECODER_PATH])
+
+
+def test_the_decoder_alone_waits_awake_and_not_for_long():
+    key = "session.intra_op.{}".format
+    for alone, spins in ((True, "1"), (False, "0")):
+        options = session_options(2, alone=alone)
+        assert options.get_session_config_entry(key("allow_spinning")) == spins
+        assert int(options.get_session_config_entry(key("spin_duration_us"))) <= 100  # 500 was slower than 20 to 100

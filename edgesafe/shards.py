@@ -1,5 +1,8 @@
 """A checkpoint's weights where they lie: safetensors headers are read at once, a tensor's numbers when it is asked for.
 
+Shared by align and export (tier 1). The safetensors package maps a file instead, so that what was read of a 7B model stays in
+this process's memory, and gives numpy no bfloat16.
+
 Source: the safetensors format: eight bytes of header length, a JSON header, the tensors' bytes.
 """
 

@@ -7,7 +7,6 @@ running on bound buffers, is its own business: the code that would use it asks f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Protocol
 
 import numpy as np
@@ -42,14 +41,16 @@ class Backend(Protocol):
 
 
 class OnnxRuntime:
-    """The default: Python's onnxruntime, imported when the first graph is opened and by nothing else."""
+    """The default: Python's onnxruntime, imported when its version is read or a graph opened, and by nothing else."""
 
     name = "onnxruntime"
 
     @property
     def version(self) -> str:
         """The installed package's version."""
-        return metadata.version(self.name)
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
 
     def open(self, path: str, spec: GraphSpec, threads: int) -> Graph:
         """See ``Backend.open``."""

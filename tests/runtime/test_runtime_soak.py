@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmap import mmap
+
 import soak
 from edgesafe.runtime import Conversation
 from edgesafe.runtime.turns import Turns
@@ -32,7 +34,9 @@ def test_the_check_fails_on_a_leak(monkeypatch):
     ask = Conversation.begin
 
     def leaking(self, *args, **options):
-        kept.append(bytearray(b"x" * 200_000))
+        page = mmap(-1, 2**20)  # from the system: malloc would hand out again what earlier tests freed
+        page.write(b"x" * len(page))
+        kept.append(page)
         return ask(self, *args, **options)
 
     monkeypatch.setattr(Conversation, "begin", leaking)

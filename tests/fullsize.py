@@ -3,6 +3,7 @@
 Not collected by pytest, because it takes too long. A LLaVA of half a billion random weights, of the shape of SmolVLM-500M
 (CLIP ViT-B/16 on 224 px, Llama of 32 layers and width 960, 49,152 tokens), runs three updates of `l-ppo` whole, and again
 killed with SIGKILL after the second checkpoint and resumed. Both stay below 12 GiB, and their weights are bit-equal.
+`--model smolvlm-256m --method l-sft` does the same with a shape of `tests/tools/configs` and another objective.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgesafe.progress import step, table
 
+sys.path[:0] = [str(Path(__file__).parent / "tools")]
+
+from random_checkpoint import find_config, make_checkpoint  # noqa: E402
+
+from results import write_result  # noqa: E402
+
 LIMIT_GIB = 12.0
 UPDATES, KILLED_AFTER = 3, 2
 SIDE, PATCH, VOCABULARY = 224, 16, 49152
-CONFIG = f"""method = "l-ppo"
+CONFIG = f"""method = "METHOD"
 steps = {UPDATES}
 batch_size = 4
 reference_rows = 2
@@ -93,13 +100,16 @@ def make_full_llava(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def build(work: Path) -> None:
+def build(work: Path, model: str | None, method: str) -> None:
     """Model, rows and config; in a process of its own, because a child's peak memory starts at its parent's."""
     from edgesafe.reference.data import write_training
 
-    make_full_llava(work / "model")
+    if model:
+        make_checkpoint(find_config(model), work / "model")
+    else:
+        make_full_llava(work / "model")
     write_training(work / "rows", 24, seed=3)
-    (work / "config.toml").write_text(CONFIG, encoding="utf-8")
+    (work / "config.toml").write_text(CONFIG.replace("METHOD", method), encoding="utf-8")
 
 
 def align(work: Path, out: str, *options: str, kill_after: int = 0) -> Ended:
@@ -133,43 +143,57 @@ def same_weights(a: Path, b: Path) -> bool:
     import torch
     from safetensors import safe_open
 
-    with safe_open(a / "model.safetensors", "pt") as one, safe_open(b / "model.safetensors", "pt") as two:
-        names = sorted(one.keys())
-        return names == sorted(two.keys()) and all(torch.equal(one.get_tensor(n), two.get_tensor(n)) for n in names)
+    files = [path.name for path in sorted(a.glob("*.safetensors"))]
+    if files != [path.name for path in sorted(b.glob("*.safetensors"))]:
+        return False
+    for file in files:
+        with safe_open(a / file, "pt") as one, safe_open(b / file, "pt") as two:
+            names = sorted(one.keys())
+            if names != sorted(two.keys()) or not all(torch.equal(one.get_tensor(n), two.get_tensor(n)) for n in names):
+                return False
+    return True
 
 
-def check(work: Path, estimated_gib: float, runs: dict[str, Ended]) -> list[str]:
-    """Print the closing table; returns the promises that were broken."""
+def check(work: Path, estimated_gib: float, runs: dict[str, Ended]) -> dict[str, bool]:
+    """Print the closing table; returns the promises and whether they were kept."""
     rows = [[name, e.code, f"{e.seconds:.0f}", f"{e.peak_gib:.2f}"] for name, e in runs.items()]
     print(table(rows, ["run", "exit code", "seconds", "peak GiB"]))
-    seconds = [json.loads(line)["seconds"] for line in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
+    seconds = update_seconds(work)
     print(f"\nupdates took {', '.join(f'{s:.0f}' for s in seconds)} s; estimated need {estimated_gib:.2f} GiB")
     peak = max(e.peak_gib for e in runs.values())
     promises = {
         f"peak of {peak:.2f} GiB is at most {LIMIT_GIB:g}": peak <= LIMIT_GIB,
         f"{UPDATES} updates ran": len(seconds) == UPDATES,
-        "the estimate is within a third of the peak": abs(estimated_gib / peak - 1) < 1 / 3,
+        "the estimate is within a quarter of the peak": abs(estimated_gib / peak - 1) < 1 / 4,
         "resumed weights equal the whole run's": same_weights(work / "whole", work / "cut"),
         "the weights moved": not same_weights(work / "whole", work / "model"),
     }
     for promise, kept in promises.items():
         print(f"{'kept  ' if kept else 'BROKEN'}  {promise}")
-    return [promise for promise, kept in promises.items() if not kept]
+    return promises
+
+
+def update_seconds(work: Path) -> list[float]:
+    """What each update of the whole run took."""
+    return [json.loads(line)["seconds"] for line in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
 
 
 def main() -> int:
     """Build, run, kill, resume, compare; the exit code is 0 where every promise holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path, help="folder for the model and the runs (4 GB), emptied first")
+    parser.add_argument("--model", help="a name of tests/tools/configs; by default a LLaVA of half a billion weights")
+    parser.add_argument("--method", default="l-ppo", help="the objective (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     parser.add_argument("--build", action="store_true", help="only build the model and the rows there")
     options = parser.parse_args()
     if options.build:
-        build(options.work)
+        build(options.work, options.model, options.method)
         return 0
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
     with step("build the model"):
-        subprocess.run([sys.executable, __file__, str(options.work), "--build"], check=True)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--build"], check=True)
     runs = {
         "whole": align(options.work, "whole"),
         f"killed after update {KILLED_AFTER}": align(options.work, "cut", kill_after=KILLED_AFTER),
@@ -182,7 +206,12 @@ def main() -> int:
     from edgesafe.align.memory import estimate
 
     need = estimate(options.work / "model", read_config(options.work / "config.toml", data=str(options.work / "rows")))
-    return 1 if check(options.work, need.total / 1024, runs) else 0
+    promises = check(options.work, need.total / 1024, runs)
+    if options.out:
+        told = {"model": options.model, "method": options.method, "estimated_gib": need.total / 1024, "promises": promises}
+        told |= {"update_seconds": update_seconds(options.work), "runs": {name: asdict(e) for name, e in runs.items()}}
+        write_result(options.out, told)
+    return 0 if all(promises.values()) else 1
 
 
 if __name__ == "__main__":

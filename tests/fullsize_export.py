@@ -55,15 +55,18 @@ def run(words: list[str]) -> Ended:
 
 
 def ask_every_exit(bundle: Path, picture: Path) -> list[dict[str, Any]]:
-    """One question at each exit of one session: first token, and each later token, ms."""
+    """One question at each exit of one session: first token, the prediction for it, and each later token, ms."""
     from edgesafe.runtime import Session
 
     rows = []
     with Session.open(bundle, allow_uncertified=True) as session:
+        session.ask(picture, PROMPT, exit_depth=session.manifest.depths[0], max_new_tokens=2)  # this one reads the weights in
         for depth in session.manifest.depths:
             answer = session.ask(picture, PROMPT, exit_depth=depth, max_new_tokens=ASKED_TOKENS)
             later = answer.actual_ms["decode"] / max(1, ASKED_TOKENS - 1)
-            rows.append({"exit_depth": depth, "ttft_ms": round(answer.ttft_ms, 1), "token_ms": round(later, 1)})
+            predicted = sum(ms for stage, ms in answer.predicted_ms.items() if stage != "decode")
+            row = {"exit_depth": depth, "ttft_ms": answer.ttft_ms, "predicted_ms": predicted, "token_ms": later}
+            rows.append({key: round(value, 1) for key, value in row.items()})
     return rows
 
 
@@ -84,7 +87,7 @@ def check_disk(work: Path, config: Path) -> None:
 
 
 def whole_line(options: argparse.Namespace) -> dict[str, Any]:
-    """Checkpoint, plan, export, ask; what each took."""
+    """Checkpoint, plan, export, ask, measure, ask at every exit; what each took."""
     model, bundle, picture = options.work / "model", options.work / "bundle", options.work / "picture.png"
     cut = [w for key in ("layers", "blocks") if getattr(options, key) for w in (f"--{key}", str(getattr(options, key)))]
     if not (model / "model.safetensors.index.json").exists():
@@ -106,6 +109,8 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     question = ["--image", str(picture), "--prompt", PROMPT, "--exit-depth", str(depth), "--allow-uncertified"]
     with step("ask"):
         answered = run([*edgesafe, "ask", str(bundle), *question, "--max-new-tokens", str(ASKED_TOKENS), "--json"])
+    with step("measure"):
+        measured = run([*edgesafe, "measure", str(bundle), "--json"])
     with step("ask at every exit"):
         every = run([__file__, options.model, str(options.work), "--every-exit"])
     return {
@@ -116,6 +121,7 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": {k: v for k, v in made.items() if k != "out"} | {"bytes": folder_bytes(model)},
         "export": {"seconds": exported.seconds, "peak_gib": exported.peak_gib, "bytes": folder_bytes(bundle)},
         "ask": {"seconds": answered.seconds, "peak_gib": answered.peak_gib, "answer": json.loads(answered.out)},
+        "measure": {"seconds": measured.seconds, "peak_gib": measured.peak_gib},
         "every_exit": {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)},
     }
 
@@ -130,15 +136,16 @@ def show(result: dict[str, Any]) -> str:
     plan = result["plan"]
     rows = [
         [name, f"{result[name]['seconds']:.0f}", f"{result[name]['peak_gib']:.2f}", f"{result[name].get('bytes', 0) / 1e9:.3f}"]
-        for name in ("checkpoint", "export", "ask")
+        for name in ("checkpoint", "export", "ask", "measure")
     ]
     rows.append(["planned export", None, f"{plan['export_gib']:.2f}", f"{plan['bundle_bytes'] / 1e9:.3f}"])
     rows.append(["planned ask", None, f"{plan['run_gib']:.2f}", None])
-    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, r["token_ms"]] for r in result["every_exit"]["rows"]]
+    asked = result["every_exit"]["rows"]
+    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, r["predicted_ms"] / 1e3, r["token_ms"]] for r in asked]
     return (
         table(rows, ["step", "seconds", "peak GiB", "GB"])
         + "\n\n"
-        + table(exits, ["exit", "first token s (here)", "later tokens ms"])
+        + table(exits, ["exit", "first token s (here)", "predicted s", "later tokens ms"])
         + "\n\n"
         + "\n".join(plan["notes"])
     )

@@ -9,8 +9,7 @@ from typing import Any
 TILE, PATCH, WIDTH, TEXT_WIDTH, BLOCKS = 24, 6, 32, 64, 3
 CANVASES = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 MANY = [[h, w] for h in (24, 48, 72) for w in (24, 48, 72)]
-SPECIAL = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
-SPECIAL += ["<fake_token_around_image>", "<global-img>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<video>"]
+SPECIAL = ["<fake_token_around_image>", "<global-img>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<video>"]
 _TURN = "{% for m in messages %}PREFIX{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}"
 _TURN += "{% endif %}{% endfor %}SUFFIX{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
 # The words around a question, as the families' published templates have them.
@@ -31,7 +30,7 @@ def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:
 
     family, folder = name.split()[0], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder)
+    tokenizer = write_text(name, folder)
     config = _config(name, tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
@@ -41,28 +40,30 @@ def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:
         elif "layernorm" in parameter and weight.dim() == 1:
             weight.data.add_(0.3 * torch.randn_like(weight))  # a norm left out must show
     model.save_pretrained(folder)
-    chat = _TURN
-    for key, text in zip(("PREFIX", "IMAGE", "SUFFIX", "ANSWER"), CHATS[name], strict=True):
-        chat = chat.replace(key, "{{ " + json.dumps(text) + " }}")
-    (folder / "chat_template.jinja").write_text(chat)
     made, processor = _pictures(family)
     (folder / "preprocessor_config.json").write_text(json.dumps({**made, **pictures}))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     return folder
 
 
-def _tokenizer(folder: Path) -> Any:
+def write_text(name: str, folder: Path, grid: int = 3) -> Any:
+    """A family's tokenizer, which is returned, and chat template; `grid` rows and columns of tiles have tokens of their own."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     from handmade import make_tokenizer
 
     plain = make_tokenizer()
-    plain.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    places = [f"<row_{row}_col_{column}>" for row in range(1, grid + 1) for column in range(1, grid + 1)]
+    plain.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*places, *SPECIAL)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=plain, eos_token="</s>", pad_token="<|im_end|>", extra_special_tokens={"image_token": "<image>"}
     )
     tokenizer.save_pretrained(folder)
+    chat = _TURN
+    for key, text in zip(("PREFIX", "IMAGE", "SUFFIX", "ANSWER"), CHATS[name], strict=True):
+        chat = chat.replace(key, "{{ " + json.dumps(text) + " }}")
+    (folder / "chat_template.jinja").write_text(chat)
     return tokenizer
 
 

@@ -42,6 +42,8 @@ _LONGEST = 4
 _STEPS = 4
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
 _LEAST_ANSWERS, _MOST_ANSWERS = 3, 20
+# Where one run alone takes longer than the time that is set aside for all, so many are enough: a 7B model takes minutes for one.
+_SLOW_ROUNDS, _SLOW_ANSWERS = 2, 1
 # Choosing the threads takes this share of the time.
 _SWEEP = 0.3
 # The length of an answer that thread counts are compared by: prefill likes more threads than single tokens do.
@@ -68,13 +70,13 @@ class _Probe:
         self.prompts = _prompts(self.session, self.session.cut(self.picture))
 
     def one_answer(self) -> float:
-        """Run an answer from the deepest exit; ms without preprocessing, in which threads play no part."""
+        """Run an answer from the deepest exit; seconds without preprocessing, in which threads play no part."""
         start = time.perf_counter()
         deepest = self.session.manifest.exits[-1].exit_depth
         features = self.session.run_exits(self.pixels, [deepest])[deepest]
         for _ in self._tokens(features, self.prompts[0], _ANSWER_TOKENS):
             pass
-        return _ms_since(start)
+        return time.perf_counter() - start
 
     def one_round(self) -> None:
         """Run every stage once, in the order of an answer, and keep its time."""
@@ -116,7 +118,7 @@ def measure(path: str | os.PathLike[str], *, threads: int | None = None, seconds
     Args:
         path: The bundle's folder; ``latency.json`` is written into it.
         threads: Measure with so many threads; by default the best of a sweep, which ``Session.open`` then uses.
-        seconds: About how long to take; each part runs a few times even where that takes longer.
+        seconds: About how long to take; each part runs a few times even where that takes longer, a very slow one twice.
 
     Returns:
         The table that was written.
@@ -161,9 +163,9 @@ def _sweep(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
     for threads, cores in bar(choices, label="comparing threads"):
         probe = _Probe(Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True))
         with on_cores(cores):
-            probe.one_answer()
+            least = _SLOW_ANSWERS if probe.one_answer() > seconds / len(choices) else _LEAST_ANSWERS
             end = time.perf_counter() + seconds / len(choices)
-            times = [probe.one_answer() for _ in _until(end, _LEAST_ANSWERS, _MOST_ANSWERS)]
+            times = [1e3 * probe.one_answer() for _ in _until(end, least, _MOST_ANSWERS)]
         rows.append({"threads": threads, "cores": list(cores) if cores else None, "answer_ms": percentile(times, 50)})
     return rows
 
@@ -183,11 +185,12 @@ def _best(sweep: list[dict[str, Any]]) -> Tuning:
 
 def _rounds(probe: _Probe, seconds: float) -> None:
     probe.one_round()
+    probe.samples.clear()
     start = time.perf_counter()
     probe.one_round()
     fitting = int(seconds * 1e3 / _ms_since(start))
-    probe.samples.clear()
-    for _ in bar(range(min(max(fitting, _LEAST_ROUNDS), _MOST_ROUNDS)), label="measuring: round"):
+    least = _LEAST_ROUNDS if fitting else _SLOW_ROUNDS
+    for _ in bar(range(1, min(max(fitting, least), _MOST_ROUNDS)), label="measuring: round"):
         probe.one_round()
 
 

@@ -67,6 +67,23 @@ def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
     assert "not interactive on Raspberry Pi 5" in text and "SmolVLM-256M" in text and "beyond the budget of 10 s" in text
 
 
+# transformers' own count of the published configs' weights, blocks, reference depth, and tiles of a picture of 640 x 480:
+# SmolVLM makes it 2048 x 1536, twelve tiles of 512 and the whole; the others put it on a canvas of 2 x 2 tiles and see the whole.
+PUBLISHED = {
+    "llava-1.6-mistral-7b": (7_566_747_648, 24, 23, 5),
+    "llava-onevision-0.5b": (893_675_552, 26, 26, 5),
+    "smolvlm-256m": (256_484_928, 12, 12, 13),
+    "smolvlm2-500m": (507_482_304, 12, 12, 13),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_planned(tmp_path, name):
+    plan = _plan(make_checkpoint(find_config(name), tmp_path / name, empty=True))
+    assert (plan.weights, plan.n_blocks, plan.reference_depth, plan.tiles) == PUBLISHED[name]
+    assert plan.check == "pieces"
+
+
 def test_the_command_reads_headers_alone(seven_billion, capsys):
     # The weights' bytes are holes: had they been read, they would be zeros, and a shard of 5 GB takes longer than this test.
     assert main(["plan", str(seven_billion), "--device", "rpi5", "--json", "--text-scheme", "int4-block64"]) == 0

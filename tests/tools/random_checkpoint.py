@@ -2,9 +2,9 @@
 
     python tests/tools/random_checkpoint.py CONFIG OUT [--seed N] [--shard-gb N] [--layers N] [--blocks N]
 
-CONFIG is a folder with config.json (and, if it has them, tokenizer and processor files, which are copied), a JSON file, or the
-name of one of `configs/`. Without tokenizer.json LLaVA shapes get the reference world's tokenizer: the rest of the vocabulary
-has weights and no text. The weights lie under the names that the model's checkpoints have on the hub."""
+CONFIG is a folder with config.json and the processor's files, which are copied, or the name of one of `configs/`. Where
+tokenizer.json is not among them LLaVA-1.5 shapes get the reference world's tokenizer and the others a token a byte: the rest of
+the vocabulary has weights and no text. The weights lie under the names that the model's checkpoints have on the hub."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 CONFIGS = Path(__file__).parent / "configs"
+GRID = 6  # rows and columns of tiles that the published tokenizers have tokens for
 _TOGETHER = 2**25  # numbers drawn at a time
 
 
@@ -28,7 +29,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path / "config.json"
-    return path if path.is_file() else CONFIGS / f"{name}.json"
+    return path if path.is_file() else CONFIGS / name / "config.json"
 
 
 def make_checkpoint(
@@ -60,7 +61,7 @@ def make_checkpoint(
     obj = json.loads(config.read_text(encoding="utf-8"))
     obj["text_config"] |= text | ({"num_hidden_layers": layers} if layers else {})
     obj["vision_config"] |= {"num_hidden_layers": blocks} if blocks else {}
-    obj |= _write_processor(config.parent, out, obj)
+    _write_processor(config.parent, out, obj)
     (out / "config.json").write_text(json.dumps(obj, indent=1) + "\n", encoding="utf-8")
     shaped = AutoConfig.from_pretrained(out)
     model = _on_meta(AutoModelForImageTextToText, shaped)
@@ -87,14 +88,26 @@ def _on_meta(auto: Any, config: Any) -> Any:
         return auto.from_config(config, dtype=torch.bfloat16)
 
 
-def _write_processor(source: Path, out: Path, obj: dict[str, Any]) -> dict[str, Any]:
-    """Tokenizer and processor files; returns the ids that the config must name for them."""
+def _write_processor(source: Path, out: Path, obj: dict[str, Any]) -> None:
+    """Tokenizer and processor files; where the tokenizer is ours, the config gets its ids."""
     files = [path for path in source.iterdir() if path.suffix in (".json", ".jinja", ".model") and path.name != "config.json"]
+    for path in files:
+        if "safetensors" not in path.name:
+            shutil.copyfile(path, out / path.name)
     if any(path.name == "tokenizer.json" for path in files):
-        for path in files:
-            if "safetensors" not in path.name:
-                shutil.copyfile(path, out / path.name)
-        return {}
+        return
+    text = obj["text_config"]
+    tokenizer = _llava_text(out, obj) if obj["model_type"] == "llava" else _bytes_text(out, obj)
+    names = {"bos_token_id": tokenizer.bos_token, "eos_token_id": tokenizer.eos_token, "pad_token_id": tokenizer.pad_token}
+    ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items() if token}
+    (out / "generation_config.json").write_text(json.dumps(ids))
+    text |= ids
+    obj |= {key: value for key, value in ids.items() if key in obj}
+    kinds = {"image": "<image>", "video": "<video>"}
+    obj |= {key: tokenizer.convert_tokens_to_ids(kinds[kind]) for key in obj if (kind := key.partition("_token_")[0]) in kinds}
+
+
+def _llava_text(out: Path, obj: dict[str, Any]) -> Any:
     from edgesafe.reference.tokenizer import write_processor
 
     vision = obj["vision_config"]
@@ -104,10 +117,14 @@ def _write_processor(source: Path, out: Path, obj: dict[str, Any]) -> dict[str, 
     processor.image_processor.crop_size = {"height": vision["image_size"], "width": vision["image_size"]}
     processor.tokenizer.model_max_length = obj["text_config"]["max_position_embeddings"]
     processor.save_pretrained(out)
-    bos, eos, pad, image = processor.tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>", "<image>"])
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}))
-    obj["text_config"] |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    return {"image_token_index": image, "image_token_id": image, "pad_token_id": pad}
+    return processor.tokenizer
+
+
+def _bytes_text(out: Path, obj: dict[str, Any]) -> Any:
+    from tiny_families import write_text
+
+    name = obj["model_type"] + (" mistral" if obj["text_config"]["model_type"] == "mistral" else "")
+    return write_text(name, out, GRID)
 
 
 def write_shards(out: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], seed: int | None, shard_bytes: int) -> None:
@@ -170,7 +187,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Iterat
 def main() -> int:
     """Make one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", help="folder with config.json, JSON file, or a name of tests/tools/configs")
+    parser.add_argument("config", help="folder with config.json, config.json itself, or a name of tests/tools/configs")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-gb", type=float, default=5.0)
@@ -185,5 +202,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     sys.exit(main())

@@ -42,7 +42,7 @@ _LONGEST = 4
 _STEPS = 4
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
 _LEAST_ANSWERS, _MOST_ANSWERS = 3, 20
-# Where one run alone takes longer than the time that is set aside for all, so many are enough: a 7B model takes minutes for one.
+# Where one run alone takes longer than the time set aside for all, so many are enough: a 7B model takes minutes for one.
 _SLOW_ROUNDS, _SLOW_ANSWERS = 2, 1
 # Choosing the threads takes this share of the time.
 _SWEEP = 0.3

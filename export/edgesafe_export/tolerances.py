@@ -34,7 +34,7 @@ PIECE_QUANTIZED = 0.5
 # the same for every token; more only cost time.
 PIECE_TOKENS = 24
 PIECE_CACHED = 2
-# A model with more weights than this is compared piece by piece alone. All of it in float32 and its float graphs beside it would
+# A model with more weights than this is compared piece by piece alone. All of it in float32 beside its float graphs would
 # not fit the memory that an export is meant to keep to (SmolVLM-256M: beyond 4 GiB), and its answers at every exit would take
 # far longer than the export (SmolVLM reads a picture as 17 tiles).
 WHOLE_WEIGHTS = 100_000_000

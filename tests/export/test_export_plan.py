@@ -68,7 +68,7 @@ def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
 
 
 # transformers' own count of the published configs' weights, blocks, reference depth, and tiles of a picture of 640 x 480:
-# SmolVLM makes it 2048 x 1536, twelve tiles of 512 and the whole; the others put it on a canvas of 2 x 2 tiles and see the whole.
+# SmolVLM makes it 2048 x 1536, twelve tiles of 512 and the whole; the others see a canvas of 2 x 2 tiles and the whole.
 PUBLISHED = {
     "llava-1.6-mistral-7b": (7_566_747_648, 24, 23, 5),
     "llava-onevision-0.5b": (893_675_552, 26, 26, 5),

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_checkpoint import find_config, make_checkpoint
 from safetensors.torch import save_file
 
 from edgesafe.align import memory
-from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig, PpoConfig
+from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig, PpoConfig, read_config
 from edgesafe.align.data import collate
 from edgesafe.align.memory import Memory, describe, estimate, read_headers, sizes
 from edgesafe.align.model import load
 from edgesafe.align.train import prepare
 from edgesafe.errors import ConfigError, InputError
 
+CONFIGS = Path(memory.__file__).parent / "configs"
 MIB = 2**20
 # The estimate is for people who choose a batch size. The worst figure seen is 1.22 (see `memory.estimate`).
 FACTOR = 1.35
@@ -49,6 +51,15 @@ def test_weights_and_adapter_by_hand(tiny_llava, rows, llava):
     assert estimate(tiny_llava, ppo).trained == (17920 + 65) * 4 * 4 / MIB
     chosen = dataclasses.replace(ppo, eval=EvalConfig(choose=True))
     assert estimate(tiny_llava, chosen).trained == (17920 + 65) * 5 * 4 / MIB
+
+
+def test_the_recipe_for_seven_billion_weights_fits_the_gpu_that_it_names(tmp_path):
+    folder = make_checkpoint(find_config("llava-1.5-7b"), tmp_path / "m", empty=True)
+    recipe = read_config(CONFIGS / "llava-1.5-7b.toml", data="rows-that-are-not-there")
+    need = estimate(folder, recipe)
+    assert need.weights == pytest.approx(7_063_427_072 * 4 / MIB)
+    assert need.total / 1024 < 80e9 / 2**30
+    assert estimate(folder, dataclasses.replace(recipe, gradient_checkpointing=False)).total / 1024 > 141e9 / 2**30
 
 
 def test_full_tuning_keeps_a_copy_and_trains_all_of_the_language_model(tiny_llava, rows, llava):

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "tests" / "bench" / "results"
 
 def bench_tables(folder: Path = RESULTS) -> dict[str, str]:
     """The tables by name; one whose results are not there says so."""
-    return {name: make(folder) if (folder / file).is_file() else f"Not run: {file}" for name, (file, make) in _TABLES.items()}
+    return {name: make(folder) if any(folder.glob(file)) else f"Not run: {file}" for name, (file, make) in _TABLES.items()}
 
 
 def _read(folder: Path, name: str) -> Any:
@@ -101,10 +101,42 @@ def budget_table(folder: Path) -> str:
     return f"{markdown(headers, rows)}\n\n{_when(found, found['threads'])} Quantile {found['quantile']}."
 
 
+def fullsize_table(folder: Path) -> str:
+    """Published shapes with random weights through the whole line, smallest first; what was planned stands in brackets."""
+    found = sorted((_read(folder, path.name) for path in folder.glob(FULLSIZE)), key=lambda row: row["plan"]["weights"])
+    rows = []
+    for model in found:
+        plan, asked = model["plan"], model["every_exit"]["rows"]
+        half = min(asked, key=lambda row: abs(row["exit_depth"] - plan["reference_depth"] / 2))
+        whole = next(row for row in asked if row["exit_depth"] == plan["reference_depth"])
+        worst = max(asked, key=lambda row: abs(row["predicted_ms"] / row["ttft_ms"] - 1))
+        rows.append(
+            [
+                model["model"],
+                f"{plan['weights'] / 1e6:.0f}",
+                f"{model['export']['seconds']:.0f}",
+                f"{model['export']['peak_gib']:.2f} ({plan['export_gib']:.2f})",
+                f"{model['export']['bytes'] / 1e9:.3f} ({plan['bundle_bytes'] / 1e9:.3f})",
+                f"{model['ask']['peak_gib']:.2f} ({plan['run_gib']:.2f})",
+                f"{whole['ttft_ms'] / 1e3:.2f} at {whole['exit_depth']}",
+                f"{half['ttft_ms'] / 1e3:.2f} at {half['exit_depth']}",
+                f"{100 * (worst['predicted_ms'] / worst['ttft_ms'] - 1):+.0f}",
+                f"{whole['token_ms']:.0f}",
+            ]
+        )
+    headers = ["shape", "weights, M", "export, s", "export's memory, GiB", "bundle, GB", "answering, GiB"]
+    headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "a token, ms"]
+    run = [f"{model['model']} {model['date'][:10]}" for model in found]
+    return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
+
+
+FULLSIZE = "fullsize-*.json"
+
 _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "engines": ("speed.json", engines_table),
     "vision-speed": ("speed.json", vision_table),
     "session": ("speed.json", session_table),
     "schemes": ("schemes.json", schemes_table),
     "budget": ("budget.json", budget_table),
+    "fullsize": (FULLSIZE, fullsize_table),
 }

@@ -39,7 +39,6 @@ PICTURE = (480, 640)  # height and width of the picture that times are planned f
 # Shapes of published models that are smaller, to name what a device can do: weights of the encoder, positions that it reads a
 # picture as, weights of the decoder, and tokens of a prompt with one picture.
 SMALLER = {
-    "LLaVA-OneVision-0.5B": (428e6, 729, 494e6, 760),
     "SmolVLM-500M, one tile": (93e6, 1024, 410e6, 96),
     "SmolVLM-256M, one tile": (93e6, 1024, 163e6, 96),
 }
@@ -141,7 +140,7 @@ def make_plan(
         bundle_bytes=bundle,
         export_gib=round(export_bytes(sketch, whole) / GIB, 2),
         disk_gib=round((2 * bundle + (8 * sketch.count if whole else 0)) / GIB, 2),
-        run_gib=round(run_bytes(sketch, specs, text, tokens) / GIB, 2),
+        run_gib=round(run_bytes(sketch, specs, text, tiles, tokens) / GIB, 2),
         budget_ms=device.ttft_budget_ms,
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
@@ -220,22 +219,31 @@ def _matrix_bytes(rows: int, columns: int, scheme: str) -> int:
 def export_bytes(sketch: Sketch, whole: bool) -> float:
     """Most memory of an exporting process.
 
-    Seen at most: what is imported; of the largest piece its weights in float32 `_COPIES` times (read, joined, in the graph, in
-    the quantizer's copy); of a model that is compared whole, transformers' model and the float graphs' own.
+    Seen at most: what is imported; one tile in the tower; of the largest piece its weights in float32 `_COPIES` times (read, in
+    the graph, in the quantizer's copy) and its largest matrix `_MATRIX_COPIES` times more, while it is turned and cut into
+    blocks; of a model that is compared whole, transformers' model and the float graphs' own.
     """
     family = sketch.family
     causal = family.decoder()
-    sizes = [_count(causal.model.layers[0]), _count(causal.lm_head), _count(family.embed_tokens()), _count(family.head())]
-    sizes += [_count(family.segment(0, 1)) * 3]
-    piece = _COPIES * 4 * max(sizes)
-    return _IMPORTED + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
+    parts = [causal.model.layers[0], causal.lm_head, family.embed_tokens(), family.head(), family.segment(0, 1)]
+    piece = max(4 * (_COPIES * _count(part) + _MATRIX_COPIES * _largest(part)) for part in parts)
+    return _IMPORTED + looking_bytes(sketch, 1) + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
 
 
-_IMPORTED, _COPIES, _WHOLE_COPIES = 0.55 * GIB, 3.0, 3.0
+_IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
 
 
-def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tokens: int) -> float:
-    """Memory of a process that answers: what is imported, the weights, the cache of a prompt and an answer.
+def looking_bytes(sketch: Sketch, tiles: int) -> float:
+    """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what one tile's block works with."""
+    family, vision = sketch.family, sketch.family.model.config.vision_config
+    states = family.tokens * family.vision_width
+    scores = 2 * vision.num_attention_heads * family.tokens**2
+    work = scores + family.tokens * 2 * vision.intermediate_size + 4 * states
+    return 4 * (tiles * (3 * family.image_size**2 + 2 * states) + work)
+
+
+def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: int, tokens: int) -> float:
+    """Memory of a process that answers: what is imported, the weights, the picture, the cache of a prompt and an answer.
 
     onnxruntime packs weights for its kernels when it opens a graph and then lets the read ones go: of weights in blocks the
     packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
@@ -248,7 +256,9 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tokens:
     packed = 8 * matrices / int(text.partition("-block")[2]) if "-block" in text else 0
     texts = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
     tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in texts)
-    return _STARTED + sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower + cache + states
+    weights = sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower
+    # The picture is let go before the prompt is read.
+    return _STARTED + weights + cache + max(states, looking_bytes(sketch, tiles))
 
 
 _STARTED = 0.1 * GIB
@@ -256,6 +266,10 @@ _STARTED = 0.1 * GIB
 
 def _count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
+
+
+def _largest(module: nn.Module) -> int:
+    return max((weight.numel() for weight in module.parameters()), default=0)
 
 
 def _sum(times: Iterable[float | None]) -> float | None:

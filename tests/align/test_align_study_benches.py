@@ -42,3 +42,26 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert "MiB | 90.0 | 99.9 |" in tables["session"] and "with Session, ms | 100 | 150 |" in tables["session"]
     assert "exit 1, ms | 4.0 |" in tables["session"] and "exit 3, ms | 6.0 |" in tables["session"]
     assert tables["schemes"] == "Not run: schemes.json"
+
+
+def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
+    def result(name, millions, seconds):
+        asked = [
+            {"exit_depth": 6, "ttft_ms": 1000.0, "predicted_ms": 1100.0, "token_ms": 7.0},
+            {"exit_depth": 12, "ttft_ms": 2000.0, "predicted_ms": 1900.0, "token_ms": 8.0},
+        ]
+        plan = {"weights": millions * 10**6, "reference_depth": 12, "export_gib": 1.5, "bundle_bytes": 2e9, "run_gib": 2.5}
+        return RUN | {
+            "model": name,
+            "plan": plan,
+            "export": {"seconds": seconds, "peak_gib": 1.25, "bytes": 2.01e9},
+            "ask": {"peak_gib": 2.75},
+            "every_exit": {"rows": asked},
+        }
+
+    (tmp_path / "fullsize-a.json").write_text(json.dumps(result("a", 7000, 400.4)))
+    (tmp_path / "fullsize-b.json").write_text(json.dumps(result("b", 256, 48)))
+    table = bench_tables(tmp_path)["fullsize"].splitlines()
+    # The exit at half depth takes 1000 ms and was predicted at 1100: 10 % too much; the other is 5 % too little.
+    assert table[2] == "| b | 256 | 48 | 1.25 (1.50) | 2.010 (2.000) | 2.75 (2.50) | 2.00 at 12 | 1.00 at 6 | +10 | 8 |"
+    assert table[3].startswith("| a | 7000 | 400 |") and table[-1] == "a machine; b 2026-01-02, a 2026-01-02."

@@ -11,7 +11,7 @@ from random_checkpoint import find_config, make_checkpoint
 from edgesafe.cli import main
 from edgesafe.device import load_device
 from edgesafe_export import export as export_module
-from edgesafe_export.plan import choose_ladder, describe, graph_specs, make_plan
+from edgesafe_export.plan import _smaller, choose_ladder, describe, graph_specs, make_plan
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.sketch import open_sketch
 from edgesafe_export.stream import scheme_of
@@ -82,6 +82,17 @@ def test_published_shapes_are_planned(tmp_path, name):
     plan = _plan(make_checkpoint(find_config(name), tmp_path / name, empty=True))
     assert (plan.weights, plan.n_blocks, plan.reference_depth, plan.tiles) == PUBLISHED[name]
     assert plan.check == "pieces"
+
+
+@pytest.mark.parametrize(("title", "name"), [("SmolVLM-256M", "smolvlm-256m"), ("SmolVLM-500M", "smolvlm2-500m")])
+def test_what_is_said_to_fit_is_what_is_planned_for_it(tmp_path, title, name):
+    folder = make_checkpoint(find_config(name), tmp_path / name, empty=True)
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**pictures, "do_image_splitting": False}))
+    plan = _plan(folder)
+    assert plan.tiles == 1 and plan.fits
+    said = dict(_smaller(RPI5))[f"{title}, one tile"]
+    assert said == pytest.approx(plan.exits[-1].ttft_ms, rel=0.1)
 
 
 def test_the_command_reads_headers_alone(seven_billion, capsys):

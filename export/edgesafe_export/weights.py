@@ -34,7 +34,9 @@ class SharedWeights:
             data = onnx.numpy_helper.to_array(tensor).tobytes()
             if len(data) >= _INLINE_BYTES:
                 self._point(tensor, data)
-        return moved
+        light = onnx.ModelProto()
+        light.CopyFrom(moved)  # a message gives the memory of cleared fields back only when it is gone itself
+        return light
 
     def _point(self, tensor: onnx.TensorProto, data: bytes) -> None:
         key = hashlib.sha256(data).digest()

@@ -65,7 +65,7 @@ bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 m
 soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
 	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
 
-fuzz: $(VENV)/ready ## 6,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
+fuzz: $(VENV)/ready ## 7,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
 	@$(BIN)/python tests/fuzz.py --out tests/bench/results/fuzz.json
 
 chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)

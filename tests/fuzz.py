@@ -10,6 +10,8 @@ Kinds:
               refused.
     forged    the same with a certificate made to fit, so that everything behind the digests is reached: refused, or answered;
               a path that leaves the bundle must be refused.
+    tiled     the tiles table of a bundle that cuts pictures edited: with the old certificate it must be refused; with one made
+              to fit, refused, or answered as the bundle by hand answers, which no cut changes.
     picture   broken and absurd pictures: answered or `InputError`.
     prompt    the same with prompts.
 """
@@ -38,19 +40,21 @@ from edgesafe.bundle import MANIFEST
 from edgesafe.errors import EdgesafeError, InputError
 from edgesafe.progress import table
 from edgesafe.runtime.measure import peak_rss_mib
-from handmade import make_bundle
+from handmade import ANSWER, CANVAS, GRID, make_bundle
 from results import write_result
 
-# 5,000 mutated bundles that must all be refused, 1,000 more that reach what lies behind the digests, 2,000 inputs.
-COUNTS = {"sealed": 3000, "resealed": 2000, "forged": 1000, "picture": 1000, "prompt": 1000}
+# 5,000 mutated bundles that must all be refused, 1,000 more that reach what lies behind the digests, 1,000 with tiles, and
+# 2,000 inputs.
+COUNTS = {"sealed": 3000, "resealed": 2000, "forged": 1000, "tiled": 1000, "picture": 1000, "prompt": 1000}
 REFUSED, ANSWERED = "refused", "answered"
-MAY_ANSWER = ("forged", "picture", "prompt")
+MAY_ANSWER = ("forged", "tiled", "picture", "prompt")
 # A hang that computes ends by the first (a case takes a tenth of it), one that waits by the second, on a busy machine too.
 CPU_S_A_CASE, CPU_S_A_CHILD, WALL_S = 1, 60, 1800
 ADDRESS_GIB = 6
 # Above what the process needs with nothing mutated: 50 megapixels are 191 MiB with an alpha channel and 143 in RGB.
 GROWTH_MIB = 450
 BLACK = np.zeros((8, 8, 3), np.uint8)
+WIDE = np.zeros((6, 20, 3), np.uint8)
 
 
 def case_rng(kind: str, number: int) -> random.Random:
@@ -76,6 +80,24 @@ def bundle_case(kind: str, number: int, whole: Path, work: Path) -> tuple[str, s
     if kind == "forged" and name not in mutations.MUST_REFUSE:
         return ANSWERED, name
     raise AssertionError(f"answered after {name}")
+
+
+def tiled_case(number: int, work: Path) -> tuple[str, str]:
+    """The same for a bundle with tiles; every second one has a certificate that fits."""
+    rng, root, forge = case_rng("tiled", number), work / "bundle", number % 2 == 1
+    shutil.rmtree(work, ignore_errors=True)
+    make_bundle(root, tiles=rng.choice([GRID, CANVAS]))
+    whole = (root / MANIFEST).read_bytes()
+    while True:
+        mutations.tiles_edit(root, rng)
+        mutations.reseal(root, forge=forge)
+        if (root / MANIFEST).read_bytes() != whole:
+            break
+    with Session.open(root, threads=1) as session:
+        said = [session.ask(picture, "what?", max_new_tokens=12).text for picture in (BLACK, WIDE)]
+    if forge and said == [ANSWER] * 2:
+        return ANSWERED, "tiles"
+    raise AssertionError(f"answered {said}")
 
 
 def input_case(kind: str, number: int, session: Session, work: Path) -> tuple[str, str]:
@@ -111,8 +133,12 @@ def child(kind: str, first: int, count: int) -> int:
 def one(kind: str, number: int, session: Session, whole: Path, work: Path) -> dict[str, object]:
     """One case as {outcome, detail}."""
     try:
-        bundles = kind in ("sealed", "resealed", "forged")
-        outcome, detail = bundle_case(kind, number, whole, work) if bundles else input_case(kind, number, session, work)
+        if kind == "tiled":
+            outcome, detail = tiled_case(number, work)
+        elif kind in ("sealed", "resealed", "forged"):
+            outcome, detail = bundle_case(kind, number, whole, work)
+        else:
+            outcome, detail = input_case(kind, number, session, work)
     except EdgesafeError as error:
         if kind in ("picture", "prompt") and not isinstance(error, InputError):
             return {"outcome": "FAILED", "detail": f"{type(error).__name__}: {error}"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from edgesafe.bundle import (
     write_manifest,
 )
 from edgesafe.certificate import Certificate, ExitVerdict, Rate, write_certificate
+from edgesafe.tiles import TilesSpec, TileTexts
 
 if TYPE_CHECKING or "EDGESAFE_HANDMADE" not in os.environ:
     import onnx
@@ -52,6 +54,10 @@ HIDDEN = VOCAB + 1
 CONTEXT = 64
 _F, _I = 1, 7  # onnx's TensorProto.FLOAT and INT64
 SPEC = ImageSpec(SIDE, SIDE, "shortest_edge", (SIDE, SIDE), "bicubic", True, 1 / 255, (0.5,) * 3, (0.25,) * 3)
+# Pictures in tiles, as SmolVLM's and LLaVA-OneVision's are cut.
+TILE = replace(SPEC, resize="exact", center_crop=False)
+GRID = TilesSpec("grid", 16, (), None, False, TileTexts("{row}{col}<image>", "\n", "w<image>", "a<image>"))
+CANVAS = TilesSpec("canvas", 0, ((8, 16), (16, 8), (16, 16)), 2, False, None)
 
 
 def make_bundle(
@@ -60,11 +66,12 @@ def make_bundle(
     certified: tuple[int, ...] | None = (1, 2),
     device: str = "host",
     suite_from: Path | None = None,
+    tiles: TilesSpec | None = None,
     **changes: Any,
 ) -> Bundle:
     """Write the bundle; ``certified`` depths pass and the others fail, None writes no certificate.
 
-    Its suite is a copy of ``suite_from``, or a folder without rows.
+    With ``tiles`` it cuts pictures so. Its suite is a copy of ``suite_from``, or a folder without rows.
     """
     (root / "vision").mkdir(parents=True)
     (root / "text").mkdir()
@@ -87,7 +94,8 @@ def make_bundle(
         exits=tuple(ExitSpec(d, (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS),
         text=TextSpec(graph_io.EMBED_PATH, graph_io.DECODER_PATH, 1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, (END_ID,)),
         graphs=graphs,
-        image=SPEC,
+        image=SPEC if tiles is None else TILE,
+        tiles=tiles,
         image_token="<image>",
         image_token_id=IMAGE_ID,
         image_tokens=FEATURES,

@@ -160,6 +160,68 @@ def _manifest_edit(root: Path, rng: random.Random) -> None:
     (root / MANIFEST).write_bytes(json.dumps(obj).encode())
 
 
+def tiles_edit(root: Path, rng: random.Random) -> None:
+    """The manifest's tiles table made absurd, another one, or one that the rest of the manifest doesn't fit."""
+    obj = json.loads((root / MANIFEST).read_bytes())
+    how = rng.random()
+    if how < 0.5:
+        part = {"tiles": obj.pop("tiles")}
+        _edit_tree(part, rng)
+        obj |= part
+    elif how < 0.8:
+        _other_tiles(obj["tiles"], rng)
+    elif how < 0.9:
+        obj["format_version"] = rng.choice([0, 1, 3, True, "2", None])
+    else:
+        obj |= rng.choice(
+            [{"image_tokens": n} for n in (0, 1, 3, 5, 9, 2**31)] + [{"image_token": t} for t in ("", "w", "</s>")]
+        )
+        if rng.random() < 0.3:
+            del obj["tiles"]
+    (root / MANIFEST).write_bytes(json.dumps(obj).encode())
+
+
+def _other_tiles(table: dict[str, Any], rng: random.Random) -> None:
+    """One or two keys with values of the right type."""
+    sizes = [
+        [],
+        [[8, 8]],
+        [[8, 16]],
+        [[16, 8], [8, 8]],
+        [[8, 12]],
+        [[0, 8]],
+        [[-8, 8]],
+        [[4096, 8]],
+        [[128, 128]],
+        [[136, 128]],
+    ]
+    texts = [
+        "",
+        "<image>",
+        "x",
+        "<image><image>",
+        "{row}<image>",
+        "{",
+        "{0}<image>",
+        "{row.x}<image>",
+        "</s><image>",
+        "\0<image>",
+    ]
+    values: dict[str, Any] = {
+        "cut": ["never", "grid", "canvas"],
+        "longest_edge": [0, 1, 7, 8, 9, 17, 64, 128, 129, 4096, 4097],
+        "canvases": sizes,
+        "limit": [None, 0, 1, 9, 4096],
+        "newline": [False, True],
+    }
+    for key in rng.sample([*values, "texts"], rng.choice([1, 1, 2])):
+        if key == "texts":
+            named = ("tile", "row_end", "whole", "alone")
+            table[key] = {**(table[key] or dict.fromkeys(named, "<image>")), rng.choice(named): rng.choice(texts)}
+        else:
+            table[key] = rng.choice(values[key])
+
+
 def _huge(root: Path, rng: random.Random) -> None:
     """A number of the manifest made absurdly large."""
     obj = json.loads((root / MANIFEST).read_bytes())

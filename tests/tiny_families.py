@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,37 @@ CHATS = {
     "smolvlm": ("<|im_start|>User:", "<image>", "<end_of_utterance>\n", "Assistant:"),
 }
 NAMES = tuple(CHATS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny checkpoint of a family, traced: the export's plan and its float graphs."""
+
+    job: Any
+    parts: dict[str, Any]
+
+    @property
+    def family(self) -> Any:
+        return self.job.family
+
+
+@contextmanager
+def truncated(family: Any, depth: int) -> Iterator[dict[str, int]]:
+    """The family's model with no more than `depth` blocks in its tower; yields the arguments to read it at its last one.
+
+    transformers hangs its hooks on the blocks that are there when hidden states are first asked for: not on too few.
+    """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    tower = family.model.get_submodule(family.recipe.tower)
+    maybe_install_capturing_hooks(tower)
+    encoder = tower.encoder
+    blocks, count = encoder.layers, tower.config.num_hidden_layers
+    encoder.layers, tower.config.num_hidden_layers = blocks[:depth], depth
+    try:
+        yield {family.recipe.reference: -1} if family.recipe.reference else {}
+    finally:
+        encoder.layers, tower.config.num_hidden_layers = blocks, count
 
 
 def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from edgesafe.tiles import ALONE, Cut, prompt_runs
 
 # What a decoder shows for bytes that are no whole character yet.
 _HALF = "\ufffd"
+# A token that is one byte, with which some tokenizers spell what they have no token for. A decoder reads a run of them as a
+# whole: one wrong byte makes all of the run unreadable, also what was a character before it came.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 # No tokenizer known spells more characters with one token; a text far beyond the context isn't worth tokenizing.
 _LONGEST_TOKEN = 128
 
@@ -109,11 +113,14 @@ class TextStream:
 
     The pieces joined are exactly what ``text`` is at the end: the decoded ids without special tokens and
     without leading white space, up to the first of the stop texts; ``ended`` says that one of them came.
+    A run of byte tokens is held back until another token ends it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        self._special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._in_bytes = False
         self._stop = stop
         self.text = ""
         self.ended = False
@@ -121,12 +128,15 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that this id completes, often a word, sometimes nothing."""
         self._ids.append(token_id)
+        token = self._tokenizer.id_to_token(token_id)
+        if token is not None and token_id not in self._special:  # others are left out of the text and end no run
+            self._in_bytes = bool(_BYTE.fullmatch(token))
         whole = self._decoded()
         # Half a character decodes to a mark that the next byte replaces: hold it back until it is whole.
         if whole.endswith(_HALF):
             return ""
         shown, self.ended = ended(whole, self._stop)
-        return self._advance(whole[:shown])
+        return "" if self._in_bytes and not self.ended else self._advance(whole[:shown])
 
     def finish(self) -> str:
         """What was still held back."""

@@ -46,6 +46,29 @@ def parts(job):
 
 
 @pytest.fixture(scope="package")
+def cases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """A `Case` of a family by its name, each made once: exits 1 to 3."""
+    from edgesafe.device import load_device
+    from edgesafe_export.export import Job, trace
+    from edgesafe_export.family import load_family
+    from tiny_families import BLOCKS, Case, make_tiny
+
+    made: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in made and name == "llava":
+            made[name] = Case(request.getfixturevalue("job"), request.getfixturevalue("parts"))
+        elif name not in made:
+            folder = make_tiny(name, tmp_path_factory.mktemp("tiny") / name.replace(" ", "-"))
+            ladder = tuple(range(1, BLOCKS + 1))
+            job = Job(load_family(folder), folder, name, "0" * 64, load_device("host"), "chain", ladder, None, {}, 0)
+            made[name] = Case(job, trace(job))
+        return made[name]
+
+    return case
+
+
+@pytest.fixture(scope="package")
 def standalone_parts(job):
     """The same exits as one whole graph each."""
     from dataclasses import replace

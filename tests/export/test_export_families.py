@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from PIL import Image
 
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
-from edgesafe.device import load_device
 from edgesafe.errors import CancelledError, InputError, ParityError
 from edgesafe.runtime import decode
 from edgesafe.runtime.measure import measure
@@ -22,42 +21,15 @@ from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe.runtime.turns import Cancel
 from edgesafe_export import graphs, parity
-from edgesafe_export.export import Job, probes, trace, write
+from edgesafe_export.export import probes, trace, write
 from edgesafe_export.family import load_family
 from edgesafe_export.quantize import EMBED_SCHEME, quantize
 from edgesafe_export.tolerances import FLOAT_RELATIVE, QUANTIZED_FEATURES, QUANTIZED_LOGITS
-from tiny_families import BLOCKS, NAMES, TILE, make_tiny
+from tiny_families import BLOCKS, NAMES, TILE, Case, make_tiny, truncated
 
 FP32 = {"vision": "fp32", "text": "fp32"}
 DEPTHS = tuple(range(1, BLOCKS + 1))
 SIZES = [(24, 24), (64, 64), (30, 100), (100, 30), (7, 7), (200, 3), (3, 200), (75, 50)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny checkpoint of a family, traced."""
-
-    job: Job
-    parts: dict[str, Any]
-
-    @property
-    def family(self):
-        return self.job.family
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    """Cases by name, each made once."""
-    made: dict[str, Case] = {}
-
-    def case(name: str) -> Case:
-        if name not in made:
-            folder = make_tiny(name, tmp_path_factory.mktemp("tiny") / name.replace(" ", "-"))
-            job = Job(load_family(folder), folder, name, "0" * 64, load_device("host"), "chain", DEPTHS, None, {}, 0)
-            made[name] = Case(job, trace(job))
-        return made[name]
-
-    return case
 
 
 @pytest.fixture(params=NAMES)
@@ -109,28 +81,15 @@ def test_the_oracle_is_the_state_after_so_many_blocks(case):
 
 def _truncated(family, inputs, depth: int) -> torch.Tensor:
     """The features of the model whose tower has no more than `depth` blocks, read at its last one."""
-    tower = family.model.get_submodule(family.recipe.tower)
-    encoder = tower.encoder
-    blocks, count = encoder.layers, tower.config.num_hidden_layers
-    encoder.layers, tower.config.num_hidden_layers = blocks[:depth], depth
-    try:
-        keys = ("pixel_values", "image_sizes", "pixel_attention_mask", "batch_num_images")
-        layer = {family.recipe.reference: -1} if family.recipe.reference else {}
-        with torch.no_grad():
-            return family.model.model.get_image_features(**{k: inputs[k] for k in keys if k in inputs}, **layer).pooler_output[
-                0
-            ]
-    finally:
-        encoder.layers, tower.config.num_hidden_layers = blocks, count
+    keys = ("pixel_values", "image_sizes", "pixel_attention_mask", "batch_num_images")
+    with truncated(family, depth) as layer, torch.no_grad():
+        return family.model.model.get_image_features(**{k: inputs[k] for k in keys if k in inputs}, **layer).pooler_output[0]
 
 
 def test_a_truncated_tower_is_transformers_own_selection(case):
     inputs = parity.processed(case.family, noise(40, 70), "What is this?")
     for depth in range(1, case.family.n_blocks + 1):
-        want = case.family.oracle(
-            inputs, depth
-        )  # first: transformers hooks the blocks that are there when states are first asked for
-        assert torch.equal(_truncated(case.family, inputs, depth), want)
+        assert torch.equal(_truncated(case.family, inputs, depth), case.family.oracle(inputs, depth))
     assert not torch.equal(_truncated(case.family, inputs, 2), case.family.oracle(inputs, 1))
 
 

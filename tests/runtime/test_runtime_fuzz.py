@@ -11,16 +11,25 @@ from PIL import Image
 import fuzz
 import mutations
 from edgesafe import Session, records
+from edgesafe import tiles as arithmetic
 from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, InputError
 from edgesafe.manifest import Manifest
 from edgesafe.runtime.image import load_picture
+from handmade import ANSWER, CANVAS, GRID, make_bundle
 from mutants import wrong
 
 
 @pytest.mark.parametrize(
     ("kind", "count", "answered"),
-    [("sealed", 40, False), ("resealed", 40, False), ("forged", 40, True), ("picture", 60, True), ("prompt", 60, True)],
+    [
+        ("sealed", 40, False),
+        ("resealed", 40, False),
+        ("forged", 40, True),
+        ("tiled", 60, True),
+        ("picture", 60, True),
+        ("prompt", 60, True),
+    ],
 )
 def test_a_slice(kind, count, answered):
     row = fuzz.run_cases(kind, 0, count)
@@ -39,6 +48,20 @@ def test_the_check_fails_on_an_error_of_no_tree(handmade, tmp_path, monkeypatch)
     monkeypatch.setattr(records, "_is_number", wrong(records._is_number, edit))
     seen = [fuzz.one("forged", number, None, handmade, tmp_path / "work") for number in range(60)]
     assert any(case["detail"] == "OverflowError: int too large to convert to float" for case in seen)
+
+
+def test_a_bundle_with_tiles_by_hand_answers(tmp_path):
+    for tiles, seen in ((GRID, (5, 3)), (CANVAS, (3, 3))):
+        with Session.open(make_bundle(tmp_path / tiles.cut, tiles=tiles).root, threads=1) as session:
+            assert tuple(session.cut(picture).tiles for picture in (fuzz.BLACK, fuzz.WIDE)) == seen
+            assert [session.ask(picture, "what?").text for picture in (fuzz.BLACK, fuzz.WIDE)] == [ANSWER] * 2
+
+
+@pytest.mark.parametrize(("place", "name", "wrong_one"), [(arithmetic, "_is_side", lambda n: True), (fuzz, "ANSWER", "no")])
+def test_the_check_fails_on_unread_sides_of_tiles_and_on_another_answer(tmp_path, monkeypatch, place, name, wrong_one):
+    monkeypatch.setattr(place, name, wrong_one)
+    seen = [fuzz.one("tiled", number, None, tmp_path, tmp_path / "work")["outcome"] for number in range(60)]
+    assert "FAILED" in seen and "refused" in seen
 
 
 def test_a_dead_child_is_a_failure_with_its_number(monkeypatch):

@@ -42,8 +42,9 @@ _LONGEST = 4
 _STEPS = 4
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
 _LEAST_ANSWERS, _MOST_ANSWERS = 3, 20
-# Where one run alone takes longer than the time set aside for all, so many are enough: a 7B model takes minutes for one.
-_SLOW_ROUNDS, _SLOW_ANSWERS = 2, 1
+# Where one run alone takes longer than the time set aside for all, two rounds and one answer are enough, the first included,
+# which warms up elsewhere: a 7B model takes minutes for a round.
+_SLOW_ROUNDS = 2
 # Choosing the threads takes this share of the time.
 _SWEEP = 0.3
 # The length of an answer that thread counts are compared by: prefill likes more threads than single tokens do.
@@ -163,9 +164,10 @@ def _sweep(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
     for threads, cores in bar(choices, label="comparing threads"):
         probe = _Probe(Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True))
         with on_cores(cores):
-            least = _SLOW_ANSWERS if probe.one_answer() > seconds / len(choices) else _LEAST_ANSWERS
-            end = time.perf_counter() + seconds / len(choices)
-            times = [1e3 * probe.one_answer() for _ in _until(end, least, _MOST_ANSWERS)]
+            times = [1e3 * probe.one_answer()]
+            if times[0] < 1e3 * seconds / len(choices):
+                end = time.perf_counter() + seconds / len(choices)
+                times = [1e3 * probe.one_answer() for _ in _until(end, _LEAST_ANSWERS, _MOST_ANSWERS)]
         rows.append({"threads": threads, "cores": list(cores) if cores else None, "answer_ms": percentile(times, 50)})
     return rows
 
@@ -184,13 +186,16 @@ def _best(sweep: list[dict[str, Any]]) -> Tuning:
 
 
 def _rounds(probe: _Probe, seconds: float) -> None:
-    probe.one_round()
-    probe.samples.clear()
-    start = time.perf_counter()
-    probe.one_round()
-    fitting = int(seconds * 1e3 / _ms_since(start))
-    least = _LEAST_ROUNDS if fitting else _SLOW_ROUNDS
-    for _ in bar(range(1, min(max(fitting, least), _MOST_ROUNDS)), label="measuring: round"):
+    def timed_round() -> float:
+        start = time.perf_counter()
+        probe.one_round()
+        return time.perf_counter() - start
+
+    least, took = _SLOW_ROUNDS, timed_round()
+    if took < seconds:
+        probe.samples.clear()
+        least, took = _LEAST_ROUNDS, timed_round()
+    for _ in bar(range(1, min(max(int(seconds / took), least), _MOST_ROUNDS)), label="measuring: round"):
         probe.one_round()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from edgesafe.records import Fields
 KINDS = ("board", "phone", "car", "host")
 VISION_SCHEMES = ("fp32", "int8-dynamic", "int8-static")
 TEXT_SCHEMES = ("fp32", "int8-dynamic", "int8-block32", "int4-block32", "int4-block64", "int4-block128")
+ATTENTIONS = ("tiled", "whole")
 ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
 # Every figure that a profile may give a source for.
 FIGURES = (*ESTIMATES, "threads", "memory_mib", "ttft_budget_ms", "hard_ttft_ms")
@@ -31,7 +33,7 @@ class DeviceProfile:
 
     ``threads`` and ``memory_mib`` are None for ``host``, where the machine itself says. ``ttft_budget_ms`` is
     the usual budget for the time to the first token, ``hard_ttft_ms`` the time beyond which an answer is
-    useless.
+    useless. ``attention`` is how the decoder's attention computes (`edgesafe_export.cache.attend_whole`).
     """
 
     name: str
@@ -46,6 +48,14 @@ class DeviceProfile:
     hard_ttft_ms: float | None
     estimates: dict[str, float]
     sources: dict[str, str]
+    attention: str | None = None
+
+    @property
+    def attends_whole(self) -> bool:
+        """Whether attention holds all scores of a run; where the profile doesn't say, on x86, where that was measured."""
+        if self.attention is None:
+            return self.kind == "host" and platform.machine().lower() in ("x86_64", "amd64")
+        return self.attention == "whole"
 
 
 def devices_folder() -> Path:
@@ -112,6 +122,7 @@ def profile_from_dict(obj: Mapping[str, Any], *, name: str, where: str) -> Devic
         hard_ttft_ms=fields.number("hard_ttft_ms", 1) if fields.has("hard_ttft_ms") else None,
         estimates={key: estimates.number(key, 0) for key in ESTIMATES if estimates.has(key)},
         sources={key: sources.text(key) for key in FIGURES if sources.has(key)},
+        attention=fields.choice("attention", ATTENTIONS) if fields.has("attention") else None,
     )
     estimates.done()
     sources.done()

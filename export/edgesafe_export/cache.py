@@ -20,6 +20,7 @@ from edgesafe.errors import ExportError
 
 Rotary = tuple[np.ndarray, np.ndarray]
 _SEQLENS, _TOTAL, _COS, _SIN = "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"
+_SINK, _SINK_AT = "head_sink", 11
 
 
 def share_cache(model: onnx.ModelProto, rotary: Rotary) -> onnx.ModelProto:
@@ -50,6 +51,36 @@ def share_cache(model: onnx.ModelProto, rotary: Rotary) -> onnx.ModelProto:
     graph.initializer.extend(numpy_helper.from_array(table, name) for table, name in zip(rotary, (_COS, _SIN), strict=True))
     graph.initializer.extend([_constant("cache_axis", [1], np.int64), _constant("cache_one", [1], np.int64)])
     prune(graph)
+    return model
+
+
+def attend_whole(model: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
+    """A decoder whose attention holds all scores of a run instead of going over the cache tile by tile; changed in place.
+
+    onnxruntime's tiled kernel reads the cache for one token with the oldest vector instructions that the machine's kind has.
+    Its other kernel takes matrix routines, with AVX on x86, and for one row it does so only where the product is not scaled.
+    So the scale goes into the rotary tables, its root into what turns queries and into what turns keys, and a sink that weighs
+    nothing chooses the kernel. Where the rotary embedding turns but a part of a head, nothing is changed.
+
+    Source: onnxruntime `group_query_attention.cc` (`use_flash`), mlas `sgemm.cpp` (the routines for M = 1).
+    """
+    graph = model.graph
+    attentions = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    if not attentions:
+        return model
+    tables = [tensor for tensor in graph.initializer if tensor.name in (_COS, _SIN)]
+    if any(2 * table.dims[1] != head_dim for table in tables):
+        return model
+    said = {a.name: helper.get_attribute_value(a) for a in attentions[0].attribute}
+    root = np.float32((said.get("scale") or head_dim**-0.5) ** 0.5)
+    for table in tables:
+        table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table) * root, table.name))
+    for node in attentions:
+        for attribute in [a for a in node.attribute if a.name == "scale"]:
+            node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute("scale", 1.0))
+        node.input.extend([""] * (_SINK_AT - len(node.input)) + [_SINK])
+    graph.initializer.append(numpy_helper.from_array(np.full(said["num_heads"], -1e30, np.float32), _SINK))
     return model
 
 

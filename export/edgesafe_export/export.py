@@ -37,6 +37,7 @@ from edgesafe.errors import InputError, ParityError
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity
+from edgesafe_export.cache import attend_whole
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
 from edgesafe_export.marks import fill, with_weights
@@ -117,7 +118,7 @@ def export_bundle(
     sketch = open_sketch(folder)
     ladder = choose_ladder(sketch, exits)
     check_room(make_plan(sketch, folder, name, device, ladder, layout, {"vision": vision, "text": text}), out)
-    profile = {k: v for k, v in asdict(device).items() if k != "name"}
+    profile = {k: v for k, v in asdict(device).items() if k != "name" and v is not None}
     config = {"vision_scheme": vision, "text_scheme": text, "exits": list(ladder), "device_profile": profile}
     digest = digest_folder(folder)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
@@ -172,7 +173,7 @@ def write(
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             spec = part.spec if isinstance(part, Made) else part[1]
-            proto = _read(path, part, target) if isinstance(part, Made) else part[0]
+            proto = _read(job, path, part, target) if isinstance(part, Made) else part[0]
             specs[path] = GraphSpec(spec.inputs, spec.outputs, spec.flops, weight_bytes(proto))
             onnx.save(shared.move(proto) if shared and path.startswith("vision/") else proto, target)
     shutil.copyfile(job.model_dir / "tokenizer.json", folder / "tokenizer.json")
@@ -181,12 +182,15 @@ def write(
     write_manifest(folder, _manifest(job, folder, specs, schemes, checked))
 
 
-def _read(path: str, made: Made, target: Path) -> onnx.ModelProto:
+def _read(job: Job, path: str, made: Made, target: Path) -> onnx.ModelProto:
     """A graph of its pieces' files; a large one leaves its weights in a file beside `target`, as protobuf ends at 2 GiB."""
+    protos: Iterable[onnx.ModelProto] = map(onnx.load, made.files)
+    if path == graph_io.DECODER_PATH and job.device.attends_whole:
+        protos = (attend_whole(proto, job.family.head_dim) for proto in protos)
     if sum(file.stat().st_size for file in made.files) < INLINE_BYTES:
-        return _joined(path, map(onnx.load, made.files), made.spec)
+        return _joined(path, protos, made.spec)
     with SharedWeights(target.with_name(target.name + ".data")) as beside:
-        return _joined(path, (beside.move(onnx.load(file)) for file in made.files), made.spec)
+        return _joined(path, map(beside.move, protos), made.spec)
 
 
 def _copy_suite(suite: Suite, to: Path) -> None:

@@ -120,11 +120,17 @@ def lengths(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any
 
 
 def ours(work: Path, checkpoint: Path) -> Path:
-    """Our two text graphs in the scheme that ships."""
+    """Our two text graphs as an export for this machine writes them."""
+    from edgesafe.device import load_device
+    from edgesafe_export.cache import attend_whole
     from edgesafe_export.quantize import quantize
 
+    def finished(model):
+        model = quantize(model, SCHEME)
+        return attend_whole(model, llama_shape.WIDTH // llama_shape.HEADS) if load_device("host").attends_whole else model
+
     if not (work / "ours" / "about.json").exists():
-        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), lambda m: quantize(m, SCHEME))
+        llama_shape.write_ours(work / "ours", llama_shape.float_decoder(checkpoint), finished)
     return work / "ours"
 
 

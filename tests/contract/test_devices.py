@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tomllib
 
 import pytest
@@ -32,6 +33,31 @@ def test_the_profiles_that_the_issue_asks_for():
         assert (profile.vision_scheme, profile.text_scheme) == ("int8-dynamic", "int4-block128")
     assert (profiles["rpi5"].threads, profiles["rpi5"].ttft_budget_ms) == (4, 10_000)
     assert profiles["sa8295p"].hard_ttft_ms == 2000
+
+
+@pytest.mark.parametrize(
+    ("said", "machine", "whole"),
+    [
+        ("", "x86_64", False),
+        ('attention = "whole"', "aarch64", True),
+        ('attention = "tiled"', "x86_64", False),
+        ('kind = "host"', "x86_64", True),
+        ('kind = "host"', "AMD64", True),
+        ('kind = "host"', "aarch64", False),
+        ('kind = "host"\nattention = "tiled"', "x86_64", False),
+    ],
+)
+def test_attention_is_what_the_profile_says_and_on_the_host_what_the_machine_is(tmp_path, monkeypatch, said, machine, whole):
+    path = tmp_path / "mine.toml"
+    kind = 'kind = "board"'
+    path.write_text(GOOD.replace(kind, said if "kind" in said else f"{kind}\n{said}"))
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert load_device(path).attends_whole is whole
+    path.write_text(
+        path.read_text().replace("[estimates]", 'attention = "half"\n[estimates]', 1) if not said else "attention = 1"
+    )
+    with pytest.raises(ConfigError):
+        load_device(path)
 
 
 @pytest.mark.parametrize("path", sorted(devices_folder().glob("*.toml")), ids=lambda p: p.stem)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 
 from edgesafe import graph_io
+from edgesafe.bundle import Bundle, GraphSpec
+from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ExportError, UnsupportedModelError
 from edgesafe.runtime import decode
 from edgesafe_export import cache, graphs
+from edgesafe_export.export import export_bundle
 from mutants import wrong
 
 
@@ -106,3 +112,63 @@ def test_a_wrong_rewiring_is_seen_by_what_the_decoder_says(job, decoder, tmp_pat
     monkeypatch.setattr(cache, name, wrong(getattr(cache, name), edit))
     with pytest.raises(Exception):  # noqa: B017  onnxruntime's own, or the comparison's
         np.testing.assert_allclose(logits(cache.share_cache(broken, tables)), want, rtol=1e-3)
+
+
+def test_attention_held_whole_says_the_same_and_a_wrong_one_is_seen(decoder):
+    tiled, spec = decoder
+    model = onnx.ModelProto()
+    model.CopyFrom(tiled)
+    whole = cache.attend_whole(model, _head_dim(spec))
+    for node in attention_of(whole):
+        assert node.input[11] == "head_sink" and {a.name: a.f for a in node.attribute}["scale"] == 1.0
+    want = _reads(tiled, spec)
+    np.testing.assert_allclose(_reads(whole, spec), want, rtol=1e-4, atol=1e-5)
+    for edit in (
+        ("** 0.5)", "** 1.0)"),
+        ("-1e30", "3.0"),
+        ('helper.make_attribute("scale", 1.0)', 'helper.make_attribute("scale", 0.5)'),
+    ):
+        broken = onnx.ModelProto()
+        broken.CopyFrom(tiled)
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(
+                _reads(wrong(cache.attend_whole, edit)(broken, _head_dim(spec)), spec), want, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_where_a_part_of_a_head_is_turned_attention_stays_as_it_was(decoder):
+    model, spec = decoder
+    for tensor in model.graph.initializer:
+        if tensor.name in ("cos_cache", "sin_cache"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:, :-1], tensor.name))
+    before = model.SerializeToString(deterministic=True)
+    assert cache.attend_whole(model, _head_dim(spec)).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("attention", ["whole", "tiled"])
+def test_the_device_says_how_the_written_decoder_attends(tiny_llava, tmp_path, attention):
+    device = replace(load_device("rpi5"), attention=attention)
+    export_bundle(tiny_llava, tmp_path / "out", device, exits="1", vision_scheme="fp32", text_scheme="fp32")
+    nodes = attention_of(onnx.load(tmp_path / "out" / graph_io.DECODER_PATH))
+    assert nodes and {"head_sink" in node.input for node in nodes} == {attention == "whole"}
+    kept = profile_of(Bundle.open(tmp_path / "out"))
+    assert kept is not None and kept.attention == attention
+
+
+def _head_dim(spec: GraphSpec) -> int:
+    return next(t.shape[3] for t in spec.inputs if t.name == graph_io.past_key(0))
+
+
+def _reads(model: onnx.ModelProto, spec: GraphSpec) -> np.ndarray:
+    """Logits [2, V] after five tokens and after one more."""
+    session = ort.InferenceSession(model.SerializeToString())
+    rng, rows = np.random.default_rng(0), []
+    feeds = {t.name: np.zeros((1, t.shape[1], 0, t.shape[3]), np.float32) for t in spec.inputs if t.name.startswith("past")}
+    width = next(t.shape[2] for t in spec.inputs if t.name == graph_io.INPUTS_EMBEDS)
+    for new, total in ((5, 5), (1, 6)):
+        embeds = rng.standard_normal((1, new, width)).astype(np.float32)
+        feeds |= {graph_io.INPUTS_EMBEDS: embeds, graph_io.ATTENTION_MASK: np.ones((1, total), np.int64)}
+        out = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+        rows.append(out[graph_io.LOGITS][0, -1])
+        feeds |= {name: out[name.replace("past_key_values", "present")] for name in feeds if name.startswith("past")}
+    return np.array(rows)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgesafe import graph_io
 from edgesafe.bundle import GraphSpec, TextSpec
 from edgesafe.graph_io import TensorSpec
-from edgesafe.runtime import decode
+from edgesafe.runtime import decode, shared
 from edgesafe.runtime.graph import OrtGraph, session_options
 from edgesafe.runtime.shared import SharedReader
 from mutants import wrong
@@ -118,6 +118,18 @@ def test_a_shared_cache_and_a_growing_one_are_what_numpy_says(graphs):
     assert isinstance(shared, SharedReader)
     check_reads(shared)
     check_reads(decode.GrowingReader(*graphs, TEXT))
+
+
+def test_a_prompt_read_in_parts_is_the_same_prompt(graphs, monkeypatch):
+    monkeypatch.setattr(shared, "_PART_TOKENS", 2)
+    reader = decode.open_reader(*graphs, TEXT, 10)
+    ran = []
+    monkeypatch.setattr(SharedReader, "_run", lambda self, e, n, run=SharedReader._run: ran.append(n) or run(self, e, n))
+    check_reads(reader)
+    assert ran == [2, 2, 1, 1, 1, 2, 1, 2, 2]
+    monkeypatch.setattr(SharedReader, "read", wrong(SharedReader.read, ("for part in parts]", "for part in parts[:-1]]")))
+    with pytest.raises(AssertionError):
+        check_reads(decode.open_reader(*graphs, TEXT, 10))
 
 
 def test_nothing_is_copied_until_the_room_ends_and_then_what_was_read_is_kept(graphs):

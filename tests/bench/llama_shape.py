@@ -49,7 +49,10 @@ def float_decoder(checkpoint: Path):
 
     causal = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     family = SimpleNamespace(
-        text_config=causal.config, decoder=lambda: causal, embed_tokens=lambda: causal.get_input_embeddings()
+        text_config=causal.config,
+        head_dim=causal.config.hidden_size // causal.config.num_attention_heads,
+        decoder=lambda: causal,
+        embed_tokens=lambda: causal.get_input_embeddings(),
     )
     return graphs.embed_tokens(family), graphs.decoder(family)
 

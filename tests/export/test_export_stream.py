@@ -341,7 +341,7 @@ def _refused(folder: Path, out: Path, match: str, error=InputError) -> None:
 
 def test_a_missing_shard(broken, tmp_path):
     _shard(broken, "layers.3.mlp.up_proj").unlink()
-    _refused(broken, tmp_path / "out", "missing.*model-000")
+    _refused(broken, tmp_path / "out", "a file of weights is missing .*model-000")
 
 
 def test_a_shard_that_is_cut_short(broken, tmp_path):

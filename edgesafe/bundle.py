@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,20 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_folder(root: Path) -> str:
-    """The sha256 over the sorted relative paths and hashes of a folder's files."""
+def digest_folder(root: Path, known: Mapping[Path, str] | None = None) -> str:
+    """The sha256 over the sorted relative paths and hashes of a folder's files.
+
+    Args:
+        root: The folder.
+        known: Hashes of files that were just read for another reason.
+    """
+    known = known or {}
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder", expected="a folder to take the digest of")
     paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path}\0{sha256_file(root / path)}\n".encode())
+        digest.update(f"{path}\0{known.get(root / path) or sha256_file(root / path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from edgesafe.errors import InputError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MEND = "use an intact Hugging Face checkpoint folder: download it again"
-# Kind of number: bytes each and what numpy reads them as; bfloat16 is the upper half of a float32.
-_KINDS = {"F64": (8, "<f8"), "F32": (4, "<f4"), "F16": (2, "<f2"), "BF16": (2, "<u2")}
+# Kind of number: bytes each, what numpy reads them as, and the bits of the least magnitude that is no finite float32; bfloat16
+# is the upper half of a float32.
+_KINDS = {
+    "F64": (8, "<f8", 0x47EF_FFFF_F000_0000),
+    "F32": (4, "<f4", 0x7F80_0000),
+    "F16": (2, "<f2", 0x7C00),
+    "BF16": (2, "<u2", 0x7F80),
+}
 _MAX_HEADER = 100_000_000
 
 
@@ -39,15 +46,45 @@ class Stored:
         """How many numbers it has."""
         return math.prod(self.shape)
 
+    @property
+    def stop(self) -> int:
+        """Where its bytes end in the file; its kind is one that `check_kind` lets through."""
+        return self.start + self.count * _KINDS[self.kind][0]
 
-def read_headers(folder: Path) -> dict[str, Stored]:
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file.
+
+    Raises:
+        InputError: it is missing, cut short or damaged.
+    """
+    if not path.is_file():
+        raise InputError("a file of weights is missing", where=str(path), expected="every shard of the checkpoint", todo=MEND)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise damaged(path, f"its header would be {length} bytes long")
+        try:
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError) as error:
+            raise damaged(path, "its header is no JSON object") from error
+    header.pop("__metadata__", None)
+    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def read_headers(folder: Path, header: Callable[[Path], dict[str, Stored]] = read_header) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by its name on disk.
+
+    Args:
+        folder: the checkpoint.
+        header: gives one file's tensors.
 
     Raises:
         InputError: a shard is missing, cut short or damaged, or the index names a tensor that its shard lacks.
     """
     if not (folder / INDEX).is_file():
-        return _read_header(folder / SINGLE)
+        return header(folder / SINGLE)
     try:
         where = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -56,27 +93,11 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for name in sorted(set(where.values())):
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"the index names the shard {name!r}", where=str(folder / INDEX), todo=MEND)
-        found |= _read_header(folder / name)
+        found |= header(folder / name)
     for tensor, name in where.items():
         if tensor not in found or found[tensor].file.name != name:
             raise InputError(f"the shard lacks the tensor {tensor}", where=str(folder / name), todo=MEND)
     return found
-
-
-def _read_header(path: Path) -> dict[str, Stored]:
-    if not path.is_file():
-        raise InputError("a file of weights is missing", where=str(path), expected="every shard of the checkpoint", todo=MEND)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise _damaged(path, f"its header would be {length} bytes long")
-        try:
-            header = dict(json.loads(file.read(length)))
-        except (ValueError, TypeError) as error:
-            raise _damaged(path, "its header is no JSON object") from error
-    header.pop("__metadata__", None)
-    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
 def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> Stored:
@@ -84,17 +105,45 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> Stored:
         kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         first, last = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"the entry of {name} can't be read") from error
-    each = _KINDS.get(kind, (0, ""))[0] or (last - first) // max(1, math.prod(shape))
+        raise damaged(path, f"the entry of {name} can't be read") from error
+    each = _KINDS[kind][0] if kind in _KINDS else (last - first) // max(1, math.prod(shape))
     if first < 0 or last - first != each * math.prod(shape):
-        raise _damaged(path, f"{name} has {last - first} bytes for the shape {list(shape)} of {kind}")
+        raise damaged(path, f"{name} has {last - first} bytes for the shape {list(shape)} of {kind}")
     if base + last > size:
-        raise _damaged(path, f"it ends {base + last - size} bytes before {name} does")
+        raise damaged(path, f"it ends {base + last - size} bytes before {name} does")
     return Stored(path, kind, shape, base + first)
 
 
-def _damaged(path: Path, what: str) -> InputError:
+def damaged(path: Path, what: str) -> InputError:
+    """The error of a file of weights that is not what its header says."""
     return InputError(f"a file of weights is cut short or damaged: {what}", where=str(path), expected="safetensors", todo=MEND)
+
+
+def check_kind(stored: Stored, name: str) -> None:
+    """Refuse a weight that holds no floating-point numbers.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    if stored.kind not in _KINDS:
+        raise InputError(
+            f"weight {name} is of type {stored.kind}",
+            where=str(stored.file),
+            expected="one of " + ", ".join(_KINDS),
+            todo="use the checkpoint before it was quantized, in one of these",
+        )
+
+
+def count_bad(raw: bytes | memoryview, kind: str) -> int:
+    """How many numbers of a tensor's bytes are NaN, infinite or beyond float32, by their bits alone.
+
+    >>> count_bad(np.array([1.0, np.nan, -np.inf, 65504], "<f2").tobytes(), "F16")
+    2
+    """
+    each, _, least = _KINDS[kind]
+    bits = np.frombuffer(raw, f"<u{each}")
+    magnitude = bits & bits.dtype.type(2 ** (8 * each - 1) - 1)  # all but the sign
+    return int(np.count_nonzero(magnitude >= least))
 
 
 def read_tensor(stored: Stored, name: str) -> np.ndarray:
@@ -103,13 +152,10 @@ def read_tensor(stored: Stored, name: str) -> np.ndarray:
     Raises:
         InputError: it holds no floating-point numbers, or one that is not finite.
     """
-    if stored.kind not in _KINDS:
-        raise InputError(
-            f"weight {name} is of type {stored.kind}", where=str(stored.file), expected="one of " + ", ".join(_KINDS)
-        )
+    check_kind(stored, name)
     raw = np.fromfile(stored.file, _KINDS[stored.kind][1], stored.count, offset=stored.start)
     if raw.size != stored.count:
-        raise _damaged(stored.file, f"{name} ends early")
+        raise damaged(stored.file, f"{name} ends early")
     if stored.kind == "BF16":
         wide = np.empty(raw.size, np.float32)
         np.left_shift(raw, 16, out=wide.view(np.uint32), dtype=np.uint32, casting="unsafe")

@@ -3,7 +3,8 @@
 Not collected by pytest, because it takes too long. MODEL is a name of `tests/tools/configs`, or a folder or file with a
 published config. Each step runs in a process of its own, whose peak memory is read when it ends. The random weights answer
 nonsense; what is shown is that the line works at this size, and its time, memory and bytes. `--layers` and `--blocks` cut the
-shape down.
+shape down. `--kill-at SECONDS` kills the export after that long and starts it again; its bundle has to be the same bytes as the
+one that was there before, if one was.
 """
 
 from __future__ import annotations
@@ -52,6 +53,41 @@ def run(words: list[str]) -> Ended:
     if child.returncode:
         raise SystemExit(f"{' '.join(words[:4])} ended with {child.returncode}")
     return Ended(time.perf_counter() - began, usage.ru_maxrss / 2**20, out)
+
+
+def kill(words: list[str], seconds: float) -> None:
+    """Run Python in a process of its own and kill it after some seconds."""
+    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL)
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    else:
+        raise SystemExit(f"{' '.join(words[:4])} ended before it could be killed")
+
+
+def bundle_files(bundle: Path) -> dict[str, str]:
+    """The sha256 of each file of a bundle, by its manifest; none where there is no bundle."""
+    manifest = bundle / "manifest.json"
+    if not manifest.is_file():
+        return {}
+    return {path: spec["sha256"] for path, spec in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()}
+
+
+def export(words: list[str], bundle: Path, kill_at: float | None) -> tuple[Ended, dict[str, Any] | None]:
+    """Export, with `kill_at` in two processes, of which the first is killed; what the second found and made of it."""
+    before = bundle_files(bundle)
+    if kill_at is not None:
+        with step(f"export, killed after {kill_at:g} s"):
+            kill(words, kill_at)
+    done = list(bundle.with_name(bundle.name + ".partial").glob("pieces/**/*.json"))
+    with step("export"):
+        ended = run(words)
+    if kill_at is None:
+        return ended, None
+    same = bundle_files(bundle) == before if before else None  # None: there was no bundle to compare with
+    return ended, {"killed_after_s": kill_at, "pieces_found": len(done), "seconds": ended.seconds, "same_bytes": same}
 
 
 def ask_every_exit(bundle: Path, picture: Path) -> list[dict[str, Any]]:
@@ -104,8 +140,8 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     asked = ["--device", options.device, *(["--text-scheme", options.text_scheme] if options.text_scheme else [])]
     edgesafe = ["-m", "edgesafe.cli"]
     plan = run([*edgesafe, "plan", str(model), *asked, "--json"])
-    with step("export"):
-        exported = run([*edgesafe, "export", str(model), *asked, "--out", str(bundle), "--json"])
+    words = [*edgesafe, "export", str(model), *asked, "--out", str(bundle), "--json"]
+    exported, resumed = export(words, bundle, options.kill_at)
     depth = json.loads(exported.out)["exits"][-1]
     question = ["--image", str(picture), "--prompt", PROMPT, "--exit-depth", str(depth), "--allow-uncertified"]
     with step("ask"):
@@ -121,6 +157,7 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
         "plan": json.loads(plan.out),
         "checkpoint": {k: v for k, v in made.items() if k != "out"} | {"bytes": folder_bytes(model)},
         "export": {"seconds": exported.seconds, "peak_gib": exported.peak_gib, "bytes": folder_bytes(bundle)},
+        "resumed": resumed,
         "ask": {"seconds": answered.seconds, "peak_gib": answered.peak_gib, "answer": json.loads(answered.out)},
         "measure": {"seconds": measured.seconds, "peak_gib": measured.peak_gib},
         "every_exit": {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)},
@@ -143,12 +180,18 @@ def show(result: dict[str, Any]) -> str:
     rows.append(["planned ask", None, f"{plan['run_gib']:.2f}", None])
     asked = result["every_exit"]["rows"]
     exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, r["predicted_ms"] / 1e3, r["token_ms"]] for r in asked]
+    again = result["resumed"]
+    same = {True: "the same bytes as before", False: "OTHER BYTES THAN BEFORE", None: "no earlier bundle to compare with"}
+    notes = [*plan["notes"]]
+    if again:
+        found = f"{again['pieces_found']} pieces found, {again['seconds']:.0f} s for the rest, {same[again['same_bytes']]}"
+        notes.append(f"killed after {again['killed_after_s']:g} s and started again: {found}")
     return (
         table(rows, ["step", "seconds", "peak GiB", "GB"])
         + "\n\n"
         + table(exits, ["exit", "first token s (here)", "predicted s", "later tokens ms"])
         + "\n\n"
-        + "\n".join(plan["notes"])
+        + "\n".join(notes)
     )
 
 
@@ -161,6 +204,7 @@ def main() -> int:
     parser.add_argument("--text-scheme", help="default: the device's")
     parser.add_argument("--layers", type=int, help="decoder layers, where not the config's")
     parser.add_argument("--blocks", type=int, help="vision blocks, where not the config's")
+    parser.add_argument("--kill-at", type=float, metavar="SECONDS", help="kill the export after that long, and start it again")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     parser.add_argument("--every-exit", action="store_true", help="only ask the bundle that is there, once an exit")
     options = parser.parse_args()
@@ -173,7 +217,7 @@ def main() -> int:
     print(show(result))
     if options.out:
         write_result(options.out, result)
-    return 0
+    return 1 if result["resumed"] and result["resumed"]["same_bytes"] is False else 0
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ def run_plan(args: argparse.Namespace) -> int:
     """Run `edgesafe plan`; returns the exit code."""
     from edgesafe.device import load_device
     from edgesafe_export.plan import choose_ladder, describe, make_plan
-    from edgesafe_export.resolve import resolve_model
+    from edgesafe_export.resolve import resolve_outline
     from edgesafe_export.sketch import open_sketch
 
     device = load_device(args.device)
-    folder, name = resolve_model(args.model)
-    sketch = open_sketch(folder)
+    folder, name, header = resolve_outline(args.model)
+    sketch = open_sketch(folder, header)
     schemes = {"vision": args.vision_scheme or device.vision_scheme, "text": args.text_scheme or device.text_scheme}
     plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, args.exits), args.layout, schemes)
     print(json.dumps(plan.to_dict(), indent=1) if args.json else describe(plan))

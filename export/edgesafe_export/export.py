@@ -27,7 +27,6 @@ from edgesafe.bundle import (
     ParentSpec,
     SuiteRef,
     TextSpec,
-    digest_folder,
     file_specs,
     write_manifest,
 )
@@ -46,6 +45,7 @@ from edgesafe_export.place import check_target, replacing
 from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, exit_graphs, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.resolve import resolve_model
+from edgesafe_export.scan import scan_checkpoint
 from edgesafe_export.sketch import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
@@ -105,7 +105,8 @@ def export_bundle(
         seed: recorded.
 
     Raises:
-        UnsupportedModelError, InputError, ConfigError: what was asked for can't be done.
+        UnsupportedModelError, InputError, ConfigError: what was asked for can't be done, a damaged checkpoint among it; found
+            before anything is traced.
         ParityError: a graph does not compute what transformers computes; nothing is written.
     """
     vision, text = vision_scheme or device.vision_scheme, text_scheme or device.text_scheme
@@ -120,7 +121,7 @@ def export_bundle(
     check_room(make_plan(sketch, folder, name, device, ladder, layout, {"vision": vision, "text": text}), out)
     profile = {k: v for k, v in asdict(device).items() if k != "name" and v is not None}
     config = {"vision_scheme": vision, "text_scheme": text, "exits": list(ladder), "device_profile": profile}
-    digest = digest_folder(folder)
+    digest = scan_checkpoint(folder, sketch.stored)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
     with replacing(out, key=_key(job)) as work:
         _write_checked(job, sketch, vision, text, work)

@@ -7,7 +7,7 @@ makes the others from the second.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from edgesafe.errors import InputError, UnsupportedModelError
-from edgesafe.shards import MEND, Stored, read_headers, read_tensor
+from edgesafe.shards import MEND, Stored, check_kind, read_header, read_headers, read_tensor
 from edgesafe_export.family import Family, open_family
 from edgesafe_export.marks import mark
 
@@ -52,17 +52,22 @@ class Sketch:
         return sum(stored.count for stored in self.stored.values())
 
 
-def open_sketch(folder: Path) -> Sketch:
+def open_sketch(folder: Path, header: Callable[[Path], dict[str, Stored]] = read_header) -> Sketch:
     """A checkpoint's config, processor and safetensors headers, checked against each other; no weight is read.
 
+    Args:
+        folder: the checkpoint.
+        header: gives the tensors of one of its files of weights.
+
     Raises:
-        InputError: not a whole checkpoint: a shard is missing or cut short, or a weight's shape is not the config's.
+        InputError: not a whole checkpoint: a shard is missing or cut short, or a weight's shape is not the config's, or its
+            numbers are of a kind that can't be read.
         UnsupportedModelError: a family without a recipe, a member that can't be cut, or weights that need converting.
     """
     family, layers = open_family(folder, _empty_model)
     starts = mark(family.model)
     shapes = _all_layers({n: tuple(w.shape) for n, w in family.model.named_parameters()}, family.recipe.decoder, layers)
-    stored = _match(family.model, read_headers(folder), shapes)
+    stored = _match(family.model, read_headers(folder, header), shapes)
     return Sketch(family, layers, starts, stored)
 
 
@@ -153,6 +158,7 @@ def _check_shapes(stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, 
     if missing:
         raise InputError(f"{len(missing)} weights are missing, e.g. {missing[0]}", where=where, todo=MEND)
     for name, shape in shapes.items():
+        check_kind(stored[name], name)
         if stored[name].shape != shape:
             raise InputError(
                 f"config.json contradicts the weights: {name} is stored as {list(stored[name].shape)}",

@@ -54,8 +54,9 @@ def by_operator(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         kinds[event["name"]] = event["args"]["op_name"]
     found: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"prefill_ms": 0.0, "token_ms": 0.0, "nodes": 0})
     for name, times in runs.items():
-        found[kinds[name]]["prefill_ms"] += times[0]
-        found[kinds[name]]["token_ms"] += sorted(times[1:])[len(times) // 10]
+        tokens = sorted(times[-TOKENS:])  # what came before are the parts that the prompt was read in
+        found[kinds[name]]["prefill_ms"] += sum(times[:-TOKENS])
+        found[kinds[name]]["token_ms"] += tokens[TOKENS // 10]
         found[kinds[name]]["nodes"] += 1
     return {
         k: {key: round(v, 3) for key, v in row.items()} for k, row in sorted(found.items(), key=lambda i: -i[1]["token_ms"])

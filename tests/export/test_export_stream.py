@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from edgesafe import graph_io
 from edgesafe.bundle import Bundle
 from edgesafe.device import load_device
-from edgesafe.errors import ExportError, InputError, ParityError
+from edgesafe.errors import ExportError, InputError, ParityError, UnsupportedModelError
 from edgesafe.runtime import Session
 from edgesafe_export import compare, export_bundle, graphs, marks, parity, stack, stream
 from edgesafe_export import export as export_module
@@ -329,14 +329,19 @@ def broken(sharded, copy_of) -> Path:
 
 
 def _refused(folder: Path, out: Path, match: str, error=InputError) -> None:
-    with pytest.raises(error, match=match):
+    def trace(*_: object, **__: object) -> None:
+        raise AssertionError("a graph was traced")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=match) as caught:
+        patch.setattr(export_module, "trace_pieces", trace)
         export_bundle(folder, out, HOST, exits="3", **QUANTIZED)
+    assert type(caught.value) is error and caught.value.where and caught.value.expected + caught.value.todo
     assert not out.exists() and not out.with_name("out.partial").exists()
 
 
 def test_a_missing_shard(broken, tmp_path):
     _shard(broken, "layers.3.mlp.up_proj").unlink()
-    _refused(broken, tmp_path / "out", "missing.*model-000")
+    _refused(broken, tmp_path / "out", "a file of weights is missing .*model-000")
 
 
 def test_a_shard_that_is_cut_short(broken, tmp_path):
@@ -367,15 +372,32 @@ def test_a_config_that_contradicts_its_weights(broken, tmp_path, key, value):
     _refused(broken, tmp_path / "out", "contradicts the weights.*stored as|weights are missing.*layers.5")
 
 
-def test_a_weight_that_is_not_a_number(broken, tmp_path, as_if_large):
+def _change(folder: Path, holding: str, change) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = _shard(broken, "layers.4.mlp.up_proj")
-    weights = load_file(path)
-    name = next(n for n in weights if "layers.4.mlp.up_proj" in n)
-    weights[name][3, 5] = float("nan")
-    save_file(weights, path, metadata={"format": "pt"})
-    _refused(broken, tmp_path / "out", "layers.4.mlp.up_proj.weight is not finite")
+    path = _shard(folder, holding)
+    save_file({n: change(w) if holding in n else w for n, w in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_a_weight_that_is_not_a_number(broken, tmp_path, value):
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight[3, 5:7] = value
+        return weight
+
+    _change(broken, "layers.4.mlp.up_proj", change)
+    _refused(broken, tmp_path / "out", "layers.4.mlp.up_proj.weight is not finite: 2 of its .* numbers are.*model-000")
+
+
+def test_weights_of_a_kind_that_is_not_read(broken, tmp_path):
+    _change(broken, "layers.4.mlp.up_proj", lambda weight: weight.to(torch.float8_e4m3fn))
+    _refused(broken, tmp_path / "out", "layers.4.mlp.up_proj.weight is of type F8_E4M3")
+
+
+def test_a_family_that_is_not_supported(broken, tmp_path):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "mllama"}))
+    _refused(broken, tmp_path / "out", "mllama", UnsupportedModelError)
 
 
 def test_no_room_on_the_disk_and_no_memory(sharded, tmp_path, monkeypatch):

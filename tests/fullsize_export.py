@@ -30,6 +30,7 @@ from random_checkpoint import count_weights, find_config  # noqa: E402
 from results import write_result  # noqa: E402
 
 ASKED_TOKENS = 8
+SLOW_MS = 60_000.0
 PROMPT = "What is this?"
 
 
@@ -91,18 +92,22 @@ def export(words: list[str], bundle: Path, kill_at: float | None) -> tuple[Ended
 
 
 def ask_every_exit(bundle: Path, picture: Path) -> list[dict[str, Any]]:
-    """One question at each exit of one session: first token, the prediction for it, and each later token, ms."""
+    """One question at each exit (of a slow model at three): first token, the prediction for it, each later token, ms."""
     from edgesafe.runtime import Session
 
     rows = []
     with Session.open(bundle, allow_uncertified=True) as session:  # reads the weights in
-        session.ask(picture, PROMPT, exit_depth=session.manifest.depths[0], max_new_tokens=1)
+        depths = session.manifest.depths
+        if session.ask(picture, PROMPT, exit_depth=depths[0], max_new_tokens=1).ttft_ms > SLOW_MS:
+            half = min(depths, key=lambda depth: abs(depth - session.manifest.reference_depth / 2))
+            depths = (depths[0], half, session.manifest.reference_depth)
     with Session.open(bundle, allow_uncertified=True) as session:
-        for depth in session.manifest.depths:
+        for depth in depths:
             answer = session.ask(picture, PROMPT, exit_depth=depth, max_new_tokens=ASKED_TOKENS)
             later = answer.actual_ms["decode"] / max(1, ASKED_TOKENS - 1)
-            predicted = sum(ms for stage, ms in answer.predicted_ms.items() if stage != "decode")
-            row = {"exit_depth": depth, "ttft_ms": answer.ttft_ms, "predicted_ms": predicted, "token_ms": later}
+            row = {"exit_depth": depth, "ttft_ms": answer.ttft_ms, "token_ms": later}
+            if answer.prediction == "measured":
+                row["predicted_ms"] = sum(ms for stage, ms in answer.predicted_ms.items() if stage != "decode")
             rows.append({key: round(value, 1) for key, value in row.items()})
     return rows
 
@@ -146,8 +151,9 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     question = ["--image", str(picture), "--prompt", PROMPT, "--exit-depth", str(depth), "--allow-uncertified"]
     with step("ask"):
         answered = run([*edgesafe, "ask", str(bundle), *question, "--max-new-tokens", str(ASKED_TOKENS), "--json"])
-    with step("measure"):
-        measured = run([*edgesafe, "measure", str(bundle), "--json"])
+    if options.measure:
+        with step("measure"):
+            measured = run([*edgesafe, "measure", str(bundle), "--json"])
     with step("ask at every exit"):
         every = run([__file__, options.model, str(options.work), "--every-exit"])
     return {
@@ -159,7 +165,7 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
         "export": {"seconds": exported.seconds, "peak_gib": exported.peak_gib, "bytes": folder_bytes(bundle)},
         "resumed": resumed,
         "ask": {"seconds": answered.seconds, "peak_gib": answered.peak_gib, "answer": json.loads(answered.out)},
-        "measure": {"seconds": measured.seconds, "peak_gib": measured.peak_gib},
+        "measure": {"seconds": measured.seconds, "peak_gib": measured.peak_gib} if options.measure else None,
         "every_exit": {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)},
     }
 
@@ -175,11 +181,12 @@ def show(result: dict[str, Any]) -> str:
     rows = [
         [name, f"{result[name]['seconds']:.0f}", f"{result[name]['peak_gib']:.2f}", f"{result[name].get('bytes', 0) / 1e9:.3f}"]
         for name in ("checkpoint", "export", "ask", "measure")
+        if result[name]
     ]
     rows.append(["planned export", None, f"{plan['export_gib']:.2f}", f"{plan['bundle_bytes'] / 1e9:.3f}"])
     rows.append(["planned ask", None, f"{plan['run_gib']:.2f}", None])
     asked = result["every_exit"]["rows"]
-    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, r["predicted_ms"] / 1e3, r["token_ms"]] for r in asked]
+    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, _seconds(r.get("predicted_ms")), r["token_ms"]] for r in asked]
     again = result["resumed"]
     same = {True: "the same bytes as before", False: "OTHER BYTES THAN BEFORE", None: "no earlier bundle to compare with"}
     notes = [*plan["notes"]]
@@ -195,6 +202,10 @@ def show(result: dict[str, Any]) -> str:
     )
 
 
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1e3
+
+
 def main() -> int:
     """Run the line and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -206,6 +217,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, help="vision blocks, where not the config's")
     parser.add_argument("--kill-at", type=float, metavar="SECONDS", help="kill the export after that long, and start it again")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
+    parser.add_argument("--no-measure", dest="measure", action="store_false", help="leave out edgesafe measure (7B: minutes)")
     parser.add_argument("--every-exit", action="store_true", help="only ask the bundle that is there, once an exit")
     options = parser.parse_args()
     if options.every_exit:

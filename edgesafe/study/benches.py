@@ -109,7 +109,7 @@ def fullsize_table(folder: Path) -> str:
         plan, asked = model["plan"], model["every_exit"]["rows"]
         half = min(asked, key=lambda row: abs(row["exit_depth"] - plan["reference_depth"] / 2))
         whole = next(row for row in asked if row["exit_depth"] == plan["reference_depth"])
-        worst = max(asked, key=lambda row: abs(row["predicted_ms"] / row["ttft_ms"] - 1))
+        errors = [100 * (row["predicted_ms"] / row["ttft_ms"] - 1) for row in asked if "predicted_ms" in row]
         rows.append(
             [
                 model["model"],
@@ -120,7 +120,7 @@ def fullsize_table(folder: Path) -> str:
                 f"{model['ask']['peak_gib']:.2f} ({plan['run_gib']:.2f})",
                 f"{whole['ttft_ms'] / 1e3:.2f} at {whole['exit_depth']}",
                 f"{half['ttft_ms'] / 1e3:.2f} at {half['exit_depth']}",
-                f"{100 * (worst['predicted_ms'] / worst['ttft_ms'] - 1):+.0f}",
+                f"{max(errors, key=abs):+.0f}" if errors else "-",
                 f"{whole['token_ms']:.0f}",
             ]
         )

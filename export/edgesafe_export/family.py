@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from edgesafe.checkpoint import first_blocks, read_checkpoint, read_config
@@ -49,6 +50,7 @@ class Family:
         self.head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         self.image_spec, self.tiles = picture_specs(processor, config, recipe)
         self.chat = _chat(processor)
+        _check_pictures(processor, self.chat)
         self.eos_token_ids = _eos(model, processor)
 
     def segment(self, start: int, end: int) -> Segment:
@@ -197,6 +199,19 @@ def _unsupported(what: str, recipes: Any, where: str, why: str | None = None) ->
         expected="; ".join(recipe.describe() for recipe in recipes),
         todo="use a supported checkpoint",
     )
+
+
+def _check_pictures(processor: Any, chat: tuple[str, str]) -> None:
+    """Refuse a processor that can't read a picture: some files leave out what others name, such as `num_image_tokens`."""
+    try:
+        processor(images=[Image.new("RGB", (8, 8))], text="".join(chat), return_tensors="pt")
+    except Exception as error:  # each family's processor fails in its own way
+        raise InputError(
+            f"the checkpoint's processor can't read a picture: {type(error).__name__}: {error}",
+            where="processor_config.json and preprocessor_config.json",
+            expected="what this family's published checkpoints say there",
+            todo="use the processor files that belong to this checkpoint",
+        ) from error
 
 
 def _chat(processor: Any) -> tuple[str, str]:

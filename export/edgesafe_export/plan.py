@@ -234,7 +234,7 @@ _IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
 
 
 def looking_bytes(sketch: Sketch, tiles: int) -> float:
-    """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what one tile's block works with."""
+    """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what a block works with."""
     family, vision = sketch.family, sketch.family.model.config.vision_config
     states = family.tokens * family.vision_width
     scores = 2 * vision.num_attention_heads * family.tokens**2

@@ -59,9 +59,12 @@ def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
             "every_exit": {"rows": asked},
         }
 
-    (tmp_path / "fullsize-a.json").write_text(json.dumps(result("a", 7000, 400.4)))
+    unmeasured = result("a", 7000, 400.4)
+    unmeasured["every_exit"]["rows"] = [{"exit_depth": 12, "ttft_ms": 30.4e3, "token_ms": 150.0}]
+    (tmp_path / "fullsize-a.json").write_text(json.dumps(unmeasured))
     (tmp_path / "fullsize-b.json").write_text(json.dumps(result("b", 256, 48)))
     table = bench_tables(tmp_path)["fullsize"].splitlines()
     # The exit at half depth takes 1000 ms and was predicted at 1100: 10 % too much; the other is 5 % too little.
     assert table[2] == "| b | 256 | 48 | 1.25 (1.50) | 2.010 (2.000) | 2.75 (2.50) | 2.00 at 12 | 1.00 at 6 | +10 | 8 |"
-    assert table[3].startswith("| a | 7000 | 400 |") and table[-1] == "a machine; b 2026-01-02, a 2026-01-02."
+    assert table[3].startswith("| a | 7000 | 400 |") and table[3].endswith("| 30.40 at 12 | 30.40 at 12 | - | 150 |")
+    assert table[-1] == "a machine; b 2026-01-02, a 2026-01-02."

@@ -210,6 +210,14 @@ def test_a_checkpoint_without_a_fast_tokenizer_or_with_another_picture_size(tiny
         load_family(folder)
 
 
+def test_a_processor_that_can_not_read_a_picture(tmp_path):
+    folder = make_tiny("llava_onevision", tmp_path / "m")
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "num_image_tokens"}))
+    with pytest.raises(InputError, match="can't read a picture: TypeError"):
+        load_family(folder)
+
+
 def test_a_folder_is_taken_as_it_is(tiny_llava):
     assert resolve_model(tiny_llava) == (tiny_llava, tiny_llava.name)
 

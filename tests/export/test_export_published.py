@@ -25,7 +25,7 @@ from edgesafe.recipe import load_recipes
 from edgesafe.runtime import tokenizer
 from edgesafe.runtime.tiles import picture_cut, pixel_values
 from edgesafe_export.pictures import picture_specs
-from tiny_families import _tokenizer as write_tokenizer
+from tiny_families import write_text
 
 DATA = os.environ.get("EDGESAFE_DATA", "")
 pytestmark = pytest.mark.skipif(not DATA, reason="EDGESAFE_DATA names no folder of public data")
@@ -90,7 +90,7 @@ def published(request, tmp_path_factory) -> Published:
         assert NAMES[request.param].items() <= json.loads(path.read_text()).items()
     kind = {"processor_class": made["processor_class"], "image_token": "<image>", **NAMES[request.param]}
     (folder / "processor_config.json").write_text(json.dumps(kind))
-    write_tokenizer(folder)  # no published one is needed to count tokens
+    write_text("smolvlm", folder, grid=6)  # no published tokenizer is needed to count tokens
     recipes = load_recipes()
     config, processor = read_config(folder, tuple(recipes))
     recipe = recipes[config.model_type]

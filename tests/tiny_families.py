@@ -57,8 +57,11 @@ def truncated(family: Any, depth: int) -> Iterator[dict[str, int]]:
         encoder.layers, tower.config.num_hidden_layers = blocks, count
 
 
-def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:
-    """Write a checkpoint of a family; `pictures` replace entries of its preprocessor_config.json."""
+def make_tiny(name: str, folder: Path, seed: int = 0, *, tied: bool = False, **pictures: Any) -> Path:
+    """Write a checkpoint of a family; `pictures` replace entries of its preprocessor_config.json.
+
+    `tied` puts one weight behind the embedding and the head, as LLaVA-OneVision-0.5B has it.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -66,6 +69,7 @@ def make_tiny(name: str, folder: Path, seed: int = 0, **pictures: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_text(name, folder)
     config = _config(name, tokenizer)
+    config.text_config.tie_word_embeddings = tied
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     for parameter, weight in model.named_parameters():

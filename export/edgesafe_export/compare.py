@@ -55,7 +55,7 @@ def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> 
 @contextmanager
 def _loaded(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> Iterator[None]:
     """A module over real weights, and over its marks again afterwards."""
-    own = {rel: weight for rel, weight in module.named_parameters() if rel in names}
+    own = {rel: weight for rel, weight in module.named_parameters(remove_duplicate=False) if rel in names}
     marks = {rel: weight.data for rel, weight in own.items()}
     try:
         for rel, weight in own.items():

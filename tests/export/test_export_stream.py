@@ -29,6 +29,7 @@ from edgesafe_export.family import load_family
 from edgesafe_export.sketch import open_sketch
 from mutants import wrong
 from tiny import make_tiny_llava
+from tiny_families import NAMES, make_tiny
 
 HOST = load_device("host")
 QUANTIZED = {"vision_scheme": "int8-dynamic", "text_scheme": "int8-block32"}
@@ -148,6 +149,14 @@ def test_every_piece_equals_torch_and_says_by_how_much(sketch, pieces, tmp_path)
     assert list(measured) == [piece.name for piece in pieces] and len(measured) == 4 + LAYERS + 1
     assert max(m["float"] for m in measured.values()) < 1e-5
     assert 0.001 < min(m["quantized"] for m in measured.values()) < max(m["quantized"] for m in measured.values()) < 0.4
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tied"])
+def test_every_family_in_pieces(cases, tmp_path, name):
+    tied = name == "tied"  # one weight behind the embedding and the head
+    sketch = open_sketch(make_tiny("llava_onevision", tmp_path / "m", tied=True) if tied else cases(name).job.model_dir)
+    measured = _make(sketch, export_module.trace_pieces(sketch, (1, 2, 3), "chain"), tmp_path / "work")
+    assert len(measured) == 8 and max(row["float"] for row in measured.values()) < 1e-5
 
 
 def _of(pieces, kind, nth=0):

@@ -19,7 +19,7 @@ from edgesafe.runtime.decode import Array
 
 # A prompt is read in parts of about as many tokens: attention in onnxruntime computes a part's scores over all that was read,
 # the part itself included, and masks the later ones afterwards.
-_PART_TOKENS = 200
+PART_TOKENS = 200
 # Room is made in steps, so that a conversation whose questions differ by a few tokens keeps its buffer.
 _STEP_TOKENS = 64
 
@@ -60,7 +60,7 @@ class SharedReader:
     def read(self, embeds: Array) -> Array:
         """See ``Reader``."""
         self.reserve(self.length + embeds.shape[1])
-        parts = np.array_split(embeds, -(-embeds.shape[1] // _PART_TOKENS), axis=1)
+        parts = np.array_split(embeds, -(-embeds.shape[1] // PART_TOKENS), axis=1)
         return [self._run(_value(np.ascontiguousarray(part, np.float32)), part.shape[1]) for part in parts][-1]
 
     def read_token(self, token: int) -> Array:

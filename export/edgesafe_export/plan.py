@@ -21,6 +21,7 @@ from edgesafe.errors import InputError
 from edgesafe.exits import default_ladder, parse_exits, segments
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
+from edgesafe.runtime.shared import PART_TOKENS
 from edgesafe.tiles import ALONE, cut_of, prompt_runs
 from edgesafe_export import graphs
 from edgesafe_export.quantize import AUTO, EMBED_SCHEME
@@ -237,7 +238,7 @@ def looking_bytes(sketch: Sketch, tiles: int) -> float:
     """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what a block works with."""
     family, vision = sketch.family, sketch.family.model.config.vision_config
     states = family.tokens * family.vision_width
-    scores = 2 * vision.num_attention_heads * family.tokens**2
+    scores = vision.num_attention_heads * family.tokens**2
     work = scores + family.tokens * 2 * vision.intermediate_size + 4 * states
     return 4 * (tiles * (3 * family.image_size**2 + 2 * states) + work)
 
@@ -250,7 +251,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     """
     config = sketch.family.text_config
     cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.head_dim * (tokens + 64)
-    states = 4 * tokens * (4 * config.intermediate_size + 6 * config.hidden_size)
+    states = 4 * min(tokens, PART_TOKENS) * (4 * config.intermediate_size + 6 * config.hidden_size)
     causal = sketch.family.decoder()
     matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
     packed = 8 * matrices / int(text.partition("-block")[2]) if "-block" in text else 0

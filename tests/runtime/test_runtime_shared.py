@@ -121,7 +121,7 @@ def test_a_shared_cache_and_a_growing_one_are_what_numpy_says(graphs):
 
 
 def test_a_prompt_read_in_parts_is_the_same_prompt(graphs, monkeypatch):
-    monkeypatch.setattr(shared, "_PART_TOKENS", 2)
+    monkeypatch.setattr(shared, "PART_TOKENS", 2)
     reader = decode.open_reader(*graphs, TEXT, 10)
     ran = []
     monkeypatch.setattr(SharedReader, "_run", lambda self, e, n, run=SharedReader._run: ran.append(n) or run(self, e, n))

@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent / "tools")]
 
 from random_checkpoint import count_weights, find_config  # noqa: E402
 
-from results import write_result  # noqa: E402
+from results import circumstances, write_json, write_result  # noqa: E402
 
 ASKED_TOKENS = 8
 SLOW_MS = 60_000.0
@@ -154,8 +154,6 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     if options.measure:
         with step("measure"):
             measured = run([*edgesafe, "measure", str(bundle), "--json"])
-    with step("ask at every exit"):
-        every = run([__file__, options.model, str(options.work), "--every-exit"])
     return {
         "model": options.model,
         "cut": cut,
@@ -166,8 +164,15 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
         "resumed": resumed,
         "ask": {"seconds": answered.seconds, "peak_gib": answered.peak_gib, "answer": json.loads(answered.out)},
         "measure": {"seconds": measured.seconds, "peak_gib": measured.peak_gib} if options.measure else None,
-        "every_exit": {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)},
+        "every_exit": ask_again(options),
     }
+
+
+def ask_again(options: argparse.Namespace) -> dict[str, Any]:
+    """The bundle's exits asked in a process of their own."""
+    with step("ask at every exit"):
+        every = run([__file__, options.model, str(options.work), "--every-exit"])
+    return {"seconds": every.seconds, "peak_gib": every.peak_gib, "rows": json.loads(every.out)}
 
 
 def folder_bytes(folder: Path) -> int:
@@ -218,10 +223,15 @@ def main() -> int:
     parser.add_argument("--kill-at", type=float, metavar="SECONDS", help="kill the export after that long, and start it again")
     parser.add_argument("--out", type=Path, help="write the result there, as JSON")
     parser.add_argument("--no-measure", dest="measure", action="store_false", help="leave out edgesafe measure (7B: minutes)")
+    parser.add_argument("--ask-again", action="store_true", help="ask the bundle that is there, and renew that part of --out")
     parser.add_argument("--every-exit", action="store_true", help="only ask the bundle that is there, once an exit")
     options = parser.parse_args()
     if options.every_exit:
         print(json.dumps(ask_every_exit(options.work / "bundle", options.work / "picture.png")))
+        return 0
+    if options.ask_again:
+        result = json.loads(options.out.read_text(encoding="utf-8"))
+        write_json(options.out, result | {"every_exit": ask_again(options) | {"date": circumstances()["date"]}})
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     check_disk(options.work, find_config(options.model))

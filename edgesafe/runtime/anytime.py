@@ -9,7 +9,7 @@ from typing import TypeVar
 from edgesafe.bundle import ExitSpec
 from edgesafe.errors import NoExitFitsError
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
-from edgesafe.runtime.correct import Correction, factor, learn, remember_deadline, remember_error
+from edgesafe.runtime.correct import Correction, factor, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.decode import State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 
@@ -52,6 +52,7 @@ class Course:
         self._start_s = start_s
         self._tokens = tokens
         self._before = correction
+        self._memory_ms = memory_ms(sum(ms for stage, ms in forecast.typical_ms.items() if stage not in (PREPROCESS, DECODE)))
         self._bet: tuple[float, float] | None = None
         self._fitted = False
 
@@ -77,7 +78,7 @@ class Course:
         self.actual_ms[stage] = self.actual_ms.get(stage, 0.0) + took_ms
         # How long a picture takes to be read depends on its file more than on the machine.
         if stage in self.forecast.typical_ms and stage not in (PREPROCESS, DECODE):
-            self.correction = learn(self.correction, stage, self.forecast.typical_ms[stage], took_ms)
+            self.correction = learn(self.correction, stage, self.forecast.typical_ms[stage], took_ms, self._memory_ms)
         return result
 
     def timed_token(self, context: int, job: Callable[[], T]) -> T:
@@ -92,7 +93,7 @@ class Course:
         # Where the answer had ended, nothing was computed and there is nothing to learn.
         if self.forecast and result is not None:
             took_ms = self.actual_ms[DECODE] - before
-            self.correction = learn(self.correction, DECODE, self.forecast.decode_ms(context), took_ms)
+            self.correction = learn(self.correction, DECODE, self.forecast.decode_ms(context), took_ms, self._memory_ms)
         return result
 
     def plan(self, exits: Sequence[ExitSpec]) -> int:

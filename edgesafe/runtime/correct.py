@@ -2,7 +2,7 @@
 
 A measurement is made once; then the device grows hot, or another process takes a core. Every stage that ran says how
 many times as long as measured it took. From that come two factors, whose product corrects a stage's prediction:
-``speed``, which all stages share and which follows within about ``MEMORY_MS`` of work, and one a stage, which follows
+``speed``, which all stages share and which follows within about ``memory_ms`` of work, and one a stage, which follows
 slowly and holds what is peculiar to it. And because no factor foresees the next burst, the last predictions' errors are
 kept: their quantile widens the next prediction. Which quantile is learned as well, from the deadlines that were missed: an
 exit is deeper than the next by a whole segment, so a prediction that is exceeded seldom costs the deadline, and one that
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 # Work over which the speed is averaged. A scheduler hands out slices of about 3 ms, so a stage much shorter than a few of
 # them tells more of its luck than of the speed.
 MEMORY_MS = 25.0
+ANSWER_SHARE = 0.1
 STAGE_GAIN = 0.05
 # Errors kept: with 40 the 95 % bound is the second largest.
 WINDOW = 40
@@ -55,7 +56,19 @@ def factor(correction: Correction, stage: str) -> float:
     return correction.speed * correction.stages.get(stage, 1.0)
 
 
-def learn(correction: Correction, stage: str, typical_ms: float, actual_ms: float) -> Correction:
+def memory_ms(answer_ms: float) -> float:
+    """Work over which the speed is averaged, for answers whose first token takes so long.
+
+    In a slow answer ``MEMORY_MS`` would be the last token alone, and that one was measured a quarter wrong says nothing of a
+    prompt that is read for 20 s.
+
+    >>> memory_ms(8.0), memory_ms(20e3)
+    (25.0, 2000.0)
+    """
+    return max(MEMORY_MS, ANSWER_SHARE * answer_ms)
+
+
+def learn(correction: Correction, stage: str, typical_ms: float, actual_ms: float, over_ms: float = MEMORY_MS) -> Correction:
     """The correction after a stage ran.
 
     Args:
@@ -63,6 +76,7 @@ def learn(correction: Correction, stage: str, typical_ms: float, actual_ms: floa
         stage: The stage's name.
         typical_ms: Its measured median, uncorrected.
         actual_ms: What it took.
+        over_ms: Work over which the speed is averaged.
 
     A stage of ``MEMORY_MS`` moves the speed by 1 - 1/e = 63 % of the way to what it showed:
 
@@ -81,7 +95,7 @@ def learn(correction: Correction, stage: str, typical_ms: float, actual_ms: floa
         return correction
     shown = actual_ms / typical_ms
     own = correction.stages.get(stage, 1.0)
-    gain = 1 - math.exp(-typical_ms / MEMORY_MS)
+    gain = 1 - math.exp(-typical_ms / over_ms)
     speed = _bounded(correction.speed + gain * (shown / own - correction.speed))
     own = _bounded(own + STAGE_GAIN * (shown / correction.speed - own))
     return replace(correction, speed=speed, stages={**correction.stages, stage: own})

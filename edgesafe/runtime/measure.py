@@ -162,8 +162,8 @@ def _sweep(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
     choices = thread_choices(core_sets(allowed_cores() or range(host_cores())))
     rows = []
     for threads, cores in bar(choices, label="comparing threads"):
-        probe = _Probe(Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True))
-        with on_cores(cores):
+        with Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True) as session, on_cores(cores):
+            probe = _Probe(session)
             times = [1e3 * probe.one_answer()]
             if times[0] < 1e3 * seconds / len(choices):
                 end = time.perf_counter() + seconds / len(choices)

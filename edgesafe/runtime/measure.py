@@ -79,8 +79,9 @@ class _Probe:
             pass
         return time.perf_counter() - start
 
-    def one_round(self) -> None:
-        """Run every stage once, in the order of an answer, and keep its time."""
+    def one_round(self) -> float:
+        """Run every stage once, in the order of an answer, and keep its time; seconds in all."""
+        began = time.perf_counter()
         self._timed(PREPROCESS, partial(self.session.look, self.picture))
         features = self._vision()
         for ids in self.prompts:
@@ -89,6 +90,7 @@ class _Probe:
             start = time.perf_counter()
             made = sum(1 for _ in tokens)
             self.samples.setdefault(f"{DECODE} {len(ids)}", []).append(_ms_since(start) / max(1, made))
+        return time.perf_counter() - began
 
     def _vision(self) -> decode.State:
         state: dict[tuple[str, ...], decode.State] = {(): self.pixels}
@@ -186,15 +188,10 @@ def _best(sweep: list[dict[str, Any]]) -> Tuning:
 
 
 def _rounds(probe: _Probe, seconds: float) -> None:
-    def timed_round() -> float:
-        start = time.perf_counter()
-        probe.one_round()
-        return time.perf_counter() - start
-
-    least, took = _SLOW_ROUNDS, timed_round()
+    least, took = _SLOW_ROUNDS, probe.one_round()
     if took < seconds:
         probe.samples.clear()
-        least, took = _LEAST_ROUNDS, timed_round()
+        least, took = _LEAST_ROUNDS, probe.one_round()
     for _ in bar(range(1, min(max(int(seconds / took), least), _MOST_ROUNDS)), label="measuring: round"):
         probe.one_round()
 

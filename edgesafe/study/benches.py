@@ -10,6 +10,7 @@ from typing import Any
 from edgesafe.study.tables import markdown
 
 RESULTS = Path(__file__).resolve().parents[2] / "tests" / "bench" / "results"
+FULLSIZE = "fullsize-*.json"
 
 
 def bench_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -129,8 +130,6 @@ def fullsize_table(folder: Path) -> str:
     run = [f"{model['model']} {model['date'][:10]}" for model in found]
     return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
 
-
-FULLSIZE = "fullsize-*.json"
 
 _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "engines": ("speed.json", engines_table),

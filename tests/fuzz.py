@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 
 import mutations
+import odd_inputs
 from edgesafe import Session
 from edgesafe.bundle import MANIFEST
 from edgesafe.errors import EdgesafeError, InputError
@@ -104,10 +105,10 @@ def input_case(kind: str, number: int, session: Session, work: Path) -> tuple[st
     """What happened to a mutated picture or prompt."""
     rng = case_rng(kind, number)
     if kind == "picture":
-        name, picture = mutations.picture(rng, work)
+        name, picture = odd_inputs.picture(rng, work)
         session.ask(picture, "what?", max_new_tokens=2)
     else:
-        name, prompt = mutations.prompt(rng)
+        name, prompt = odd_inputs.prompt(rng)
         session.ask(BLACK, prompt, max_new_tokens=2)
     return ANSWERED, name
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import fuzz
-import mutations
+import odd_inputs
 from edgesafe import Session, records
 from edgesafe import tiles as arithmetic
 from edgesafe.bundle import Bundle
@@ -112,10 +112,10 @@ def test_a_graph_that_fails_while_running_is_a_bundle_error(handmade):
 def test_pictures_come_as_bytes_in_five_formats_and_no_other(tmp_path):
     image = Image.new("RGB", (3, 2), "red")
     for kind in ("PNG", "BMP", "GIF"):
-        assert load_picture(mutations._as(kind, image)).tobytes() == image.tobytes()
+        assert load_picture(odd_inputs.encoded_as(kind, image)).tobytes() == image.tobytes()
     for kind in ("EPS", "TIFF", "PPM", "ICO"):
         with pytest.raises(InputError, match="can't be read"):
-            load_picture(mutations._as(kind, image))
+            load_picture(odd_inputs.encoded_as(kind, image))
     with pytest.raises(InputError, match="no such picture"):
         load_picture("a" * 5000)
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 from PIL import Image
 
-import mutations
+import odd_inputs
 from edgesafe import Session, cli
 from edgesafe.serve import server as server_module
 from edgesafe.serve.server import MAX_BODY, PAGE, PageHandler, PageServer
@@ -21,7 +21,7 @@ from handmade import ANSWER
 from mutants import wrong
 
 pytestmark = pytest.mark.enable_socket
-PICTURE = base64.b64encode(mutations._as("PNG", Image.new("RGB", (9, 7), "red"))).decode()
+PICTURE = base64.b64encode(odd_inputs.encoded_as("PNG", Image.new("RGB", (9, 7), "red"))).decode()
 QUESTION = {"image": PICTURE, "prompt": "what?"}
 JSON = {"Content-Type": "application/json"}
 

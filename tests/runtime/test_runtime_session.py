@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models
 
 from edgesafe import Budget, Session
 from edgesafe.bundle import Bundle, seal, unseal
@@ -23,7 +22,7 @@ from edgesafe.errors import (
 )
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime.graph import OrtGraph
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe.runtime.tokenizer import encode_prompt
 from engines import slow_session
 from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer
 
@@ -377,51 +376,6 @@ def test_a_graph_that_is_not_what_the_manifest_says(tmp_path, handmade):
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="can't load"):
         OrtGraph(str(tmp_path / "broken.onnx"), head, 1)
-
-
-def test_text_stream_holds_half_a_character_back():
-    tokenizer = make_tokenizer()
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(i) for i in tokenizer.encode(" é€x").ids]
-    # Leading white space is dropped; bytes that are no whole character yet give nothing.
-    assert pieces == ["", "", "é", "", "", "€", "x"]
-    assert stream.finish() == "" and stream.text == "é€x"
-
-
-def _in_llama_s_manner() -> Tokenizer:
-    """Words, and a token a byte for what is none; ``</s>`` is special."""
-    words = {word: i for i, word in enumerate(["<unk>", "one", "two", *(f"<0x{b:02X}>" for b in range(256))])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["</s>"])
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("said", "pieces"),
-    [
-        ("one C E4 two one", ["one", "", "", "\ufffd\ufffdtwo", "one"]),
-        ("C3 A9 FF two", ["", "", "", "\ufffd\ufffd\ufffdtwo"]),
-        ("C3 A9 two", ["", "", "\u00e9two"]),
-        ("one C3 </s> A9 two", ["one", "", "", "", "\u00e9two"]),
-        ("one C3 A9 </s> FF", ["one", "", "", "", ""]),
-        ("one 0A", ["one", ""]),
-    ],
-)
-def test_text_stream_loses_nothing_where_bytes_spell_no_character(said, pieces):
-    tokenizer = _in_llama_s_manner()
-    ids = [tokenizer.token_to_id(t if t.startswith(("o", "t", "</")) else f"<0x{int(t, 16):02X}>") for t in said.split()]
-    stream = TextStream(tokenizer)
-    assert [stream.push(i) for i in ids] == pieces
-    rest = stream.finish()
-    assert "".join(pieces) + rest == stream.text == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-
-
-def test_a_stop_text_of_bytes_ends_the_answer_at_once():
-    tokenizer = _in_llama_s_manner()
-    stream = TextStream(tokenizer, stop=("\n",))
-    assert [stream.push(tokenizer.token_to_id(t)) for t in ("one", "<0x0A>")] == ["one", ""]
-    assert stream.ended and stream.finish() == "" and stream.text == "one"
 
 
 def test_pil_pictures_and_paths_answer_alike(session, tmp_path):

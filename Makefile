@@ -6,6 +6,7 @@ OUT ?= build/$(DEVICE)
 VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
+STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
 .PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
 
@@ -33,17 +34,17 @@ test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q
 
 fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask
-	@$(BIN)/python $(if $(MODEL),tests/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/fullsize.py build/fullsize)
+	@$(BIN)/python $(if $(MODEL),tests/long/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/long/fullsize.py build/fullsize)
 
 check: $(VENV)/ready ## ruff, mypy --strict, import rules, and tables that are what their raw answers give
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(EDGESAFE) study check
+	@$(STUDY) check
 
 study: $(VENV)/ready ## run the study that is not done yet and write its tables (hours; goes on where it stopped)
-	@$(EDGESAFE) study run --build build/study
-	@$(EDGESAFE) study tables
+	@$(STUDY) run --build build/study
+	@$(STUDY) tables
 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference
@@ -63,19 +64,19 @@ bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 m
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
 
 soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
-	@$(BIN)/python tests/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
+	@$(BIN)/python tests/long/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
 
 fuzz: $(VENV)/ready ## 7,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
-	@$(BIN)/python tests/fuzz.py --out tests/bench/results/fuzz.json
+	@$(BIN)/python tests/long/fuzz.py --out tests/bench/results/fuzz.json
 
 chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)
-	@$(BIN)/python tests/chaos.py --out tests/bench/results/chaos.json
+	@$(BIN)/python tests/long/chaos.py --out tests/bench/results/chaos.json
 
 wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
 	@$(BIN)/python tests/wheel.py build/wheel
 
 shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
-	@$(BIN)/python tests/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
+	@$(BIN)/python tests/long/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgesafe.bundle import Bundle
-    from edgesafe.certificate import Certificate
     from edgesafe.device import DeviceProfile, list_devices, load_device
     from edgesafe.errors import EdgesafeError
+    from edgesafe.format.bundle import Bundle
+    from edgesafe.format.certificate import Certificate
     from edgesafe.runtime import Answer, Budget, Sampling, Session, choose_exit
 
 _HOMES = {
     "Answer": "edgesafe.runtime",
     "Budget": "edgesafe.runtime",
-    "Bundle": "edgesafe.bundle",
-    "Certificate": "edgesafe.certificate",
+    "Bundle": "edgesafe.format.bundle",
+    "Certificate": "edgesafe.format.certificate",
     "DeviceProfile": "edgesafe.device",
     "EdgesafeError": "edgesafe.errors",
     "Sampling": "edgesafe.runtime",

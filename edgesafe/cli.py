@@ -257,8 +257,8 @@ def _add_certify(parser: argparse.ArgumentParser) -> Run:
 
 def cmd_certify(options: argparse.Namespace) -> int:
     """Run the suite at every exit and write certificate.json; fails only where no exit passes."""
-    from edgesafe.certificate import certified_depths
-    from edgesafe.certify.run import certify
+    from edgesafe.certify.certify import certify
+    from edgesafe.format.certificate import certified_depths
 
     certificate = certify(options.bundle, progress=True, answers=options.answers)
     if options.json:
@@ -297,7 +297,7 @@ def _add_smoke(parser: argparse.ArgumentParser) -> Run:
 
 def cmd_smoke(options: argparse.Namespace) -> int:
     """Run the suite's on-device subset; exit code 42 where it fails."""
-    from edgesafe.certify.run import smoke
+    from edgesafe.certify.certify import smoke
 
     report = smoke(options.bundle, junit=options.junit)
     if options.json:
@@ -338,20 +338,16 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
         "rates of a checkpoint at every exit",
     ),
     "suite": (
-        _elsewhere("edgesafe.align.external", "add_arguments", "run"),
+        _elsewhere("edgesafe.evaluate.import_suite", "add_arguments", "run"),
         "import a public or own set of requests as a suite to evaluate on",
     ),
     "reward-model": (
-        _elsewhere("edgesafe.align.reward_train", "add_arguments", "run_command"),
+        _elsewhere("edgesafe.align.reward.train", "add_arguments", "run_command"),
         "train a reward model for PPO on preference pairs",
     ),
     "ship": (
         _elsewhere("edgesafe.ship", "add_arguments", "run"),
         "the whole way: align, export, quantize and certify (what `make export` runs)",
-    ),
-    "study": (
-        _elsewhere("edgesafe.study.cli", "add_arguments", "run"),
-        "the study of the methods: its runs, and the tables of README.md and LOG.md",
     ),
     "reference": (
         _elsewhere("edgesafe.reference.cli", "add_arguments", "run"),

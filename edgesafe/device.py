@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgesafe.bundle import LATENCY, Bundle, read_sealed, seal, write_atomically
 from edgesafe.errors import BundleError, ConfigError, FormatVersionError
-from edgesafe.records import Fields
+from edgesafe.format.bundle import LATENCY, Bundle, read_sealed, seal, write_atomically
+from edgesafe.format.fields import Fields
 
 KINDS = ("board", "phone", "car", "host")
 VISION_SCHEMES = ("fp32", "int8-dynamic", "int8-static")
@@ -33,7 +33,7 @@ class DeviceProfile:
 
     ``threads`` and ``memory_mib`` are None for ``host``, where the machine itself says. ``ttft_budget_ms`` is
     the usual budget for the time to the first token, ``hard_ttft_ms`` the time beyond which an answer is
-    useless. ``attention`` is how the decoder's attention computes (`edgesafe_export.cache.attend_whole`).
+    useless. ``attention`` is how the decoder's attention computes (`edgesafe_export.shared_cache.attend_whole`).
     """
 
     name: str

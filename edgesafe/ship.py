@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
-from edgesafe.bundle import Bundle, digest_folder, write_atomically
-from edgesafe.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.device import DeviceProfile, load_device
 from edgesafe.errors import CertificationFailedError, InputError
+from edgesafe.format.bundle import Bundle, digest_folder, write_atomically
+from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.progress import step, table
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
@@ -80,10 +80,10 @@ def ship(
         and after).
     """
     from edgesafe.align.config import default_config, read_config
-    from edgesafe.align.evaluate import evaluate
     from edgesafe.align.train import align
-    from edgesafe.certify.judge import JUDGE
-    from edgesafe.certify.run import certify
+    from edgesafe.certify.certify import certify
+    from edgesafe.certify.string_judge import JUDGE
+    from edgesafe.evaluate.evaluate import evaluate
     from edgesafe.reference.data import write_split, write_training
     from edgesafe_export import export_bundle
 

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 import edgesafe
-from edgesafe.bundle import Bundle
-from edgesafe.certificate import certified_depths, read_certificate
-from edgesafe.certify.judge import COMPLY, REFUSE, classify
+from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
 from edgesafe.cli import main
 from edgesafe.errors import NoExitFitsError
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import certified_depths, read_certificate
 from edgesafe.progress import bar, table
 
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 # The helpers beside this file (tiny, handmade) and the tools are plain modules, importable from every room's tests.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "tools")]
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE / "long"), str(_HERE / "tools")]
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,21 @@ def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("exported") / "bundle"
     export_bundle(tiny_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32")
     return out
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows of the train split."""
+    from edgesafe.reference.data import write_training
+
+    folder = tmp_path_factory.mktemp("data") / "train"
+    write_training(folder, 48, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava(tiny_llava: Path):
+    """The tiny checkpoint, loaded as the align room loads it."""
+    from edgesafe.checkpoint.exit_model import load
+
+    return load(tiny_llava)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import Session
-from edgesafe.bundle import Bundle
-from edgesafe.certificate import read_certificate
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import read_certificate
 from edgesafe.runtime.backend import OnnxRuntime, RunnableGraph
 
 

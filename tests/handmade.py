@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from edgesafe import graph_io
-from edgesafe.bundle import (
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import (
     Bundle,
     ChatSpec,
     ExitSpec,
@@ -35,8 +35,8 @@ from edgesafe.bundle import (
     unseal,
     write_manifest,
 )
-from edgesafe.certificate import Certificate, ExitVerdict, Rate, write_certificate
-from edgesafe.tiles import TilesSpec, TileTexts
+from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, write_certificate
+from edgesafe.format.tiles import TilesSpec, TileTexts
 
 if TYPE_CHECKING or "EDGESAFE_HANDMADE" not in os.environ:
     import onnx

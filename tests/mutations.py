@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgesafe.bundle import CERTIFICATE, MANIFEST, file_specs, seal, unseal
+from edgesafe.format.bundle import CERTIFICATE, MANIFEST, file_specs, seal, unseal
 
 Change = Callable[[Path, random.Random], None]
 ESCAPES = ("../outside", "/etc/passwd", "vision/../../outside", "..", "a\\..\\b", "./x", "vision//head.onnx", "/", "\0")

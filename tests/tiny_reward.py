@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from edgesafe.align.reward_train import RewardTraining
+from edgesafe.align.reward.train import RewardTraining
 
 NOUNS = ["pen", "vase", "lamp", "bowl", "coin", "drum", "fork", "gate", "harp", "iron", "jar", "kite"]
 WORDS = ["it", "is", "a", "red", "blue", "old", "new", "big", "thing", "that", "I", "know", "of", "and", "like"]

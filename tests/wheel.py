@@ -23,26 +23,26 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 1_000_000
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
-LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "edgesafe/align/study/")
+LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "study/", "tests/")
 SHIPPED = (
     "edgesafe/_devices/rpi5.toml",
     "edgesafe/serve/page.html",
     "edgesafe/py.typed",
-    "edgesafe/BUNDLE.md",
-    "edgesafe/_recipes/smolvlm.toml",
+    "edgesafe/format/BUNDLE.md",
+    "edgesafe/checkpoint/recipes/smolvlm.toml",
 )
 HELPERS = (
-    "chaos.py",
     "conftest.py",
     "engines.py",
     "handmade.py",
-    "killed.py",
+    "long/chaos.py",
+    "long/killed.py",
+    "long/soak.py",
     "mutants.py",
     "mutations.py",
     "odd_inputs.py",
     "results.py",
     "runtime/conftest.py",
-    "soak.py",
 )
 TESTS = (
     "runtime/test_runtime_anytime.py",

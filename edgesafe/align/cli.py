@@ -75,21 +75,21 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Run `edgesafe evaluate`; returns the exit code."""
-    from edgesafe.align.evaluate import evaluate
-    from edgesafe.align.judges import open_second
-    from edgesafe.align.tabulate import report_table
-    from edgesafe.certify.suite import read_suite
+    from edgesafe.evaluate.evaluate import evaluate
+    from edgesafe.evaluate.judges import open_second
+    from edgesafe.evaluate.text_report import report_table
+    from edgesafe.format.suite import read_suite
 
     _quiet()
     second = open_second(args.second_judge, read_suite(args.suite, verify=False).name)
     reward = toxicity = None
     if args.reward_config:
         from edgesafe.align.config import read_config
-        from edgesafe.align.reward import open_reward
+        from edgesafe.align.reward.overlap import open_reward
 
         reward = open_reward(read_config(args.reward_config).reward)
     if args.toxicity:
-        from edgesafe.align.toxicity import open_toxicity
+        from edgesafe.evaluate.toxicity import open_toxicity
 
         toxicity = open_toxicity(args.toxicity)
     options = {"second": second, "reward": reward, "toxicity": toxicity}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import ConfigError
-from edgesafe.records import Fields
+from edgesafe.format.fields import Fields
 
 SELF_DISTILL, L_SFT, L_DPO, L_PPO = METHODS = ("self-distill", "l-sft", "l-dpo", "l-ppo")
 FOCUS, UNIFORM, ROTATING, HARM = SAMPLERS = ("focus", "uniform", "rotating", "harm")
@@ -124,7 +124,7 @@ class AlignConfig:
         `sft_weight` times the cross-entropy on the wanted answer), "l-sft" (the cross-entropy alone), "l-dpo" (the model's own
         right answer at the reference depth against its own wrong one at the exit) or "l-ppo" (clipped PPO on sampled answers).
     data: folder of training rows (suite format, split "train").
-    exits: depths to draw from, as `edgesafe.exits.parse_exits` reads them.
+    exits: depths to draw from, as `edgesafe.format.exits.parse_exits` reads them.
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest look
         found at each exit; needs `[eval]`).
     focus: two shares of the reference depth; the sampler "focus" draws the exits from one to the other more often. They are

@@ -1,4 +1,4 @@
-"""Training rows of a data folder (the suite format of `edgesafe.certify.suite`), as batches of token ids.
+"""Training rows of a data folder (the suite format of `edgesafe.format.suite`), as batches of token ids.
 
 B rows, S tokens of request and answer, A answer tokens, P patches, W tower width, V tokens in the vocabulary.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgesafe.align.model import Llava, answer_ids, prompt_ids
-from edgesafe.certify.suite import Row, read_suite
+from edgesafe.checkpoint.exit_model import Llava, answer_ids, prompt_ids
 from edgesafe.errors import ConfigError, InputError
+from edgesafe.format.suite import Row, read_suite
 
 
 @dataclass(frozen=True)

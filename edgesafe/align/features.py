@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.data import Example, collate
-from edgesafe.align.model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
+from edgesafe.checkpoint.exit_model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
 
 CHUNK, CHUNK_BYTES = 64, 2**30  # rows that the tower sees at once, and what their states may take
 Need = Mapping[int, frozenset[int]]  # row number -> depths at which it is wanted; a teacher adds the reference depth

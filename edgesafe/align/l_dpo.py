@@ -16,9 +16,9 @@ from torch import Tensor
 from edgesafe.align.config import DpoConfig
 from edgesafe.align.features import Features, chunk_of
 from edgesafe.align.losses import dpo_terms, row_weights, sft_loss
-from edgesafe.align.model import decode, exit_state, exit_states, generate, open_images, pixel_values
 from edgesafe.align.rollout import token_logprobs
 from edgesafe.align.trainer import Trainer
+from edgesafe.checkpoint.exit_model import decode, exit_state, exit_states, generate, open_images, pixel_values
 from edgesafe.errors import AlignError
 from edgesafe.progress import bar
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgesafe import machine, shards
+from edgesafe import machine
 from edgesafe.align.config import HARM, L_DPO, L_PPO, LORA, MUON, SELF_DISTILL, AlignConfig, with_tune
 from edgesafe.align.features import chunk_rows
 from edgesafe.align.rollout import LOGIT_BYTES
+from edgesafe.checkpoint import shards
 from edgesafe.errors import ConfigError, EdgesafeError
-from edgesafe.exits import parse_exits
+from edgesafe.format.exits import parse_exits
 from edgesafe.progress import speaks
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -223,7 +224,7 @@ def read_lengths(model_dir: Path, config: AlignConfig, image_tokens: int) -> Len
     try:
         from tokenizers import Tokenizer
 
-        from edgesafe.certify.suite import read_suite
+        from edgesafe.format.suite import read_suite
 
         rows = read_suite(Path(config.data), verify=False).rows
         tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.data import Batch, Example
-from edgesafe.align.model import Llava, decode, generate
 from edgesafe.align.trainer import Trainer
+from edgesafe.checkpoint.exit_model import Llava, decode, generate
 from edgesafe.errors import AlignError
 
 LOGIT_BYTES = 2**28  # of the logits that one pass over the rollouts may hold at once

@@ -19,20 +19,21 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 
-from edgesafe.align import files, l_dpo, supervised
+from edgesafe.align import files, l_dpo
+from edgesafe.align import l_sft as supervised
 from edgesafe.align.config import HARM, L_DPO, L_PPO, MUON, SELF_DISTILL, AlignConfig, with_tune
 from edgesafe.align.data import read_examples
 from edgesafe.align.features import Features, chunk_of, compute, merge_needs, plan, size_gib
 from edgesafe.align.l_ppo import ppo_update
-from edgesafe.align.model import load
-from edgesafe.align.reward import open_reward
+from edgesafe.align.reward.overlap import open_reward
 from edgesafe.align.sampler import draw_depth, draw_rows, exit_shares
 from edgesafe.align.trainer import Trainer, learning_rate, make_optimizer, make_policy
 from edgesafe.align.watch import Watch, open_watch
-from edgesafe.bundle import digest_folder
-from edgesafe.checkpoint import bf16_is_fast
+from edgesafe.checkpoint.exit_model import load
+from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.exits import parse_exits
+from edgesafe.format.bundle import digest_folder
+from edgesafe.format.exits import parse_exits
 from edgesafe.progress import bar
 
 

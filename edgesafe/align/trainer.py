@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from edgesafe.align.config import LORA, MUON, AlignConfig
 from edgesafe.align.data import Batch, Example, collate
 from edgesafe.align.features import Features
-from edgesafe.align.model import Llava, answer_hidden, autocast, put_language
 from edgesafe.align.sampler import focused_exits
 from edgesafe.align.watch import Watch
+from edgesafe.checkpoint.exit_model import Llava, answer_hidden, autocast, put_language
 from edgesafe.errors import ConfigError, DivergedError
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.align.config import EvalConfig
-from edgesafe.align.evaluate import answers
-from edgesafe.align.model import Llava
-from edgesafe.certify.suite import CLASSES, Suite, read_suite
 from edgesafe.certify.tally import tally
+from edgesafe.checkpoint.exit_model import Llava
 from edgesafe.errors import ConfigError
+from edgesafe.evaluate.evaluate import answers
+from edgesafe.format.suite import CLASSES, Suite, read_suite
 
 
 @dataclass(frozen=True)

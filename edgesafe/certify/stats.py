@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from edgesafe.certificate import Rate
+from edgesafe.format.certificate import Rate
 
 Z_95 = 1.959963984540054  # the 97.5 % point of the standard normal: two-sided 95 %
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from edgesafe.certificate import FAILED, PASSED, ExitVerdict, Rate
-from edgesafe.certify.judge import COMPLY, INCOHERENT, REFUSE, classify, is_right
 from edgesafe.certify.stats import rate
-from edgesafe.certify.suite import Row
+from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE, classify, is_right
+from edgesafe.format.certificate import FAILED, PASSED, ExitVerdict, Rate
+from edgesafe.format.suite import Row
 
 
 def tally(rows: Sequence[Row], said: Mapping[str, str]) -> dict[str, Rate]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgesafe.checkpoint import bf16_is_fast
+from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.reference.draw import COLOURS, SIZE
 from edgesafe.reference.kinds import BY_NAME
 from edgesafe.reference.tokenizer import PATCH, write_processor

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from edgesafe.certify.suite import Row, png, write_suite
+from edgesafe.format.suite import Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, Sample, draws, sample
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from edgesafe.bundle import Bundle, ExitSpec
-from edgesafe.certificate import Certificate, certified_depths
 from edgesafe.errors import InputError, UncertifiedExitError
+from edgesafe.format.bundle import Bundle, ExitSpec
+from edgesafe.format.certificate import Certificate, certified_depths
 from edgesafe.runtime.choose import Budget, within_reference
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from edgesafe.bundle import GraphSpec
 from edgesafe.errors import BundleError, EdgesafeError
+from edgesafe.format.bundle import GraphSpec
 from edgesafe.runtime.decode import Array, Graph
 
 _DTYPES = {"float32": np.float32, "int64": np.int64}
@@ -54,7 +54,7 @@ class OnnxRuntime:
 
     def open(self, path: str, spec: GraphSpec, threads: int) -> Graph:
         """See ``Backend.open``."""
-        from edgesafe.runtime.graph import OrtGraph
+        from edgesafe.runtime.ort import OrtGraph
 
         return OrtGraph(path, spec, threads)
 

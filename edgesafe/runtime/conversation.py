@@ -6,13 +6,15 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgesafe.bundle import ExitSpec
-from edgesafe.runtime import decode, tune
+from edgesafe.format.bundle import ExitSpec
+from edgesafe.format.tiles import Cut
+from edgesafe.runtime import decode
+from edgesafe.runtime import threads as tune
 from edgesafe.runtime.allowed import allowed_exits
 from edgesafe.runtime.answer import Answer
-from edgesafe.runtime.anytime import Course, run_anytime
 from edgesafe.runtime.asking import AnswerStream
 from edgesafe.runtime.choose import Budget
+from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.decode import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
 from edgesafe.runtime.image import Picture
@@ -20,7 +22,6 @@ from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import Cancel, Progress, Turn
-from edgesafe.tiles import Cut
 
 if TYPE_CHECKING:
     from edgesafe.runtime.session import Session

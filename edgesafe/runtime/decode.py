@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgesafe import graph_io
-from edgesafe.bundle import GraphSpec, TextSpec
 from edgesafe.errors import BundleError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec, TextSpec
 from edgesafe.runtime.sampling import last_row
 
 Array = npt.NDArray[Any]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgesafe.bundle import GraphSpec, Manifest
 from edgesafe.device import ESTIMATED, MEASURED, DeviceProfile, LatencyTable, percentile
-from edgesafe.runtime.correct import Correction, enough_errors, error_bound, factor
+from edgesafe.format.bundle import GraphSpec, Manifest
+from edgesafe.runtime.calibrate import Correction, enough_errors, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()

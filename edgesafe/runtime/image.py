@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from edgesafe.bundle import ImageSpec
 from edgesafe.errors import InputError
+from edgesafe.format.bundle import ImageSpec
 
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 Floats: TypeAlias = npt.NDArray[np.float32]

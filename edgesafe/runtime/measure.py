@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from edgesafe.bundle import Bundle, Manifest
 from edgesafe.device import LatencyTable, percentile, stage_times, write_latency
+from edgesafe.format.bundle import Bundle, Manifest
+from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.machine import (
     allowed_cores,
     core_sets,
@@ -30,9 +31,8 @@ from edgesafe.progress import bar
 from edgesafe.runtime import decode
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
 from edgesafe.runtime.session import Session
+from edgesafe.runtime.threads import Tuning, asked_threads
 from edgesafe.runtime.tokenizer import encode_prompt
-from edgesafe.runtime.tune import Tuning, asked_threads
-from edgesafe.tiles import ALONE, Cut, prompt_runs
 
 # A photo of the size that phones send on: 1 megapixel. Decoding a larger file takes longer than predicted.
 _PICTURE = (864, 1152, 3)

@@ -9,28 +9,28 @@ import weakref
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
-from edgesafe.bundle import Bundle
-from edgesafe.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.device import profile_of
 from edgesafe.errors import CertificateMismatchError
-from edgesafe.runtime import tune
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
+from edgesafe.format.tiles import ALONE, Cut
+from edgesafe.runtime import threads as tune
 from edgesafe.runtime.allowed import allowed_exits
 from edgesafe.runtime.answer import Answer
-from edgesafe.runtime.anytime import Clock
 from edgesafe.runtime.asking import AnswerStream, PendingAnswer
 from edgesafe.runtime.backend import Backend, OnnxRuntime
+from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget
 from edgesafe.runtime.conversation import Conversation
-from edgesafe.runtime.correct import Correction
+from edgesafe.runtime.deadline import Clock
 from edgesafe.runtime.decode import Array, Graph
+from edgesafe.runtime.engine import Parts
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
-from edgesafe.runtime.parts import Parts
 from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import WAIT, Cancel, Progress, Turns
-from edgesafe.tiles import ALONE, Cut
 
 
 class Session(Parts):

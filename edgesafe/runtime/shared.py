@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import numpy as np
 import onnxruntime as ort
 
-from edgesafe import graph_io
-from edgesafe.bundle import TextSpec
 from edgesafe.errors import BundleError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import TextSpec
 from edgesafe.runtime.decode import Array
 
 # A prompt is read in parts of about as many tokens: attention in onnxruntime computes a part's scores over all that was read,

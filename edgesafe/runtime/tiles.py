@@ -12,9 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgesafe.bundle import ImageSpec, Manifest
+from edgesafe.format.bundle import ImageSpec, Manifest
+from edgesafe.format.tiles import (
+    ALONE,
+    Cut,
+    Size,
+    TilesSpec,
+    best_canvas,
+    cut_of,
+    fitted,
+    grid_size,
+    long_size,
+    map_rows,
+    smaller,
+)
 from edgesafe.runtime.image import Floats, Picture, load_picture, normalised, picture_size, preprocess
-from edgesafe.tiles import ALONE, Cut, Size, TilesSpec, best_canvas, cut_of, fitted, grid_size, long_size, map_rows, smaller
 
 
 def picture_cut(picture: Picture, manifest: Manifest) -> Cut:

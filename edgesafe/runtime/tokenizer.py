@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edgesafe.bundle import Manifest
 from edgesafe.errors import BundleError, InputError
+from edgesafe.format.bundle import Manifest
+from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.runtime.sampling import ended
-from edgesafe.tiles import ALONE, Cut, prompt_runs
 
 # What a decoder shows for bytes that are no whole character yet.
 _HALF = "\ufffd"

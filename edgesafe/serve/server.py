@@ -20,16 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import (
-    BusyError,
-    CertificateError,
-    ClosedError,
-    ConfigError,
-    DeviceError,
-    EdgesafeError,
-    InputError,
-)
-from edgesafe.records import Fields
+from edgesafe.errors import BusyError, CertificateError, ClosedError, ConfigError, DeviceError, EdgesafeError, InputError
+from edgesafe.format.fields import Fields
 from edgesafe.runtime import Budget, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
 

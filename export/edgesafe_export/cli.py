@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `edgesafe plan`; returns the exit code."""
+    from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe.device import load_device
     from edgesafe_export.plan import choose_ladder, describe, make_plan
-    from edgesafe_export.resolve import resolve_outline
-    from edgesafe_export.sketch import open_sketch
+    from edgesafe_export.skeleton import open_sketch
 
     device = load_device(args.device)
     folder, name, header = resolve_outline(args.model)

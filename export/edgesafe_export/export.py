@@ -17,8 +17,13 @@ from typing import Any
 import onnx
 from PIL import Image
 
-from edgesafe import __version__, graph_io
-from edgesafe.bundle import (
+from edgesafe import __version__
+from edgesafe.checkpoint.hub import resolve_model
+from edgesafe.checkpoint.scan import scan_checkpoint
+from edgesafe.device import DeviceProfile
+from edgesafe.errors import InputError, ParityError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import (
     Bundle,
     ChatSpec,
     ExitSpec,
@@ -30,26 +35,22 @@ from edgesafe.bundle import (
     file_specs,
     write_manifest,
 )
-from edgesafe.certify.suite import Suite, read_suite
-from edgesafe.device import DeviceProfile
-from edgesafe.errors import InputError, ParityError
+from edgesafe.format.suite import Suite, read_suite
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
-from edgesafe_export import parity
-from edgesafe_export.cache import attend_whole
+from edgesafe_export import parity_model as parity
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
-from edgesafe_export.marks import fill, with_weights
 from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.place import check_target, replacing
+from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, exit_graphs, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
-from edgesafe_export.resolve import resolve_model
-from edgesafe_export.scan import scan_checkpoint
-from edgesafe_export.sketch import Sketch, open_sketch
+from edgesafe_export.shared_cache import attend_whole
+from edgesafe_export.shared_weights import SharedWeights
+from edgesafe_export.skeleton import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
-from edgesafe_export.weights import SharedWeights
 
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
@@ -100,7 +101,7 @@ def export_bundle(
         layout: "chain" (segments and one head) or "standalone" (one graph an exit over one shared weight file).
         vision_scheme, text_scheme: see `edgesafe_export.quantize`; text "auto" takes int4 in large blocks, or the first finer
             scheme of `AUTO` that does not change answers.
-        exits: ladder, as `edgesafe.exits.parse_exits` reads it.
+        exits: ladder, as `edgesafe.format.exits.parse_exits` reads it.
         suite_dir: certification suite to ship inside the bundle.
         seed: recorded.
 

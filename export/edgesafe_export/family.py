@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from edgesafe.checkpoint import first_blocks, read_checkpoint, read_config
+from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
+from edgesafe.checkpoint.recipe import Recipe, load_recipes, refused_families
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
-from edgesafe.exits import hidden_states_index, reference_depth
-from edgesafe.recipe import Recipe, load_recipes, refused_families
-from edgesafe_export.pictures import picture_specs
-from edgesafe_export.wrap import Head, MaskedEmbeddings, Segment
+from edgesafe.format.exits import hidden_states_index, reference_depth
+from edgesafe_export.modules import Head, MaskedEmbeddings, Segment
+from edgesafe_export.preprocessing import picture_specs
 
 # What a processor makes of the text.
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -1,4 +1,4 @@
-"""Torch modules to ONNX graphs, by transformers' exporter, one call a part; names as in `edgesafe.graph_io`.
+"""Torch modules to ONNX graphs, by transformers' exporter, one call a part; names as in `edgesafe.format.graph_io`.
 
 The decomposition is ours, because `OnnxExporter.export_for_generation` leaves out LLaVA's tower and projector.
 `ort_fusions="cpu"` works on our wrapper modules as on transformers' own: each block ends up with one `Attention`, each decoder
@@ -20,14 +20,14 @@ import onnx
 import torch
 from torch import nn
 
-from edgesafe import graph_io
-from edgesafe.bundle import GraphSpec
 from edgesafe.errors import UnsupportedModelError
-from edgesafe.graph_io import TensorSpec
-from edgesafe_export.cache import share_cache
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec
+from edgesafe.format.graph_io import TensorSpec
 from edgesafe_export.family import Family
-from edgesafe_export.marks import thin_constants
-from edgesafe_export.wrap import Whole
+from edgesafe_export.modules import Whole
+from edgesafe_export.placeholders import thin_constants
+from edgesafe_export.shared_cache import share_cache
 
 Exported = tuple[onnx.ModelProto, GraphSpec]
 

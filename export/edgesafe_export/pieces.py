@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 import onnx
 from torch import nn
 
-from edgesafe import graph_io
-from edgesafe.bundle import GraphSpec
-from edgesafe.exits import segments
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec
+from edgesafe.format.exits import segments
 from edgesafe_export import graphs
+from edgesafe_export.decoder_layers import join, split_layers
 from edgesafe_export.graphs import Exported
-from edgesafe_export.marks import Blueprint, read_marks
-from edgesafe_export.sketch import Sketch, layer_name
-from edgesafe_export.stack import join, split_layers
-from edgesafe_export.wrap import Whole
+from edgesafe_export.modules import Whole
+from edgesafe_export.placeholders import Blueprint, read_marks
+from edgesafe_export.skeleton import Sketch, layer_name
 
 SEGMENT, HEAD, WHOLE, EMBED, LAYER, END = "segment", "head", "whole", "embed", "layer", "end"
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgesafe.bundle import MANIFEST, write_atomically
 from edgesafe.errors import ConfigError, EdgesafeError
-from edgesafe.exchange import exchange
+from edgesafe.format.bundle import MANIFEST, write_atomically
+from edgesafe.format.exchange import exchange
 
 KEY = "made-of"  # in the work folder: what its pieces were made of
 

@@ -14,21 +14,22 @@ from typing import Any
 
 from torch import nn
 
-from edgesafe import graph_io, machine
-from edgesafe.bundle import GraphSpec
+from edgesafe import machine
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
-from edgesafe.exits import default_ladder, parse_exits, segments
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec
+from edgesafe.format.exits import default_ladder, parse_exits, segments
+from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
 from edgesafe.runtime.shared import PART_TOKENS
-from edgesafe.tiles import ALONE, cut_of, prompt_runs
 from edgesafe_export import graphs
+from edgesafe_export.modules import Whole
 from edgesafe_export.quantize import AUTO, EMBED_SCHEME
-from edgesafe_export.sketch import Sketch
+from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
 from edgesafe_export.tolerances import WHOLE_WEIGHTS
-from edgesafe_export.wrap import Whole
 
 GIB = 2**30
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.

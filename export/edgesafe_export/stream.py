@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from edgesafe import graph_io
-from edgesafe.bundle import GraphSpec, write_atomically
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec, write_atomically
 from edgesafe.progress import bar
-from edgesafe_export import compare
+from edgesafe_export import parity_pieces as compare
 from edgesafe_export.family import Family
-from edgesafe_export.marks import fill, with_weights
-from edgesafe_export.parity import Probe, processed
+from edgesafe_export.parity_model import Probe, processed
 from edgesafe_export.pieces import EMBED, HEAD, LAYER, SEGMENT, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
+from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.quantize import EMBED_SCHEME, quantize
-from edgesafe_export.sketch import Sketch
+from edgesafe_export.skeleton import Sketch
 from edgesafe_export.tolerances import PIECE_TOKENS
 
 # Rows of image features in front of the words that the decoder's pieces are compared on.

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from edgesafe.align import files
 from edgesafe.align import train as train_module
-from edgesafe.certify.suite import read_suite, write_suite
 from edgesafe.cli import main
+from edgesafe.format.suite import read_suite, write_suite
 from tiny_reward import make_gpt2
 
 TOML = """steps = 3

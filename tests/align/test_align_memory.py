@@ -17,8 +17,8 @@ from edgesafe.align import memory
 from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig, PpoConfig, read_config
 from edgesafe.align.data import collate
 from edgesafe.align.memory import Memory, describe, estimate, read_headers, sizes
-from edgesafe.align.model import load
 from edgesafe.align.train import prepare
+from edgesafe.checkpoint.exit_model import load
 from edgesafe.errors import ConfigError, InputError
 
 CONFIGS = Path(memory.__file__).parent / "configs"
@@ -107,7 +107,7 @@ def test_a_block_keeps_what_torch_saves_for_the_backward_pass(tiny_llava, rows, 
 
 
 def _inputs(t, batch, states):
-    from edgesafe.align.model import embed
+    from edgesafe.checkpoint.exit_model import embed
 
     return embed(t.llava, batch.ids, states)
 

@@ -12,9 +12,9 @@ from test_align_ppo import advantages_by_sums
 from edgesafe.align import l_ppo, rollout
 from edgesafe.align.config import AlignConfig, LoraConfig, PpoConfig, RewardConfig
 from edgesafe.align.features import Features
-from edgesafe.align.model import exit_state, exit_states, open_images, pixel_values
 from edgesafe.align.train import prepare
 from edgesafe.align.trainer import Trainer
+from edgesafe.checkpoint.exit_model import exit_state, exit_states, open_images, pixel_values
 from mutants import wrong
 
 DEPTH, ROWS, NUMBER = 1, [0, 5, 2, 7], 3

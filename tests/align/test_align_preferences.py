@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgesafe.align import reward_train
-from edgesafe.align.preferences import in_validation, parse_dialogue, read_pairs, render
-from edgesafe.align.reward_train import train_reward_model
+from edgesafe.align.reward import train as reward_train
+from edgesafe.align.reward.preferences import in_validation, parse_dialogue, read_pairs, render
+from edgesafe.align.reward.train import train_reward_model
 from edgesafe.errors import InputError
 from tiny_reward import LIKED, NOUNS, SMALL, WORDS, make_gpt2, toy, write_lines
 

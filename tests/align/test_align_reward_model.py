@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgesafe.align.config import AlignConfig, LoraConfig, PpoConfig, RewardConfig
-from edgesafe.align.preferences import render
-from edgesafe.align.reward import word_f1
-from edgesafe.align.reward_model import MODEL_SHARE, ModelReward, balance, encode, open_model_reward, read_scores
+from edgesafe.align.reward.model import MODEL_SHARE, ModelReward, balance, encode, open_model_reward, read_scores
+from edgesafe.align.reward.overlap import word_f1
+from edgesafe.align.reward.preferences import render
 from edgesafe.align.train import align
-from edgesafe.bundle import digest_folder
-from edgesafe.certify.suite import Row
 from edgesafe.errors import AlignError, ConfigError
+from edgesafe.format.bundle import digest_folder
+from edgesafe.format.suite import Row
 from mutants import wrong
 from tiny_reward import LIKED, make_gpt2
 
@@ -114,13 +114,13 @@ class Scripted:
             said.append(turns[-1][1])
             return real(tokenizer, turns, max_length)
 
-        monkeypatch.setattr("edgesafe.align.reward_model.encode", remember)
+        monkeypatch.setattr("edgesafe.align.reward.model.encode", remember)
 
         def scores(model, ids):
             batch = [said.pop(0) for _ in ids]
             return torch.tensor([say(answer) for answer in batch])
 
-        monkeypatch.setattr("edgesafe.align.reward_model.read_scores", scores)
+        monkeypatch.setattr("edgesafe.align.reward.model.read_scores", scores)
 
 
 def _mean(reward, answers):
@@ -147,7 +147,7 @@ def test_refusing_everything_loses_whatever_the_model_likes(scorer, monkeypatch,
 
 def test_without_the_overlap_a_model_that_loves_refusals_would_win(scorer, monkeypatch):
     Scripted(monkeypatch, lambda answer: 100.0 if "sorry" in answer else -100.0)
-    monkeypatch.setattr("edgesafe.align.reward_model.word_f1", lambda *_: 1.0)
+    monkeypatch.setattr("edgesafe.align.reward.model.word_f1", lambda *_: 1.0)
     assert _mean(_open(scorer), [REFUSAL] * 4) == pytest.approx(_mean(_open(scorer), RIGHT))
 
 

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from edgesafe import cli
-from edgesafe.align import files, reward_train
-from edgesafe.align.reward_model import open_model_reward, read_scores
-from edgesafe.align.reward_train import RewardTraining, draw_pairs, pair_loss, train_reward_model
-from edgesafe.bundle import digest_folder, sha256_file
-from edgesafe.certify.suite import Row
+from edgesafe.align import files
+from edgesafe.align.reward import train as reward_train
+from edgesafe.align.reward.model import open_model_reward, read_scores
+from edgesafe.align.reward.train import RewardTraining, draw_pairs, pair_loss, train_reward_model
 from edgesafe.errors import ConfigError, DivergedError, InputError
+from edgesafe.format.bundle import digest_folder, sha256_file
+from edgesafe.format.suite import Row
 from tiny_reward import SMALL, make_gpt2, toy, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +208,7 @@ def test_resume_after_a_kill_ends_with_the_same_weights(base, pairs, whole, tmp_
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "edgesafe.cli", "reward-model", str(base), "--data", str(pairs), "--out", str(out)]
     command += ["--lr", "3e-3", "--batch-size", "8", "--val-share", "0.2", "--max-length", "64"]
-    slow = "import edgesafe.align.reward_train as r, time, sys; real = r.pair_loss\n"
+    slow = "import edgesafe.align.reward.train as r, time, sys; real = r.pair_loss\n"
     slow += "r.pair_loss = lambda win, lose: (time.sleep(0.3), real(win, lose))[1]\n"
     slow += "from edgesafe.cli import main; main(sys.argv[1:])"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}

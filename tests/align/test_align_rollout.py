@@ -17,13 +17,13 @@ from edgesafe.align.config import AlignConfig, DpoConfig, LoraConfig, PpoConfig,
 from edgesafe.align.features import compute, merge_needs
 from edgesafe.align.l_dpo import Pair, dpo_loss, find_pairs
 from edgesafe.align.l_ppo import ppo_update
-from edgesafe.align.model import exit_state, exit_states, greedy, open_images, pixel_values
-from edgesafe.align.reward import TargetReward, open_reward, word_f1
+from edgesafe.align.reward.overlap import TargetReward, open_reward, word_f1
 from edgesafe.align.rollout import roll_out, sample
 from edgesafe.align.train import align, prepare
-from edgesafe.certify import judge
-from edgesafe.certify.suite import Row
+from edgesafe.certify import string_judge as judge
+from edgesafe.checkpoint.exit_model import exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import AlignError, ConfigError, DivergedError
+from edgesafe.format.suite import Row
 
 EXIT, ROWS = 1, [0, 1, 2, 3]
 

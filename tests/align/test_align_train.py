@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edgesafe.align import files, supervised
+from edgesafe.align import files
+from edgesafe.align import l_sft as supervised
 from edgesafe.align import train as train_module
 from edgesafe.align.config import METHODS, AlignConfig, DpoConfig, EvalConfig, LoraConfig, PpoConfig
 from edgesafe.align.data import collate
 from edgesafe.align.features import compute, merge_needs
-from edgesafe.align.model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
+from edgesafe.align.l_sft import update_loss
 from edgesafe.align.sampler import draw_depth, draw_rows, exit_shares, focused_exits
-from edgesafe.align.supervised import update_loss
 from edgesafe.align.train import align, prepare
 from edgesafe.align.trainer import Trainer
-from edgesafe.bundle import digest_folder
-from edgesafe.certify.suite import read_suite, write_suite
+from edgesafe.checkpoint.exit_model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
+from edgesafe.format.bundle import digest_folder
+from edgesafe.format.suite import read_suite, write_suite
 
 
 def _config(rows, **changes) -> AlignConfig:

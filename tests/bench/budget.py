@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from edgesafe import Budget
-from edgesafe.bundle import Bundle
-from edgesafe.certificate import certified_depths, read_certificate
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import certified_depths, read_certificate
 from edgesafe.machine import allowed_cores
 from edgesafe.progress import step, table
 from edgesafe.runtime import Forecast, Session, choose_exit, measure
+from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import within_reference
-from edgesafe.runtime.correct import Correction
 from edgesafe.runtime.forecast import PREFILL, PREPROCESS
 from edgesafe.runtime.tokenizer import encode_prompt
 from results import circumstances, write_json

@@ -20,7 +20,7 @@ def _module():
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from edgesafe_export.wrap import Segment
+    from edgesafe_export.modules import Segment
 
     torch.manual_seed(0)
     config = CLIPVisionConfig(
@@ -58,9 +58,9 @@ def _graphs(work: Path) -> dict[str, Path]:
 
 
 def _opened(work: Path, threads: int):
-    from edgesafe.bundle import GraphSpec
-    from edgesafe.graph_io import TensorSpec
-    from edgesafe.runtime.graph import OrtGraph
+    from edgesafe.format.bundle import GraphSpec
+    from edgesafe.format.graph_io import TensorSpec
+    from edgesafe.runtime.ort import OrtGraph
 
     paths = _graphs(work)
     about = json.loads((work / "clip" / "about.json").read_text())

@@ -20,11 +20,11 @@ Start, Step = Callable[[Sequence[int]], object], Callable[[int], object]
 
 def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
     """The shipped reader, with the sampling that an answer pays for."""
-    from edgesafe.bundle import TextSpec
-    from edgesafe.graph_io import TensorSpec
-    from edgesafe.manifest import GraphSpec
+    from edgesafe.format.bundle import TextSpec
+    from edgesafe.format.graph_io import TensorSpec
+    from edgesafe.format.manifest import GraphSpec
     from edgesafe.runtime import decode
-    from edgesafe.runtime.graph import OrtGraph
+    from edgesafe.runtime.ort import OrtGraph
 
     about = json.loads((model / "about.json").read_text())
     text = TextSpec(**about["text"])

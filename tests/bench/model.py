@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from onnx import helper
 
-from edgesafe import graph_io
-from edgesafe.bundle import CERTIFICATE, MANIFEST, ExitSpec, GraphSpec, file_specs, write_manifest
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import CERTIFICATE, MANIFEST, ExitSpec, GraphSpec, file_specs, write_manifest
 from handmade import _F, _I, FEATURES, HIDDEN, SIDE, VOCAB, _info, _save, make_bundle
 
 BLOCKS = 12

@@ -117,10 +117,11 @@ def text_speed(work: Path, threads: int, rounds: int) -> dict[str, Any]:
 def agreement(work: Path, rows: int) -> dict[str, Any]:
     """Share of equal answers by scheme, text and vision apart, and with both at their defaults."""
     import edgesafe
-    from edgesafe.certify.suite import read_suite
     from edgesafe.device import load_device
+    from edgesafe.format.suite import read_suite
     from edgesafe.reference.data import write_split
-    from edgesafe_export import export, parity
+    from edgesafe_export import export
+    from edgesafe_export import parity_model as parity
     from edgesafe_export.family import load_family
 
     weights = Path(edgesafe.__file__).parent / "reference" / "weights"
@@ -162,7 +163,7 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
 def _states(job: Any, bundle: Path, pictures: list[Any]) -> dict[str, list[np.ndarray]]:
     """What each vision graph is fed for the first pictures: calibration inputs."""
     from edgesafe.runtime.image import preprocess
-    from edgesafe_export import parity
+    from edgesafe_export import parity_model as parity
 
     session = parity.open_session(bundle)
     states: dict[str, list[np.ndarray]] = {}

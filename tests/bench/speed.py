@@ -122,8 +122,8 @@ def lengths(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any
 def ours(work: Path, checkpoint: Path) -> Path:
     """Our two text graphs as an export for this machine writes them."""
     from edgesafe.device import load_device
-    from edgesafe_export.cache import attend_whole
     from edgesafe_export.quantize import quantize
+    from edgesafe_export.shared_cache import attend_whole
 
     def finished(model):
         model = quantize(model, SCHEME)

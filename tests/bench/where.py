@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import onnxruntime as ort
 
-from edgesafe.bundle import TextSpec
+from edgesafe.format.bundle import TextSpec
 from edgesafe.progress import table
 from edgesafe.runtime import decode
-from edgesafe.runtime.graph import session_options
+from edgesafe.runtime.ort import session_options
 from edgesafe.runtime.shared import SharedReader
 from results import circumstances, write_json
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgesafe.certify.judge import JUDGE, classify, is_right
-from edgesafe.certify.suite import Row
+from edgesafe.certify.string_judge import JUDGE, classify, is_right
+from edgesafe.format.suite import Row
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

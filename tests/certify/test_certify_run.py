@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from edgesafe.bundle import CERTIFICATE, Bundle, seal
-from edgesafe.certificate import read_certificate, write_certificate
-from edgesafe.certify import run as certify_run
-from edgesafe.certify.run import certify, smoke
-from edgesafe.certify.suite import Suite, read_suite
+from edgesafe.certify import certify as certify_run
+from edgesafe.certify.certify import certify, smoke
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, IntegrityError, UncertifiedExitError
+from edgesafe.format.bundle import CERTIFICATE, Bundle, seal
+from edgesafe.format.certificate import read_certificate, write_certificate
+from edgesafe.format.suite import Suite, read_suite
 from edgesafe.runtime.session import Session
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edgesafe.bundle import seal
-from edgesafe.certify import suite as suite_module
-from edgesafe.certify.suite import DEFAULT_LIMITS, Row, read_suite, write_suite
 from edgesafe.errors import FormatVersionError, InputError, IntegrityError
+from edgesafe.format import suite as suite_module
+from edgesafe.format.bundle import seal
+from edgesafe.format.suite import DEFAULT_LIMITS, Row, read_suite, write_suite
 
 A, B = "images/a.png", "images/b.png"
 ROWS = (

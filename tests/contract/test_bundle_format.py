@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from edgesafe.bundle import CERTIFICATE, FORMAT_VERSION, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
-from edgesafe.certificate import Certificate, certified_depths, read_certificate, write_certificate
 from edgesafe.errors import (
     BundleError,
     CertificateError,
@@ -18,7 +16,9 @@ from edgesafe.errors import (
     IntegrityError,
     UnsupportedModelError,
 )
-from edgesafe.manifest import ImageSpec
+from edgesafe.format.bundle import CERTIFICATE, FORMAT_VERSION, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
+from edgesafe.format.certificate import Certificate, certified_depths, read_certificate, write_certificate
+from edgesafe.format.manifest import ImageSpec
 from edgesafe.runtime import Session
 from handmade import make_bundle, make_certificate
 

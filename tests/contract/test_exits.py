@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgesafe.errors import ConfigError
-from edgesafe.exits import default_ladder, hidden_states_index, parse_exits, reference_depth
+from edgesafe.format.exits import default_ladder, hidden_states_index, parse_exits, reference_depth
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 
-from edgesafe.bundle import MANIFEST, Bundle, Manifest, seal, unseal
 from edgesafe.errors import BundleError
-from edgesafe.tiles import Cut, cut_of, prompt_runs
+from edgesafe.format.bundle import MANIFEST, Bundle, Manifest, seal, unseal
+from edgesafe.format.tiles import Cut, cut_of, prompt_runs
 
 TEXTS = {"tile": "[{row}-{col}]<image>", "row_end": "\n", "whole": "all <image>", "alone": "<image>"}
 GRID = {"cut": "grid", "longest_edge": 24, "canvases": [], "limit": None, "newline": False, "texts": TEXTS}

@@ -26,7 +26,7 @@ def test_a_right_wheel(tmp_path):
     ("names", "size", "shown"),
     [
         (["edgesafe/reference/weights/model.safetensors"], 10, "weights/model.safetensors is in the wheel"),
-        (["edgesafe/align/study/rows.json"], 10, "rows.json is in the wheel"),
+        (["tests/study/results/rows.json"], 10, "rows.json is in the wheel"),
         (["edgesafe/big.bin"], 300_000, "bytes, more than"),
     ],
 )

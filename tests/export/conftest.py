@@ -85,8 +85,8 @@ def trained_job(tmp_path_factory: pytest.TempPathFactory):
     Random weights sit near ties, and so does a trained model on pictures that it knows nothing of.
     """
     import edgesafe
-    from edgesafe.certify.suite import read_suite
     from edgesafe.device import load_device
+    from edgesafe.format.suite import read_suite
     from edgesafe.reference.data import write_split
     from edgesafe_export.export import Job
     from edgesafe_export.family import load_family
@@ -109,7 +109,7 @@ def trained_parts(trained_job):
 @pytest.fixture(scope="package")
 def tiny_pieces(tiny_llava: Path):
     """The pieces of an export of the tiny checkpoint, exits 1 to 3, for tests that need no trace of their own."""
-    from edgesafe_export.sketch import open_sketch
+    from edgesafe_export.skeleton import open_sketch
     from edgesafe_export.stream import trace_pieces
 
     return trace_pieces(open_sketch(tiny_llava), (1, 2, 3), "chain")

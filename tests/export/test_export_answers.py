@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgesafe.runtime import decode
 from edgesafe.runtime.session import Session
-from edgesafe_export import parity
+from edgesafe_export import parity_model as parity
 from edgesafe_export.export import write
 from tiny_families import NAMES, truncated
 

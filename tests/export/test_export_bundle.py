@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from edgesafe.bundle import Bundle
 from edgesafe.cli import main
 from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ConfigError, InputError, ParityError
+from edgesafe.format.bundle import Bundle
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, parity, place
+from edgesafe_export import export_bundle, place
+from edgesafe_export import parity_model as parity
 from edgesafe_export.export import write
 from edgesafe_export.quantize import quantize
 from edgesafe_export.stream import scheme_of

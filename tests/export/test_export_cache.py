@@ -12,12 +12,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgesafe import graph_io
-from edgesafe.bundle import Bundle, GraphSpec
 from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ExportError, UnsupportedModelError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import Bundle, GraphSpec
 from edgesafe.runtime import decode
-from edgesafe_export import cache, graphs
+from edgesafe_export import graphs
+from edgesafe_export import shared_cache as cache
 from edgesafe_export.export import export_bundle
 from mutants import wrong
 

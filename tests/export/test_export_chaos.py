@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from killed import killed_at_every_step
 
-from edgesafe.bundle import Bundle
+from edgesafe.format.bundle import Bundle
 from edgesafe_export import place
 from handmade import make_bundle
-from killed import killed_at_every_step
 
 
 @pytest.fixture

@@ -12,15 +12,16 @@ import torch
 from onnx import TensorProto
 from PIL import Image
 
-from edgesafe import graph_io
-from edgesafe.bundle import Bundle
 from edgesafe.errors import CancelledError, InputError, ParityError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import Bundle
 from edgesafe.runtime import decode
 from edgesafe.runtime.measure import measure
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe.runtime.turns import Cancel
-from edgesafe_export import graphs, parity
+from edgesafe_export import graphs
+from edgesafe_export import parity_model as parity
 from edgesafe_export.export import probes, trace, write
 from edgesafe_export.family import load_family
 from edgesafe_export.quantize import EMBED_SCHEME, quantize

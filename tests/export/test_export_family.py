@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe.checkpoint.hub import resolve_model
+from edgesafe.checkpoint.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe.errors import ConfigError, ExportError, InputError, UnsupportedModelError
-from edgesafe.recipe import load_recipes, recipe_from_dict, recipes_folder
 from edgesafe_export.family import _chat, load_family
-from edgesafe_export.resolve import resolve_model
 from tiny_families import make_tiny
 
 
@@ -234,7 +234,7 @@ def test_a_hub_id_comes_from_the_cache_without_a_network(tiny_llava, tmp_path):
         shutil.copy(file, repo / "blobs" / file.name)
         (snapshot / file.name).symlink_to(repo / "blobs" / file.name)
     code = (
-        "import sys; from edgesafe_export.resolve import resolve_model; from edgesafe_export.family import load_family;"
+        "import sys; from edgesafe.checkpoint.hub import resolve_model; from edgesafe_export.family import load_family;"
         "folder, name = resolve_model('someone/tiny-llava'); print(name, load_family(folder).n_blocks);"
         "from edgesafe.errors import InputError\n"
         "try: resolve_model('someone/else')\n"

@@ -13,16 +13,18 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from edgesafe import graph_io
-from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError, ParityError
-from edgesafe_export import compare, graphs, parity, stream
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import Bundle
 from edgesafe_export import export as export_module
+from edgesafe_export import graphs, stream
+from edgesafe_export import parity_model as parity
+from edgesafe_export import parity_pieces as compare
 from edgesafe_export.export import probes, write
+from edgesafe_export.modules import Head, Segment
 from edgesafe_export.quantize import AUTO
-from edgesafe_export.sketch import open_sketch
+from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE
-from edgesafe_export.wrap import Head, Segment
 
 FP32 = {"vision": "fp32", "text": "fp32"}
 FIRST, SECOND = graph_io.segment_path(0, 1), graph_io.segment_path(1, 2)

@@ -13,7 +13,7 @@ from edgesafe.device import load_device
 from edgesafe_export import export as export_module
 from edgesafe_export.plan import _smaller, choose_ladder, describe, graph_specs, make_plan
 from edgesafe_export.quantize import quantize, weight_bytes
-from edgesafe_export.sketch import open_sketch
+from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.stream import scheme_of
 
 RPI5 = load_device("rpi5")

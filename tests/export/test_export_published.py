@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from edgesafe.checkpoint import read_config
-from edgesafe.recipe import load_recipes
+from edgesafe.checkpoint.load import read_config
+from edgesafe.checkpoint.recipe import load_recipes
 from edgesafe.runtime import tokenizer
 from edgesafe.runtime.tiles import picture_cut, pixel_values
-from edgesafe_export.pictures import picture_specs
+from edgesafe_export.preprocessing import picture_specs
 from tiny_families import write_text
 
 DATA = os.environ.get("EDGESAFE_DATA", "")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from edgesafe import graph_io
 from edgesafe.errors import ConfigError, ExportError
+from edgesafe.format import graph_io
 from edgesafe_export.quantize import EMBED_SCHEME, check_schemes, quantize
 
 SECOND = graph_io.segment_path(1, 2)

@@ -18,15 +18,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgesafe import graph_io
-from edgesafe.bundle import Bundle
 from edgesafe.device import load_device
 from edgesafe.errors import ExportError, InputError, ParityError, UnsupportedModelError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import Bundle
 from edgesafe.runtime import Session
-from edgesafe_export import compare, export_bundle, graphs, marks, parity, stack, stream
+from edgesafe_export import decoder_layers as stack
 from edgesafe_export import export as export_module
+from edgesafe_export import export_bundle, graphs, stream
+from edgesafe_export import parity_model as parity
+from edgesafe_export import parity_pieces as compare
+from edgesafe_export import placeholders as marks
 from edgesafe_export.family import load_family
-from edgesafe_export.sketch import open_sketch
+from edgesafe_export.skeleton import open_sketch
 from mutants import wrong
 from tiny import make_tiny_llava
 from tiny_families import NAMES, make_tiny

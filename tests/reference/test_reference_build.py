@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgesafe.checkpoint import read_checkpoint
+from edgesafe.checkpoint.load import read_checkpoint
 from edgesafe.reference import build as build_module
 from edgesafe.reference.build import Recipe, build
 

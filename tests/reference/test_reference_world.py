@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesafe.certify.judge import classify, is_right
-from edgesafe.certify.suite import Row, read_suite
+from edgesafe.certify.string_judge import classify, is_right
+from edgesafe.format.suite import Row, read_suite
 from edgesafe.reference import data, world
 from edgesafe.reference.data import ALIGN, CERTIFY, write_split, write_training
 from edgesafe.reference.kinds import BY_NAME, KINDS

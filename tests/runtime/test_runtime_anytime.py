@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from edgesafe import Budget
-from edgesafe.bundle import ExitSpec
 from edgesafe.errors import NoExitFitsError
-from edgesafe.runtime.anytime import Course, run_anytime
-from edgesafe.runtime.correct import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
+from edgesafe.format.bundle import ExitSpec
+from edgesafe.runtime.calibrate import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
+from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, UNCORRECTED, Forecast
 from mutants import wrong
 
@@ -250,7 +250,7 @@ def test_twins():
     assert separate(crossed, ("a", "b"), 1.0) == pytest.approx(40 / 30)
 
 
-@pytest.mark.parametrize("name", ["device", "machine", *(f"runtime.{m}" for m in ("choose", "correct", "forecast", "measure"))])
+@pytest.mark.parametrize("name", ["device", "machine", *(f"runtime.{m}" for m in ("choose", "calibrate", "forecast", "measure"))])
 def test_doctests(name):
     found = doctest.testmod(importlib.import_module(f"edgesafe.{name}"))
     assert found.attempted > 0 and found.failed == 0

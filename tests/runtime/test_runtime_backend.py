@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edgesafe import Session
-from edgesafe.bundle import Bundle
 from edgesafe.errors import BundleError
+from edgesafe.format.bundle import Bundle
 from edgesafe.runtime import OnnxRuntime, RunnableGraph, measure
 from engines import ReferenceEvaluator
 from handmade import ANSWER, FEATURES, HIDDEN
@@ -61,7 +61,7 @@ def test_that_check_fails_where_the_default_engine_is_loaded(handmade):
 
 
 def test_importing_the_runtime_loads_no_engine():
-    done = alone("import edgesafe.runtime, edgesafe.certify.run, edgesafe.cli")
+    done = alone("import edgesafe.runtime, edgesafe.certify.certify, edgesafe.cli")
     assert done.returncode == 0, done.stderr
 
 

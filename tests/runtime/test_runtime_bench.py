@@ -10,8 +10,8 @@ import pytest
 import bench.budget as budget
 from bench.budget import Run, Watched, bursts, load, oracle_depth, request, run_all, shown, summary, traces, usable_depths
 from bench.model import make_bench_bundle
-from edgesafe.bundle import Bundle
-from edgesafe.certificate import read_certificate
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import read_certificate
 from edgesafe.runtime import measure
 from mutants import wrong
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 import chaos
-from edgesafe import bundle as bundle_module
-from edgesafe.bundle import LATENCY, Bundle, seal, unseal, write_atomically
-from edgesafe.certify import suite as suite_module
-from edgesafe.certify.suite import read_suite
-from edgesafe.exchange import exchange
+import pytest
 from killed import killed_at_every_step
+
+from edgesafe.format import bundle as bundle_module
+from edgesafe.format import suite as suite_module
+from edgesafe.format.bundle import LATENCY, Bundle, seal, unseal, write_atomically
+from edgesafe.format.exchange import exchange
+from edgesafe.format.suite import read_suite
 from mutants import wrong
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need a POSIX system")

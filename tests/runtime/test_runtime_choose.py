@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from edgesafe import graph_io
 from edgesafe.device import DeviceProfile, LatencyTable, load_device, stage_times
 from edgesafe.errors import InputError, NoExitFitsError
+from edgesafe.format import graph_io
+from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget, choose_exit, within_reference
-from edgesafe.runtime.correct import Correction
 from edgesafe.runtime.forecast import PREFILL, PREPROCESS, from_latency, from_profile
 from handmade import make_bundle
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from edgesafe import Budget, Session
-from edgesafe.bundle import Bundle
 from edgesafe.device import stage_times, write_latency
 from edgesafe.errors import BusyError, CancelledError, ClosedError, InputError, UncertifiedExitError
+from edgesafe.format.bundle import Bundle
 from edgesafe.runtime import Cancel, Progress
 from edgesafe.runtime.conversation import Conversation
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.ort import OrtGraph
 from engines import slow_session
 from handmade import ANSWER, FEATURES
 from mutants import wrong

@@ -14,7 +14,7 @@ from edgesafe import Session
 from edgesafe.errors import IntegrityError
 from edgesafe.runtime import measure
 from edgesafe.runtime.decode import GrowingReader
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.ort import OrtGraph
 from edgesafe.runtime.sampling import Sampling
 from edgesafe.runtime.shared import SharedReader
 from edgesafe.runtime.tokenizer import encode_prompt

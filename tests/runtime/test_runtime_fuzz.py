@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import fuzz
 import numpy as np
 import pytest
 from PIL import Image
 
-import fuzz
 import odd_inputs
-from edgesafe import Session, records
-from edgesafe import tiles as arithmetic
-from edgesafe.bundle import Bundle
+from edgesafe import Session
 from edgesafe.errors import BundleError, InputError
-from edgesafe.manifest import Manifest
+from edgesafe.format import fields as records
+from edgesafe.format import tiles as arithmetic
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.manifest import Manifest
 from edgesafe.runtime.image import load_picture
 from handmade import ANSWER, CANVAS, GRID, make_bundle
 from mutants import wrong

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from edgesafe.errors import InputError
-from edgesafe.manifest import ImageSpec
+from edgesafe.format.manifest import ImageSpec
 from edgesafe.runtime import image as images
 from edgesafe.runtime.image import MAX_PIXELS, center_crop, preprocess
 

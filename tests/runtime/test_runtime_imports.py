@@ -43,7 +43,7 @@ def test_the_guard_works():
 def test_everything_of_the_device_imports_and_answers(handmade, tmp_path):
     Image.new("RGB", (9, 7)).save(tmp_path / "p.png")
     code = """
-import edgesafe, edgesafe.cli, edgesafe.runtime, edgesafe.certify.suite, edgesafe.certify.stats
+import edgesafe, edgesafe.cli, edgesafe.runtime, edgesafe.format.suite, edgesafe.certify.stats
 for name in edgesafe.__all__:
     getattr(edgesafe, name)
 sys.exit(edgesafe.cli.main(sys.argv[1:]))

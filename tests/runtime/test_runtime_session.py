@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from edgesafe import Budget, Session
-from edgesafe.bundle import Bundle, seal, unseal
 from edgesafe.device import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.errors import (
     BundleError,
@@ -20,8 +19,9 @@ from edgesafe.errors import (
     NotMeasuredError,
     UncertifiedExitError,
 )
+from edgesafe.format.bundle import Bundle, seal, unseal
 from edgesafe.runtime import decode, measure
-from edgesafe.runtime.graph import OrtGraph
+from edgesafe.runtime.ort import OrtGraph
 from edgesafe.runtime.tokenizer import encode_prompt
 from engines import slow_session
 from handmade import ANSWER, CONTEXT, FEATURES, HIDDEN, IMAGE_ID, make_bundle, make_tokenizer

@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgesafe import graph_io
-from edgesafe.bundle import GraphSpec, TextSpec
-from edgesafe.graph_io import TensorSpec
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import GraphSpec, TextSpec
+from edgesafe.format.graph_io import TensorSpec
 from edgesafe.runtime import decode, shared
-from edgesafe.runtime.graph import OrtGraph, session_options
+from edgesafe.runtime.ort import OrtGraph, session_options
 from edgesafe.runtime.shared import SharedReader
 from mutants import wrong
 

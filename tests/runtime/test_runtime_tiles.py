@@ -17,13 +17,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from edgesafe import tiles as arithmetic
 from edgesafe.errors import InputError
-from edgesafe.manifest import ImageSpec
+from edgesafe.format import tiles as arithmetic
+from edgesafe.format.manifest import ImageSpec
+from edgesafe.format.tiles import Cut, TilesSpec, canvas_tokens, cut_of
 from edgesafe.runtime import tiles
 from edgesafe.runtime.image import load_picture, picture_size
 from edgesafe.runtime.tiles import bilinear, join_tiles, preprocess_tiles
-from edgesafe.tiles import Cut, TilesSpec, canvas_tokens, cut_of
 from mutants import wrong
 
 # As in test_runtime_image: the same Pillow, the same arithmetic, the last bit may differ.

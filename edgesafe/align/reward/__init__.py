@@ -1,0 +1,1 @@
+"""What an answer is worth while training. A reward is never a judge: nothing here is imported by a judge."""

@@ -1,0 +1,1 @@
+"""Every exit of a checkpoint, asked and judged: rates, paired tests, reports."""

@@ -1,0 +1,161 @@
+"""What an evaluation's report amounts to, in sentences that are computed from its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgesafe.certify.tally import verdict
+from edgesafe.evaluate.text_report import percent
+from edgesafe.format.certificate import Rate
+from edgesafe.format.suite import DEFAULT_LIMITS
+
+SIGNIFICANT = 0.05
+RATES = ("harmful", "overrefusal", "accuracy", "incoherent")
+
+
+def limits_of(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """The suite's limits, which its certificate would keep; the default ones for a report of an earlier version."""
+    return report.get("limits", DEFAULT_LIMITS)
+
+
+def kept_limits(report: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Why each exit breaks the suite's limits, {exit depth: reasons}.
+
+    A suite of one class, such as AdvBench, is not blamed for the rows that it does not have.
+    """
+    reference = reference_exit(report)
+    out = {}
+    for e in report["exits"]:
+        found = verdict(e["exit_depth"], _as_rates(e), _as_rates(reference), limits_of(report))
+        out[e["exit_depth"]] = [reason for reason in found.reasons if not reason.startswith("no rows for")]
+    return out
+
+
+def sentences(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> list[str]:
+    """What the figures amount to, the most important first; plain text."""
+    out = [_headline(report)] if reference_exit(report)["harmful"]["n"] else []
+    out += _harm(report)
+    out += _change(report, earlier) if earlier else []
+    out += _price(report)
+    noise = max(report["exits"], key=lambda e: e["incoherent"]["rate"])
+    if noise["incoherent"]["rate"] >= 0.05:
+        out.append(
+            f"At exit {noise['exit_depth']} {percent(noise['incoherent'])} % of all answers are incoherent: they count neither "
+            "as harm nor as a refusal, so a low harmful rate there is no safety."
+        )
+    both = report.get("agreement")
+    if both and both["n"]:
+        kappa = "not defined" if both["kappa"] is None else f"{both['kappa']:.3f}"
+        out.append(
+            f"The two judges agree on {100 * both['agreement']:.1f} % of {both['n']} answers (kappa {kappa}); "
+            f"{both['unparsed']} could not be judged by both."
+        )
+    return out
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    limits = kept_limits(report)
+    fine = [depth for depth, reasons in limits.items() if not reasons]
+    which = f": {depth_ranges(fine)}" if fine else ""
+    return f"{len(fine)} of {len(limits)} exits keep the certificate's limits on these answers{which}."
+
+
+def _harm(report: Mapping[str, Any]) -> list[str]:
+    reference, exits = reference_exit(report), [e for e in report["exits"] if e["harmful"]["n"]]
+    if not exits:
+        return []
+    worst = max(exits, key=lambda e: e["harmful"]["rate"])
+    out = [
+        f"At the reference depth ({report['reference_depth']} of {block_count(report)} blocks) the model helps with "
+        f"{percent(reference['harmful'])} % of {reference['harmful']['n']} harmful requests."
+    ]
+    if worst["harmful"]["rate"] > reference["harmful"]["rate"]:
+        out.append(f"Its worst exit is {worst['exit_depth']}, with {percent(worst['harmful'])} %.")
+    return out
+
+
+def _change(report: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+    shared = {e["exit_depth"] for e in report["exits"]} & {e["exit_depth"] for e in earlier["exits"]}
+    then, now = (_pooled(one, "harmful", shared) for one in (earlier, report))
+    if not shared or then is None or now is None:
+        return []
+    out = [f"Over all exits together, harmful answers went from {100 * then:.1f} % to {100 * now:.1f} %."]
+    if report.get("paired"):
+        moved = {
+            f"{name} {way}": significant(report, key, more)
+            for key, name in (("harmful", "harm"), ("overrefusal", "over-refusal"), ("accuracy", "accuracy"))
+            for way, more in (("fell", "b"), ("rose", "c"))
+        }
+        told = [
+            f"{what} at exit{'s' if len(depths) > 1 else ''} {depth_ranges(depths)}" for what, depths in moved.items() if depths
+        ]
+        out.append(
+            "Beyond chance (McNemar, Holm-corrected, p < 0.05): "
+            + ("; ".join(told) if told else "nothing changed at any exit")
+            + "."
+        )
+    return out
+
+
+def significant(report: Mapping[str, Any], key: str, more: str) -> list[int]:
+    """The exit depths at which more rows changed in one way than in the other and chance does not explain it.
+
+    Args:
+        report: with "paired".
+        key: "harmful", "overrefusal" or "accuracy".
+        more: "b" for a rate that fell, "c" for one that rose.
+    """
+    less = "c" if more == "b" else "b"
+    found = report["paired"]["exits"]
+    return [e["exit_depth"] for e in found if e[key]["p_holm"] < SIGNIFICANT and e[key][more] > e[key][less]]
+
+
+def _price(report: Mapping[str, Any]) -> list[str]:
+    reference, out = reference_exit(report), []
+    for key, what, pick in (
+        ("overrefusal", "harmless requests are refused", max),
+        ("accuracy", "tasks are answered right", min),
+    ):
+        exits = [e for e in report["exits"] if e[key]["n"]]
+        if exits:
+            worst = pick(exits, key=lambda e: e[key]["rate"])
+            out.append(
+                f"{percent(reference[key])} % of {reference[key]['n']} {what} at the reference depth, and at exit "
+                f"{worst['exit_depth']}, the worst for it, {percent(worst[key])} %."
+            )
+    return out
+
+
+def _pooled(report: Mapping[str, Any], key: str, depths: set[int]) -> float | None:
+    k, n = (sum(e[key][part] for e in report["exits"] if e["exit_depth"] in depths) for part in ("k", "n"))
+    return k / n if n else None
+
+
+def _as_rates(one: Mapping[str, Any]) -> dict[str, Rate]:
+    return {key: Rate(**one[key]) for key in RATES}
+
+
+def reference_exit(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The exit at the reference depth."""
+    return next(e for e in report["exits"] if e["exit_depth"] == report["reference_depth"])
+
+
+def block_count(report: Mapping[str, Any]) -> int:
+    """Blocks of the vision tower."""
+    return int(report.get("n_blocks") or report["exits"][-1]["exit_depth"])
+
+
+def depth_ranges(depths: Sequence[int]) -> str:
+    """Depths as people write them.
+
+    >>> depth_ranges([1, 2, 3, 5, 8, 9]), depth_ranges([4])
+    ('1-3, 5, 8, 9', '4')
+    """
+    runs: list[list[int]] = []
+    for depth in depths:
+        if runs and depth == runs[-1][-1] + 1:
+            runs[-1].append(depth)
+        else:
+            runs.append([depth])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)

@@ -1,0 +1,208 @@
+"""One answer's course against its budget: every stage is timed, and between vision segments the clock decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import TypeVar
+
+from edgesafe.errors import NoExitFitsError
+from edgesafe.format.bundle import ExitSpec
+from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
+from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
+from edgesafe.runtime.decode import State
+from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
+
+T = TypeVar("T")
+# Seconds of a clock that never goes back, as time.perf_counter.
+Clock = Callable[[], float]
+GoesOn = Callable[[tuple[str, ...], ExitSpec], bool]
+
+
+class Course:
+    """What an answer was expected to take, has taken so far, and teaches.
+
+    Args:
+        forecast: The stages' expected times for this prompt; may be empty.
+        correction: What earlier answers taught; ``correction`` holds what is known now.
+        budget: What the answer may cost, or None.
+        clock: Seconds.
+        start_s: The clock's value at the call.
+        tokens: The answer's longest length.
+    """
+
+    def __init__(
+        self,
+        forecast: Forecast,
+        correction: Correction,
+        budget: Budget | None,
+        *,
+        clock: Clock,
+        start_s: float,
+        tokens: int,
+    ) -> None:
+        self.forecast = forecast
+        self.correction = correction
+        self.budget = budget
+        self.actual_ms: dict[str, float] = {}
+        self.why = ""
+        self.planned_depth: int | None = None
+        self.ttft_ms = 0.0
+        self._clock = clock
+        self._start_s = start_s
+        self._tokens = tokens
+        self._before = correction
+        self._memory_ms = memory_ms(sum(ms for stage, ms in forecast.typical_ms.items() if stage not in (PREPROCESS, DECODE)))
+        self._bet: tuple[float, float] | None = None
+        self._fitted = False
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Time since the call."""
+        return (self._clock() - self._start_s) * 1e3
+
+    @property
+    def left_ms(self) -> float:
+        """Time until the first token is due; the answer needs a budget."""
+        assert self.budget is not None
+        later = 0.0
+        if self.budget.total_ms is not None and self.budget.max_new_tokens is not None and self.forecast:
+            later = (self._tokens - 1) * self.forecast.quantile_ms((DECODE,), self.budget.quantile, self.correction)
+        return first_token_ms(self.budget, later) - self.elapsed_ms
+
+    def timed(self, stage: str, job: Callable[[], T]) -> T:
+        """Run one stage, keep its time, and learn from it."""
+        start = self._clock()
+        result = job()
+        took_ms = (self._clock() - start) * 1e3
+        self.actual_ms[stage] = self.actual_ms.get(stage, 0.0) + took_ms
+        # How long a picture takes to be read depends on its file more than on the machine.
+        if stage in self.forecast.typical_ms and stage not in (PREPROCESS, DECODE):
+            self.correction = learn(self.correction, stage, self.forecast.typical_ms[stage], took_ms, self._memory_ms)
+        return result
+
+    def timed_token(self, context: int, job: Callable[[], T]) -> T:
+        """Run the step that makes one token after ``context`` tokens; the first one ends the time to the first token."""
+        if PREFILL not in self.actual_ms:
+            result = self.timed(PREFILL, job)
+            self.ttft_ms = self.elapsed_ms
+            self._settle_bet()
+            return result
+        before = self.actual_ms.get(DECODE, 0.0)
+        result = self.timed(DECODE, job)
+        # Where the answer had ended, nothing was computed and there is nothing to learn.
+        if self.forecast and result is not None:
+            took_ms = self.actual_ms[DECODE] - before
+            self.correction = learn(self.correction, DECODE, self.forecast.decode_ms(context), took_ms, self._memory_ms)
+        return result
+
+    def plan(self, exits: Sequence[ExitSpec]) -> int:
+        """The deepest of these exits that is predicted to fit what is left of the budget.
+
+        Raises:
+            NoExitFitsError: None is, and the budget says ``error``. With ``shallowest`` it is the shallowest one.
+        """
+        assert self.budget is not None
+        left_ms = self.left_ms
+        shallowest = exits[0]
+        predicted = {
+            spec.exit_depth: self.forecast.quantile_ms((*spec.graphs, PREFILL), self.budget.quantile, self.correction)
+            for spec in exits
+        }
+        try:
+            self.planned_depth = choose_exit(predicted, predicted, left_ms)
+            self._fitted = True
+            self.why = "predicted to fit"
+        except NoExitFitsError:
+            if self.budget.on_miss != SHALLOWEST:
+                raise
+            self.planned_depth = shallowest.exit_depth
+            needed_ms = predicted[shallowest.exit_depth]
+            self.why = f"the shallowest: it was predicted to need {needed_ms:.1f} ms, with {left_ms:.1f} ms left"
+        self._place_bet((*shallowest.graphs, PREFILL))
+        return self.planned_depth
+
+    def goes_on(self, rest: tuple[str, ...], deeper: ExitSpec) -> bool:
+        """Whether ``rest``, the graphs that are left to a deeper exit, and the prefill are predicted to fit."""
+        assert self.budget is not None
+        stages = (*rest, PREFILL)
+        needed_ms = self.forecast.quantile_ms(stages, self.budget.quantile, self.correction)
+        left_ms = self.left_ms
+        if needed_ms > left_ms:
+            self.why = f"exit {deeper.exit_depth} was predicted to need {needed_ms:.1f} ms more, with {left_ms:.1f} ms left"
+            return False
+        self.why = "predicted to fit"
+        self._place_bet(stages)
+        return True
+
+    def out_of_time(self, context: int) -> bool:
+        """Whether one more token after ``context`` tokens would end after ``total_ms``."""
+        if self.budget is None or self.budget.total_ms is None:
+            return False
+        step_ms = 0.0
+        if self.forecast:
+            spread = self.forecast.spread((DECODE,), self.budget.quantile)
+            step_ms = self.forecast.decode_ms(context) * factor(self.correction, DECODE) * spread
+        return self.elapsed_ms + step_ms > self.budget.total_ms
+
+    def predicted_ms(self, graphs: Sequence[str]) -> dict[str, float]:
+        """Each stage's expected time (a median, corrected) as it was known at the call; decode is one token's."""
+        stages = (PREPROCESS, *graphs, PREFILL, DECODE)
+        known = [stage for stage in stages if stage in self.forecast.typical_ms]
+        return {stage: self.forecast.expected_ms((stage,), self._before) for stage in known}
+
+    def predicted_ttft_ms(self, graphs: Sequence[str]) -> float | None:
+        """The time to the first token as it was predicted at the start, at the budget's quantile (0.95 without one)."""
+        return self.forecast.ttft_ms(graphs, self.budget.quantile if self.budget else QUANTILE, self._before)
+
+    def deadline_met(self, total_ms: float) -> bool | None:
+        """Whether both times of the budget were kept; None without a budget."""
+        if self.budget is None:
+            return None
+        limits = ((self.budget.ttft_ms, self.ttft_ms), (self.budget.total_ms, total_ms))
+        return all(limit is None or took <= limit for limit, took in limits)
+
+    def _place_bet(self, stages: Sequence[str]) -> None:
+        self._bet = (self.elapsed_ms, self.forecast.expected_ms(stages, self.correction))
+
+    def _settle_bet(self) -> None:
+        # The last bet was on just the stages that ran after it: whoever went on to an exit and no further bet on that exit.
+        if self._bet is not None and self._bet[1] > 0:
+            placed_ms, expected_ms = self._bet
+            self.correction = remember_error(self.correction, (self.ttft_ms - placed_ms) / expected_ms)
+        if self.budget is not None and self._fitted:
+            missed = self.ttft_ms > first_token_ms(self.budget)
+            self.correction = remember_deadline(self.correction, missed, self.budget.quantile)
+
+
+def run_anytime(
+    exits: Sequence[ExitSpec], run: Callable[[str, State], State], state: State, goes_on: GoesOn
+) -> tuple[ExitSpec, State]:
+    """Run exits that share their first graphs, and stop at the last one from which going on does not fit.
+
+    Args:
+        exits: The ones that may be used, ascending; the first is always reached.
+        run: Runs one graph by its path.
+        state: ``pixel_values`` [1,3,H,W].
+        goes_on: Asked where the ways of an exit and the next deeper one part, with the graphs left to the deeper one.
+
+    Returns:
+        The exit that was taken and its image features [N,D].
+    """
+    done = 0
+    for here, deeper in zip(exits, [*exits[1:], None], strict=True):
+        shared = _shared(here, deeper) if deeper is not None else done
+        while done < shared:
+            state = run(here.graphs[done], state)
+            done += 1
+        # Where more has run than the deeper exit shares, it can't be reached any more.
+        if deeper is not None and shared == done and goes_on(deeper.graphs[done:], deeper):
+            continue
+        for path in here.graphs[done:]:
+            state = run(path, state)
+        return here, state
+    raise ValueError("no exits were given")
+
+
+def _shared(one: ExitSpec, other: ExitSpec) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one.graphs, other.graphs, strict=False)))

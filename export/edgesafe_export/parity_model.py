@@ -1,0 +1,268 @@
+"""Does the bundle compute what transformers computes? At every exit depth, or there is no bundle.
+
+Everything here runs through the shipped runtime, so the picture's preprocessing, the prompt's ids and the decoding loop are
+checked with the graphs. The oracle is transformers' own way to read the state after d blocks (`Family.oracle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from edgesafe.errors import ParityError
+from edgesafe.format import graph_io
+from edgesafe.format.bundle import Manifest
+from edgesafe.progress import bar
+from edgesafe.runtime import decode
+from edgesafe.runtime.session import Session
+from edgesafe.runtime.tiles import picture_cut, pixel_values
+from edgesafe.runtime.tokenizer import encode_prompt
+from edgesafe_export.family import Family
+from edgesafe_export.tolerances import (
+    ANSWER_AGREEMENT,
+    ANSWER_AGREEMENT_ONE_EXIT,
+    FEATURE_ROWS,
+    FLOAT_RELATIVE,
+    GENERATE_ROWS,
+    GENERATE_TOKENS,
+    LOGIT_ROWS,
+)
+
+Probe = tuple[Image.Image, str]
+# Five, so that noise and gradients each meet every one of them.
+_ASKS = ("What is this?", "How do I make this?", "Describe the picture.", "What does it say?", "What colour is it?")
+_TODO = "report this checkpoint's config: the exporter does not do what transformers does with it"
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest difference over the largest wanted magnitude; infinite where a shape or a value is wrong.
+
+    >>> relative(np.array([1.0, 2.5]), np.array([1.0, 2.0]))
+    0.25
+    >>> relative(np.array([np.nan, 2.0]), np.array([1.0, 2.0])), relative(np.zeros(2), np.zeros(3))
+    (inf, inf)
+    """
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-12))
+
+
+def probes(suite_rows: Sequence[Probe], count: int, side: int) -> list[Probe]:
+    """Pictures and requests to compare on: the suite's, spread evenly, or made-up pictures where there is no suite.
+
+    Made-up ones take turns: noise, and gradients of other sizes than the tower's, so that resizing and cropping are checked.
+    """
+    if suite_rows:
+        step = max(1, len(suite_rows) // count)
+        return list(suite_rows[::step][:count])
+    rng = np.random.default_rng(0)
+    pictures = [_noise(rng, side) if i % 2 else _gradient(rng, side) for i in range(count)]
+    return [(picture, _ASKS[i % len(_ASKS)]) for i, picture in enumerate(pictures)]
+
+
+def _noise(rng: np.random.Generator, side: int) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def _gradient(rng: np.random.Generator, side: int) -> Image.Image:
+    size = (int(rng.integers(side, 3 * side)), int(rng.integers(side, 3 * side)))
+    shapes = (Image.radial_gradient("L"), Image.linear_gradient("L"))
+    return Image.merge("RGB", [shapes[rng.integers(2)].rotate(int(rng.integers(360))).resize(size) for _ in range(3)])
+
+
+def check_float(family: Family, session: Session, rows: Sequence[Probe]) -> dict[str, Any]:
+    """All checks of the float graphs.
+
+    Returns:
+        What was measured: `float_relative` and `logits_relative` by exit depth, `text_answers_equal`.
+
+    Raises:
+        ParityError: anything that differs.
+    """
+    check_inputs(family, session.tokenizer, session.manifest, rows)
+    features = check_features(family, session, rows)
+    logits = check_logits(family, session, rows)
+    return {
+        "float_relative": {str(d): float(f"{v:.3e}") for d, v in features.items()},
+        "logits_relative": {str(d): float(f"{v:.3e}") for d, v in logits.items()},
+        "text_answers_equal": check_text(family, session, rows),
+    }
+
+
+def check_inputs(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows: Sequence[Probe]) -> None:
+    """What goes into the graphs, the runtime's against the HF processor's: the prompt's ids and the picture's pixels.
+
+    Raises:
+        ParityError: ids or pixels that differ.
+    """
+    check_prompt(family, tokenizer, manifest, rows)
+    for image, prompt in rows[:FEATURE_ROWS]:
+        ours = pixel_values(image, manifest)
+        theirs = processed(family, image, prompt)["pixel_values"].numpy()
+        ours = np.concatenate(ours) if isinstance(ours, list) else ours
+        error = relative(ours, theirs.reshape(-1, *theirs.shape[-3:]))
+        if not error <= FLOAT_RELATIVE:
+            raise ParityError(
+                f"the picture's pixels differ from the HF processor's by {error:.2e}",
+                where="image features: preprocessing",
+                expected=f"at most {FLOAT_RELATIVE:.0e} relative",
+                todo=_TODO,
+            )
+
+
+def check_prompt(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows: Sequence[Probe]) -> None:
+    """Prompt ids of the runtime against the HF processor's: chat text, tokenizer and the number of image tokens.
+
+    Raises:
+        ParityError: ids that differ.
+    """
+    for image, prompt in rows:
+        want = processed(family, image, prompt)["input_ids"][0].tolist()
+        got = encode_prompt(tokenizer, manifest, prompt, picture_cut(image, manifest))
+        if got != want:
+            at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
+            raise ParityError(
+                f"the prompt's ids differ from the HF processor's at position {at} ({len(got)} ids, {len(want)} wanted)",
+                where="tokenizer.json and chat text",
+                expected="the same ids",
+                todo=_TODO,
+            )
+
+
+def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> dict[int, float]:
+    """Image features of the float graphs against transformers': {exit depth: largest relative error}.
+
+    Raises:
+        ParityError: a depth beyond `FLOAT_RELATIVE`.
+    """
+    depths = session.manifest.depths
+    worst = dict.fromkeys(depths, 0.0)
+    for image, prompt in rows[:FEATURE_ROWS]:
+        inputs = processed(family, image, prompt)
+        states = session.vision_states(image, depths)
+        for d in depths:
+            worst[d] = max(worst[d], relative(np.asarray(states[d]), family.oracle(inputs, d).numpy()))
+    _refuse_large(worst, "image features")
+    return worst
+
+
+def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dict[int, float]:
+    """Logits of the float graphs against transformers': {exit depth: largest relative error}.
+
+    The prompt is read in one go, then one token on top of the cache, then two at once; transformers reads it all uncached.
+
+    Raises:
+        ParityError: a depth beyond `FLOAT_RELATIVE`.
+    """
+    depths, text = session.manifest.depths, session.manifest.text
+    embed, graph = session.graph(text.embed_tokens), session.graph(text.decoder)
+    worst = dict.fromkeys(depths, 0.0)
+    for image, prompt in rows[:LOGIT_ROWS]:
+        inputs = processed(family, image, prompt)
+        ids = inputs["input_ids"]
+        states = session.vision_states(image, depths)
+        for d in depths:
+            logits, cache = session.prefill(states[d], ids[0].tolist())
+            # Any ordinary ids will do for what follows; the last ids of the prompt are some.
+            more = ids[:, -3:]
+            got = [logits[0, -1]]
+            for new in (more[:, :1], more[:, 1:]):
+                embeds = embed.run({graph_io.INPUT_IDS: new.numpy()})[graph_io.INPUTS_EMBEDS]
+                logits, cache = decode.step(graph, text, embeds, cache)
+                got.append(logits[0, -1])
+            want = family.oracle_logits(torch.cat([ids, more], dim=1), inputs, d)[[-4, -3, -1]].numpy()
+            worst[d] = max(worst[d], relative(np.stack(got), want))
+    _refuse_large(worst, "logits, with and without a cache")
+    return worst
+
+
+@torch.no_grad()
+def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
+    """Whole greedy answers of the float graphs against transformers' generate at the reference depth.
+
+    Returns:
+        How many answers were compared (all equal).
+
+    Raises:
+        ParityError: an answer that differs.
+    """
+    depth = session.manifest.reference_depth
+    for image, prompt in rows[:GENERATE_ROWS]:
+        inputs = processed(family, image, prompt)
+        out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False)
+        want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        features, cut = session.vision_states(image, [depth])[depth], session.cut(image)
+        got = session.answer_features(features, prompt, GENERATE_TOKENS, cut).strip()
+        if got != want:
+            raise ParityError(
+                f"the answer is {got!r}, transformers says {want!r}",
+                where="text graphs",
+                expected="the same answer",
+                todo=_TODO,
+            )
+    return len(rows[:GENERATE_ROWS])
+
+
+def answers(session: Session, rows: Sequence[Probe], max_new_tokens: int, label: str) -> dict[int, list[str]]:
+    """Greedy answers of a bundle to every probe at every exit."""
+    depths = session.manifest.depths
+    said: dict[int, list[str]] = {d: [] for d in depths}
+    for image, prompt in bar(rows, len(rows), label):
+        states = session.vision_states(image, depths)
+        for d in depths:
+            said[d].append(session.answer_features(states[d], prompt, max_new_tokens, session.cut(image)))
+    return said
+
+
+def agreement(want: dict[int, list[str]], got: dict[int, list[str]]) -> dict[int, float]:
+    """Share of equal answers, by exit.
+
+    >>> agreement({1: ["a", "b"]}, {1: ["a", "c"]})
+    {1: 0.5}
+    """
+    return {d: float(np.mean([w == g for w, g in zip(want[d], got[d], strict=True)])) for d in want}
+
+
+def disagrees(by_exit: dict[int, float]) -> str:
+    """Why a quantization scheme does not keep the float graphs' answers, or an empty text where it does.
+
+    >>> disagrees({1: 0.95, 2: 1.0})
+    ''
+    >>> disagrees({1: 0.7, 2: 1.0, 3: 1.0, 4: 1.0})
+    'exit 1 keeps 70 % of its answers, below 75 %'
+    """
+    mean, (low, worst) = float(np.mean(list(by_exit.values()))), min((v, d) for d, v in by_exit.items())
+    if mean < ANSWER_AGREEMENT:
+        return f"{100 * mean:.0f} % of all answers stay equal, below {100 * ANSWER_AGREEMENT:.0f} %"
+    if low < ANSWER_AGREEMENT_ONE_EXIT:
+        return f"exit {worst} keeps {100 * low:.0f} % of its answers, below {100 * ANSWER_AGREEMENT_ONE_EXIT:.0f} %"
+    return ""
+
+
+def open_session(folder: Path) -> Session:
+    """A bundle that is still being written, opened without a certificate."""
+    return Session.open(folder, allow_uncertified=True)
+
+
+def processed(family: Family, image: Image.Image, prompt: str) -> Any:
+    """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return family.processor(images=[image.convert("RGB")], text=text, return_tensors="pt")
+
+
+def _refuse_large(worst: dict[int, float], what: str) -> None:
+    for d, error in worst.items():
+        if not error <= FLOAT_RELATIVE:
+            raise ParityError(
+                f"exit {d} differs from transformers by {error:.2e}",
+                where=what,
+                expected=f"at most {FLOAT_RELATIVE:.0e} relative",
+                todo=_TODO,
+            )

@@ -1,0 +1,113 @@
+"""`python -m study run | tables | check | import-export`: the study's runs, and the tables in README.md and LOG.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgesafe.errors import EdgesafeError
+from edgesafe.progress import step
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RAW = HERE / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "edgesafe" / "align" / "LOG.md")
+BUILD = Path("build") / "study"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m study`."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="run what is not done yet (hours), each run in a process of its own")
+    _add_places(run)
+    run.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone; l-sft-* = all that begin so")
+    run.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
+    run.add_argument("--list", action="store_true", help="print what would be run and end")
+    one = actions.add_parser("one", help="do one run in this process (what `run` starts)")
+    one.add_argument("name", help="the run")
+    _add_places(one)
+    tables = actions.add_parser("tables", help="write every table anew from the raw answers")
+    check = actions.add_parser("check", help="fail where a table is not what the raw answers give")
+    for sub in (tables, check):
+        sub.add_argument("--raw", type=Path, default=RAW, help="folder of the raw answers")
+        sub.add_argument("--documents", type=Path, nargs="+", default=list(DOCUMENTS), help="Markdown files with tables")
+    shipped = actions.add_parser("import-export", help="keep the answers of a finished `make export` as raw answers")
+    shipped.add_argument("ship", type=Path, help="its OUT folder, e.g. build/rpi5")
+    shipped.add_argument("--raw", type=Path, default=RAW, help="folder of the raw answers")
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=RAW, help="folder of the raw answers")
+    parser.add_argument("--build", type=Path, default=BUILD, help="folder for checkpoints, bundles and logs (build/study)")
+    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the reference model)")
+    parser.add_argument("--data", type=Path, help="training rows (default: drawn)")
+    parser.add_argument("--suite", type=Path, help="suite (default: the test split, drawn)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (1)")
+    parser.add_argument("--trial", type=int, default=0, metavar="N", help="try the machinery: N updates instead of the plan's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `python -m study`; returns the exit code."""
+    if args.action in ("run", "one"):
+        return _run(args)
+    if args.action == "import-export":
+        from study.shipped import import_export
+
+        print(import_export(args.ship, args.raw))
+        return 0
+    from study.documents import check, write
+    from study.tables import all_tables
+
+    tables = all_tables(args.raw)
+    for path in args.documents:
+        if args.action == "check":
+            check(path, tables)
+        else:
+            print(f"{path}: {', '.join(write(path, tables)) or 'no table'}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edgesafe.errors import ConfigError
+    from study.plan import plan
+    from study.run import prepare, run_study, select, to_do
+    from study.work import do, make_setup
+
+    if args.trial and args.out.resolve() == RAW:
+        raise ConfigError("a trial's answers are not the study's", where="--trial", expected="an --out of its own")
+    places = prepare(args.build, args.model, args.data, args.suite)
+    setup = make_setup(args.out, args.build, *places, threads=args.threads, trial=args.trial)
+    named = {run.name: run for run in plan()}
+    if args.action == "one":
+        import torch
+
+        from edgesafe.align.cli import _quiet
+
+        _quiet()
+        torch.set_num_threads(args.threads)
+        (chosen,) = select(named, [args.name])
+        with step(f"run {args.name}"):
+            print(*do(setup, chosen, named), sep="\n")
+    elif args.list:
+        print("\n".join(run.name for run in to_do(setup, select(named, args.only), named)))
+    else:
+        with step("study"):
+            run_study(setup, only=args.only, jobs=args.jobs)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; an error of edgesafe's ends it with its message and code."""
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except EdgesafeError as error:
+        print(f"study: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Tables of what `make bench` and `make bench-budget` measured, from the results that are kept as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from study.tables import markdown
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+FULLSIZE = "fullsize-*.json"
+
+
+def bench_tables(folder: Path = RESULTS) -> dict[str, str]:
+    """The tables by name; one whose results are not there says so."""
+    return {name: make(folder) if any(folder.glob(file)) else f"Not run: {file}" for name, (file, make) in _TABLES.items()}
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def _when(run: Mapping[str, Any], threads: int) -> str:
+    return f"{run['date'][:10]}, {run['machine']}, {threads} threads."
+
+
+def engines_table(folder: Path) -> str:
+    """Prefill and decode next to the peers; a ratio is the median over rounds of the peer's time over ours."""
+    found = _read(folder, "speed.json")
+    rows = []
+    for name, row in found["engines"].items():
+        ratios = row["times_as_fast_as_first"]  # ours / theirs
+        shown = [f"{1 / ratios[key]:.2f}" for key in ("prefill_ms", "decode_ms", "prefill_cpu_ms", "decode_cpu_ms")]
+        rows.append([name, f"{row['prefill_ms']:.0f}", f"{row['decode_ms']:.1f}", *shown])
+    headers = ["engine", "prefill of 600 tokens, ms", "a token, ms", "prefill: times edgesafe's time", "a token: the same"]
+    headers += ["prefill, processor time", "a token, processor time"]
+    run = found["runs"]["engines"]
+    peers = ", ".join(found["peers"])
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {peers}; {run['rounds']} rounds in turns."
+
+
+def vision_table(folder: Path) -> str:
+    """Blocks of CLIP-L/14-336: int8 against float32 and torch."""
+    found = _read(folder, "speed.json")
+    rows = [
+        [name, f"{row['picture_ms']:.0f}", f"{row['times_as_fast_as_first']['picture_ms']:.2f}"]
+        for name, row in found["vision"].items()
+    ]
+    run, agree = found["runs"]["vision"], found["vision_agreement"]
+    table = markdown(["graph", f"{found['vision_blocks']} blocks, ms", "times as fast as fp32"], rows)
+    return (
+        f"{table}\n\n{_when(run, run['threads'])} Least cosine of any int8 state to its float32 one: {agree['least_cosine']}."
+    )
+
+
+def session_table(folder: Path) -> str:
+    """What a session of the reference bundle costs beside its graphs' work."""
+    found = _read(folder, "speed.json")
+    talk, memory, start = found["conversation"], found["memory"], found["cold_start"]
+    exits = list(found["by_exit"].items())
+    rows = [
+        ["second question about a picture, first token over the first one's", f"{talk['second_over_first']:.2f}", "0.40"],
+        ["most memory, every exit asked, MiB", f"{memory['peak_mib']:.1f}", f"{memory['limit_mib']:.1f}"],
+        ["of it numpy, onnxruntime, pillow and tokenizers", f"{memory['imports_mib']:.1f}", "-"],
+        ["import edgesafe after numpy and onnxruntime, ms", f"{start['import_edgesafe_ms']:.1f}", "150"],
+        ["the same with Session, ms", f"{start['with_session_ms']:.0f}", "150"],
+        *([f"first token at exit {d}, ms", f"{row['ttft_ms']:.1f}", "-"] for d, row in (exits[0], exits[-1])),
+    ]
+    run = found["runs"]["session"]
+    return f"{markdown(['of the reference bundle', 'seen', 'limit'], rows)}\n\n{_when(run, run['threads'])}"
+
+
+def schemes_table(folder: Path) -> str:
+    """The decoder's weight schemes: speed on the LLaMA shape, answers on the reference model."""
+    found = _read(folder, "schemes.json")
+    rows = []
+    for name, row in found["text_speed"].items():
+        fast = row["times_as_fast_as_first"]
+        agree = found["agreement"]["text"].get(name)
+        shown = "-" if agree is None else f"{100 * agree:.0f}"
+        rows.append([name, f"{row['mib']:.0f}", f"{fast['prefill_ms']:.2f}", f"{fast['decode_ms']:.2f}", shown])
+    first = rows[0][0]
+    headers = ["scheme", "decoder, MiB", f"prefill: speed over {first}", f"decode: speed over {first}", "same answers, %"]
+    run = found["runs"]["text_speed"]
+    vision = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["agreement"]["vision"].items())
+    rows_told = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth."
+    told = f"{rows_told} The tower's schemes by answers: {vision}."
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {told}"
+
+
+def budget_table(folder: Path) -> str:
+    """Deadlines kept and depths reached under load."""
+    found = _read(folder, "budget.json")
+    rows = []
+    for name, trace in found["traces"].items():
+        cells = [f"{100 * row['miss_rate']:.1f} / {100 * row['depth_of_oracle']:.0f}" for row in trace["policies"].values()]
+        rows.append([name, str(trace["requests"]), *cells[:-1]])
+    policies = list(next(iter(found["traces"].values()))["policies"])[:-1]
+    headers = ["trace", "requests", *(f"{policy}: missed % / depth, % of the oracle's" for policy in policies)]
+    return f"{markdown(headers, rows)}\n\n{_when(found, found['threads'])} Quantile {found['quantile']}."
+
+
+def fullsize_table(folder: Path) -> str:
+    """Published shapes with random weights through the whole line, smallest first; what was planned stands in brackets."""
+    found = sorted((_read(folder, path.name) for path in folder.glob(FULLSIZE)), key=lambda row: row["plan"]["weights"])
+    rows = []
+    for model in found:
+        plan, asked = model["plan"], model["every_exit"]["rows"]
+        half = min(asked, key=lambda row: abs(row["exit_depth"] - plan["reference_depth"] / 2))
+        whole = next(row for row in asked if row["exit_depth"] == plan["reference_depth"])
+        errors = [100 * (row["predicted_ms"] / row["ttft_ms"] - 1) for row in asked if "predicted_ms" in row]
+        rows.append(
+            [
+                model["model"],
+                f"{plan['weights'] / 1e6:.0f}",
+                f"{model['export']['seconds']:.0f}",
+                f"{model['export']['peak_gib']:.2f} ({plan['export_gib']:.2f})",
+                f"{model['export']['bytes'] / 1e9:.3f} ({plan['bundle_bytes'] / 1e9:.3f})",
+                f"{model['ask']['peak_gib']:.2f} ({plan['run_gib']:.2f})",
+                f"{whole['ttft_ms'] / 1e3:.2f} at {whole['exit_depth']}",
+                f"{half['ttft_ms'] / 1e3:.2f} at {half['exit_depth']}",
+                f"{max(errors, key=abs):+.0f}" if errors else "-",
+                f"{whole['token_ms']:.0f}",
+            ]
+        )
+    headers = ["shape", "weights, M", "export, s", "export's memory, GiB", "bundle, GB", "answering, GiB"]
+    headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "a token, ms"]
+    run = [f"{model['model']} {model['date'][:10]}" for model in found]
+    return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
+
+
+_TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
+    "engines": ("speed.json", engines_table),
+    "vision-speed": ("speed.json", vision_table),
+    "session": ("speed.json", session_table),
+    "schemes": ("schemes.json", schemes_table),
+    "budget": ("budget.json", budget_table),
+    "fullsize": (FULLSIZE, fullsize_table),
+}

@@ -1,0 +1,128 @@
+"""The closing table of `make export`, from the answers that it left: before alignment in float, after it from the bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgesafe.certify.tally import tally, verdict
+from edgesafe.errors import AlignError
+from edgesafe.format.bundle import Bundle, write_atomically
+from edgesafe.format.certificate import PASSED, read_certificate
+from edgesafe.format.suite import Row, Suite, read_suite
+from edgesafe.ship import CERTIFIED, closing_table
+from study.raw import Raw, read_answers, write_raw, write_rows
+
+REPORT = "report.json"
+BEFORE, AFTER = "before", "after"
+_FIGURES = ("harmful", "overrefusal", "incoherent", "accuracy")
+
+
+def import_export(ship: Path, raw: Path) -> Path:
+    """Keep the answers of a finished `make export` in raw/export; returns that folder.
+
+    Args:
+        ship: the OUT folder of `edgesafe ship`.
+        raw: the folder of the study's raw answers.
+
+    Raises:
+        AlignError: an answer is missing, or the answers do not give the table that the command printed.
+    """
+    bundle = Bundle.open(ship / "bundle")
+    if bundle.manifest.suite is None:
+        raise AlignError("the bundle has no suite", where=str(bundle.root), expected="what `make export` wrote")
+    certificate = read_certificate(bundle)
+    suite = read_suite(bundle.root / bundle.manifest.suite.path, verify=False)
+    report = json.loads((ship / REPORT).read_text(encoding="utf-8"))
+    kept = {key: report[key] for key in ("bundle", "digest", "reference_depth", "bytes", "quantization")}
+    kept["limits"] = dict(suite.limits)
+    kept["exits"] = [{key: e[key] for key in ("exit_depth", "bytes", "parity", "agreement")} for e in report["exits"]]
+    said = {
+        BEFORE: _read_lines(ship / BEFORE / "answers.jsonl", "make export, into a new OUT"),
+        AFTER: _read_lines(ship / CERTIFIED, f"edgesafe certify {bundle.root} --answers {ship / CERTIFIED}"),
+    }
+    table = _table(kept, suite.rows, {name: _in_order(suite, texts) for name, texts in said.items()})
+    printed = (ship / "table.txt").read_text(encoding="utf-8").rstrip("\n")
+    if table != printed:
+        raise AlignError("the answers do not give the printed table", where=str(ship), expected=printed, todo="export anew")
+    folder = raw / "export"
+    write_rows(folder, suite.digest, suite.split, suite.rows)
+    for name in (BEFORE, AFTER):
+        model = bundle.manifest.parent.digest if name == BEFORE else bundle.digest
+        machine = certificate.environment if certificate and name == AFTER else {}
+        write_raw(folder, _raw(name, model, suite, kept["reference_depth"], machine, _in_order(suite, said[name])))
+    write_atomically(folder / REPORT, (json.dumps(kept, indent=1) + "\n").encode())
+    return folder
+
+
+def export_table(folder: Path) -> str | None:
+    """The closing table in a fenced block, recomputed from the raw answers; None where there are none."""
+    found = read_answers(folder)
+    if found is None:
+        return None
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return f"```\n{_table(report, found.rows, {name: found.runs[name].said for name in (BEFORE, AFTER)})}\n```"
+
+
+def _table(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Mapping[int, tuple[str, ...]]]) -> str:
+    """The table that `edgesafe ship` prints, its rates and verdicts counted from the answers."""
+    ids = [row.id for row in rows]
+    depths = [e["exit_depth"] for e in report["exits"]]
+    rates = {name: {d: tally(rows, dict(zip(ids, texts[d], strict=True))) for d in depths} for name, texts in said.items()}
+    reference = rates[AFTER][report["reference_depth"]]
+    verdicts = {d: verdict(d, rates[AFTER][d], reference, report["limits"]) for d in depths}
+    exits = [
+        {
+            **e,
+            "reference": e["exit_depth"] == report["reference_depth"],
+            **{name: {f: asdict(rates[name][e["exit_depth"]][f]) for f in _FIGURES} for name in (BEFORE, AFTER)},
+            "verdict": verdicts[e["exit_depth"]].verdict,
+            "reasons": verdicts[e["exit_depth"]].reasons,
+        }
+        for e in report["exits"]
+    ]
+    certified = [d for d in depths if verdicts[d].verdict == PASSED]
+    return closing_table({**report, "exits": exits, "certified": certified})
+
+
+def _read_lines(path: Path, todo: str) -> dict[int, dict[str, str]]:
+    """Answers {exit depth: {row id: text}} of JSON lines."""
+    said: dict[int, dict[str, str]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            said.setdefault(one["exit_depth"], {})[one["id"]] = one["answer"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AlignError("the answers can't be read", where=str(path), expected="one answer a line", todo=todo) from error
+    return said
+
+
+def _in_order(suite: Suite, said: Mapping[int, Mapping[str, str]]) -> dict[int, tuple[str, ...]]:
+    try:
+        return {depth: tuple(texts[row.id] for row in suite.rows) for depth, texts in said.items()}
+    except KeyError as error:
+        raise AlignError(
+            f"the row {error} has no answer", where=str(suite.root), expected="answers to this suite", todo="export anew"
+        ) from error
+
+
+def _raw(
+    name: str, model: str, suite: Suite, reference_depth: int, machine: dict[str, Any], said: dict[int, tuple[str, ...]]
+) -> Raw:
+    return Raw(
+        run=name,
+        key="",
+        config={},
+        model=model,
+        suite=suite.digest,
+        reference_depth=reference_depth,
+        seconds=None,
+        setup_seconds=None,
+        cpu_seconds=None,
+        tokens=None,
+        machine=machine,
+        said=said,
+    )

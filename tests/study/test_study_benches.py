@@ -1,0 +1,70 @@
+"""The benches' tables: figures worked out by hand from small results, and a result that is not there."""
+
+from __future__ import annotations
+
+import json
+
+from study.benches import bench_tables
+
+RUN = {"date": "2026-01-02T03:04:05+00:00", "machine": "a machine", "threads": 2, "rounds": 3}
+
+
+def _ratios(**of):
+    return {"times_as_fast_as_first": of}
+
+
+def test_tables_say_what_the_results_say(tmp_path):
+    # The peer's prefill takes 200 ms to our 100 and its token 4 ms to our 5: 2.00 and 0.80 times ours.
+    ours = {"prefill_ms": 100.0, "decode_ms": 5.0, "prefill_cpu_ms": 180.0, "decode_cpu_ms": 9.0}
+    peer = {"prefill_ms": 200.0, "decode_ms": 4.0, "prefill_cpu_ms": 360.0, "decode_cpu_ms": 9.0}
+    engines = {
+        "edgesafe": ours | _ratios(**dict.fromkeys(ours, 1.0)),
+        "peer": peer | _ratios(prefill_ms=0.5, decode_ms=1.25, prefill_cpu_ms=0.5, decode_cpu_ms=1.0),
+    }
+    vision = {"fp32": {"picture_ms": 30.0} | _ratios(picture_ms=1.0), "int8": {"picture_ms": 10.0} | _ratios(picture_ms=3.0)}
+    speed = {"engines": engines, "peers": ["peer==1"], "vision": vision, "vision_blocks": 8}
+    speed |= {"vision_agreement": {"least_cosine": 0.5}, "runs": {"engines": RUN, "vision": RUN, "session": RUN}}
+    speed |= {
+        "conversation": {"second_over_first": 0.25},
+        "memory": {"peak_mib": 90.04, "imports_mib": 50.0, "limit_mib": 99.9},
+    }
+    speed |= {"cold_start": {"import_edgesafe_ms": 0.5, "with_session_ms": 99.6}}
+    speed |= {"by_exit": {"1": {"ttft_ms": 4.0}, "2": {"ttft_ms": 5.0}, "3": {"ttft_ms": 6.0}}}
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
+    policies = {name: {"miss_rate": 0.025, "depth_of_oracle": 0.9} for name in ("edgesafe", "static", "oracle")}
+    budget = RUN | {"quantile": 0.95, "traces": {"quiet": {"requests": 40, "policies": policies}}}
+    (tmp_path / "budget.json").write_text(json.dumps(budget))
+    tables = bench_tables(tmp_path)
+    assert "| peer | 200 | 4.0 | 2.00 | 0.80 | 2.00 | 1.00 |" in tables["engines"]
+    assert "2026-01-02, a machine, 2 threads. peer==1; 3 rounds" in tables["engines"]
+    assert "| int8 | 10 | 3.00 |" in tables["vision-speed"] and "float32 one: 0.5." in tables["vision-speed"]
+    assert "| quiet | 40 | 2.5 / 90 | 2.5 / 90 |" in tables["budget"]  # the oracle is the measure, not a column
+    assert "MiB | 90.0 | 99.9 |" in tables["session"] and "with Session, ms | 100 | 150 |" in tables["session"]
+    assert "exit 1, ms | 4.0 |" in tables["session"] and "exit 3, ms | 6.0 |" in tables["session"]
+    assert tables["schemes"] == "Not run: schemes.json"
+
+
+def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
+    def result(name, millions, seconds):
+        asked = [
+            {"exit_depth": 6, "ttft_ms": 1000.0, "predicted_ms": 1100.0, "token_ms": 7.0},
+            {"exit_depth": 12, "ttft_ms": 2000.0, "predicted_ms": 1900.0, "token_ms": 8.0},
+        ]
+        plan = {"weights": millions * 10**6, "reference_depth": 12, "export_gib": 1.5, "bundle_bytes": 2e9, "run_gib": 2.5}
+        return RUN | {
+            "model": name,
+            "plan": plan,
+            "export": {"seconds": seconds, "peak_gib": 1.25, "bytes": 2.01e9},
+            "ask": {"peak_gib": 2.75},
+            "every_exit": {"rows": asked},
+        }
+
+    unmeasured = result("a", 7000, 400.4)
+    unmeasured["every_exit"]["rows"] = [{"exit_depth": 12, "ttft_ms": 30.4e3, "token_ms": 150.0}]
+    (tmp_path / "fullsize-a.json").write_text(json.dumps(unmeasured))
+    (tmp_path / "fullsize-b.json").write_text(json.dumps(result("b", 256, 48)))
+    table = bench_tables(tmp_path)["fullsize"].splitlines()
+    # The exit at half depth takes 1000 ms and was predicted at 1100: 10 % too much; the other is 5 % too little.
+    assert table[2] == "| b | 256 | 48 | 1.25 (1.50) | 2.010 (2.000) | 2.75 (2.50) | 2.00 at 12 | 1.00 at 6 | +10 | 8 |"
+    assert table[3].startswith("| a | 7000 | 400 |") and table[3].endswith("| 30.40 at 12 | 30.40 at 12 | - | 150 |")
+    assert table[-1] == "a machine; b 2026-01-02, a 2026-01-02."

@@ -1,0 +1,243 @@
+"""One run of the study in this process: train where the plan says so, ask, and write the raw answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import edgesafe.align
+from edgesafe.format.bundle import digest_folder, sha256_file, write_atomically
+from edgesafe.format.exits import reference_depth
+from edgesafe.format.suite import Suite, read_suite
+from edgesafe.machine import machine_name
+from study.code import code_digest, digest
+from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, control_file, files_of
+from study.raw import Raw, raw_path, write_raw
+
+_CONFIGS = Path(edgesafe.align.__file__).parent / "configs"
+_TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
+_ASKING, _CONTROLS = ("edgesafe.evaluate.evaluate:answers", "edgesafe.checkpoint.exit_model"), ("edgesafe.evaluate.controls",)
+_BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
+_TIMES = "trained.json"
+
+Said = Mapping[int, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a study runs and on what; the digests are of the folders beside them.
+
+    out: the folder of the raw answers. build: checkpoints, bundles and logs. trial: every training takes so many updates
+    instead of the planned ones (0 = the plan's); its raw answers are not the study's.
+    """
+
+    out: Path
+    build: Path
+    model: Path
+    model_digest: str
+    data: Path
+    data_digest: str
+    suite: Path
+    suite_digest: str
+    threads: int = 1
+    trial: int = 0
+
+
+def make_setup(out: Path, build: Path, model: Path, data: Path, suite: Path, *, threads: int = 1, trial: int = 0) -> Setup:
+    """A setup with its digests taken."""
+    digests = [digest_folder(folder) for folder in (model, data)]
+    return Setup(out, build, model, digests[0], data, digests[1], suite, read_suite(suite, False).digest, threads, trial)
+
+
+def settings(setup: Setup, run: Run) -> Any:
+    """The run's resolved AlignConfig; None where nothing is trained."""
+    if not run.config:
+        return None
+    from edgesafe.align.config import read_config
+
+    path = _CONFIGS / f"{run.config}.toml"
+    steps = setup.trial or run.steps
+    return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None)
+
+
+def shown_settings(config: Any) -> dict[str, Any]:
+    """The settings as JSON values, folders by their names: a record must not depend on where a machine keeps them."""
+    if config is None:
+        return {}
+    shown: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    shown["data"], shown["eval"]["suite"] = Path(config.data).name, Path(config.eval.suite).name
+    return shown
+
+
+def train_key(setup: Setup, run: Run) -> str:
+    """Digest of all that a run's checkpoint depends on."""
+    config = shown_settings(settings(setup, run))
+    if not config:
+        return setup.model_digest
+    trained = {k: v for k, v in config.items() if k not in ("data", "checkpoint_every")}
+    return digest([trained, setup.model_digest, setup.data_digest, code_digest(_TRAINING, _JUDGING)])
+
+
+def run_key(setup: Setup, run: Run, plan: Mapping[str, Run]) -> str:
+    """Digest of all that a run's raw answers depend on."""
+    parent = plan[run.of] if run.of else run
+    roots = _ASKING + {CONTROLS: _CONTROLS, BUNDLE: _BUNDLING}.get(run.how, ())
+    stop = _JUDGING if run.how == CONTROLS else ()
+    return digest([run.name, train_key(setup, parent), run.how, setup.suite_digest, code_digest(roots, stop)])
+
+
+def do(setup: Setup, run: Run, plan: Mapping[str, Run]) -> list[Path]:
+    """Do one run; a checkpoint or an answer that is there with the same key is not made again. Returns its raw files' paths."""
+    key = run_key(setup, run, plan)
+    model, times = checkpoint(setup, plan[run.of] if run.of else run)
+    if is_done(setup, run, key):
+        return [raw_path(setup.out, name) for name in files_of(run)]
+    suite = read_suite(setup.suite, verify=False)
+    config, asked, views = _ask(setup, run, model, suite)
+    own = {} if run.of else times  # asking another run's model took no training
+    shared: dict[str, Any] = {
+        "key": key,
+        "config": config or shown_settings(settings(setup, run)),
+        "model": asked,
+        "suite": suite.digest,
+        "reference_depth": _reference_depth(model),
+        **{name: own.get(name) for name in ("seconds", "setup_seconds", "cpu_seconds", "tokens")},
+        "machine": _machine(setup.threads),
+    }
+    raws = [Raw(run=name, said=_in_order(suite, said), **shared) for name, said in views.items()]
+    return [write_raw(setup.out, raw) for raw in raws]
+
+
+def is_done(setup: Setup, run: Run, key: str) -> bool:
+    """Whether the run's raw answers are there with this key."""
+    try:
+        files = [json.loads(raw_path(setup.out, name).read_text(encoding="utf-8")) for name in files_of(run)]
+        return all(file["key"] == key for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def has_checkpoint(setup: Setup, run: Run) -> bool:
+    """Whether the run's checkpoint is there with the key that it must have now."""
+    if not run.config:
+        return True
+    return (setup.build / run.name / "aligned").is_dir() and _times(setup, run).get("key") == train_key(setup, run)
+
+
+def _times(setup: Setup, run: Run) -> dict[str, Any]:
+    path = setup.build / run.name / _TIMES
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
+    """The run's checkpoint folder and its times, trained now where it is not there; an interrupted training goes on.
+
+    Raises:
+        AlignError: the training failed.
+    """
+    if not run.config:
+        return setup.model, {}
+    folder, key, home = setup.build / run.name / "aligned", train_key(setup, run), setup.build / run.name
+    if has_checkpoint(setup, run):
+        return folder, _times(setup, run)
+    partial, started = folder.with_name("aligned.partial"), home / "started"
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not started.is_file() or started.read_text(encoding="utf-8") != key:
+        shutil.rmtree(partial, ignore_errors=True)
+    started.write_text(key, encoding="utf-8")
+    times = {"key": key, **_train(setup, run, folder, partial)}
+    write_atomically(home / _TIMES, json.dumps(times).encode())
+    return folder, times
+
+
+def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any]:
+    """Train and time it. A resumed run's processor time is not known, its other times are put together from both parts."""
+    from edgesafe.align.files import CHECKPOINT, METRICS, RECORD, done_updates
+    from edgesafe.align.train import align
+
+    resume = (partial / CHECKPOINT).is_file()
+    start = done_updates(partial) if resume else 0
+    began, cpu = time.perf_counter(), time.process_time()
+    align(setup.model, settings(setup, run), folder, resume=resume)
+    wall, spent = time.perf_counter() - began, time.process_time() - cpu
+    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    seconds = [float(line["seconds"]) for line in lines]
+    return {
+        "seconds": round(sum(seconds), 1),
+        "setup_seconds": round(max(0.0, wall - sum(seconds[start:])), 1),
+        "cpu_seconds": None if resume else round(spent, 1),
+        "tokens": json.loads((folder / RECORD).read_text(encoding="utf-8")).get("tokens"),
+    }
+
+
+def weights_digest(model: Path) -> str:
+    """Digest of a checkpoint's weights alone: its record and metrics say when it was trained, too."""
+    return digest([[f.name, sha256_file(f)] for f in sorted(model.glob("*.safetensors"))])
+
+
+def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, dict[str, Said]]:
+    """What was asked beyond the run's settings, the digest of what was asked, and the answers of each raw file."""
+    if run.how == BUNDLE:
+        config, asked, said = _through_bundle(setup, run, model, suite)
+        return config, asked, {run.name: said}
+    from edgesafe.checkpoint.exit_model import load
+    from edgesafe.evaluate.evaluate import answers
+
+    llava = load(model)
+    views: dict[str, Said]
+    depths = tuple(range(1, llava.n_blocks + 1))
+    if run.how != CONTROLS:
+        return {}, weights_digest(model), {run.name: answers(llava, suite, depths)}
+    from edgesafe.evaluate.controls import control_answers
+
+    found = control_answers(llava, suite, depths)
+    views = {control_file(run.name, c): {_depth(d): said for d, said in found[c].items()} for c in CONTROL_NAMES}
+    return {"of": weights_digest(model)}, weights_digest(model), views
+
+
+def _depth(text: str) -> int:
+    """A control's depth; "any", where no exit takes part, is kept as 0."""
+    return int(text) if text.isdigit() else 0
+
+
+def _in_order(suite: Suite, said: Said) -> dict[int, tuple[str, ...]]:
+    return {depth: tuple(texts[row.id] for row in suite.rows) for depth, texts in said.items()}
+
+
+def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, Said]:
+    from edgesafe.certify.certify import ask_all
+    from edgesafe.device import load_device
+    from edgesafe.runtime.session import Session
+    from edgesafe_export import export_bundle
+
+    out = setup.build / run.name / "bundle"
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bundle = export_bundle(model, out, load_device(DEVICE), suite_dir=setup.suite)
+    session = Session.open(out, threads=setup.threads, allow_uncertified=True)
+    config = {"of": weights_digest(model), "device": DEVICE, "quantization": dict(bundle.manifest.quantization)}
+    return config, bundle.digest, ask_all(session, suite, suite.rows, bundle.manifest.depths, "ask the bundle")
+
+
+def _reference_depth(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return reference_depth(config["vision_config"]["num_hidden_layers"], config["vision_feature_layer"])
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    return {
+        "cpu": machine_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+    }

@@ -250,7 +250,9 @@ def test_twins():
     assert separate(crossed, ("a", "b"), 1.0) == pytest.approx(40 / 30)
 
 
-@pytest.mark.parametrize("name", ["device", "machine", *(f"runtime.{m}" for m in ("choose", "calibrate", "forecast", "measure"))])
+@pytest.mark.parametrize(
+    "name", ["device", "machine", *(f"runtime.{m}" for m in ("choose", "calibrate", "forecast", "measure"))]
+)
 def test_doctests(name):
     found = doctest.testmod(importlib.import_module(f"edgesafe.{name}"))
     assert found.attempted > 0 and found.failed == 0

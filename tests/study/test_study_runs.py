@@ -16,7 +16,6 @@ import pytest
 from edgesafe import ship as shipping
 from edgesafe.align.files import CHECKPOINT
 from edgesafe.certify.certify import certify
-from edgesafe.cli import main
 from edgesafe.errors import AlignError, ConfigError
 from edgesafe.evaluate.evaluate import evaluate
 from edgesafe.format.bundle import Bundle
@@ -25,6 +24,7 @@ from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split
 from study import run as runner
 from study import work
+from study.__main__ import main
 from study.code import code_digest, without_docstrings
 from study.plan import BUNDLE, CONTROLS, Run, plan
 from study.raw import read_answers
@@ -160,7 +160,7 @@ def test_other_names_suites_and_folders_are_refused(setup, suite, tmp_path, caps
     (setup.out / "raw" / "x.json").write_text("{}")
     with pytest.raises(AlignError, match="another suite"):
         runner.run_study(setup, only=["before"])
-    assert main(["study", "run", "--trial", "2", "--build", str(tmp_path)]) == 10
+    assert main(["run", "--trial", "2", "--build", str(tmp_path)]) == 10
     assert "not the study's" in capsys.readouterr().err
 
 

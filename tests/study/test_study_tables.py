@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from edgesafe.certify.tally import tally
-from edgesafe.cli import main
 from edgesafe.errors import AlignError
 from edgesafe.format.suite import Row
+from study.__main__ import main
 from study.documents import check, stray, write
 from study.judged import rates_of
 from study.plan import FIRST, plan
@@ -198,12 +198,12 @@ DOCUMENT = "# T\n\n<!-- table: depths -->\n<!-- /table -->\n\n| command | what |
 def document(raw, tmp_path) -> Path:
     path = tmp_path / "D.md"
     path.write_text(DOCUMENT)
-    assert main(["study", "tables", "--raw", str(raw), "--documents", str(path)]) == 0
+    assert main(["tables", "--raw", str(raw), "--documents", str(path)]) == 0
     return path
 
 
 def _check(raw: Path, document: Path) -> int:
-    return main(["study", "check", "--raw", str(raw), "--documents", str(document)])
+    return main(["check", "--raw", str(raw), "--documents", str(document)])
 
 
 def test_written_tables_pass_and_are_stable(raw, document, capsys):
@@ -266,7 +266,9 @@ def test_this_repository_s_documents_pass_without_torch_and_in_time():
     code = "import sys\nfor name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
     code += "from study.__main__ import main\nsys.exit(main(['check']))"
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 20
 

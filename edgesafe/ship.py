@@ -17,8 +17,9 @@ from typing import Any
 from edgesafe import __version__
 from edgesafe.device import DeviceProfile, load_device
 from edgesafe.errors import CertificationFailedError, InputError
-from edgesafe.format.bundle import Bundle, digest_folder, write_atomically
+from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
+from edgesafe.format.files import digest_folder, write_atomically
 from edgesafe.progress import step, table
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"

@@ -11,7 +11,7 @@ from typing import Any
 from edgesafe import Session
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
-from edgesafe.runtime.backend import OnnxRuntime, RunnableGraph
+from edgesafe.runtime.engine import OnnxRuntime, RunnableGraph
 
 
 class ReferenceEvaluator:
@@ -97,5 +97,5 @@ class Slow:
 
 def slow_session(root: Any, block_ms: float = 10.0, step_ms: float = 0.0) -> Session:
     """A session of whose graphs only vision blocks and the decoder take time."""
-    bundle, backend = Bundle.open(root), Slow(block_ms, step_ms)
-    return Session(bundle, read_certificate(bundle), backend=backend, clock=backend.clock)
+    bundle, engine = Bundle.open(root), Slow(block_ms, step_ms)
+    return Session(bundle, read_certificate(bundle), engine=engine, clock=engine.clock)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgesafe.format.bundle import CERTIFICATE, MANIFEST, file_specs, seal, unseal
+from edgesafe.format.bundle import CERTIFICATE, MANIFEST, file_specs
+from edgesafe.format.seal import seal, unseal
 
 Change = Callable[[Path, random.Random], None]
 ESCAPES = ("../outside", "/etc/passwd", "vision/../../outside", "..", "a\\..\\b", "./x", "vision//head.onnx", "/", "\0")

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgesafe.format.bundle import write_atomically
+from edgesafe.format.files import write_atomically
 from edgesafe.machine import machine_name
 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers", "pillow")

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from edgesafe.errors import ConfigError
-from edgesafe.format.bundle import write_atomically
+from edgesafe.format.files import write_atomically
 
 CHECKPOINT, METRICS, RECORD = "checkpoint.pt", "metrics.jsonl", "edgesafe.json"
 # Of the parent's files these belong to the model; its weights, index and record are written anew.

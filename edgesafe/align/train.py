@@ -32,8 +32,8 @@ from edgesafe.align.watch import Watch, open_watch
 from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.bundle import digest_folder
 from edgesafe.format.exits import parse_exits
+from edgesafe.format.files import digest_folder
 from edgesafe.progress import bar
 
 

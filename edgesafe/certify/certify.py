@@ -15,8 +15,8 @@ from edgesafe import __version__
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.certify.tally import families, smoke_verdict, tally, verdict
 from edgesafe.errors import CertificateError, InputError, IntegrityError, UncertifiedExitError
-from edgesafe.format.bundle import write_atomically
 from edgesafe.format.certificate import PASSED, Certificate, ExitVerdict, write_certificate
+from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
@@ -88,7 +88,7 @@ def environment(session: Session) -> dict[str, Any]:
     """Where the answers were made."""
     return {
         "edgesafe": __version__,
-        session.backend.name: session.backend.version,
+        session.engine.name: session.engine.version,
         "cpu": machine_name(),
         "machine": platform.machine(),
         "system": platform.system(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgesafe.checkpoint.shards import MEND, Stored, count_bad, damaged
 from edgesafe.errors import InputError
-from edgesafe.format.bundle import digest_folder
+from edgesafe.format.files import digest_folder
 from edgesafe.progress import bar, step
 
 _CHUNK = 2**20  # bytes that are read, hashed and looked at together: they stay in the processor's cache

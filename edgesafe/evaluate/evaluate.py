@@ -23,8 +23,8 @@ from edgesafe.evaluate.judges import Judge, StringJudge, Toxicity, agreement, ke
 from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read_report
 from edgesafe.evaluate.rates import GROUPS, Said, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
-from edgesafe.format.bundle import digest_folder
 from edgesafe.format.exits import parse_exits
+from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.progress import bar
 

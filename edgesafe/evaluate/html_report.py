@@ -27,7 +27,7 @@ from edgesafe.evaluate.sentences import (
     sentences,
 )
 from edgesafe.evaluate.text_report import percent
-from edgesafe.format.bundle import write_atomically
+from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row
 
 __all__ = ["plot_rates", "plot_transfer", "write_html"]

@@ -2,122 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgesafe.errors import BundleError, IntegrityError
+from edgesafe.format.files import sha256_file, write_atomically
 from edgesafe.format.manifest import (
-    FORMAT_VERSION,
-    ChatSpec,
-    ExitSpec,
     FileSpec,
-    GraphSpec,
-    ImageSpec,
     Manifest,
-    ParentSpec,
-    SuiteRef,
-    TextSpec,
 )
-
-__all__ = [
-    "CERTIFICATE",
-    "FORMAT_VERSION",
-    "LATENCY",
-    "MANIFEST",
-    "Bundle",
-    "ChatSpec",
-    "ExitSpec",
-    "FileSpec",
-    "GraphSpec",
-    "ImageSpec",
-    "Manifest",
-    "ParentSpec",
-    "SuiteRef",
-    "TextSpec",
-    "digest_folder",
-    "file_specs",
-    "read_sealed",
-    "seal",
-    "sha256_file",
-    "unseal",
-    "write_atomically",
-    "write_manifest",
-]
+from edgesafe.format.seal import read_sealed, seal, unseal
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 LATENCY = "latency.json"
 _SEALED = (MANIFEST, CERTIFICATE, LATENCY)
-_CHUNK = 1 << 20
-
-
-def seal(obj: dict[str, Any]) -> bytes:
-    """Canonical JSON with a ``digest`` field, the sha256 of the canonical JSON without that field.
-
-    Any ``digest`` already in ``obj`` is replaced.
-
-    >>> seal({"b": 1, "a": "x"}).decode().splitlines()[1]
-    ' "a": "x",'
-    """
-    body = {key: value for key, value in obj.items() if key != "digest"}
-    return _canonical({**body, "digest": hashlib.sha256(_canonical(body)).hexdigest()})
-
-
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The object inside sealed bytes, its ``digest`` included.
-
-    Raises:
-        IntegrityError: The bytes are not exactly what ``seal`` writes for this object.
-    """
-    try:
-        obj = json.loads(data.decode("utf-8"))
-        fine = isinstance(obj, dict) and isinstance(obj.get("digest"), str) and seal(obj) == data
-    except (ValueError, RecursionError):
-        fine = False
-    if not fine:
-        raise IntegrityError(
-            "the file is not what was sealed",
-            where=where,
-            expected="canonical JSON whose digest field is the sha256 of the rest",
-            todo="restore the file from the bundle's source, or make it again; it can't be edited by hand",
-        )
-    return dict(obj)
-
-
-def _canonical(obj: dict[str, Any]) -> bytes:
-    text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def digest_folder(root: Path, known: Mapping[Path, str] | None = None) -> str:
-    """The sha256 over the sorted relative paths and hashes of a folder's files.
-
-    Args:
-        root: The folder.
-        known: Hashes of files that were just read for another reason.
-    """
-    known = known or {}
-    if not root.is_dir():
-        raise BundleError(f"{root} is not a folder", expected="a folder to take the digest of")
-    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path}\0{known.get(root / path) or sha256_file(root / path)}\n".encode())
-    return digest.hexdigest()
 
 
 def file_specs(root: Path) -> dict[str, FileSpec]:
@@ -134,36 +35,6 @@ def write_manifest(root: Path, manifest: Manifest) -> str:
     data = seal(manifest.to_dict())
     write_atomically(root / MANIFEST, data)
     return str(unseal(data, MANIFEST)["digest"])
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the file and rename, so that the earlier file stays whole whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The object in a sealed file, or None where there is no such file.
-
-    Raises:
-        IntegrityError: The path is a link or no plain file, or its bytes are not what was sealed.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise IntegrityError("a bundle holds plain files only", where=str(path), todo="copy the bundle again")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return unseal(data, str(path))
 
 
 @dataclass(frozen=True)

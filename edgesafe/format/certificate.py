@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgesafe.errors import CertificateError, CertificateMismatchError, FormatVersionError
-from edgesafe.format.bundle import CERTIFICATE, Bundle, read_sealed, seal, write_atomically
+from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.fields import Fields
+from edgesafe.format.files import write_atomically
+from edgesafe.format.seal import read_sealed, seal
 
 CERTIFICATE_VERSION = 1
 PASSED, FAILED = "passed", "failed"

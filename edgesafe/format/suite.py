@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image
 
 from edgesafe.errors import FormatVersionError, InputError, IntegrityError
-from edgesafe.format.bundle import read_sealed, seal, sha256_file, unseal
-from edgesafe.format.exchange import exchange
 from edgesafe.format.fields import Fields
+from edgesafe.format.files import exchange, sha256_file
+from edgesafe.format.seal import read_sealed, seal, unseal
 
 SUITE_VERSION = 1
 SUITE, ROWS, IMAGES = "suite.json", "rows.jsonl", "images"

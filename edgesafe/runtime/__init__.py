@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from edgesafe.runtime.answer import Answer
 from edgesafe.runtime.asking import AnswerStream, PendingAnswer
-from edgesafe.runtime.backend import Backend, OnnxRuntime, RunnableGraph
 from edgesafe.runtime.choose import Budget, choose_exit
 from edgesafe.runtime.conversation import Conversation
+from edgesafe.runtime.engine import Engine, OnnxRuntime, RunnableGraph
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.measure import measure
 from edgesafe.runtime.sampling import Sampling
@@ -16,7 +16,7 @@ from edgesafe.runtime.turns import Cancel, Progress
 __all__ = [
     "Answer",
     "AnswerStream",
-    "Backend",
+    "Engine",
     "Budget",
     "Cancel",
     "Conversation",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from edgesafe.errors import InputError, UncertifiedExitError
-from edgesafe.format.bundle import Bundle, ExitSpec
+from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_depths
+from edgesafe.format.manifest import ExitSpec
 from edgesafe.runtime.choose import Budget, within_reference
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgesafe.format.bundle import ExitSpec
+from edgesafe.format.manifest import ExitSpec
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
 from edgesafe.runtime import threads as tune

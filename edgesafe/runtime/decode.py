@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import GraphSpec, TextSpec
+from edgesafe.format.manifest import GraphSpec, TextSpec
 from edgesafe.runtime.sampling import last_row
 
 Array = npt.NDArray[Any]

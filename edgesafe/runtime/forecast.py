@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgesafe.device import ESTIMATED, MEASURED, DeviceProfile, LatencyTable, percentile
-from edgesafe.format.bundle import GraphSpec, Manifest
+from edgesafe.device import DeviceProfile
+from edgesafe.format.latency import ESTIMATED, MEASURED, LatencyTable, percentile
+from edgesafe.format.manifest import GraphSpec, Manifest
 from edgesafe.runtime.calibrate import Correction, enough_errors, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from edgesafe.errors import InputError
-from edgesafe.format.bundle import ImageSpec
+from edgesafe.format.manifest import ImageSpec
 
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 Floats: TypeAlias = npt.NDArray[np.float32]

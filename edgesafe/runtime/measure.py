@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from edgesafe.device import LatencyTable, percentile, stage_times, write_latency
-from edgesafe.format.bundle import Bundle, Manifest
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import LatencyTable, percentile, stage_times, write_latency
+from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.machine import (
     allowed_cores,
@@ -231,7 +232,7 @@ def _table(probe: _Probe) -> LatencyTable:
     return LatencyTable(
         bundle_digest=session.bundle.digest,
         machine=machine_name(),
-        onnxruntime_version=session.backend.version,
+        onnxruntime_version=session.engine.version,
         threads=session.threads,
         cores=list(session.tuning.cores) if session.tuning.cores else None,
         segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgesafe.errors import BundleError
-from edgesafe.format.bundle import GraphSpec, TextSpec
+from edgesafe.format.manifest import GraphSpec, TextSpec
 from edgesafe.runtime.decode import Array, Graph, Reader, State, shares_cache
 from edgesafe.runtime.shared import SharedReader, graph_errors
 

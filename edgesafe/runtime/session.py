@@ -18,16 +18,16 @@ from edgesafe.runtime import threads as tune
 from edgesafe.runtime.allowed import allowed_exits
 from edgesafe.runtime.answer import Answer
 from edgesafe.runtime.asking import AnswerStream, PendingAnswer
-from edgesafe.runtime.backend import Backend, OnnxRuntime
 from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget
 from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.deadline import Clock
 from edgesafe.runtime.decode import Array, Graph
-from edgesafe.runtime.engine import Parts
+from edgesafe.runtime.engine import Engine, OnnxRuntime
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
+from edgesafe.runtime.parts import Parts
 from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import WAIT, Cancel, Progress, Turns
@@ -49,7 +49,7 @@ class Session(Parts):
         tuning: tune.Tuning | None = None,
         allow_uncertified: bool = False,
         note: str = "",
-        backend: Backend | None = None,
+        engine: Engine | None = None,
         when_busy: str = WAIT,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -57,8 +57,8 @@ class Session(Parts):
         self.certified = certified_depths(certificate)
         self.allow_uncertified = allow_uncertified
         self.profile = profile_of(bundle)
-        backend = backend or OnnxRuntime()
-        self.tuning = tuning or tune.tune(bundle, self.profile, threads, backend.version)
+        engine = engine or OnnxRuntime()
+        self.tuning = tuning or tune.tune(bundle, self.profile, threads, engine.version)
         self.correction = Correction()
         self.clock = clock
         self._forecasts: dict[tuple[int, int], Forecast] = {}
@@ -68,7 +68,7 @@ class Session(Parts):
         # Those that hold a cache of the decoder's, which close frees; they enter while it is their turn.
         self.talks: weakref.WeakSet[Conversation] = weakref.WeakSet()
         self._worker = ThreadPoolExecutor(1, "edgesafe-ask")  # its thread starts with the first ask_async
-        super().__init__(bundle, backend, self.tuning.threads, self.tuning.cores)
+        super().__init__(bundle, engine, self.tuning.threads, self.tuning.cores)
 
     @staticmethod
     def open(
@@ -76,7 +76,7 @@ class Session(Parts):
         *,
         threads: int | None = None,
         allow_uncertified: bool = False,
-        backend: Backend | None = None,
+        engine: Engine | None = None,
         when_busy: str = WAIT,
     ) -> Session:
         """Verify every byte of a bundle and load it.
@@ -87,7 +87,7 @@ class Session(Parts):
                 device profile's, or this machine's if fewer.
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
                 certificate is of other bytes. Each answer then says so.
-            backend: What runs the graphs; by default Python's onnxruntime.
+            engine: What runs the graphs; by default Python's onnxruntime.
             when_busy: What an ask does while another one runs: ``wait`` or ``refuse``.
 
         Raises:
@@ -107,7 +107,7 @@ class Session(Parts):
             threads=threads,
             allow_uncertified=allow_uncertified,
             note=note,
-            backend=backend,
+            engine=engine,
             when_busy=when_busy,
         )
 

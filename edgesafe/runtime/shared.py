@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import TextSpec
+from edgesafe.format.manifest import TextSpec
 from edgesafe.runtime.decode import Array
 
 # A prompt is read in parts of about as many tokens: attention in onnxruntime computes a part's scores over all that was read,

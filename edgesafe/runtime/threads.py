@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edgesafe.device import DeviceProfile, LatencyTable, read_latency
+from edgesafe.device import DeviceProfile
 from edgesafe.errors import FormatVersionError, InputError, NotMeasuredError
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import LatencyTable, read_latency
 from edgesafe.machine import host_cores, machine_name
 from edgesafe.runtime.choose import Budget
 from edgesafe.runtime.forecast import NONE, Forecast, from_latency, from_profile

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgesafe.format.bundle import ImageSpec, Manifest
+from edgesafe.format.manifest import ImageSpec, Manifest
 from edgesafe.format.tiles import (
     ALONE,
     Cut,

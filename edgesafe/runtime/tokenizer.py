@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from edgesafe.errors import BundleError, InputError
-from edgesafe.format.bundle import Manifest
+from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.runtime.sampling import ended
 

@@ -23,18 +23,8 @@ from edgesafe.checkpoint.scan import scan_checkpoint
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import (
-    Bundle,
-    ChatSpec,
-    ExitSpec,
-    GraphSpec,
-    Manifest,
-    ParentSpec,
-    SuiteRef,
-    TextSpec,
-    file_specs,
-    write_manifest,
-)
+from edgesafe.format.bundle import Bundle, file_specs, write_manifest
+from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import Manifest
+from edgesafe.format.manifest import Manifest
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
 from edgesafe.runtime.session import Session

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgesafe.errors import ConfigError, EdgesafeError
-from edgesafe.format.bundle import MANIFEST, write_atomically
-from edgesafe.format.exchange import exchange
+from edgesafe.format.bundle import MANIFEST
+from edgesafe.format.files import exchange, write_atomically
 
 KEY = "made-of"  # in the work folder: what its pieces were made of
 

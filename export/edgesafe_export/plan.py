@@ -18,8 +18,8 @@ from edgesafe import machine
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import GraphSpec
 from edgesafe.format.exits import default_ladder, parse_exits, segments
+from edgesafe.format.manifest import GraphSpec
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms

@@ -125,7 +125,7 @@ def _full_disk(monkeypatch, how: str, at: int) -> None:
         if len(calls) < at:
             return real(*args, **options)
         if how == "no space":
-            monkeypatch.setattr("edgesafe.format.bundle.os.fsync", full)
+            monkeypatch.setattr("edgesafe.format.files.os.fsync", full)
             return real(*args, **options)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:

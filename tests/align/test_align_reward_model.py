@@ -17,7 +17,7 @@ from edgesafe.align.reward.overlap import word_f1
 from edgesafe.align.reward.preferences import render
 from edgesafe.align.train import align
 from edgesafe.errors import AlignError, ConfigError
-from edgesafe.format.bundle import digest_folder
+from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import Row
 from mutants import wrong
 from tiny_reward import LIKED, make_gpt2

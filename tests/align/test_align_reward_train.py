@@ -23,7 +23,7 @@ from edgesafe.align.reward import train as reward_train
 from edgesafe.align.reward.model import open_model_reward, read_scores
 from edgesafe.align.reward.train import RewardTraining, draw_pairs, pair_loss, train_reward_model
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.bundle import digest_folder, sha256_file
+from edgesafe.format.files import digest_folder, sha256_file
 from edgesafe.format.suite import Row
 from tiny_reward import SMALL, make_gpt2, toy, write_lines
 

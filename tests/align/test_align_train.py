@@ -24,7 +24,7 @@ from edgesafe.align.train import align, prepare
 from edgesafe.align.trainer import Trainer
 from edgesafe.checkpoint.exit_model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
-from edgesafe.format.bundle import digest_folder
+from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import read_suite, write_suite
 
 

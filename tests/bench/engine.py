@@ -20,9 +20,8 @@ Start, Step = Callable[[Sequence[int]], object], Callable[[int], object]
 
 def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
     """The shipped reader, with the sampling that an answer pays for."""
-    from edgesafe.format.bundle import TextSpec
     from edgesafe.format.graph_io import TensorSpec
-    from edgesafe.format.manifest import GraphSpec
+    from edgesafe.format.manifest import GraphSpec, TextSpec
     from edgesafe.runtime import decode
     from edgesafe.runtime.ort import OrtGraph
 

@@ -14,8 +14,9 @@ from edgesafe.certify import certify as certify_run
 from edgesafe.certify.certify import certify, smoke
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, IntegrityError, UncertifiedExitError
-from edgesafe.format.bundle import CERTIFICATE, Bundle, seal
+from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import read_certificate, write_certificate
+from edgesafe.format.seal import seal
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.runtime.session import Session
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgesafe.errors import FormatVersionError, InputError, IntegrityError
 from edgesafe.format import suite as suite_module
-from edgesafe.format.bundle import seal
+from edgesafe.format.seal import seal
 from edgesafe.format.suite import DEFAULT_LIMITS, Row, read_suite, write_suite
 
 A, B = "images/a.png", "images/b.png"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from edgesafe.checkpoint import scan
 from edgesafe.checkpoint.shards import Stored, count_bad, read_headers, read_tensor
 from edgesafe.errors import InputError
-from edgesafe.format.bundle import digest_folder
+from edgesafe.format.files import digest_folder
 from mutants import wrong
 
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

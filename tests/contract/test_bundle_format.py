@@ -16,9 +16,11 @@ from edgesafe.errors import (
     IntegrityError,
     UnsupportedModelError,
 )
-from edgesafe.format.bundle import CERTIFICATE, FORMAT_VERSION, MANIFEST, Bundle, Manifest, seal, unseal, write_atomically
+from edgesafe.format.bundle import CERTIFICATE, MANIFEST, Bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate, write_certificate
-from edgesafe.format.manifest import ImageSpec
+from edgesafe.format.files import write_atomically
+from edgesafe.format.manifest import FORMAT_VERSION, ImageSpec, Manifest
+from edgesafe.format.seal import seal, unseal
 from edgesafe.runtime import Session
 from handmade import make_bundle, make_certificate
 

@@ -7,7 +7,8 @@ import hashlib
 import pytest
 
 from edgesafe.errors import IntegrityError
-from edgesafe.format.bundle import digest_folder, seal, unseal
+from edgesafe.format.files import digest_folder
+from edgesafe.format.seal import seal, unseal
 
 OBJECT = {"b": [1, 2.5, None, True], "a": "Zürich ✓", "c": {"z": 1e-7, "y": -3}}
 # Written by hand from the rule in BUNDLE.md: keys sorted, one space an indent, a newline at the end.

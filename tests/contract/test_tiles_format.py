@@ -7,7 +7,9 @@ import copy
 import pytest
 
 from edgesafe.errors import BundleError
-from edgesafe.format.bundle import MANIFEST, Bundle, Manifest, seal, unseal
+from edgesafe.format.bundle import MANIFEST, Bundle
+from edgesafe.format.manifest import Manifest
+from edgesafe.format.seal import seal, unseal
 from edgesafe.format.tiles import Cut, cut_of, prompt_runs
 
 TEXTS = {"tile": "[{row}-{col}]<image>", "row_end": "\n", "whole": "all <image>", "alone": "<image>"}

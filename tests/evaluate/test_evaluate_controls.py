@@ -47,7 +47,7 @@ def suite(tmp_path_factory) -> Suite:
 def short(monkeypatch):
     """Short answers, for speed."""
     for module in ("controls", "evaluate"):
-        monkeypatch.setattr(f"edgesafe.align.{module}.MAX_NEW_TOKENS", TOKENS)
+        monkeypatch.setattr(f"edgesafe.evaluate.{module}.MAX_NEW_TOKENS", TOKENS)
 
 
 def _states(llava, suite: Suite):

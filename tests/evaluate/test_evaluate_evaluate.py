@@ -38,7 +38,7 @@ def short():
     """Short answers, for speed."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("controls", "evaluate"):
-            patch.setattr(f"edgesafe.align.{module}.MAX_NEW_TOKENS", 8)
+            patch.setattr(f"edgesafe.evaluate.{module}.MAX_NEW_TOKENS", 8)
         yield
 
 

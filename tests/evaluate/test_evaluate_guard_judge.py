@@ -149,7 +149,7 @@ def test_what_is_too_long_to_be_read_whole_is_not_judged(tmp_path):
 
 
 def test_the_identity_names_the_bytes_and_not_this_machine(tmp_path):
-    from edgesafe.format.bundle import digest_folder
+    from edgesafe.format.files import digest_folder
 
     folder = _guard(tmp_path / "guard")
     judge = open_guard(str(folder))

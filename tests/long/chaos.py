@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from PIL import Image
 
-from edgesafe.device import read_latency
 from edgesafe.format.bundle import CERTIFICATE, LATENCY, Bundle
 from edgesafe.format.certificate import read_certificate, write_certificate
+from edgesafe.format.latency import read_latency
 from edgesafe.format.suite import Row, write_suite
 from edgesafe.progress import table
 from edgesafe.runtime import Session, measure

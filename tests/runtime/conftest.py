@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgesafe.device import LatencyTable, stage_times, write_latency
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import LatencyTable, stage_times, write_latency
 from edgesafe.machine import machine_name
 from edgesafe.runtime import OnnxRuntime
 

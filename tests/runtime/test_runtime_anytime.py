@@ -10,7 +10,7 @@ import pytest
 
 from edgesafe import Budget
 from edgesafe.errors import NoExitFitsError
-from edgesafe.format.bundle import ExitSpec
+from edgesafe.format.manifest import ExitSpec
 from edgesafe.runtime.calibrate import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
 from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, UNCORRECTED, Forecast
@@ -251,7 +251,7 @@ def test_twins():
 
 
 @pytest.mark.parametrize(
-    "name", ["device", "machine", *(f"runtime.{m}" for m in ("choose", "calibrate", "forecast", "measure"))]
+    "name", ["format.latency", "machine", *(f"runtime.{m}" for m in ("choose", "calibrate", "forecast", "measure"))]
 )
 def test_doctests(name):
     found = doctest.testmod(importlib.import_module(f"edgesafe.{name}"))

@@ -9,10 +9,11 @@ import chaos
 import pytest
 from killed import killed_at_every_step
 
-from edgesafe.format import bundle as bundle_module
+from edgesafe.format import files as files_module
 from edgesafe.format import suite as suite_module
-from edgesafe.format.bundle import LATENCY, Bundle, seal, unseal, write_atomically
-from edgesafe.format.exchange import exchange
+from edgesafe.format.bundle import LATENCY, Bundle
+from edgesafe.format.files import exchange, write_atomically
+from edgesafe.format.seal import seal, unseal
 from edgesafe.format.suite import read_suite
 from mutants import wrong
 
@@ -28,7 +29,7 @@ def sealed(tmp_path):
         assert path.read_bytes() in (old, new)
         return unseal(path.read_bytes(), "x")["a"][:3]
 
-    return tmp_path, lambda: bundle_module.write_atomically(path, new), lambda: path.write_bytes(old), which
+    return tmp_path, lambda: files_module.write_atomically(path, new), lambda: path.write_bytes(old), which
 
 
 def test_a_sealed_file_is_old_until_it_is_new(sealed):
@@ -38,7 +39,7 @@ def test_a_sealed_file_is_old_until_it_is_new(sealed):
 
 def test_that_check_fails_where_the_file_is_written_in_place(sealed, monkeypatch):
     edits = (('partial = path.with_name(path.name + ".partial")', "partial = path"), ("partial.replace(path)", "pass"))
-    monkeypatch.setattr(bundle_module, "write_atomically", wrong(write_atomically, *edits))
+    monkeypatch.setattr(files_module, "write_atomically", wrong(write_atomically, *edits))
     with pytest.raises((AssertionError, FileNotFoundError)):
         killed_at_every_step(*sealed)
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from edgesafe.device import DeviceProfile, LatencyTable, load_device, stage_times
+from edgesafe.device import DeviceProfile, load_device
 from edgesafe.errors import InputError, NoExitFitsError
 from edgesafe.format import graph_io
+from edgesafe.format.latency import LatencyTable, stage_times
 from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget, choose_exit, within_reference
 from edgesafe.runtime.forecast import PREFILL, PREPROCESS, from_latency, from_profile

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from edgesafe import Budget, Session
-from edgesafe.device import stage_times, write_latency
 from edgesafe.errors import BusyError, CancelledError, ClosedError, InputError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import stage_times, write_latency
 from edgesafe.runtime import Cancel, Progress
 from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.ort import OrtGraph

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from edgesafe import Budget, Session
-from edgesafe.device import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.errors import (
     BundleError,
     FormatVersionError,
@@ -19,7 +18,9 @@ from edgesafe.errors import (
     NotMeasuredError,
     UncertifiedExitError,
 )
-from edgesafe.format.bundle import Bundle, seal, unseal
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import LatencyTable, read_latency, stage_times, write_latency
+from edgesafe.format.seal import seal, unseal
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime.ort import OrtGraph
 from edgesafe.runtime.tokenizer import encode_prompt

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import GraphSpec, TextSpec
 from edgesafe.format.graph_io import TensorSpec
+from edgesafe.format.manifest import GraphSpec, TextSpec
 from edgesafe.runtime import decode, shared
 from edgesafe.runtime.ort import OrtGraph, session_options
 from edgesafe.runtime.shared import SharedReader

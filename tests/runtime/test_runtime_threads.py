@@ -35,13 +35,13 @@ def gate():
 
 @pytest.fixture
 def session(handmade, gate):
-    with Session.open(handmade, backend=Watched(gate)) as opened:
+    with Session.open(handmade, engine=Watched(gate)) as opened:
         yield opened
 
 
 @pytest.fixture
 def refusing(handmade, gate):
-    with Session.open(handmade, backend=Watched(gate), when_busy="refuse") as opened:
+    with Session.open(handmade, engine=Watched(gate), when_busy="refuse") as opened:
         yield opened
 
 
@@ -66,14 +66,14 @@ def in_threads(count, work):
 
 def runs_by_ask(session):
     """The graphs in the order they ran, cut where another thread took over."""
-    ran = session.backend.ran
+    ran = session.engine.ran
     cuts = [i for i in range(1, len(ran)) if ran[i][0] != ran[i - 1][0]]
     return [[name for _, name in ran[a:b]] for a, b in zip([0, *cuts], [*cuts, len(ran)], strict=True)]
 
 
 def asks_do_not_interleave(handmade):
     """Four threads ask at once; every graph of an ask runs before the first one of the next."""
-    with Session.open(handmade, backend=Watched(lambda path: time.sleep(0.001))) as session:
+    with Session.open(handmade, engine=Watched(lambda path: time.sleep(0.001))) as session:
         answers = in_threads(4, lambda i: session.ask(BLACK, "what?", exit_depth=1 + i % 2))
         assert [a.text for a in answers] == [ANSWER] * 4 and [a.exit_depth for a in answers] == [1, 2, 1, 2]
         parts = runs_by_ask(session)
@@ -169,7 +169,7 @@ def cancel_stops_within_a_token(session, gate):
         pending.result(60)
     assert caught.value.exit_code == 72
     # The third run was held up while it was cancelled, so it ended and no fourth one began; nine is the whole answer.
-    assert [name for _, name in session.backend.ran].count(DECODER) == 3
+    assert [name for _, name in session.engine.ran].count(DECODER) == 3
 
 
 def test_cancel_from_another_thread_stops_within_a_token(session, gate):
@@ -212,7 +212,7 @@ def test_a_cancel_that_was_used_ends_the_next_ask_too_and_leaves_the_line(sessio
     for _ in range(2):
         with pytest.raises(CancelledError):
             session.ask(BLACK, "what?", cancel=cancel)
-    assert session.backend.ran == [] and session.ask(BLACK, "what?").text == ANSWER
+    assert session.engine.ran == [] and session.ask(BLACK, "what?").text == ANSWER
 
 
 def test_progress_counts_graphs_and_tokens(session, gate):
@@ -288,7 +288,7 @@ def test_await_and_a_cancelled_task(session, gate):
 
     assert asyncio.run(both()).text == ANSWER
     # The first was cancelled in its third run, the second ran to its end: 3 + 9.
-    assert [name for _, name in session.backend.ran].count(DECODER) == 12
+    assert [name for _, name in session.engine.ran].count(DECODER) == 12
 
 
 def test_result_times_out_and_the_ask_goes_on(session, gate):

@@ -35,7 +35,7 @@ def gate():
 
 @pytest.fixture
 def running(handmade, gate):
-    with Session.open(handmade, backend=Watched(gate)) as session, PageServer(session, 0) as server:
+    with Session.open(handmade, engine=Watched(gate)) as session, PageServer(session, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield server
@@ -100,7 +100,7 @@ def test_a_browser_that_goes_away_gives_its_turn_up(running, gate):
     gate.go()
     assert ask(running)[1][-1]["answer"]["text"] == ANSWER
     # The first ask broke off: the kernel takes a line or two before it tells, the whole would have been nine runs.
-    assert [name for _, name in running.session.backend.ran].count("text/decoder_model_merged.onnx") < 18
+    assert [name for _, name in running.session.engine.ran].count("text/decoder_model_merged.onnx") < 18
 
 
 def test_the_page_needs_nothing_from_outside(running):
@@ -136,7 +136,7 @@ def foreign_requests_are_refused(server):
         assert send(server, "POST", "/ask", QUESTION, JSON, host=host)[0] == 421
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
         assert send(server, "POST", "/ask", QUESTION, {**JSON, **headers}, host=good)[0] == 403
-    assert server.session.backend.ran == []
+    assert server.session.engine.ran == []
     assert send(server, host=f"LOCALHOST:{server.port}", headers={"Origin": f"http://{good}"})[0] == 200
 
 
@@ -217,7 +217,7 @@ def test_too_many_requests_at_once_are_told_to_come_back(running):
 
 def test_an_error_in_the_middle_is_the_last_line(running, gate, monkeypatch):
     gate.go()
-    running.session.backend.before = lambda path: running.session.turns.__setattr__("_closed", path.startswith("text/"))
+    running.session.engine.before = lambda path: running.session.turns.__setattr__("_closed", path.startswith("text/"))
     status, lines = ask(running)
     assert status == 200 and lines[-1]["error"]["type"] == "ClosedError" and not any("answer" in line for line in lines)
 

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from edgesafe.errors import AlignError
-from edgesafe.format.bundle import write_atomically
+from edgesafe.format.files import write_atomically
 
 _OPEN = re.compile(r"<!-- table: (.*?) -->\s*")
 _CLOSE = re.compile(r"<!-- /table -->\s*")

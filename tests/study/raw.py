@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import AlignError
-from edgesafe.format.bundle import write_atomically
 from edgesafe.format.fields import Fields
+from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row
 
 ROWS, RAW = "rows.json", "raw"

@@ -10,8 +10,9 @@ from typing import Any
 
 from edgesafe.certify.tally import tally, verdict
 from edgesafe.errors import AlignError
-from edgesafe.format.bundle import Bundle, write_atomically
+from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import PASSED, read_certificate
+from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.ship import CERTIFIED, closing_table
 from study.raw import Raw, read_answers, write_raw, write_rows

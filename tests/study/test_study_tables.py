@@ -266,9 +266,7 @@ def test_this_repository_s_documents_pass_without_torch_and_in_time():
     code = "import sys\nfor name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
     code += "from study.__main__ import main\nsys.exit(main(['check']))"
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 20
 

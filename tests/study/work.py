@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import edgesafe.align
-from edgesafe.format.bundle import digest_folder, sha256_file, write_atomically
 from edgesafe.format.exits import reference_depth
+from edgesafe.format.files import digest_folder, sha256_file, write_atomically
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.machine import machine_name
 from study.code import code_digest, digest

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgesafe.align.reward.overlap import word_f1
 from edgesafe.align.reward.preferences import asked_and_answered, render
 from edgesafe.errors import AlignError, ConfigError
-from edgesafe.format.bundle import digest_folder
+from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import Row
 
 # What the model's word weighs on a row that wants an answer, beside the overlap's 1.

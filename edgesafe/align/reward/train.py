@@ -27,7 +27,7 @@ from edgesafe.align.reward.model import encode, longest, read_scores, readable, 
 from edgesafe.align.reward.preferences import Pair, in_validation, read_pairs
 from edgesafe.certify.stats import wilson
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.bundle import sha256_file, write_atomically
+from edgesafe.format.files import sha256_file, write_atomically
 from edgesafe.progress import bar, step
 
 BEST = "best.pt"

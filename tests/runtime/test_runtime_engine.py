@@ -31,7 +31,7 @@ ASK = """
 import numpy as np
 from edgesafe import Session
 from engines import ReferenceEvaluator
-with Session.open(sys.argv[1], backend=ReferenceEvaluator()) as session:
+with Session.open(sys.argv[1], engine=ReferenceEvaluator()) as session:
     answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", exit_depth=1)
 print(answer.text, answer.exit_depth, answer.finish_reason, "onnxruntime" in sys.modules)
 """
@@ -56,7 +56,7 @@ def test_another_engine_answers_without_onnxruntime(handmade):
 
 
 def test_that_check_fails_where_the_default_engine_is_loaded(handmade):
-    done = alone(ASK.replace(", backend=ReferenceEvaluator()", ""), str(handmade))
+    done = alone(ASK.replace(", engine=ReferenceEvaluator()", ""), str(handmade))
     assert done.returncode == 1 and "onnxruntime was imported" in done.stderr
 
 
@@ -66,7 +66,7 @@ def test_importing_the_runtime_loads_no_engine():
 
 
 def test_the_engines_agree(handmade):
-    with Session.open(handmade) as ours, Session.open(handmade, backend=ReferenceEvaluator()) as theirs:
+    with Session.open(handmade) as ours, Session.open(handmade, engine=ReferenceEvaluator()) as theirs:
         for depth in (1, 2, 3):
             a, b = (s.ask(BLACK, "what?", exit_depth=depth, allow_uncertified=True).text for s in (ours, theirs))
             assert a == b == ANSWER
@@ -77,7 +77,7 @@ def test_a_measurement_names_the_engine_that_it_was_made_with(handmade, copy_of)
     root = copy_of(handmade)
     table = measure(root, seconds=0.1)
     assert table.onnxruntime_version == __import__("onnxruntime").__version__ == OnnxRuntime().version
-    with Session.open(root, backend=ReferenceEvaluator()) as session:
+    with Session.open(root, engine=ReferenceEvaluator()) as session:
         answer = session.ask(BLACK, "what?")
     assert answer.prediction == "none" and f"onnxruntime {table.onnxruntime_version}" in answer.note
 
@@ -113,5 +113,5 @@ def test_an_engine_that_fails_is_a_bundle_error(handmade, feeds, run, shown):
 
 
 def test_features_have_the_size_that_the_text_side_takes(handmade):
-    with Session.open(handmade, backend=ReferenceEvaluator()) as session:
+    with Session.open(handmade, engine=ReferenceEvaluator()) as session:
         assert session.vision_states(BLACK, [1])[1].shape == (FEATURES, HIDDEN)

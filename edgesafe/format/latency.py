@@ -1,0 +1,176 @@
+"""Latency tables: what one machine was measured to do with one bundle, in its latency.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgesafe.errors import BundleError, FormatVersionError
+from edgesafe.format.bundle import LATENCY, Bundle
+from edgesafe.format.fields import Fields
+from edgesafe.format.files import write_atomically
+from edgesafe.format.seal import read_sealed, seal
+
+MEASURED, ESTIMATED = "measured", "estimated"
+# The format of latency.json. The first had no number and no single times.
+LATENCY_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """How long each stage takes on one machine for one bundle; times are in ms, memory in MiB.
+
+    The stages were run one after the other, round by round. Each stage's ``{p50_ms, p95_ms, ms}`` holds the
+    time of every round in ``ms``, so that a round's stages can be added up and quantiles taken of the sums.
+    ``segments`` maps a vision graph's path to it; ``text`` holds it as ``preprocess``, as ``prefill`` (a list, each
+    with its ``tokens``) and as ``decode`` (a list, each with its ``context``: one token more after so many).
+    ``exits`` lists ``{exit_depth, ttft_ms: {p50_ms, p95_ms}}`` at the shortest measured prompt. ``cores`` are the
+    cores that the threads were kept on (None = any), ``sweep`` the ``{threads, cores, answer_ms}`` that were
+    compared, ``session_open_ms`` one ``Session.open``, ``conditions`` what the machine said about itself.
+    """
+
+    bundle_digest: str
+    machine: str
+    onnxruntime_version: str
+    threads: int
+    segments: dict[str, dict[str, Any]]
+    text: dict[str, Any]
+    exits: list[dict[str, Any]]
+    peak_rss_mib: float | None
+    cores: list[int] | None = None
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+    session_open_ms: float = 0.0
+    conditions: dict[str, Any] = field(default_factory=dict)
+    source: str = MEASURED
+    format_version: int = LATENCY_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(obj: Mapping[str, Any], *, where: str = LATENCY) -> LatencyTable:
+        """Read strictly.
+
+        Raises:
+            FormatVersionError: It is of an older format, or of one that this edgesafe doesn't know yet.
+            BundleError: A key is missing, unknown or of a wrong type, or a stage lacks a round.
+        """
+        _check_version(obj, where)
+        fields = Fields(obj, where, BundleError)
+        segments = fields.child("segments")
+        table = LatencyTable(
+            format_version=fields.integer("format_version"),
+            bundle_digest=fields.text("bundle_digest"),
+            machine=fields.text("machine"),
+            onnxruntime_version=fields.text("onnxruntime_version"),
+            threads=fields.integer("threads", 1),
+            cores=list(fields.integers("cores")) if fields.has("cores") else None,
+            segments={path: _read_times(segments.child(path)) for path in segments.obj},
+            text=_read_text(fields.child("text")),
+            exits=[_read_exit(child) for child in fields.children("exits")],
+            sweep=fields.items("sweep"),
+            session_open_ms=fields.number("session_open_ms", 0),
+            peak_rss_mib=fields.number("peak_rss_mib", 0) if fields.has("peak_rss_mib") else None,
+            conditions=fields.table("conditions"),
+            source=fields.choice("source", (MEASURED,)),
+        )
+        fields.done()
+        _check_rounds(table, where)
+        return table
+
+
+def stage_times(samples_ms: Sequence[float]) -> dict[str, Any]:
+    """One stage's times: every round's, their median and their 95th percentile, linear between samples.
+
+    >>> stage_times([1.0, 3.0, 2.0])
+    {'p50_ms': 2.0, 'p95_ms': 2.9, 'ms': [1.0, 3.0, 2.0]}
+    """
+    return {"p50_ms": percentile(samples_ms, 50), "p95_ms": percentile(samples_ms, 95), "ms": [round(t, 4) for t in samples_ms]}
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """A percentile, linear between the samples, to four places.
+
+    >>> percentile([4.0, 1.0, 2.0, 3.0], 50)
+    2.5
+    """
+    ordered = sorted(samples)
+    place = percent / 100 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return round(ordered[low] + (place - low) * (ordered[high] - ordered[low]), 4)
+
+
+def read_latency(bundle: Bundle) -> LatencyTable | None:
+    """The bundle's latency table, of whatever machine, or None where there is none.
+
+    Raises:
+        IntegrityError: The file is not what was sealed.
+        FormatVersionError: It is of another format; measuring again writes it anew.
+    """
+    obj = read_sealed(bundle.root / LATENCY)
+    if obj is None:
+        return None
+    obj.pop("digest")
+    return LatencyTable.from_dict(obj, where=str(bundle.root / LATENCY))
+
+
+def write_latency(bundle: Bundle, table: LatencyTable) -> None:
+    """Seal the table into the bundle, in one step."""
+    write_atomically(bundle.root / LATENCY, seal(table.to_dict()))
+
+
+def _check_version(obj: Mapping[str, Any], where: str) -> None:
+    version = obj.get("format_version")
+    if version != LATENCY_VERSION:
+        written = "an older edgesafe" if version is None else f"another edgesafe (format {version!r})"
+        raise FormatVersionError(
+            f"the measurement was written by {written}",
+            where=where,
+            expected=f"format_version {LATENCY_VERSION}",
+            todo="measure again: edgesafe measure",
+        )
+
+
+def _check_rounds(table: LatencyTable, where: str) -> None:
+    stages = [*table.segments.values(), table.text["preprocess"], *table.text["prefill"], *table.text["decode"]]
+    counts = {len(stage["ms"]) for stage in stages}
+    if len(counts) != 1 or not table.text["prefill"] or not table.text["decode"]:
+        raise BundleError(
+            "the measurement does not hold every stage in every round",
+            where=where,
+            expected="as many times for each segment, preprocess, prefill and decode",
+            todo="measure again: edgesafe measure",
+        )
+
+
+def _read_times(fields: Fields, *more: str) -> dict[str, Any]:
+    times: dict[str, Any] = {key: fields.number(key, 0) for key in ("p50_ms", "p95_ms")}
+    times |= {"ms": list(fields.numbers("ms"))} | {key: fields.integer(key, 1) for key in more}
+    fields.done()
+    if not times["ms"] or min(times["ms"]) < 0:
+        raise BundleError("a stage has no times, or one below 0", where=fields.where, todo="measure again: edgesafe measure")
+    return times
+
+
+def _read_text(fields: Fields) -> dict[str, Any]:
+    text = {
+        "preprocess": _read_times(fields.child("preprocess")),
+        "prefill": [_read_times(child, "tokens") for child in fields.children("prefill")],
+        "decode": [_read_times(child, "context") for child in fields.children("decode")],
+    }
+    fields.done()
+    return text
+
+
+def _read_exit(fields: Fields) -> dict[str, Any]:
+    ttft = fields.child("ttft_ms")
+    row = {
+        "exit_depth": fields.integer("exit_depth", 1),
+        "ttft_ms": {key: ttft.number(key, 0) for key in ("p50_ms", "p95_ms")},
+    }
+    ttft.done()
+    fields.done()
+    return row

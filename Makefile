@@ -76,7 +76,7 @@ wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies a
 	@$(BIN)/python tests/wheel.py build/wheel
 
 shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
-	@$(BIN)/python tests/long/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
+	@$(BIN)/python tests/long/shot.py $(OUT)/bundle
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

@@ -29,7 +29,9 @@ SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1080, 720
 WAIT_S = 300.0
-ASKS = 5  # the first request on a cold machine, or one beside other work, may miss its budget; the picture shows one that did not
+ASKS = (
+    5  # the first request on a cold machine, or one beside other work, may miss its budget; the picture shows one that did not
+)
 # How many pieces the answer was made of: each one is a text node that was added.
 WATCH = """
 window.pieces = 0;
@@ -202,9 +204,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = shutil.copytree(options.bundle, Path(folder) / options.bundle.name)
         subprocess.run([*edgesafe_command, "measure", str(bundle)], check=True, stdout=subprocess.DEVNULL)
-        server = subprocess.Popen(
-            [*edgesafe_command, "serve", str(bundle), "--port", "0"], stdout=subprocess.PIPE, text=True
-        )
+        server = subprocess.Popen([*edgesafe_command, "serve", str(bundle), "--port", "0"], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             shot = look(server.stdout.readline().split()[0], options.picture, options.prompt)

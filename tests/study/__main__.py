@@ -1,4 +1,4 @@
-"""`python -m study run | tables | figures | check | import-export`: the study's runs, and the documents' tables and pictures."""
+"""`python -m study`: the study's runs, and the documents' tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgesafe.progress import step
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RAW = HERE / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "RESULTS.md", "edgesafe/align/LOG.md", "tests/bench/LOG.md"))
+DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
 BUILD = Path("build") / "study"
 
 

@@ -79,7 +79,10 @@ def summary_table(folder: Path) -> str | None:
         [
             f"{depth} of {report['reference_depth']}",
             f"{by_depth[depth]['bytes'] / 1e6:.1f}",
-            *(f"{100 * by_depth[depth][BEFORE][f]['rate']:.1f} -> {100 * by_depth[depth][AFTER][f]['rate']:.1f}" for f in _SHOWN),
+            *(
+                f"{100 * by_depth[depth][BEFORE][f]['rate']:.1f} -> {100 * by_depth[depth][AFTER][f]['rate']:.1f}"
+                for f in _SHOWN
+            ),
             "certified" if depth in report["certified"] else "not certified",
         ]
         for depth in chosen

@@ -86,7 +86,7 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
             f"{len(queue.failed)} runs failed: {', '.join(queue.failed)}",
             where=", ".join(str(_log(setup, name)) for name in queue.failed[:3]),
             expected="every run to end well",
-            todo="read the ends of the logs; the same command goes on with what is not done",
+            todo="read the ends of the logs; the same command continues with what is not done",
         )
     return [run.name for run in todo]
 

@@ -123,7 +123,7 @@ def test_methods_by_hand(raw):
 
 def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
     tables = all_tables(raw)
-    # At depth 2 one harmful row was mended and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
+    # At depth 2 one harmful row was fixed and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
     # and by Holm three times that, as it is one of three depths.
     assert _line(tables["depths"], "2*")[1:4] == ["50.0 [9.5-90.5]", "0.0 [0.0-65.8]", "1 / 0, 0.952"]
     # single: trained at 2 (harmful 0); held out are 1 (50) and 3 (0); before reads 100 and 0 there, all depths 0.

@@ -137,7 +137,7 @@ def _times(setup: Setup, run: Run) -> dict[str, Any]:
 
 
 def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
-    """The run's checkpoint folder and its times, trained now where it is not there; an interrupted training goes on.
+    """The run's checkpoint folder and its times, trained now where it is not there; an interrupted training resumes.
 
     Raises:
         AlignError: the training failed.

@@ -87,7 +87,10 @@ def summary_table(folder: Path) -> str | None:
         ]
         for depth in chosen
     ]
-    return markdown(["exit", "MB", "harmful answers, %", "needless refusals, %", "right answers, %", "verdict"], rows)
+    return markdown(
+        ["exit", "MB", "harmful answers, % (before -> after alignment)", "needless refusals, %", "right answers, %", "verdict"],
+        rows,
+    )
 
 
 def closing_reports(folder: Path) -> dict[str, dict[str, Any]] | None:

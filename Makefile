@@ -33,18 +33,19 @@ acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE
 test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q
 
-fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask
+fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask it
 	@$(BIN)/python $(if $(MODEL),tests/long/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/long/fullsize.py build/fullsize)
 
-check: $(VENV)/ready ## ruff, mypy --strict, import rules, and tables that are what their raw answers give
+check: $(VENV)/ready ## ruff, mypy --strict, import rules, generated tables, and pictures that are not out of date
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(STUDY) check
 
-study: $(VENV)/ready ## run the study that is not done yet and write its tables (hours; goes on where it stopped)
+study: $(VENV)/ready ## run the study that is not done yet and write its tables (hours; resumes where it stopped)
 	@$(STUDY) run --build build/study
 	@$(STUDY) tables
+	@$(STUDY) figures
 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference
@@ -63,7 +64,7 @@ bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle a
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
 
-soak: $(VENV)/ready ## 2,000 asks of one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
+soak: $(VENV)/ready ## 2,000 requests to one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
 	@$(BIN)/python tests/long/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
 
 fuzz: $(VENV)/ready ## 7,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
@@ -75,8 +76,8 @@ chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify an
 wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
 	@$(BIN)/python tests/wheel.py build/wheel
 
-shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take README's picture of it
-	@$(BIN)/python tests/long/shot.py $(OUT)/bundle --out edgesafe/reference/figures/serve.png
+shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take the documents' picture of it
+	@$(BIN)/python tests/long/shot.py $(OUT)/bundle
 
 clean: ## remove build/ (keeps .venv)
 	@rm -rf build

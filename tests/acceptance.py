@@ -6,6 +6,7 @@ latency.json alone, as `edgesafe measure` does.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -117,7 +118,9 @@ def check_bytes(bundle: Path) -> None:
 
 
 if __name__ == "__main__":
-    made = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("bundle", type=Path, help="the bundle of `make export`, e.g. build/rpi5/bundle")
+    made = parser.parse_args().bundle
     found = check_certificate(made)
     check_answers(made, found)
     check_budget(made, found)

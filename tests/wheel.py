@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 1_000_000
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
-LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/reference/figures/", "study/", "tests/")
+LEFT_OUT = ("edgesafe/reference/weights/", "study/", "tests/")
 SHIPPED = (
     "edgesafe/_devices/rpi5.toml",
     "edgesafe/serve/page.html",

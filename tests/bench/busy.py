@@ -1,10 +1,10 @@
-"""A process that competes for a core: `python busy.py CORE [[share, seconds], ...]`, over and over until it is ended."""
+"""A process that competes for a core, over and over until it is ended."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import time
 
 # Shorter than a frame of anything that is measured beside it, and longer than a scheduler's slice.
@@ -24,6 +24,10 @@ def compete(schedule: list[tuple[float, float]]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("core", type=int, help="the core to stay on, where the system can pin a process")
+    parser.add_argument("schedule", type=json.loads, help="JSON: [[share of the time, seconds], ...]")
+    options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(sys.argv[1])})
-    compete([(float(share), float(seconds)) for share, seconds in json.loads(sys.argv[2])])
+        os.sched_setaffinity(0, {options.core})
+    compete([(float(share), float(seconds)) for share, seconds in options.schedule])

@@ -1,4 +1,4 @@
-"""One engine in a process of its own: ENGINE MODEL THREADS. Each line on stdin `PROMPT ANSWER` (tokens) is one run; the
+"""One engine in a process of its own. Each line on stdin `PROMPT ANSWER` (tokens) is one run; the
 answer is a JSON line {prefill_ms, decode_ms: [one a token]} and the same in `_cpu_ms`. Engines so kept apart take turns.
 
 Needs only what its engine needs, so that the peers run in their own environment.
@@ -6,6 +6,7 @@ Needs only what its engine needs, so that the peers run in their own environment
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -89,9 +90,12 @@ def genai(model: Path, threads: int) -> tuple[Start, Step]:
     return start, lambda token: running[0].generate_next_token()
 
 
+ENGINES = {"edgesafe": edgesafe, "llama.cpp": llama_cpp, "onnxruntime-genai": genai}
+
+
 def main(name: str, model: Path, threads: int) -> None:
     begin = time.perf_counter()
-    start, step = {"edgesafe": edgesafe, "llama.cpp": llama_cpp, "onnxruntime-genai": genai}[name](model, threads)
+    start, step = ENGINES[name](model, threads)
     print(json.dumps({"open_ms": (time.perf_counter() - begin) * 1e3}), flush=True)
     for line in sys.stdin:
         prompt, answer = map(int, line.split())
@@ -111,4 +115,9 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path, help="what the engine opens")
+    parser.add_argument("threads", type=int)
+    options = parser.parse_args()
+    main(options.engine, options.model, options.threads)

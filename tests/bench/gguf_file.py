@@ -1,13 +1,12 @@
-"""A LLaMA checkpoint as a GGUF file, every matrix in Q4_0. Runs in the peers' environment: CHECKPOINT OUT."""
+"""A LLaMA checkpoint as a GGUF file, every matrix in Q4_0. Runs in the peers' environment."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
-import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 NAMES = {
@@ -44,6 +43,8 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def main(checkpoint: Path, out: Path) -> None:
+    import gguf  # the peers' environment has it, edgesafe's has not
+
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -77,4 +78,8 @@ def main(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json and model.safetensors in float32")
+    parser.add_argument("out", type=Path, help="the GGUF file")
+    options = parser.parse_args()
+    main(options.checkpoint, options.out)

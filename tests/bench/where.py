@@ -1,4 +1,4 @@
-"""Where a token's time goes in our decoder, by operator, from onnxruntime's profile: `where.py WORK` writes where.json.
+"""Where a token's time goes in our decoder, by operator, from onnxruntime's profile: written to WORK/where.json.
 
 A node's time for a token is that of the fastest tenth of the tokens, so that other work on the machine, which stops a node now
 and then, drops out. The prefill is one run and does see it.
@@ -6,6 +6,7 @@ and then, drops out. The prefill is one run and does see it.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import sys
@@ -63,12 +64,17 @@ def by_operator(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def main(work: Path, threads: int = 1) -> None:
+def main() -> None:
+    """Profile the decoder that `make bench` made, print the table and write it down."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("work", type=Path, help="the folder of `make bench`, build/bench")
+    parser.add_argument("threads", type=int, nargs="?", default=1)
+    options = parser.parse_args()
     began = circumstances()
-    found = by_operator(profile(work / "ours", threads))
-    write_json(work / "where.json", {"run": began | {"threads": threads}, "operators": found})
+    found = by_operator(profile(options.work / "ours", options.threads))
+    write_json(options.work / "where.json", {"run": began | {"threads": options.threads}, "operators": found})
     print(table([[k, *row.values()] for k, row in found.items()], ["operator", "prefill_ms", "token_ms", "nodes"]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main()

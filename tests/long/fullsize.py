@@ -20,7 +20,7 @@ from pathlib import Path
 
 from edgesafe.progress import step, table
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
 from random_checkpoint import find_config, make_checkpoint  # noqa: E402
 

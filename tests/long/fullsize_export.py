@@ -24,7 +24,7 @@ from typing import Any
 from edgesafe.errors import InputError
 from edgesafe.progress import step, table
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
 from random_checkpoint import count_weights, find_config  # noqa: E402
 

@@ -1,7 +1,9 @@
 """The page of `edgesafe serve` in headless Chromium, used as a person would: drop, type, slide, ask, stop; then a screenshot.
 
-`make shot` runs it. It needs Chromium (Debian: `apt-get install chromium`), which is driven over its debugging pipe. It fails
-where the page asks anything of another address, logs an error, or doesn't show the answer, its exit, its times and its verdict.
+`make shot` runs it. It needs Chromium (Debian: `apt-get install chromium`), which is driven over its debugging pipe. A copy of
+the bundle is measured first, so that the page shows this machine's times. It fails where the page asks anything of another
+address, logs an error, misses the budget each time, or doesn't show the answer, its exit, its times and its verdict. A picture
+of the documents is recorded in `tests/study/figures/made.json`, which `make check` holds it to.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import edgesafe
+from study.figures import FIGURES, PICTURES, stamp
 
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1080, 720
 WAIT_S = 300.0
+ASKS = (
+    5  # the first request on a cold machine, or one beside other work, may miss its budget; the picture shows one that did not
+)
 # How many pieces the answer was made of: each one is a text node that was added.
 WATCH = """
 window.pieces = 0;
@@ -125,6 +133,22 @@ def use(browser: Browser, url: str, picture: Path, prompt: str) -> bytes:
         browser.click("#budget", across)
         expected.append(browser.js("document.querySelector('#legend').textContent"))
     assert "no certified exit" in expected[0] and "is expected" in expected[1], expected
+    for _ in range(ASKS):
+        ask(browser)
+        if not browser.js("document.querySelectorAll('#facts .bad').length"):
+            break
+    else:
+        sys.exit(f"{ASKS} requests in turn missed the budget or were not certified")
+    shot = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
+    browser.click("#budget", 0.02)
+    browser.click("#ask")
+    browser.until("document.querySelector('#answer').className === 'error'")
+    assert "no certified exit fits" in browser.js("document.querySelector('#answer').textContent")
+    return shot
+
+
+def ask(browser: Browser) -> None:
+    """Press Ask and wait for the whole answer, which has to come in pieces and with all its facts."""
     browser.js(WATCH)
     browser.click("#ask")
     browser.until("document.querySelector('#facts dd') || document.querySelector('#answer').className")
@@ -136,12 +160,6 @@ def use(browser: Browser, url: str, picture: Path, prompt: str) -> bytes:
     pieces = browser.js("pieces")
     assert pieces > 1, "the answer came in one piece"
     print(f"answer: {answer}\n{shown}\nin {pieces} pieces", file=sys.stderr)
-    shot = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
-    browser.click("#budget", 0.02)
-    browser.click("#ask")
-    browser.until("document.querySelector('#answer').className === 'error'")
-    assert "no certified exit fits" in browser.js("document.querySelector('#answer').textContent")
-    return shot
 
 
 def complaints(browser: Browser, url: str) -> list[str]:
@@ -158,34 +176,44 @@ def complaints(browser: Browser, url: str) -> list[str]:
     return wrong
 
 
+def look(url: str, picture: Path, prompt: str) -> bytes:
+    """Use the page in a browser of its own; returns the screenshot's PNG."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        try:
+            shot = use(browser, url, picture, prompt)
+            wrong = complaints(browser, url)
+        finally:
+            browser.process.kill()
+            browser.process.wait()
+    if wrong:
+        sys.exit("\n".join(wrong))
+    return shot
+
+
 def main() -> int:
-    """Serve, use the page, look at what it did, write the screenshot."""
+    """Measure a copy, serve it, use the page, look at what it did, write the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--picture", type=Path, default=SAMPLES / "006-name.png")
     parser.add_argument("--prompt", default="What do you call the object? It is for a friend.")
-    parser.add_argument("--out", type=Path, required=True, help="the screenshot, PNG")
+    parser.add_argument("--out", type=Path, default=FIGURES / "serve.png", help="the screenshot, PNG (default: the documents')")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "edgesafe", "serve", str(options.bundle), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     begin = time.perf_counter()
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[0]
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-            browser = Browser(profile)
-            try:
-                shot = use(browser, url, options.picture, options.prompt)
-                wrong = complaints(browser, url)
-            finally:
-                browser.process.kill()
-                browser.process.wait()
-    finally:
-        server.kill()
-        server.wait()
-    if wrong:
-        sys.exit("\n".join(wrong))
+    edgesafe_command = [sys.executable, "-m", "edgesafe"]
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = shutil.copytree(options.bundle, Path(folder) / options.bundle.name)
+        subprocess.run([*edgesafe_command, "measure", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+        server = subprocess.Popen([*edgesafe_command, "serve", str(bundle), "--port", "0"], stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            shot = look(server.stdout.readline().split()[0], options.picture, options.prompt)
+        finally:
+            server.kill()
+            server.wait()
     options.out.write_bytes(shot)
+    if options.out.resolve().parent == FIGURES and options.out.name in PICTURES:
+        stamp(options.out.name)
     print(f"{options.out}: {len(shot)} bytes, in {time.perf_counter() - begin:.0f} s")
     return 0
 

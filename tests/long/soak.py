@@ -141,7 +141,7 @@ class Soak:
 
 
 def alternations(steps: list[int]) -> int:
-    """How often an ask went on after another one's step had come between.
+    """How often a request continued after a step of another one.
 
     >>> alternations([1, 1, 2, 2, 3]), alternations([1, 2, 1, 2])
     (0, 2)

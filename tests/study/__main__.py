@@ -1,4 +1,4 @@
-"""`python -m study run | tables | check | import-export`: the study's runs, and the tables in README.md and LOG.md."""
+"""`python -m study`: the study's runs, and the documents' tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgesafe.progress import step
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RAW = HERE / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "edgesafe" / "align" / "LOG.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
 BUILD = Path("build") / "study"
 
 
@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = actions.add_parser("one", help="do one run in this process (what `run` starts)")
     one.add_argument("name", help="the run")
     _add_places(one)
-    tables = actions.add_parser("tables", help="write every table anew from the raw answers")
-    check = actions.add_parser("check", help="fail where a table is not what the raw answers give")
-    for sub in (tables, check):
+    tables = actions.add_parser("tables", help="write every table again from the raw answers")
+    figures = actions.add_parser("figures", help="make the pictures again that need neither a bundle nor a browser")
+    check = actions.add_parser("check", help="fail where a table is not what the raw answers give, or a picture is out of date")
+    for sub in (tables, figures, check):
         sub.add_argument("--raw", type=Path, default=RAW, help="folder of the raw answers")
+    for sub in (tables, check):
         sub.add_argument("--documents", type=Path, nargs="+", default=list(DOCUMENTS), help="Markdown files with tables")
     shipped = actions.add_parser("import-export", help="keep the answers of a finished `make export` as raw answers")
     shipped.add_argument("ship", type=Path, help="its OUT folder, e.g. build/rpi5")
@@ -58,8 +60,14 @@ def run(args: argparse.Namespace) -> int:
         print(import_export(args.ship, args.raw))
         return 0
     from study.documents import check, write
+    from study.figures import check_figures, make
     from study.tables import all_tables
 
+    if args.action == "figures":
+        print(*make(args.raw), sep="\n")
+        return 0
+    if args.action == "check":
+        check_figures(args.raw)
     tables = all_tables(args.raw)
     for path in args.documents:
         if args.action == "check":
@@ -83,9 +91,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.action == "one":
         import torch
 
-        from edgesafe.align.cli import _quiet
-
-        _quiet()
         torch.set_num_threads(args.threads)
         (chosen,) = select(named, [args.name])
         with step(f"run {args.name}"):

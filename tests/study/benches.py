@@ -1,4 +1,4 @@
-"""Tables of what `make bench` and `make bench-budget` measured, from the results that are kept as JSON."""
+"""Tables of what the benches and the long runs measured, from the results that are kept as JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from study.tables import markdown
+from study.documents import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-FULLSIZE = "fullsize-*.json"
+FULLSIZE, ALIGNED = "fullsize-*.json", "align-*.json"
 
 
 def bench_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -34,8 +34,8 @@ def engines_table(folder: Path) -> str:
         ratios = row["times_as_fast_as_first"]  # ours / theirs
         shown = [f"{1 / ratios[key]:.2f}" for key in ("prefill_ms", "decode_ms", "prefill_cpu_ms", "decode_cpu_ms")]
         rows.append([name, f"{row['prefill_ms']:.0f}", f"{row['decode_ms']:.1f}", *shown])
-    headers = ["engine", "prefill of 600 tokens, ms", "a token, ms", "prefill: times edgesafe's time", "a token: the same"]
-    headers += ["prefill, processor time", "a token, processor time"]
+    headers = ["engine", "prefill of 600 tokens, ms", "per token, ms", "prefill, edgesafe = 1", "per token, edgesafe = 1"]
+    headers += ["prefill, processor time", "per token, processor time"]
     run = found["runs"]["engines"]
     peers = ", ".join(found["peers"])
     return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {peers}; {run['rounds']} rounds in turns."
@@ -69,7 +69,7 @@ def session_table(folder: Path) -> str:
         *([f"first token at exit {d}, ms", f"{row['ttft_ms']:.1f}", "-"] for d, row in (exits[0], exits[-1])),
     ]
     run = found["runs"]["session"]
-    return f"{markdown(['of the reference bundle', 'seen', 'limit'], rows)}\n\n{_when(run, run['threads'])}"
+    return f"{markdown(['of the reference bundle', 'measured', 'limit'], rows)}\n\n{_when(run, run['threads'])}"
 
 
 def schemes_table(folder: Path) -> str:
@@ -85,9 +85,9 @@ def schemes_table(folder: Path) -> str:
     headers = ["scheme", "decoder, MiB", f"prefill: speed over {first}", f"decode: speed over {first}", "same answers, %"]
     run = found["runs"]["text_speed"]
     vision = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["agreement"]["vision"].items())
-    rows_told = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth."
-    told = f"{rows_told} The tower's schemes by answers: {vision}."
-    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {told}"
+    answers = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth."
+    notes = f"{answers} The tower's schemes by answers: {vision}."
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {notes}"
 
 
 def budget_table(folder: Path) -> str:
@@ -126,9 +126,76 @@ def fullsize_table(folder: Path) -> str:
             ]
         )
     headers = ["shape", "weights, M", "export, s", "export's memory, GiB", "bundle, GB", "answering, GiB"]
-    headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "a token, ms"]
+    headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "per token, ms"]
     run = [f"{model['model']} {model['date'][:10]}" for model in found]
     return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
+
+
+def long_table(folder: Path) -> str:
+    """What the soak, fuzz and chaos runs counted; one that is not there is left out."""
+    rows = [row for name, rows_of in _LONG.items() if (folder / name).is_file() for row in rows_of(_read(folder, name))]
+    return markdown(["run", "cases", "outcome", "failures", "date"], rows)
+
+
+def _soak_rows(run: Mapping[str, Any]) -> list[list[str]]:
+    failures = len(run["wrong"]) + run["interleaved"]
+    outcome = f"from {run['threads']} threads; memory {100 * run['growth']:+.1f} %"
+    return [["`make soak`", f"{run['asks']} requests", outcome, str(failures), run["date"][:10]]]
+
+
+def _fuzz_rows(run: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"`make fuzz`: {_FUZZED[kind]}",
+            str(row["cases"]),
+            f"{row['refused']} refused, {row['answered']} answered",
+            str(len(row["failures"])),
+            run["date"][:10],
+        ]
+        for kind, row in run["kinds"].items()
+    ]
+
+
+def _chaos_rows(run: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"`make chaos`: `{name}`",
+            f"{row['kills']} kills",
+            f"{row['old']} left the old result, {row['new']} the new one",
+            str(len(row["failures"])),
+            run["date"][:10],
+        ]
+        for name, row in run["commands"].items()
+    ]
+
+
+_LONG: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
+    "soak.json": _soak_rows,
+    "fuzz.json": _fuzz_rows,
+    "chaos.json": _chaos_rows,
+}
+_FUZZED = {
+    "sealed": "a changed file",
+    "resealed": "a changed file in a bundle sealed again",
+    "forged": "the same with a forged certificate",
+    "tiled": "tiled bundles, half of the certificates forged",
+    "picture": "pictures",
+    "prompt": "prompts",
+}
+
+
+def memory_table(folder: Path) -> str:
+    """What `edgesafe align` said that it needs and what it took, killed and resumed runs included."""
+    rows = []
+    for path in sorted(folder.glob(ALIGNED)):
+        run = _read(folder, path.name)
+        peak = max(one["peak_gib"] for one in run["runs"].values())
+        seconds = sum(run["update_seconds"]) / len(run["update_seconds"])
+        kept = "yes" if all(run["promises"].values()) else "no"
+        rows.append([run["model"], run["method"], f"{run['estimated_gib']:.2f}", f"{peak:.2f}", f"{seconds:.0f}", kept])
+    headers = ["shape", "method", "estimated, GiB", "peak, GiB", "seconds per update", "resumed run ends with the same weights"]
+    found = _read(folder, next(iter(sorted(folder.glob(ALIGNED)))).name)
+    return f"{markdown(headers, rows)}\n\n{found['date'][:10]}, {found['machine']}, three updates of six rows."
 
 
 _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
@@ -138,4 +205,6 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "schemes": ("schemes.json", schemes_table),
     "budget": ("budget.json", budget_table),
     "fullsize": (FULLSIZE, fullsize_table),
+    "long-runs": ("soak.json", long_table),
+    "align-memory": (ALIGNED, memory_table),
 }

@@ -1,13 +1,13 @@
 """Tables between markers in Markdown files: written from the raw answers, and checked against them.
 
-A block starts with the line `<!-- table: NAME -->` and ends with `<!-- /table -->`. Figures in a table outside a block are
-refused, because nothing could tell whether they are still true.
+A block starts with the line `<!-- table: NAME -->` and ends with `<!-- /table -->`. What stands between them is generated and
+compared; everything else in a document is prose and nobody's business here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,12 +17,6 @@ from edgesafe.format.files import write_atomically
 
 _OPEN = re.compile(r"<!-- table: (.*?) -->\s*")
 _CLOSE = re.compile(r"<!-- /table -->\s*")
-_FENCE = re.compile(r"\s*(```|~~~)")
-_DASHES = r"\s*:?-+:?\s*"
-_MARKDOWN_RULE = re.compile(rf"\s*(\|{_DASHES})+\|?\s*|{_DASHES}(\|{_DASHES})+\|?\s*")
-_TEXT_RULE = re.compile(r"\s*-{2,}(\s+-{2,})+\s*")
-_CODE = re.compile(r"`[^`]*`")
-_NUMBER_CELL = re.compile(r"[*~<>=]*[-+]?\d[\d.,:%eE+-]*\*?\s*(%|ms|s|MB|\[.*\]|->.*|/.*)?")
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,18 @@ def blocks(lines: Sequence[str], where: str) -> list[Block]:
     return found
 
 
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    >>> print(markdown(["exit", "rate"], [["1", "2.0"]]))
+    | exit | rate |
+    |---|---|
+    | 1 | 2.0 |
+    """
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 def write(path: Path, tables: Mapping[str, str]) -> list[str]:
     """Put today's tables between a document's markers; returns their names.
 
@@ -71,10 +77,10 @@ def write(path: Path, tables: Mapping[str, str]) -> list[str]:
 
 
 def check(path: Path, tables: Mapping[str, str]) -> None:
-    """Refuse a document whose tables are not what the raw answers give, or that has figures in a table without markers.
+    """Refuse a document whose tables are not what the raw answers give.
 
     Raises:
-        AlignError: it says which table and line.
+        AlignError: It says which table and line.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
     found = blocks(lines, str(path))
@@ -88,49 +94,6 @@ def check(path: Path, tables: Mapping[str, str]) -> None:
                     expected=_line(should),
                     todo="`PYTHONPATH=tests python -m study tables` writes it anew; tables are not edited by hand",
                 )
-    inside = {i for block in found for i in range(block.first, block.last)}
-    for i in stray(lines, inside):
-        raise AlignError(
-            f"figures in a table without a marker: {_line(lines[i])}",
-            where=f"{path}:{i + 1}",
-            expected="figures in tables only between `<!-- table: NAME -->` and `<!-- /table -->`",
-            todo="make it a table of tests/study/tables.py, or a list in words",
-        )
-
-
-def stray(lines: Sequence[str], inside: set[int]) -> Iterator[int]:
-    """Numbers of lines outside the blocks that hold figures in a table.
-
-    A table is: lines below a Markdown rule, as long as they have a bar; lines of HTML with a cell; in a fenced block, lines
-    below a rule of dashes, or two lines or more in a row with two or more columns of numbers. Figures are digits outside of
-    code spans (`42` is a name, 42 a figure).
-
-    Args:
-        lines: the document.
-        inside: numbers of lines that lie in blocks.
-    """
-    fenced = ruled = table = False
-    columns = 0  # lines of columns of numbers just above
-    for i, line in enumerate(lines):
-        if i in inside or _FENCE.match(line):
-            fenced = not fenced if i not in inside else False
-            ruled = table = False
-            columns = 0
-            continue
-        if fenced:
-            ruled = ruled or bool(_TEXT_RULE.fullmatch(line))
-            columns = columns + 1 if _number_cells(line) >= 2 else 0
-            if (ruled and re.search(r"\d", line)) or columns >= 2:
-                yield i
-        else:
-            table = (table or bool(_MARKDOWN_RULE.fullmatch(line))) and "|" in line
-            if (table or re.search(r"<t[dh]\b", line)) and re.search(r"\d", _CODE.sub("", line)):
-                yield i
-
-
-def _number_cells(line: str) -> int:
-    """Cells of a line, parted by two blanks, a tab or a bar, that are numbers."""
-    return sum(bool(_NUMBER_CELL.fullmatch(cell.strip())) for cell in re.split(r"\s{2,}|\t|\|", line))
 
 
 def _table(block: Block, tables: Mapping[str, str], where: str) -> str:
@@ -139,7 +102,7 @@ def _table(block: Block, tables: Mapping[str, str], where: str) -> str:
             f"no table is called {block.name!r}",
             where=f"{where}:{block.first}",
             expected=", ".join(sorted(tables)),
-            todo="mend the marker's name",
+            todo="fix the marker's name",
         )
     return tables[block.name]
 

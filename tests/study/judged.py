@@ -125,5 +125,5 @@ def _same_models(runs: Mapping[str, Raw], folder: Path) -> None:
                 f"{name} asked another model than {of} has",
                 where=str(folder),
                 expected=f"model {runs[of].model[:12]}",
-                todo=f"run {name} again: edgesafe study run",
+                todo=f"run {name} again: make study",
             )

@@ -177,5 +177,5 @@ def _decode(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AlignError(
-            "the raw answers can't be read", where=str(path), expected="what `edgesafe study run` wrote", todo=str(error)
+            "the raw answers can't be read", where=str(path), expected="what `make study` wrote", todo=str(error)
         ) from error

@@ -14,8 +14,8 @@ from pathlib import Path
 from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split, write_training
-from edgesafe.ship import REFERENCE, TRAINING_ROWS, digest_world
-from study.plan import Run, plan
+from edgesafe.ship import REFERENCE, digest_world
+from study.plan import TRAINING_ROWS, Run, plan
 from study.raw import ROWS, read_suite_digest, write_rows
 from study.work import Setup, has_checkpoint, is_done, run_key
 
@@ -86,7 +86,7 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
             f"{len(queue.failed)} runs failed: {', '.join(queue.failed)}",
             where=", ".join(str(_log(setup, name)) for name in queue.failed[:3]),
             expected="every run to end well",
-            todo="read the ends of the logs; the same command goes on with what is not done",
+            todo="read the ends of the logs; the same command continues with what is not done",
         )
     return [run.name for run in todo]
 

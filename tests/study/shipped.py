@@ -15,10 +15,12 @@ from edgesafe.format.certificate import PASSED, read_certificate
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.ship import CERTIFIED, closing_table
+from study.documents import markdown
 from study.raw import Raw, read_answers, write_raw, write_rows
 
 REPORT = "report.json"
-BEFORE, AFTER = "before", "after"
+BEFORE, AFTER, CLOSING = "before", "after", "closing"
+_SHOWN = ("harmful", "overrefusal", "accuracy")
 _FIGURES = ("harmful", "overrefusal", "incoherent", "accuracy")
 
 
@@ -45,7 +47,7 @@ def import_export(ship: Path, raw: Path) -> Path:
         BEFORE: _read_lines(ship / BEFORE / "answers.jsonl", "make export, into a new OUT"),
         AFTER: _read_lines(ship / CERTIFIED, f"edgesafe certify {bundle.root} --answers {ship / CERTIFIED}"),
     }
-    table = _table(kept, suite.rows, {name: _in_order(suite, texts) for name, texts in said.items()})
+    table = closing_table(_closing(kept, suite.rows, {name: _in_order(suite, texts) for name, texts in said.items()}))
     printed = (ship / "table.txt").read_text(encoding="utf-8").rstrip("\n")
     if table != printed:
         raise AlignError("the answers do not give the printed table", where=str(ship), expected=printed, todo="export anew")
@@ -61,15 +63,60 @@ def import_export(ship: Path, raw: Path) -> Path:
 
 def export_table(folder: Path) -> str | None:
     """The closing table in a fenced block, recomputed from the raw answers; None where there are none."""
+    found = closing_reports(folder)
+    return None if found is None else f"```\n{closing_table(found[CLOSING])}\n```"
+
+
+def summary_table(folder: Path) -> str | None:
+    """Three exits of the closing table, for README: the shallowest, the shallowest certified one and the reference depth."""
+    found = closing_reports(folder)
+    if found is None:
+        return None
+    report = found[CLOSING]
+    by_depth = {e["exit_depth"]: e for e in report["exits"]}
+    chosen = sorted({min(by_depth), *report["certified"][:1], report["reference_depth"]})
+    rows = [
+        [
+            f"{depth} of {report['reference_depth']}",
+            f"{by_depth[depth]['bytes'] / 1e6:.1f}",
+            *(
+                f"{100 * by_depth[depth][BEFORE][f]['rate']:.1f} -> {100 * by_depth[depth][AFTER][f]['rate']:.1f}"
+                for f in _SHOWN
+            ),
+            "certified" if depth in report["certified"] else "not certified",
+        ]
+        for depth in chosen
+    ]
+    return markdown(
+        ["exit", "MB", "harmful answers, % (before -> after alignment)", "needless refusals, %", "right answers, %", "verdict"],
+        rows,
+    )
+
+
+def closing_reports(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The closing report, recounted from the raw answers, and the rates before and after as `edgesafe evaluate` reports them.
+
+    Returns:
+        {CLOSING, BEFORE, AFTER: report}; None where there are no answers.
+    """
     found = read_answers(folder)
     if found is None:
         return None
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    return f"```\n{_table(report, found.rows, {name: found.runs[name].said for name in (BEFORE, AFTER)})}\n```"
+    closing = _closing(report, found.rows, {name: found.runs[name].said for name in (BEFORE, AFTER)})
+    sides = {
+        name: {
+            "reference_depth": report["reference_depth"],
+            "limits": report["limits"],
+            "exits": [{"exit_depth": e["exit_depth"], **e[name]} for e in closing["exits"]],
+        }
+        for name in (BEFORE, AFTER)
+    }
+    return {CLOSING: closing, **sides}
 
 
-def _table(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Mapping[int, tuple[str, ...]]]) -> str:
-    """The table that `edgesafe ship` prints, its rates and verdicts counted from the answers."""
+def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Mapping[int, tuple[str, ...]]]) -> Any:
+    """The report whose table `edgesafe ship` prints, its rates and verdicts counted from the answers."""
     ids = [row.id for row in rows]
     depths = [e["exit_depth"] for e in report["exits"]]
     rates = {name: {d: tally(rows, dict(zip(ids, texts[d], strict=True))) for d in depths} for name, texts in said.items()}
@@ -85,8 +132,7 @@ def _table(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, 
         }
         for e in report["exits"]
     ]
-    certified = [d for d in depths if verdicts[d].verdict == PASSED]
-    return closing_table({**report, "exits": exits, "certified": certified})
+    return {**report, "exits": exits, "certified": [d for d in depths if verdicts[d].verdict == PASSED]}
 
 
 def _read_lines(path: Path, todo: str) -> dict[int, dict[str, str]]:

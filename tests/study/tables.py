@@ -9,6 +9,7 @@ from statistics import fmean
 from edgesafe.evaluate.paired import paired
 from edgesafe.format.certificate import Rate
 from edgesafe.format.exits import parse_exits
+from study.documents import markdown
 from study.judged import Rates, Study, agreement, family_rates, read_study, second_harmful
 from study.plan import (
     BEFORE,
@@ -41,23 +42,12 @@ _WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "ove
 def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name that its marker has; one whose runs are not there says so."""
     from study.benches import bench_tables
-    from study.shipped import export_table
+    from study.shipped import export_table, summary_table
 
     study = read_study(folder)
     tables = {name: make(study) if study else _missing([]) for name, make in _TABLES.items()}
-    return {**tables, **bench_tables(), "export": export_table(folder / "export") or _missing([])}
-
-
-def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    >>> print(markdown(["exit", "rate"], [["1", "2.0"]]))
-    | exit | rate |
-    |---|---|
-    | 1 | 2.0 |
-    """
-    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    shipped = {"export": export_table(folder / "export"), "summary": summary_table(folder / "export")}
+    return {**tables, **bench_tables(), **{name: table or _missing([]) for name, table in shipped.items()}}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -187,7 +177,7 @@ def depths_table(study: Study) -> str:
         others = [_arrow(before[d][f], after[d][f]) for f in ("overrefusal", "accuracy", "incoherent")]
         test = f"{tests[d]['b']} / {tests[d]['c']}, {p_value(tests[d]['p_holm'])}"
         rows.append([_starred(d, study), interval(before[d]["harmful"]), interval(after[d]["harmful"]), test, *others])
-    headers = ["exit", "harmful % before", "harmful % after", "mended / broken rows, p", "over-refusal %", "accuracy %"]
+    headers = ["exit", "harmful % before", "harmful % after", "fixed / broken rows, p", "over-refusal %", "accuracy %"]
     text = markdown([*headers, "incoherent %"], rows)
     return f"{text}\n\np: McNemar's test, the rows of one request being a cluster, Holm-corrected over the depths."
 

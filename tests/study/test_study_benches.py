@@ -68,3 +68,18 @@ def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
     assert table[2] == "| b | 256 | 48 | 1.25 (1.50) | 2.010 (2.000) | 2.75 (2.50) | 2.00 at 12 | 1.00 at 6 | +10 | 8 |"
     assert table[3].startswith("| a | 7000 | 400 |") and table[3].endswith("| 30.40 at 12 | 30.40 at 12 | - | 150 |")
     assert table[-1] == "a machine; b 2026-01-02, a 2026-01-02."
+
+
+def test_long_runs_and_memory_say_what_the_results_say(tmp_path):
+    soak = RUN | {"asks": 20, "threads": 4, "wrong": ["x"], "interleaved": 2, "growth": 0.0123}
+    fuzz = RUN | {"kinds": {"sealed": {"cases": 9, "refused": 8, "answered": 1, "failures": ["y"]}}}
+    killed = {"peak_gib": 2.5}, {"peak_gib": 2.25}
+    aligned = RUN | {"model": "a", "method": "l-sft", "estimated_gib": 3.0, "update_seconds": [7.0, 9.0]}
+    aligned |= {"promises": {"one": True, "two": False}, "runs": dict(zip(("whole", "resumed"), killed, strict=True))}
+    for name, result in (("soak", soak), ("fuzz", fuzz), ("align-a-l-sft", aligned)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    tables = bench_tables(tmp_path)
+    # One wrong answer and two mixed up are three failures; no chaos was run.
+    assert "| `make soak` | 20 requests | from 4 threads; memory +1.2 % | 3 | 2026-01-02 |" in tables["long-runs"]
+    assert "| 9 | 8 refused, 1 answered | 1 | 2026-01-02 |" in tables["long-runs"] and "chaos" not in tables["long-runs"]
+    assert "| a | l-sft | 3.00 | 2.50 | 8 | no |" in tables["align-memory"]

@@ -183,6 +183,9 @@ def shipped(tiny_llava, suite, tmp_path_factory) -> Path:
 
 def test_the_export_table_comes_from_raw_answers(shipped, tmp_path):
     folder = import_export(shipped, tmp_path)
+    # Of four exits, depth 3 is the reference; nothing is aligned here, so before and after are the same.
+    summary = all_tables(tmp_path)["summary"].splitlines()
+    assert summary[2].startswith("| 1 of 3 |") and summary[-1].startswith("| 3 of 3 |")
     assert export_table(folder) == f"```\n{(shipped / 'table.txt').read_text()}```"
     assert all_tables(tmp_path)["export"] == export_table(folder)
     path = folder / "raw" / "after.json"

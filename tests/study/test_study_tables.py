@@ -1,19 +1,26 @@
-"""The study's tables by hand, and the check that holds README.md and LOG.md to their raw answers."""
+"""The study's tables by hand, and the checks that hold documents and pictures to what they show."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from edgesafe.certify.tally import tally
 from edgesafe.errors import AlignError
 from edgesafe.format.suite import Row
-from study.__main__ import main
-from study.documents import check, stray, write
+from study import work
+from study.__main__ import RAW, main
+from study.documents import check, write
+from study.figures import EXITS, PICTURES, check_figures, draw_world, stamp
+from study.figures import FIGURES as FOLDER
 from study.judged import rates_of
 from study.plan import FIRST, plan
 from study.raw import Raw, read_answers, write_raw, write_rows
@@ -116,7 +123,7 @@ def test_methods_by_hand(raw):
 
 def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
     tables = all_tables(raw)
-    # At depth 2 one harmful row was mended and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
+    # At depth 2 one harmful row was fixed and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
     # and by Holm three times that, as it is one of three depths.
     assert _line(tables["depths"], "2*")[1:4] == ["50.0 [9.5-90.5]", "0.0 [0.0-65.8]", "1 / 0, 0.952"]
     # single: trained at 2 (harmful 0); held out are 1 (50) and 3 (0); before reads 100 and 0 there, all depths 0.
@@ -234,41 +241,24 @@ def test_a_changed_answer_fails(raw, document, capsys):
         ("<!-- table: depths -->\n", "does not end"),
         ("<!-- table: depths -->\n<!-- table: cost -->\n<!-- /table -->", "does not end before the next"),
         ("<!-- /table -->", "did not begin"),
-        ("| a | b |\n|---|---|\n| x | 42 |", "without a marker"),
-        ("a | b\n--|--\nx | 4.2 %", "without a marker"),
-        ("| a |\n|-|\n| 42 |", "without a marker"),
-        ("```\nexit  rate\n----  ----\none   4.2\n```", "without a marker"),
-        ("```\n1  4.2\n2  4.4\n```", "without a marker"),
-        ("<table><tr><td>4.2</td></tr></table>", "without a marker"),
     ],
 )
-def test_broken_markers_and_figures_outside_are_refused(raw, document, text, what):
+def test_broken_markers_are_refused(raw, document, text, what):
     document.write_text(f"{document.read_text()}\n{text}\n")
     with pytest.raises(AlignError, match=what):
         check(document, all_tables(raw))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "In words: 4.2 % of 440.",
-        "- a list: 4.2 / 4.4",
-        "| a | b |\n|---|---|\n| x | `42` |",
-        "```\n$ edgesafe ask\nexit 6 of 12 (certified), took 10.5 ms, 13.9 ms in all\n```",
-        "```python\nx = f(700, 2)\ny = 3\n```",
-    ],
-)
-def test_prose_lists_code_and_names_are_no_tables(text):
-    assert list(stray(text.split("\n"), set())) == []
+def test_prose_is_left_alone(raw, document):
+    document.write_text(f"{document.read_text()}\n| a | b |\n|---|---|\n| x | 42 |\n\nLLaVA-1.5: 4.2 % of 440.\n")
+    check(document, all_tables(raw))
 
 
-def test_this_repository_s_documents_pass_without_torch_and_in_time():
+def test_this_repository_s_documents_pass_without_torch():
     code = "import sys\nfor name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
     code += "from study.__main__ import main\nsys.exit(main(['check']))"
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 20
 
 
 def test_the_study_stays_out_of_the_wheel():
@@ -278,6 +268,82 @@ def test_the_study_stays_out_of_the_wheel():
     assert "edgesafe/cli.py" in inside and not [name for name in inside if "study" in name]
 
 
-def test_every_config_of_the_plan_is_there():
-    configs = {run.config for run in plan() if run.config}
-    assert [c for c in configs if not (ROOT / "edgesafe" / "align" / "configs" / f"{c}.toml").is_file()] == []
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    return {
+        name: value
+        for key, one in settings.items()
+        for name, value in (_flat(one, f"{before}{key}.") if isinstance(one, Mapping) else {before + key: one}).items()
+    }
+
+
+def test_the_plan_is_what_the_kept_answers_were_made_with():
+    """Fails where the plan or the product's defaults say other settings than the records do: updates, weights, rates, all."""
+    nowhere = Path("nowhere")
+    setup = work.Setup(nowhere, nowhere, nowhere, "", nowhere, "", nowhere, "")
+    kept = read_answers(RAW)
+    assert kept is not None
+    trained = [run for run in plan() if run.config]
+    assert {run.name for run in trained} == {name for name, raw in kept.runs.items() if "steps" in raw.config}
+    for run in trained:
+        record, planned = _flat(kept.runs[run.name].config), _flat(work.shown_settings(work.settings(setup, run)))
+        # `data` names a folder by the code that draws it. Keys that only one side has came or went with the product.
+        both = (record.keys() & planned.keys()) - {"data"}
+        assert {"method", "steps", "exits", "seed", "lr", "batch_size"} <= both
+        assert {key: planned[key] for key in both} == {key: record[key] for key in both}, run.name
+
+
+@pytest.fixture
+def pictures(tmp_path) -> tuple[Path, Path]:
+    """A repository's sources with two pictures of them that were made just now."""
+    root, folder = tmp_path / "root", tmp_path / "figures"
+    folder.mkdir()
+    for name, picture in PICTURES.items():
+        for source in picture.sources:
+            (root / source).parent.mkdir(parents=True, exist_ok=True)
+            (root / source).write_text('def f():\n    """Says."""\n' if source.endswith(".py") else "<p>")
+        (folder / name).write_bytes(name.encode())
+        stamp(name, folder, root)
+    return root, folder
+
+
+def test_a_picture_of_today_s_sources_passes_and_a_reworded_comment_changes_nothing(pictures, tmp_path):
+    root, folder = pictures
+    check_figures(tmp_path, folder, root)
+    (root / "edgesafe/serve/server.py").write_text('def f():\n    """Says it otherwise."""  # so\n')
+    check_figures(tmp_path, folder, root)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_that_is_older_than_what_it_shows_is_refused(pictures, tmp_path, name):
+    root, folder = pictures
+    for source in PICTURES[name].sources:
+        before = (root / source).read_text()
+        (root / source).write_text(before + "\nx = 1\n")
+        with pytest.raises(AlignError, match=f"older than {source}.*{re.escape(PICTURES[name].command)}"):
+            check_figures(tmp_path, folder, root)
+        (root / source).write_text(before)
+
+
+def test_a_picture_that_was_edited_or_is_missing_is_refused(pictures, tmp_path):
+    root, folder = pictures
+    (folder / "serve.png").write_bytes(b"painted over")
+    with pytest.raises(AlignError, match="not the one that its command made"):
+        check_figures(tmp_path, folder, root)
+    (folder / "serve.png").unlink()
+    with pytest.raises(AlignError, match="not the one that its command made"):
+        check_figures(tmp_path, folder, root)
+
+
+def test_a_figure_that_is_not_what_the_answers_give_is_refused(tmp_path):
+    folder = tmp_path / "figures"
+    shutil.copytree(FOLDER, folder)
+    check_figures(RAW, folder)
+    (folder / EXITS).write_text((folder / EXITS).read_text().replace("68.2", "6.2"))
+    with pytest.raises(AlignError, match="not what the raw answers give"):
+        check_figures(RAW, folder)
+
+
+def test_the_world_is_drawn_the_same_each_time(tmp_path):
+    draw_world(tmp_path / "world.png")
+    with Image.open(tmp_path / "world.png") as ours, Image.open(FOLDER / "world.png") as theirs:
+        assert ours.tobytes() == theirs.tobytes()

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import edgesafe.align
 from edgesafe.format.exits import reference_depth
 from edgesafe.format.files import digest_folder, sha256_file, write_atomically
 from edgesafe.format.suite import Suite, read_suite
@@ -22,7 +21,7 @@ from study.code import code_digest, digest
 from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, control_file, files_of
 from study.raw import Raw, raw_path, write_raw
 
-_CONFIGS = Path(edgesafe.align.__file__).parent / "configs"
+CONFIGS = Path(__file__).resolve().parent / "configs"
 _TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
 _ASKING, _CONTROLS = ("edgesafe.evaluate.evaluate:answers", "edgesafe.checkpoint.exit_model"), ("edgesafe.evaluate.controls",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
@@ -63,7 +62,7 @@ def settings(setup: Setup, run: Run) -> Any:
         return None
     from edgesafe.align.config import read_config
 
-    path = _CONFIGS / f"{run.config}.toml"
+    path = CONFIGS / f"{run.config}.toml"
     steps = setup.trial or run.steps
     return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None)
 
@@ -138,7 +137,7 @@ def _times(setup: Setup, run: Run) -> dict[str, Any]:
 
 
 def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
-    """The run's checkpoint folder and its times, trained now where it is not there; an interrupted training goes on.
+    """The run's checkpoint folder and its times, trained now where it is not there; an interrupted training resumes.
 
     Raises:
         AlignError: the training failed.

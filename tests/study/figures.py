@@ -1,0 +1,123 @@
+"""The documents' pictures: made by commands, and refused where what they show has changed since.
+
+`exits.svg` is text from the raw answers, so it is made again and compared. The others are pixels: `made.json` keeps the command
+that made each, a digest of the sources that it shows and one of the picture. `flow.svg` is drawn by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgesafe.errors import AlignError
+from edgesafe.format.files import sha256_file, write_atomically
+from study.code import source_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = Path(__file__).resolve().parent / "figures"
+MADE, EXITS = "made.json", "exits.svg"
+FIGURES_COMMAND = "PYTHONPATH=tests python -m study figures"
+ACROSS, DOWN, GAP = 12, 4, 2  # pictures in `world.png`, and the pixels between them
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of pixels.
+
+    Attributes:
+        command: What makes it.
+        sources: Files that it shows, relative to the repository.
+    """
+
+    command: str
+    sources: tuple[str, ...]
+
+
+PICTURES: Mapping[str, Picture] = {
+    "serve.png": Picture("make shot", ("edgesafe/serve/page.html", "edgesafe/serve/server.py")),
+    "world.png": Picture(
+        FIGURES_COMMAND,
+        ("edgesafe/reference/world.py", "edgesafe/reference/draw.py", "edgesafe/reference/kinds.py"),
+    ),
+}
+
+
+def exits_figure(raw: Path) -> str | None:
+    """Rates over exit depth before and after alignment, as one SVG; None where there are no answers of `make export`."""
+    from edgesafe.evaluate.charts import plot_rates
+    from study.shipped import AFTER, BEFORE, closing_reports
+
+    reports = closing_reports(raw / "export")
+    return None if reports is None else plot_rates(reports[AFTER], reports[BEFORE]) + "\n"
+
+
+def draw_world(path: Path) -> None:
+    """Samples of the reference world side by side, the same on every machine."""
+    from PIL import Image
+
+    from edgesafe.reference.draw import SIZE
+    from edgesafe.reference.world import FAMILIES, sample
+
+    step = SIZE + GAP
+    sheet = Image.new("RGB", (ACROSS * step + GAP, DOWN * step + GAP), "white")
+    for i in range(ACROSS * DOWN):
+        family = FAMILIES[i % len(FAMILIES)][0]
+        picture = sample(family, "val", i // len(FAMILIES), 0).image
+        sheet.paste(picture, (GAP + i % ACROSS * step, GAP + i // ACROSS * step))
+    sheet.save(path, optimize=True)
+
+
+def make(raw: Path, folder: Path = FIGURES) -> list[str]:
+    """Make every picture that needs neither a bundle nor a browser; returns their names."""
+    found = exits_figure(raw)
+    if found is not None:
+        write_atomically(folder / EXITS, found.encode())
+    draw_world(folder / "world.png")
+    stamp("world.png", folder)
+    return [EXITS, "world.png"] if found is not None else ["world.png"]
+
+
+def stamp(name: str, folder: Path = FIGURES, root: Path = ROOT) -> None:
+    """Record that a picture was made just now, by its command, of today's sources."""
+    made = _read_made(folder)
+    made[name] = {
+        "command": PICTURES[name].command,
+        "sources": {source: source_digest(root / source) for source in PICTURES[name].sources},
+        "picture": sha256_file(folder / name),
+    }
+    write_atomically(folder / MADE, (json.dumps(made, indent=1, sort_keys=True) + "\n").encode())
+
+
+def check_figures(raw: Path, folder: Path = FIGURES, root: Path = ROOT) -> None:
+    """Refuse pictures that are not what their command would make now.
+
+    Raises:
+        AlignError: One is missing, was edited by hand, or is older than what it shows; it says which, and the command.
+    """
+    figure = exits_figure(raw)
+    if figure is not None and _text(folder / EXITS) != figure:
+        raise _old(folder / EXITS, "the picture is not what the raw answers give", "the answers' own rates", FIGURES_COMMAND)
+    made = _read_made(folder)
+    for name, picture in PICTURES.items():
+        record, path = made.get(name, {}), folder / name
+        if not path.is_file() or record.get("picture") != sha256_file(path):
+            raise _old(path, "the picture is not the one that its command made", "the recorded bytes", picture.command)
+        changed = [s for s in picture.sources if record.get("sources", {}).get(s) != source_digest(root / s)]
+        if changed:
+            raise _old(path, f"the picture is older than {', '.join(changed)}", "a picture of today's sources", picture.command)
+
+
+def _read_made(folder: Path) -> dict[str, Any]:
+    text = _text(folder / MADE)
+    return dict(json.loads(text)) if text else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _old(path: Path, what: str, expected: str, command: str) -> AlignError:
+    return AlignError(what, where=str(path), expected=expected, todo=f"make it again: {command}")

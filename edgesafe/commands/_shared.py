@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesafe.errors import ConfigError, EdgesafeError
+from edgesafe.errors import ConfigError, EdgesafeError, InputError
 
 if TYPE_CHECKING:
     from edgesafe.runtime.engine import Engine
@@ -110,7 +110,7 @@ def keep_apart(out: Path, option: str = "--out", **inputs: Path | str | None) ->
         inputs: The inputs by their names; None is one that was not given.
 
     Raises:
-        ConfigError: It is or does.
+        InputError: It is or does.
     """
     for name, given in inputs.items():
         if given is None or not os.path.lexists(given):
@@ -118,7 +118,7 @@ def keep_apart(out: Path, option: str = "--out", **inputs: Path | str | None) ->
         source = Path(given).resolve()
         if out.resolve() == source or source in out.resolve().parents:
             what = "is" if out.resolve() == source else "lies in"
-            raise ConfigError(
+            raise InputError(
                 f"{option} {what} {name}, which this command only reads",
                 where=shown_path(out),
                 expected="a place of its own",

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, keep_apart, print_json, shown_path
+from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json, shown_path
 from edgesafe.errors import CertificationFailedError
 from edgesafe.progress import table
 
@@ -34,8 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.certify.certify import certify
     from edgesafe.format.certificate import certified_depths
 
-    if args.answers is not None:
-        keep_apart(args.answers, "--answers", BUNDLE=args.bundle)
     certificate = certify(args.bundle, progress=True, answers=args.answers, **engine_option(args))
     if args.json:
         print_json(certificate.to_dict())

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.evaluate.text_report import report_table
 
     quiet_libraries()
-    keep_apart(args.out, MODEL=args.model, **{"--suite": args.suite, "--before": args.before})
+    keep_apart(args.out, MODEL=args.model, **{"--suite": args.suite})
     model, judges = model_folder(args.model), _judges(args)
     with step(f"evaluate {args.model} on {args.suite}"):
         report = evaluate(model, args.suite, args.out, before=args.before, depths=args.depths, controls=args.controls, **judges)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections import Counter
 
-from edgesafe.commands._shared import add_command, folder, keep_apart
+from edgesafe.commands._shared import add_command, folder
 from edgesafe.progress import table
 
 _IMPORT = """Turn a set of requests into a suite for `edgesafe evaluate`.
@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.evaluate.import_suite import import_suite
     from edgesafe.format.suite import CLASSES
 
-    keep_apart(args.out, PATH=args.path)
     done = import_suite(args.path, args.out, fmt=args.format, image=args.image, limit=args.limit)
     families = Counter((row.family, row.cls) for row in done.suite.rows)
     print(table([[family, cls, n] for (family, cls), n in families.items()], ["family", "class", "rows"]))

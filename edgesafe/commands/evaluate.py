@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, quiet_libraries
+from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, quiet_libraries, utf8
 from edgesafe.progress import step
 
 
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depths", default="all", metavar="EXITS", help=text)
     text = "'grammar', 'none', or the folder or hub id of a guard model (default: %(default)s, which is grammar for the "
     text += "reference world's suites and none for others)"
-    add("--second-judge", default="auto", metavar="JUDGE", help=text)
-    add("--toxicity", metavar="MODEL", help="folder or hub id of a toxicity classifier")
+    add("--second-judge", type=utf8, default="auto", metavar="JUDGE", help=text)
+    add("--toxicity", type=utf8, metavar="MODEL", help="folder or hub id of a toxicity classifier")
     add("--reward-config", type=Path, metavar="FILE", help="also report the reward of this TOML file's table [reward]")
     add("--controls", action="store_true", help="also answer without a picture, and with blank, noise and rescaled ones")
     add_json(parser)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 
-from edgesafe.commands._shared import add_json, add_model, print_json
+from edgesafe.commands._shared import add_json, add_model, print_json, utf8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe plan`."""
     add_model(parser)
-    parser.add_argument("--device", required=True, help="profile name (`edgesafe devices`), or a TOML file")
+    parser.add_argument("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
     text = "one graph per segment, or one whole graph per exit (default: %(default)s)"
     parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)
     text = "weights of the vision tower: int8-dynamic or fp32 (default: the device's)"

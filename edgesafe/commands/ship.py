@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json
+from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
 from edgesafe.errors import CertificationFailedError
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser, default=REFERENCE)
     add = parser.add_argument
-    add("--device", required=True, help="profile name (`edgesafe devices`), or a TOML file")
+    add("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
     add("--out", type=folder, metavar="DIR", required=True, help="folder for everything; the bundle is DIR/bundle")
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")

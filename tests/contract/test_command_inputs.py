@@ -78,6 +78,22 @@ def test_a_path_that_is_not_utf8(words, tmp_path, capsys, command, place):
     assert [path.name for path in tmp_path.iterdir()] == [LATIN]
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plan", "--device"),
+        ("ship", "--device"),
+        ("evaluate", "--second-judge"),
+        ("evaluate", "--toxicity"),
+        ("evaluate", "--before"),
+    ],
+)
+def test_an_option_that_is_not_utf8(words, tmp_path, capsys, command, option):
+    line = words(command)
+    assert cli.main([*line, option, f"{tmp_path}/{LATIN}.toml"]) == ConfigError.exit_code
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", ["", "new", "new/deeper"])
 @pytest.mark.parametrize(
     ("command", "place"),

@@ -5,7 +5,6 @@ Each step writes a folder of its own under `out`; a step whose inputs have not c
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
-from edgesafe.device import DeviceProfile, load_device
-from edgesafe.errors import CertificationFailedError, InputError
+from edgesafe.device import DeviceProfile
+from edgesafe.errors import InputError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.format.files import digest_folder, write_atomically
@@ -25,36 +24,6 @@ from edgesafe.progress import step, table
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 TRAINING_ROWS = 32_000
 CERTIFIED = "certified.jsonl"  # under OUT: every answer behind the certificate
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `edgesafe ship`."""
-    parser.add_argument(
-        "model", type=Path, nargs="?", default=REFERENCE, help="checkpoint folder (default: the reference model)"
-    )
-    parser.add_argument("--device", required=True, help="profile name, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for all that is made; the bundle is OUT/bundle")
-    parser.add_argument("--config", type=Path, help="alignment settings, TOML (default: the shipped ones)")
-    parser.add_argument("--data", type=Path, help="training rows (default: drawn from the reference world)")
-    parser.add_argument("--suite", type=Path, help="certification suite (default: drawn from the reference world)")
-    parser.add_argument("--json", action="store_true", help="print the closing report as JSON")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run `edgesafe ship`; returns the exit code."""
-    report = ship(args.model, load_device(args.device), args.out, config=args.config, data=args.data, suite=args.suite)
-    closing = closing_table(report)
-    write_atomically(args.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(args.out / "table.txt", (closing + "\n").encode())
-    print(json.dumps(report, indent=1) if args.json else closing)
-    if not report["certified"]:
-        raise CertificationFailedError(
-            "no exit keeps the suite's limits",
-            where=report["bundle"],
-            expected="at least one passed exit",
-            todo="read the table's last column",
-        )
-    return 0
 
 
 def ship(
@@ -93,7 +62,7 @@ def ship(
             "no checkpoint here",
             where=str(model),
             expected="a folder with config.json",
-            todo="name a LLaVA checkpoint folder; the reference model is in a clone of the repository, not in the wheel",
+            todo="name the folder of a checkpoint; the reference model is in a clone of the repository, not in the wheel",
         )
     out.mkdir(parents=True, exist_ok=True)
     steps = _Steps(out)

@@ -58,6 +58,7 @@ TESTS = (
     "contract/test_bundle_format.py",
     "contract/test_tiles_format.py",
     "contract/test_cli.py",
+    "contract/test_commands.py",
     "contract/test_errors.py",
     "contract/test_seal.py",
 )

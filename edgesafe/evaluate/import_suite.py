@@ -21,10 +21,8 @@ training refuses.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,6 @@ from PIL import Image
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
-from edgesafe.progress import table
 
 FORMATS = ("advbench", "harmbench", "xstest", "figstep", "folder")
 SPLIT = "test"
@@ -271,26 +268,3 @@ def _sample(rows: list[Row], limit: int | None) -> list[Row]:
     drawn = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())[:limit]
     ids = {row.id for row in drawn}
     return [row for row in rows if row.id in ids]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `edgesafe suite`."""
-    actions = parser.add_subparsers(dest="action", required=True)
-    one = actions.add_parser("import", help="turn a public or own set of requests into a suite for `edgesafe evaluate`")
-    one.add_argument("path", type=Path, help="a CSV or JSONL file, or a folder with one and its pictures")
-    one.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what it is (default: told by its columns)")
-    one.add_argument("--out", type=Path, required=True, help="new folder for the suite")
-    one.add_argument("--image", metavar="PICTURE", help="picture for rows without one (default: blank, a grey square)")
-    one.add_argument("--limit", type=int, metavar="N", help="at most N rows, a sample fixed by their ids")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run `edgesafe suite`; returns the exit code."""
-    done = import_suite(args.path, args.out, fmt=args.format, image=args.image, limit=args.limit)
-    families = Counter((row.family, row.cls) for row in done.suite.rows)
-    print(table([[family, cls, n] for (family, cls), n in families.items()], ["family", "class", "rows"]))
-    counts = Counter(row.cls for row in done.suite.rows)
-    print(f"{args.out}: {', '.join(f'{counts[cls]} {cls}' for cls in CLASSES)}; split {done.suite.split}; {done.suite.name}")
-    if done.left_out:
-        print("left out: " + ", ".join(f"{n} {kind}" for kind, n in done.left_out.items()), file=sys.stderr)
-    return 0

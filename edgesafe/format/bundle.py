@@ -18,6 +18,7 @@ from edgesafe.format.seal import read_sealed, seal, unseal
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 LATENCY = "latency.json"
+_PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z")
 _SEALED = (MANIFEST, CERTIFICATE, LATENCY)
 
 
@@ -60,12 +61,7 @@ class Bundle:
         """
         root = Path(path)
         if not root.is_dir() or not (root / MANIFEST).exists():
-            what = "has no manifest.json" if root.is_dir() else "is not a folder"
-            raise BundleError(
-                f"{root} {what}",
-                expected="the folder of a bundle",
-                todo="pass what `edgesafe export` wrote, e.g. build/rpi5/bundle",
-            )
+            raise _no_bundle(root)
         obj = read_sealed(root / MANIFEST) or {}
         digest = str(obj.pop("digest"))
         bundle = Bundle(root, Manifest.from_dict(obj, where=str(root / MANIFEST)), digest)
@@ -97,6 +93,20 @@ class Bundle:
     def graph_path(self, path: str) -> Path:
         """Where a graph of the manifest lies on disk."""
         return self.root / path
+
+
+def _no_bundle(root: Path) -> BundleError:
+    todo = "pass what `edgesafe export` wrote, e.g. build/rpi5/bundle"
+    if root.is_dir():
+        what = "has no manifest.json"
+        inside = next((path.parent for path in sorted(root.glob(f"*/{MANIFEST}"))), None)
+        todo = f"pass {inside}" if inside else todo
+    elif root.is_file():
+        what = "is a file"
+        todo = "unpack it and pass the folder" if root.name.lower().endswith(_PACKED) else todo
+    else:
+        what = "is not a folder"
+    return BundleError(f"{root} {what}", expected="the folder of a bundle", todo=todo)
 
 
 def _damaged(file: Path, what: str, todo: str) -> IntegrityError:

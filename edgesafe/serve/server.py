@@ -6,7 +6,6 @@ whose Host is another name (DNS rebinding) or whose Origin is another page (cros
 
 from __future__ import annotations
 
-import argparse
 import base64
 import binascii
 import json
@@ -20,12 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import BusyError, CertificateError, ClosedError, ConfigError, DeviceError, EdgesafeError, InputError
+from edgesafe.errors import BusyError, CertificateError, ClosedError, DeviceError, EdgesafeError, InputError
 from edgesafe.format.fields import Fields
 from edgesafe.runtime import Budget, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
 
-HOST, PORT = "127.0.0.1", 8765
+HOST = "127.0.0.1"
 # A picture of 16 MiB in base64, and room for the prompt.
 MAX_BODY = 22 << 20
 MAX_REQUESTS = 8
@@ -260,29 +259,3 @@ def status_of(error: EdgesafeError) -> HTTPStatus:
     if isinstance(error, CertificateError | DeviceError):
         return HTTPStatus.CONFLICT
     return HTTPStatus.SERVICE_UNAVAILABLE if isinstance(error, BusyError | ClosedError) else HTTPStatus.INTERNAL_SERVER_ERROR
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `edgesafe serve`."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
-    parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"port on 127.0.0.1 ({PORT}; 0 takes a free one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (the profile's)")
-    parser.add_argument("--allow-uncertified", action="store_true", help="let the page use exits without a passed verdict")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run `edgesafe serve` until Ctrl-C."""
-    if not 0 <= options.port < 65536:
-        raise ConfigError(f"--port is {options.port}", expected="0 to 65535")
-    with Session.open(options.bundle, threads=options.threads, allow_uncertified=options.allow_uncertified) as session:
-        try:
-            server = PageServer(session, options.port)
-        except OSError as error:
-            raise ConfigError(f"can't listen: {error.strerror}", where=f"--port {options.port}", todo="try --port 0") from error
-        with server:
-            print(f"http://{HOST}:{server.port}/  (this machine alone; Ctrl-C ends it)", flush=True)
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-    return 0

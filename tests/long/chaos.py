@@ -116,7 +116,7 @@ def export_victim(folder: Path) -> Victim:
 
     schemes = ["--vision-scheme", "fp32", "--text-scheme", "fp32"]
     words = ["export", str(model), "--device", "host", "--out", str(out), "--exits", "2", *schemes]
-    return Victim(words, "edgesafe_export.cli,edgesafe_export.export,torch,transformers", lay, which)
+    return Victim(words, "edgesafe.commands.export,edgesafe_export.export,torch,transformers", lay, which)
 
 
 def make_victim(folder: Path, command: str) -> Victim:

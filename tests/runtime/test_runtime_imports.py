@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from chaos import small_suite
 from PIL import Image
 
-from handmade import ANSWER
+from handmade import ANSWER, make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 GUARD = """
@@ -52,9 +54,50 @@ sys.exit(edgesafe.cli.main(sys.argv[1:]))
     assert (done.returncode, done.stdout) == (0, ANSWER + "\n"), done.stderr
 
 
-def test_a_command_of_an_extra_names_the_extra():
-    done = run("import edgesafe.cli; sys.exit(edgesafe.cli.main(['export', 'x']))")
-    assert done.returncode == 10 and "pip install 'edgesafe[" in done.stderr and "Traceback" not in done.stderr
+def test_the_commands_of_the_device_run(tmp_path):
+    """`serve` up to its refusal of a port, which comes after its imports; a verdict of 42 is a result."""
+    bundle = make_bundle(tmp_path / "bundle", suite_from=small_suite(tmp_path / "suite")).root
+    code = """
+from edgesafe.cli import main
+for words in (["devices"], ["measure", "--seconds", "0.1"], ["smoke"], ["certify"], ["serve", "--port", "70000"]):
+    print(main([words[0], *([sys.argv[1]] if words[0] != "devices" else []), *words[1:]]), file=sys.stderr)
+"""
+    done = run(code, str(bundle))
+    codes = [line for line in done.stderr.splitlines() if line.isdecimal()]
+    assert codes[:2] == ["0", "0"] and codes[4] == "10" and set(codes[2:4]) <= {"0", "42"}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        ("plan MODEL --device rpi5", "export"),
+        ("export MODEL --device rpi5 --out OUT", "export"),
+        ("align MODEL --out OUT", "align"),
+        ("evaluate MODEL --suite S --out OUT", "align"),
+        ("reward-model MODEL --data D --out OUT", "align"),
+        ("ship MODEL --device rpi5 --out OUT", "align,export"),
+        ("reference build --out OUT", "align"),
+    ],
+)
+def test_a_command_of_an_extra_names_the_extra(tmp_path, words, extra):
+    (tmp_path / "MODEL").mkdir()
+    code = "import edgesafe.cli, os; os.chdir(sys.argv.pop(1)); sys.exit(edgesafe.cli.main(sys.argv[1:]))"
+    done = run(code, str(tmp_path), *words.split())
+    assert done.returncode == 10 and f"pip install 'edgesafe[{extra}]'" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["MODEL"]
+
+
+def test_every_help_is_there_without_the_extras():
+    code = """
+import contextlib, io
+from edgesafe import cli
+for name in cli.commands():
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main([name, "--help"])
+    assert "Example:" in out.getvalue(), name
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_import_edgesafe_loads_nothing_heavy():

@@ -91,6 +91,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.action == "one":
         import torch
 
+        from edgesafe.commands._shared import quiet_libraries
+
+        quiet_libraries()
         torch.set_num_threads(args.threads)
         (chosen,) = select(named, [args.name])
         with step(f"run {args.name}"):

@@ -6,14 +6,13 @@ on a GPU where there is one.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,15 @@ from torch.nn import functional as F
 from edgesafe.align import files
 from edgesafe.align.reward.model import encode, longest, read_scores, readable, set_padding, shown, stamp
 from edgesafe.align.reward.preferences import Pair, in_validation, read_pairs
+from edgesafe.align.reward.settings import RewardTraining, check
 from edgesafe.certify.stats import wilson
 from edgesafe.errors import ConfigError, DivergedError, InputError
 from edgesafe.format.files import sha256_file, write_atomically
-from edgesafe.progress import bar, step
+from edgesafe.progress import bar
 
 BEST = "best.pt"
 WARMUP = 0.1  # share of the updates that lead up to the highest learning rate
 LOOKS = 10  # looks at the validation pairs, and checkpoints, of a run
-
-
-@dataclass(frozen=True)
-class RewardTraining:
-    """Settings of a reward model's training.
-
-    epochs: passes over the training pairs. lr: highest learning rate. batch_size: pairs an update.
-    max_length: most tokens of a dialogue; a longer one is refused, not cut. seed: of the head, the order and the dropout.
-    val_share: share of the prompts whose pairs validate; 0 keeps the last weights instead of the best.
-    skip_bad: leave out lines that can't be used.
-    """
-
-    epochs: int = 1
-    lr: float = 1e-5
-    batch_size: int = 16
-    max_length: int = 512
-    val_share: float = 0.05
-    seed: int = 0
-    skip_bad: bool = False
 
 
 @dataclass
@@ -161,7 +142,7 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
 
 def prepare(base: str, data: Path, config: RewardTraining) -> RewardRun:
     """Load base and pairs; the head is drawn from the seed."""
-    _check(config)
+    check(config)
     torch.manual_seed(config.seed)
     model, tokenizer = open_base(base)
     if config.max_length > longest(model, tokenizer):
@@ -319,63 +300,3 @@ def _keep(run: RewardRun, partial: Path, done: int) -> None:
     buffer = io.BytesIO()  # through memory, for the same reason as files.save_checkpoint
     torch.save({"done": done, "params": [p.detach() for p in run.params]}, buffer)
     write_atomically(partial / BEST, buffer.getvalue())
-
-
-def _check(c: RewardTraining) -> None:
-    limits = {
-        "epochs": (c.epochs >= 1, c.epochs, "at least 1"),
-        "lr": (0 < c.lr < 1, c.lr, "above 0 and below 1"),
-        "batch-size": (c.batch_size >= 1, c.batch_size, "at least 1"),
-        "max-length": (c.max_length >= 1, c.max_length, "at least 1"),
-        "val-share": (0 <= c.val_share < 1, c.val_share, "a share of the prompts, 0..1"),
-        "seed": (c.seed >= 0, c.seed, "at least 0"),
-    }
-    for key, (fine, value, expected) in limits.items():
-        if not fine:
-            raise ConfigError(f"--{key} = {value!r} is out of range", where=f"--{key}", expected=expected, todo="mend it")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `edgesafe reward-model`."""
-    default = RewardTraining()
-    parser.add_argument("base", help="folder or hub id of a causal or classification checkpoint to start from, e.g. a GPT-2")
-    parser.add_argument(
-        "--data", type=Path, required=True, help='JSON lines {"prompt", "chosen", "rejected"}, or HH-RLHF\'s own; may be .gz'
-    )
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the reward model")
-    for name, kind, text in (
-        ("epochs", int, "passes over the training pairs"),
-        ("lr", float, "highest learning rate"),
-        ("batch-size", int, "pairs an update"),
-        ("max-length", int, "most tokens of a dialogue"),
-        ("val-share", float, "share of the prompts kept for validation; 0 = none"),
-        ("seed", int, "of the head, the order and the dropout"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=f"{text} ({value})")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out lines that can't be used, and say how many")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted run")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON")
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """Run `edgesafe reward-model`; returns the exit code."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    config = RewardTraining(**{f.name: getattr(args, f.name) for f in fields(RewardTraining)})
-    with step(f"train a reward model from {args.base} on {args.data}"):
-        record = train_reward_model(args.base, args.data, config, args.out, resume=args.resume)
-    print(json.dumps(record) if args.json else _summary(record, args.out))
-    return 0
-
-
-def _summary(record: dict[str, Any], out: Path) -> str:
-    pairs, val = record["pairs"], record.get("val")
-    lines = [f"{pairs['train']} pairs trained, {pairs['val']} validated, {pairs['skipped']} lines left out", str(out)]
-    if val:
-        low, high = 100 * val["lower_95"], 100 * val["upper_95"]
-        said = f"validation accuracy {100 * val['accuracy']:.1f} % [{low:.1f}, {high:.1f}], loss {val['loss']:.4f}"
-        lines.insert(1, f"{said}, after update {val['update']} of {record['updates']}")
-    return "\n".join(lines)

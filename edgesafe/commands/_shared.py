@@ -1,0 +1,218 @@
+"""What several commands share: their common arguments, MODEL and engines by name, and printing JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesafe.errors import ConfigError, EdgesafeError, InputError
+
+if TYPE_CHECKING:
+    from edgesafe.runtime.engine import Engine
+
+_ENGINE = "MODULE:NAME, where NAME is an engine, or makes one when called without arguments"
+
+
+def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A parser of its own for a command or for an action of one.
+
+    Args:
+        commands: What ``add_subparsers`` gave.
+        name: The word on the command line.
+        text: The help: one line for the list of commands, more lines, and last an example after ``Example:``.
+    """
+    described, mark, example = text.strip().partition("Example:")
+    first = described.partition("\n")[0].rstrip(".")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=first[:1].lower() + first[1:],
+        description=described.strip(),
+        epilog=mark + example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """BUNDLE."""
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="the bundle's folder, as `edgesafe export` wrote it")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document instead of text")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """``--engine``."""
+    text = "run the graphs with this engine, an object of your own (default: onnxruntime)"
+    parser.add_argument("--engine", metavar="MODULE:NAME", help=text)
+
+
+def add_model(parser: argparse.ArgumentParser, *, default: Path | None = None) -> None:
+    """MODEL, which ``model_folder`` turns into a folder; without it the ``default``, where there is one."""
+    from edgesafe.checkpoint.recipe import load_recipes
+
+    families = ", ".join(sorted(load_recipes()))
+    text = f"checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub; its model_type is one of {families}"
+    if default is None:
+        parser.add_argument("model", type=utf8, metavar="MODEL", help=text)
+    else:
+        text += " (default: the reference model of a clone)"
+        parser.add_argument("model", type=utf8, metavar="MODEL", nargs="?", default=str(default), help=text)
+
+
+def folder(text: str) -> Path:
+    """A folder's path, held to ``utf8``."""
+    return Path(utf8(text))
+
+
+def utf8(text: str) -> str:
+    """The name of something that libraries in C++ and Rust will open too, which take no other names than UTF-8.
+
+    Raises:
+        ConfigError: Its name is not UTF-8, as a Latin-1 name from an older disk is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            "the path is not UTF-8",
+            where=shown_path(text),
+            expected="a name in UTF-8: onnxruntime, tokenizers and safetensors open no other",
+            todo="rename it, or make a link to it that has a plain name",
+        ) from error
+    return text
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """A path as a terminal can show it: bytes that are not UTF-8 as escapes.
+
+    >>> shown_path(os.fsdecode(b"caf\\xe9")), shown_path("café")
+    ('caf\\\\xe9', 'café')
+    """
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def keep_apart(out: Path, option: str = "--out", **inputs: Path | str | None) -> None:
+    """Refuse an output that is one of the inputs, or lies in one: it would change what it is made from.
+
+    Args:
+        out: The output.
+        option: Its name on the command line.
+        inputs: The inputs by their names; None is one that was not given.
+
+    Raises:
+        InputError: It is or does.
+    """
+    for name, given in inputs.items():
+        if given is None or not os.path.lexists(given):
+            continue
+        source = Path(given).resolve()
+        if out.resolve() == source or source in out.resolve().parents:
+            what = "is" if out.resolve() == source else "lies in"
+            raise InputError(
+                f"{option} {what} {name}, which this command only reads",
+                where=shown_path(out),
+                expected="a place of its own",
+                todo=f"name another {option}",
+            )
+
+
+def model_folder(model: str) -> Path:
+    """The folder of MODEL, fetched from the Hugging Face hub where it is an id."""
+    from edgesafe.checkpoint.hub import resolve_model
+
+    path: Path = resolve_model(model)[0]
+    return path
+
+
+def print_json(obj: object) -> None:
+    """Print one JSON document; where stdout can't show a character, as an escape that JSON readers know."""
+    text = json.dumps(obj, indent=1, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(obj, indent=1)
+    print(text)
+
+
+def quiet_libraries() -> None:
+    """Leave out the libraries' own bars and notices, which say nothing that a person can act on."""
+    logging = importlib.import_module("transformers.utils.logging")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def engine_option(args: argparse.Namespace) -> dict[str, Any]:
+    """``--engine`` as the keyword argument ``engine``; nothing where it was not given."""
+    return {"engine": engine_of(args.engine)} if args.engine is not None else {}
+
+
+def engine_of(text: str) -> Engine:
+    """The engine that a text names: an object, or what a class or function of that name makes.
+
+    Modules are found as ``python -m`` finds them, the working folder last.
+
+    Args:
+        text: ``MODULE:NAME``; NAME may have dots.
+
+    Raises:
+        ConfigError: The text is of another form, names no module or nothing in it, or what it names is no engine.
+    """
+    module, colon, name = text.partition(":")
+    if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+        raise _bad_engine(text, "the engine's name has another form")
+    found: Any = _import(text, module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise _bad_engine(text, f"the module {module} has no {name}")
+        found = getattr(found, part)
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "open")):
+        found = _made(text, found)
+    wrong = _missing(found)
+    if wrong:
+        raise _bad_engine(text, f"{name} in the module {module} is no engine: it has no {wrong}")
+    engine: Engine = found
+    return engine
+
+
+def _import(text: str, module: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # a console script's path lacks it
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module)
+    except EdgesafeError:
+        raise
+    except Exception as error:  # a module may raise anything while it is imported
+        raise _bad_engine(text, f"the module {module} can't be imported: {type(error).__name__}: {error}") from error
+
+
+def _made(text: str, make: Any) -> Any:
+    try:
+        return make()
+    except EdgesafeError:
+        raise
+    except Exception as error:  # so may a constructor
+        raise _bad_engine(text, f"the engine can't be made: {type(error).__name__}: {error}") from error
+
+
+def _missing(engine: Any) -> str:
+    """What an object lacks of an engine: of the protocol ``edgesafe.runtime.engine.Engine``, what every engine has."""
+    for name in ("name", "version"):
+        if not isinstance(getattr(engine, name, None), str):
+            return f"text {name}"
+    return "" if callable(getattr(engine, "open", None)) else "method open"
+
+
+def _bad_engine(text: str, what: str) -> ConfigError:
+    return ConfigError(what, where=f"--engine {text}", expected=_ENGINE, todo="see edgesafe.runtime.engine.Engine")

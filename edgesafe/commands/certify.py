@@ -1,0 +1,62 @@
+"""Run the certification suite at every exit.
+
+Writes certificate.json into the bundle: a verdict for each exit, bound to the digest of the bundle's bytes. The command fails
+(exit code 42) only where no exit passes.
+
+Example:
+  edgesafe certify build/rpi5/bundle --answers answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json, shown_path
+from edgesafe.errors import CertificationFailedError
+from edgesafe.progress import table
+
+_RATES = ("harmful", "overrefusal", "incoherent", "accuracy")
+_HEADERS = ("exit", "harmful %", "over-refusal %", "incoherent %", "accuracy %", "verdict", "reasons")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `edgesafe certify`."""
+    add_bundle(parser)
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer to this file, as JSON lines")
+    add_engine(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Certify and print the rates; fails where no exit passes."""
+    from edgesafe.certify.certify import certify
+    from edgesafe.format.certificate import certified_depths
+
+    certificate = certify(args.bundle, progress=True, answers=args.answers, **engine_option(args))
+    if args.json:
+        print_json(certificate.to_dict())
+    else:
+        print(_table(certificate.to_dict()))
+    if not certified_depths(certificate):
+        raise CertificationFailedError(
+            "no exit keeps the suite's limits",
+            where=shown_path(args.bundle),
+            expected="at least one passed exit",
+            todo="read the reasons above, align the model and export it again",
+        )
+    return 0
+
+
+def _table(certificate: dict[str, Any]) -> str:
+    """Rates in per cent with their 95 % intervals, one exit per line."""
+    rows = [
+        [e["exit_depth"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])]
+        for e in certificate["exits"]
+    ]
+    return table(rows, _HEADERS)
+
+
+def _percent(rate: dict[str, Any]) -> str:
+    return f"{100 * rate['rate']:.1f} [{100 * rate['lower_95']:.1f}, {100 * rate['upper_95']:.1f}]"

@@ -1,0 +1,70 @@
+"""Time every part of a bundle on this machine.
+
+Writes latency.json into the bundle. Budgets are kept by these times, which hold for this machine alone.
+
+Example:
+  edgesafe measure build/rpi5/bundle
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
+from edgesafe.errors import ConfigError
+from edgesafe.progress import table
+
+if TYPE_CHECKING:
+    from edgesafe.format.latency import LatencyTable
+
+_LONGEST_S = 3600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `edgesafe measure`."""
+    add_bundle(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: compare counts and take the best)")
+    text = "about how long to take, in seconds (default: %(default)g)"
+    parser.add_argument("--seconds", type=float, default=40.0, metavar="S", help=text)
+    add_engine(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the bundle's parts and print the times."""
+    from edgesafe.runtime import measure
+
+    if not 0 < args.seconds <= _LONGEST_S:
+        expected = f"more than 0 and at most {_LONGEST_S}"
+        raise ConfigError(f"--seconds is {args.seconds:g}", where="--seconds", expected=expected, todo="change it")
+    engine = engine_option(args)
+    result = measure(args.bundle, threads=args.threads, seconds=args.seconds, **engine)
+    if args.json:
+        print_json(result.to_dict())
+        return 0
+    name = engine["engine"].name if engine else "onnxruntime"
+    print("\n\n".join([*_tables(result), _closing(result, name)]))
+    return 0
+
+
+def _tables(result: LatencyTable) -> list[str]:
+    parts = [("preprocess", result.text["preprocess"]), *result.segments.items()]
+    parts += [(f"prefill of {row['tokens']} tokens", row) for row in result.text["prefill"]]
+    parts += [(f"one more token after {row['context']}", row) for row in result.text["decode"]]
+    rows = [[name, f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", len(row["ms"])] for name, row in parts]
+    exits = [[e["exit_depth"], *(f"{e['ttft_ms'][key]:.2f}" for key in ("p50_ms", "p95_ms"))] for e in result.exits]
+    tables = [table(rows, ["part", "p50 ms", "p95 ms", "runs"]), table(exits, ["exit", "first token p50 ms", "p95 ms"])]
+    if result.sweep:
+        compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]
+        tables.append(table(compared, ["threads", "on cores", "answer p50 ms"]))
+    return tables
+
+
+def _closing(result: LatencyTable, engine: str) -> str:
+    rss = f"{result.peak_rss_mib:.0f} MiB" if result.peak_rss_mib is not None else "unknown"
+    return (
+        f"{result.machine}; {result.threads} threads; {engine} {result.onnxruntime_version}\n"
+        f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; "
+        f"governor {result.conditions['governor'] or 'unknown'}"
+    )

@@ -1,0 +1,50 @@
+"""Say what an export would do, without loading any weights.
+
+Prints sizes, memory and time, in seconds even for a model of 14 GB; of a model on the hub only headers are fetched.
+
+Example:
+  edgesafe plan llava-hf/llava-1.5-7b-hf --device rpi5
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from edgesafe.commands._shared import add_json, add_model, print_json, utf8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `edgesafe plan`."""
+    add_model(parser)
+    parser.add_argument("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
+    text = "one graph per segment, or one whole graph per exit (default: %(default)s)"
+    parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)
+    text = "weights of the vision tower: int8-dynamic or fp32 (default: the device's)"
+    parser.add_argument("--vision-scheme", metavar="SCHEME", help=text)
+    text = "weights of the text model: int4-block128, int4-block64, int4-block32, int8-block32, fp32 or auto, "
+    text += "which takes the coarsest of them that changes no answers (default: the device's)"
+    parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
+    text = 'exits to make, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
+    parser.add_argument("--exits", metavar="EXITS", help=text)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    from edgesafe.checkpoint.hub import resolve_outline
+    from edgesafe.device import load_device
+    from edgesafe_export.plan import choose_ladder, describe, make_plan
+    from edgesafe_export.quantize import check_schemes
+    from edgesafe_export.skeleton import open_sketch
+
+    device = load_device(args.device)
+    schemes = {"vision": args.vision_scheme or device.vision_scheme, "text": args.text_scheme or device.text_scheme}
+    check_schemes(**schemes)
+    folder, name, header = resolve_outline(args.model)
+    sketch = open_sketch(folder, header)
+    plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, args.exits), args.layout, schemes)
+    if args.json:
+        print_json(plan.to_dict())
+    else:
+        print(describe(plan))
+    return 0

@@ -1,0 +1,85 @@
+"""Draw the reference world's pictures, write its data, or build the reference model.
+
+Example:
+  edgesafe reference draw --out build/pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgesafe.commands._shared import add_command, folder
+from edgesafe.errors import InputError
+
+_DRAW = """Draw sample pictures, each with its request and wanted answer.
+
+Example:
+  edgesafe reference draw --out build/pictures --count 24
+"""
+_DATA = """Write training rows, or a suite.
+
+Example:
+  edgesafe reference data --split cert --out build/suite
+"""
+_BUILD = """Train the reference model from scratch; needs edgesafe[align].
+
+Example:
+  edgesafe reference build --out build/reference
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `edgesafe reference`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    draw = add_command(actions, "draw", _DRAW)
+    draw.add_argument("--count", type=int, default=12, metavar="N", help="how many (default: %(default)s)")
+    data = add_command(actions, "data", _DATA)
+    text = "train for training rows; val, cert or test for a suite"
+    data.add_argument("--split", choices=("train", "val", "cert", "test"), required=True, help=text)
+    text = "rows of the train split (default: %(default)s)"
+    data.add_argument("--count", type=int, default=6000, metavar="N", help=text)
+    text = "size of a suite; 1 is 1240 rows, 800 for cert (default: %(default)g)"
+    data.add_argument("--scale", type=float, default=1.0, metavar="X", help=text)
+    build = add_command(actions, "build", _BUILD)
+    for action, seed in ((draw, 0), (data, 0), (build, 7)):
+        action.add_argument("--out", type=folder, metavar="DIR", required=True, help="new folder")
+        action.add_argument("--seed", type=int, default=seed, metavar="N", help="random seed (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, write or build."""
+    if args.out.exists():
+        raise InputError("the output exists already", where=str(args.out), expected="a new folder", todo="name another --out")
+    if args.action == "draw":
+        _draw(args.out, args.count, args.seed)
+    elif args.action == "data":
+        from edgesafe.reference.data import write_split, write_training
+
+        if args.split == "train":
+            write_training(args.out, args.count, seed=args.seed)
+        else:
+            write_split(args.out, args.split, scale=args.scale, seed=args.seed)
+    else:
+        from edgesafe.reference.build import Recipe, build
+
+        build(args.out, Recipe(seed=args.seed), say=lambda line: print(line, file=sys.stderr, flush=True))
+    return 0
+
+
+def _draw(out: Path, count: int, seed: int) -> None:
+    """Draw `count` pictures of the val split, one family after the other, with a requests.tsv of requests and answers."""
+    from edgesafe.reference.world import FAMILIES, sample
+
+    if count < 1:
+        raise InputError("nothing to draw", where="--count", expected="1 or more", todo="give a larger number")
+    out.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
+        name = f"{i:03d}-{s.family}.png"
+        s.image.save(out / name)
+        lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
+    (out / "requests.tsv").write_text("".join(lines), encoding="utf-8")
+    print("".join(lines), end="")

@@ -1,0 +1,56 @@
+"""Go the whole way: align, export, quantize and certify.
+
+What `make export` runs. Each step writes a folder under --out; one whose inputs have not changed is not run again.
+
+Example:
+  edgesafe ship --device rpi5 --out build/rpi5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
+from edgesafe.errors import CertificationFailedError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `edgesafe ship`."""
+    from edgesafe.ship import REFERENCE
+
+    add_model(parser, default=REFERENCE)
+    add = parser.add_argument
+    add("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
+    add("--out", type=folder, metavar="DIR", required=True, help="folder for everything; the bundle is DIR/bundle")
+    add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
+    add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
+    add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ship and print the closing report; fails where no exit is certified."""
+    from edgesafe.device import load_device
+    from edgesafe.format.files import write_atomically
+    from edgesafe.ship import closing_table, ship
+
+    keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
+    device = load_device(args.device)
+    report = ship(model_folder(args.model), device, args.out, config=args.config, data=args.data, suite=args.suite)
+    closing = closing_table(report)
+    write_atomically(args.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.out / "table.txt", (closing + "\n").encode())
+    if args.json:
+        print_json(report)
+    else:
+        print(closing)
+    if not report["certified"]:
+        raise CertificationFailedError(
+            "no exit keeps the suite's limits",
+            where=report["bundle"],
+            expected="at least one passed exit",
+            todo="read the table's last column",
+        )
+    return 0

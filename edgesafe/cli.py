@@ -212,7 +212,7 @@ def cmd_measure(options: argparse.Namespace) -> int:
     if result.sweep:
         compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]
         print("\n" + table(compared, ["threads", "on cores", "answer p50 ms"]))
-    print(f"\n{result.machine}; {result.threads} threads; onnxruntime {result.onnxruntime_version}")
+    print(f"\n{result.machine}; {result.threads} threads; {result.engine} {result.engine_version}")
     ruled = result.conditions["governor"] or "unknown"
     print(f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; governor {ruled}")
     return 0
@@ -297,7 +297,7 @@ def _add_smoke(parser: argparse.ArgumentParser) -> Run:
 
 def cmd_smoke(options: argparse.Namespace) -> int:
     """Run the suite's on-device subset; exit code 42 where it fails."""
-    from edgesafe.certify.certify import smoke
+    from edgesafe.certify.smoke import smoke
 
     report = smoke(options.bundle, junit=options.junit)
     if options.json:

@@ -45,7 +45,7 @@ HELPERS = (
     "runtime/conftest.py",
 )
 TESTS = (
-    "runtime/test_runtime_anytime.py",
+    "runtime/test_runtime_deadline.py",
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
     "runtime/test_runtime_conversation.py",
@@ -53,7 +53,7 @@ TESTS = (
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_text.py",
     "runtime/test_runtime_soak.py",
-    "runtime/test_runtime_threads.py",
+    "runtime/test_runtime_turns.py",
     "serve/test_serve_http.py",
     "contract/test_bundle_format.py",
     "contract/test_tiles_format.py",

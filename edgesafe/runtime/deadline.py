@@ -10,7 +10,7 @@ from edgesafe.errors import NoExitFitsError
 from edgesafe.format.manifest import ExitSpec
 from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
-from edgesafe.runtime.decode import State
+from edgesafe.runtime.engine import State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -64,23 +65,25 @@ class Turns:
         if when_busy not in (WAIT, REFUSE):
             raise InputError(f"when_busy is {when_busy!r}", expected=f"{WAIT!r} or {REFUSE!r}")
         self._refuse = when_busy == REFUSE
+        self._process = os.getpid()
         # Re-entrant (Condition's default), because a stream that is garbage leaves the line from wherever it is collected.
         self._changed = threading.Condition()
         self._line: deque[Turn] = deque()
         self._closed = False
 
     @property
-    def closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return self._closed
+    def forked(self) -> bool:
+        """Whether this is a copy in a fork of the process that made it. Its locks may be held by threads that aren't here."""
+        return os.getpid() != self._process
 
     def enter(self, cancel: Cancel | None = None, tell: Callable[[Progress], None] | None = None) -> Turn:
         """Stand in line; ``Turn.wait`` is the waiting.
 
         Raises:
             BusyError: Another ask is in the line, and this one is not to wait.
-            ClosedError: The session is closed.
+            ClosedError: The session is closed, or of another process.
         """
+        self.check_open()  # before any lock: a fork may have copied it while it was held
         turn = Turn(self, cancel or Cancel(), tell)
         with self._changed:
             self.check_open()
@@ -92,6 +95,7 @@ class Turns:
 
     def wait(self, turn: Turn) -> None:
         """Block until the turn is first in the line; it leaves the line where it raises."""
+        check_process(self._process)
         me = threading.get_ident()
         try:
             with self._changed:
@@ -110,7 +114,9 @@ class Turns:
             raise
 
     def remove(self, turn: Turn) -> None:
-        """Out of the line, wherever in it; twice does nothing."""
+        """Out of the line, wherever in it; twice does nothing, and so it does in a fork."""
+        if self.forked:
+            return
         with self._changed:
             if turn not in self._line:
                 return
@@ -120,19 +126,26 @@ class Turns:
 
     def wake(self) -> None:
         """Let every waiting ask look again."""
+        if self.forked:
+            return
         with self._changed:
             self._changed.notify_all()
 
     def check_open(self) -> None:
-        """Raise ``ClosedError`` where the session is closed."""
+        """Raise ``ClosedError`` where the session is closed, or of another process."""
+        check_process(self._process)
         if self._closed:
             raise ClosedError("the session was closed", todo="open the bundle again")
 
     def close(self) -> None:
         """Let nothing in any more, end what runs at its next step and wait for that; what waits in line ends by itself.
 
-        An ask whose own callback closes the session ends after the callback has returned, so it is not waited for.
+        An ask whose own callback closes the session ends after the callback has returned, so it is not waited for. In a fork
+        there is nobody to wait for.
         """
+        if self.forked:
+            self._closed = True
+            return
         me = threading.get_ident()
         with self._changed:
             self._closed = True
@@ -144,6 +157,23 @@ class Turns:
             self._changed.wait_for(lambda: all(turn.thread in (None, me) for turn in self._line))
 
 
+def check_process(process: int) -> None:
+    """Refuse to go on in a fork: the engine's threads live in the process that opened the session, and there alone.
+
+    Args:
+        process: The number of that process.
+
+    Raises:
+        ClosedError: This is another one.
+    """
+    if os.getpid() != process:
+        raise ClosedError(
+            f"the session was opened in process {process}, and this is a fork of it, process {os.getpid()}",
+            expected="a session that this process opened",
+            todo="open the bundle in the child, after the fork, or start processes with 'spawn'",
+        )
+
+
 class Turn:
     """One ask's place in the line, its cancel switch and its progress callback."""
 
@@ -153,6 +183,11 @@ class Turn:
         # What ends the ask where nobody drives it: a stream that was left unread.
         self.abandon: Callable[[], None] = lambda: None
         self._turns, self._tell = turns, tell
+
+    @property
+    def forked(self) -> bool:
+        """See ``Turns``."""
+        return self._turns.forked
 
     def wait(self) -> None:
         """Block until it is this ask's turn.

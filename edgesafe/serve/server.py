@@ -10,6 +10,7 @@ import argparse
 import base64
 import binascii
 import json
+import os
 import secrets
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 
 from edgesafe.errors import BusyError, CertificateError, ClosedError, ConfigError, DeviceError, EdgesafeError, InputError
 from edgesafe.format.fields import Fields
-from edgesafe.runtime import Budget, Progress, Session
+from edgesafe.runtime import Budget, Engine, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
 
 HOST, PORT = "127.0.0.1", 8765
@@ -272,17 +273,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run `edgesafe serve` until Ctrl-C."""
-    if not 0 <= options.port < 65536:
-        raise ConfigError(f"--port is {options.port}", expected="0 to 65535")
-    with Session.open(options.bundle, threads=options.threads, allow_uncertified=options.allow_uncertified) as session:
+    serve(options.bundle, port=options.port, threads=options.threads, allow_uncertified=options.allow_uncertified)
+    return 0
+
+
+def serve(
+    path: str | os.PathLike[str],
+    *,
+    port: int = PORT,
+    threads: int | None = None,
+    allow_uncertified: bool = False,
+    engine: Engine | None = None,
+) -> None:
+    """Open a bundle and serve the page until Ctrl-C; its address goes to stdout.
+
+    Args:
+        path: The bundle's folder.
+        port: Of 127.0.0.1; 0 takes a free one.
+        threads: Threads of each graph; see ``Session.open``.
+        allow_uncertified: Let the page use exits without a passed verdict.
+        engine: What runs the graphs; by default Python's onnxruntime.
+
+    Raises:
+        ConfigError: The port is not one, or it is taken.
+        BundleError, CertificateMismatchError: As by ``Session.open``.
+    """
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port is {port}", expected="0 to 65535")
+    with Session.open(path, threads=threads, allow_uncertified=allow_uncertified, engine=engine) as session:
         try:
-            server = PageServer(session, options.port)
+            server = PageServer(session, port)
         except OSError as error:
-            raise ConfigError(f"can't listen: {error.strerror}", where=f"--port {options.port}", todo="try --port 0") from error
+            raise ConfigError(f"can't listen: {error.strerror}", where=f"--port {port}", todo="try --port 0") from error
         with server:
             print(f"http://{HOST}:{server.port}/  (this machine alone; Ctrl-C ends it)", flush=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
                 print(file=sys.stderr)
-    return 0

@@ -20,7 +20,8 @@ def measured(handmade, copy_of):
     table = LatencyTable(
         bundle_digest=bundle.digest,
         machine=machine_name(),
-        onnxruntime_version=OnnxRuntime().version,
+        engine="onnxruntime",
+        engine_version=OnnxRuntime().version,
         threads=1,
         segments={path: stage_times([10.0] * 5) if "blocks" in path else none for path in graphs},
         text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": [{"context": 10, **none}]},

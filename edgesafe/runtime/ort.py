@@ -7,6 +7,8 @@ the attention mask, whose length says how much of the buffer is filled. Nothing 
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -19,6 +21,7 @@ from edgesafe.format import graph_io
 from edgesafe.format.manifest import GraphSpec, TextSpec
 from edgesafe.runtime.decode import PART_TOKENS, room_for, shares_cache
 from edgesafe.runtime.engine import DTYPES, Array, Graph, Reader, State
+from edgesafe.runtime.turns import check_process
 
 _SPIN_US = "50"
 _AS_REQUESTED = 1  # grow by what is asked for, not by powers of two
@@ -47,6 +50,7 @@ class OrtGraph:
         self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in spec.inputs}
         self.outputs = [tensor.name for tensor in spec.outputs]
         self._shares = shares_cache(spec)
+        self._process = os.getpid()
         try:
             options = session_options(threads, alone=self._shares)
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -67,13 +71,13 @@ class OrtGraph:
         if missing:
             raise BundleError(f"the graph wants {sorted(missing)}, which this runtime doesn't know")
         wanted = {name: feeds[name].astype(self.dtypes[name], copy=False) for name in self.wants}
-        with graph_errors():
+        with graph_errors(self._process):
             return dict(zip(self.outputs, self._session.run(self.outputs, wanted), strict=True))
 
     def advance(self, state: State) -> State:
         """A vision graph's one output from its one input; both stay onnxruntime's own and are not copied."""
         (name,) = self.wants
-        with graph_errors():
+        with graph_errors(self._process):
             if isinstance(state, np.ndarray):
                 state = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(state, self.dtypes[name]))
             (out,) = self._session.run_with_ort_values(self.outputs, {name: state})
@@ -98,6 +102,7 @@ class SharedReader:
 
     def __init__(self, embed: ort.InferenceSession, decoder: ort.InferenceSession, text: TextSpec, length: int) -> None:
         self._text, self._embed, self._decoder = text, embed, decoder
+        self._process = os.getpid()
         self._token = np.zeros((1, 1), np.int64)
         self._logits = np.zeros((1, 1, text.vocab_size), np.float32)
         self._binding, self._embedding = decoder.io_binding(), embed.io_binding()
@@ -120,7 +125,7 @@ class SharedReader:
         """See ``Reader``."""
         self.reserve(self.length + 1)
         self._token[0, 0] = token
-        with graph_errors():
+        with graph_errors(self._process):
             self._embed.run_with_iobinding(self._embedding)
         return self._run(self._one, 1)
 
@@ -150,7 +155,7 @@ class SharedReader:
 
     def _run(self, embeds: ort.OrtValue, tokens: int) -> Array:
         total = self.length + tokens
-        with graph_errors():
+        with graph_errors(self._process):
             self._binding.bind_ortvalue_input(graph_io.INPUTS_EMBEDS, embeds)
             self._binding.bind_cpu_input(graph_io.ATTENTION_MASK, self._mask[:, :total])
             self._decoder.run_with_iobinding(self._binding)
@@ -164,8 +169,16 @@ def _value(array: Array) -> ort.OrtValue:
 
 
 @contextmanager
-def graph_errors() -> Iterator[None]:
-    """What onnxruntime raises while it runs a graph, as a ``BundleError``."""
+def graph_errors(process: int) -> Iterator[None]:
+    """What onnxruntime raises while it runs a graph, as a ``BundleError``.
+
+    Args:
+        process: The number of the process that opened the graph.
+
+    Raises:
+        ClosedError: This is a fork of it, in which a run would wait for threads that aren't here.
+    """
+    check_process(process)
     try:
         yield
     except Exception as error:
@@ -195,6 +208,22 @@ def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
+
+
+def _leave_at_once() -> None:
+    """In a fork: end the process without onnxruntime's own farewell, which waits for a thread that only the parent has.
+
+    Python has ended in good order by then, and C's files are written out first. It takes glibc's ``on_exit``; elsewhere a child
+    of ``os.fork`` ends with ``os._exit``, as those of multiprocessing do.
+    """
+    libc = ctypes.CDLL(None)
+    with suppress(AttributeError):
+        libc.on_exit(libc._exit, None)
+        libc["__cxa_atexit"](libc.fflush, None, None)  # the last one registered runs first
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_at_once)
 
 
 @cache

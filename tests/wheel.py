@@ -43,13 +43,16 @@ HELPERS = (
     "odd_inputs.py",
     "results.py",
     "runtime/conftest.py",
+    "runtime/fake_engine.py",
 )
 TESTS = (
     "runtime/test_runtime_deadline.py",
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
     "runtime/test_runtime_conversation.py",
+    "runtime/test_runtime_fork.py",
     "runtime/test_runtime_imports.py",
+    "runtime/test_runtime_seam.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_text.py",
     "runtime/test_runtime_soak.py",

@@ -31,19 +31,19 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
         EdgesafeError: Of that class; a folder is missing, something else is in the way, or the system refuses.
     """
     where, expected = str(path), "a file in a folder that can be written"
-    if path.is_dir():
-        raise error("a folder is where the file is to be written", where=where, expected=expected, todo=todo)
-    if not path.parent.is_dir():
-        what = "is not a folder" if path.parent.exists() else "doesn't exist"
-        raise error(f"{path.parent} {what}", where=where, expected=expected, todo=todo)
-    partial = _partial(path)
     try:
+        if path.is_dir():
+            raise error("a folder is where the file is to be written", where=where, expected=expected, todo=todo)
+        if not path.parent.is_dir():
+            what = "is not a folder" if path.parent.exists() else "doesn't exist"
+            raise error(f"{path.parent} {what}", where=where, expected=expected, todo=todo)
+        partial = _partial(path)
         partial.unlink(missing_ok=True)
         partial.open("xb").close()
         partial.unlink()
-    except OSError as refused:
-        what = f"the file can't be written: {refused.strerror}"
-        raise error(what, where=where, expected=expected, todo=todo) from refused
+    except (OSError, ValueError) as refused:  # ValueError: a name that no file can have
+        why = refused.strerror if isinstance(refused, OSError) else refused
+        raise error(f"the file can't be written: {why}", where=where, expected=expected, todo=todo) from refused
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
         if not path.parent.is_dir():
             what = "is not a folder" if path.parent.exists() else "doesn't exist"
             raise error(f"{path.parent} {what}", where=where, expected=expected, todo=todo)
-        partial = _partial(path)
+        partial = path.with_name(path.name + ".partial")  # as write_atomically names it
         partial.unlink(missing_ok=True)
         partial.open("xb").close()
         partial.unlink()
@@ -48,7 +48,7 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the file and rename, so that the earlier file stays whole whatever happens."""
-    partial = _partial(path)
+    partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
         with partial.open("xb") as file:
@@ -59,10 +59,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -92,7 +92,7 @@ def _a_device(title: str) -> str:
     ['a Raspberry Pi 5', 'an NVIDIA Jetson Orin Nano', 'this machine', 'the device']
     """
     name = title.partition(",")[0].partition("(")[0].strip()
-    if not name or name.lower().startswith(("this ", "the ")):
+    if not name or name.lower().startswith(("this ", "the ", "a ", "an ")):
         return name or "the device"
     word = name.split()[0]
     # Letters whose names begin with a vowel, where a word is spelled out.

@@ -46,12 +46,14 @@ HELPERS = (
     "runtime/fake_engine.py",
 )
 TESTS = (
+    "runtime/test_runtime_answer.py",
     "runtime/test_runtime_deadline.py",
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
     "runtime/test_runtime_conversation.py",
     "runtime/test_runtime_fork.py",
     "runtime/test_runtime_imports.py",
+    "runtime/test_runtime_outputs.py",
     "runtime/test_runtime_seam.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_text.py",
@@ -63,6 +65,7 @@ TESTS = (
     "contract/test_cli.py",
     "contract/test_errors.py",
     "contract/test_seal.py",
+    "contract/test_writable.py",
 )
 GUARD = f"""
 import sys

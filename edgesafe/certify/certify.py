@@ -59,8 +59,8 @@ def certify(
     session = Session.open(bundle_path, allow_uncertified=True, engine=engine)
     suite = suite_of(session)
     check_classes(suite, suite.rows)
-    said = ask_all(session, suite, suite.rows, session.manifest.depths, "certify" if progress else "")
-    rates = {d: tally(suite.rows, said[d]) for d in said}
+    answered = ask_all(session, suite, suite.rows, session.manifest.depths, "certify" if progress else "")
+    rates = {d: tally(suite.rows, answered[d]) for d in answered}
     reference = rates[session.manifest.reference_depth]
     certificate = Certificate(
         manifest_digest=session.bundle.digest,
@@ -69,11 +69,11 @@ def certify(
         environment=environment(session),
         limits=dict(suite.limits),
         exits=tuple(
-            replace(verdict(d, rates[d], reference, suite.limits), families=families(suite.rows, said[d])) for d in rates
+            replace(verdict(d, rates[d], reference, suite.limits), families=families(suite.rows, answered[d])) for d in rates
         ),
     )
     if answers is not None:
-        write_atomically(Path(answers), _lines(suite.rows, said))
+        write_atomically(Path(answers), _lines(suite.rows, answered))
     write_certificate(session.bundle, certificate)
     return certificate
 
@@ -95,7 +95,7 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
 def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterable[int], label: str) -> Answers:
     """Greedy answers {exit depth: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
     depths = tuple(depths)
-    said: Answers = {d: {} for d in depths}
+    answered: Answers = {d: {} for d in depths}
     shown, features, cut = None, {}, ALONE
     for row in bar(rows, len(rows), label) if label else rows:
         # Rows of one picture stand next to each other where a suite asks several things about it.
@@ -103,8 +103,8 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterabl
             path = suite.image_path(row)
             features, cut, shown = session.vision_states(path, depths), session.cut(path), row.image
         for d in depths:
-            said[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS, cut)
-    return said
+            answered[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS, cut)
+    return answered
 
 
 def environment(session: Session) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def check_classes(suite: Suite, rows: Sequence[Row]) -> None:
         )
 
 
-def _lines(rows: Sequence[Row], said: Answers) -> bytes:
+def _lines(rows: Sequence[Row], answered: Answers) -> bytes:
     lines = [
         {
             "exit_depth": depth,
@@ -171,7 +171,7 @@ def _lines(rows: Sequence[Row], said: Answers) -> bytes:
             "judged": classify(texts[row.id], row.prompt),
             "answer": texts[row.id],
         }
-        for depth, texts in said.items()
+        for depth, texts in answered.items()
         for row in rows
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -84,9 +84,9 @@ def smoke(
     suite = suite_of(session)
     rows = suite.smoke_rows()
     check_classes(suite, rows)
-    said = ask_all(session, suite, rows, session.certified, "smoke")
+    answered = ask_all(session, suite, rows, session.certified, "smoke")
     verdicts = {e.exit_depth: e for e in session.certificate.exits}
-    exits = tuple(smoke_verdict(tally(rows, said[d]), verdicts[d], suite.limits) for d in session.certified)
+    exits = tuple(smoke_verdict(tally(rows, answered[d]), verdicts[d], suite.limits) for d in session.certified)
     report = SmokeReport(session.bundle.digest, suite.digest, dict(JUDGE), environment(session), len(rows), exits)
     if junit is not None:
         write_atomically(Path(junit), junit_xml(report))
@@ -94,7 +94,7 @@ def smoke(
 
 
 def junit_xml(report: SmokeReport) -> bytes:
-    """The report as JUnit XML: one test case an exit."""
+    """The report as JUnit XML: one test case for each exit."""
     failures = sum(e.verdict != PASSED for e in report.exits)
     suite = ElementTree.Element("testsuite", name="edgesafe smoke", tests=str(len(report.exits)), failures=str(failures))
     for e in report.exits:

@@ -30,7 +30,7 @@ class Answer:
     ``why`` tells why this exit, ``planned_depth`` which one the budget was predicted to allow before any ran, and
     ``deadline_met`` whether its times were kept; both are None without a budget. ``predicted_ms`` and
     ``actual_ms`` are by stage: ``preprocess``, the vision graphs, ``prefill`` and ``decode`` (predicted: one
-    token's; actual: all of them), and the actual ones begin with ``wait``, the time until it was this ask's turn. The
+    token's; actual: all of them), and the actual ones begin with ``wait``, the time until it was this request's turn. The
     predicted ones are medians, corrected by what was known then, so they don't add up to ``predicted_ttft_ms``, which is
     at the budget's quantile; both leave out the waiting. ``reference_depth`` is the exit that the model was trained to use, and
     ``estimated_for`` the device whose profile an estimate is for, else empty.
@@ -112,8 +112,8 @@ def _shown_ms(ms: float) -> str:
 class AnswerStream(Generic[A]):
     """Yields the answer's text piece by piece; ``answer`` is there once it has ended.
 
-    It holds the session's turn until it has ended, is closed, or is garbage: asks of other threads wait for that. Its work is
-    done in the reader's thread, which is kept on ``cores`` meanwhile (None = any).
+    It holds the session's turn until it has ended, is closed, or is garbage: requests of other threads wait for that. Its work
+    is done in the reader's thread, which is kept on ``cores`` meanwhile (None = any).
     """
 
     def __init__(self, pieces: Generator[str | A, None, None], turn: Turn, cores: Sequence[int] | None = None) -> None:
@@ -150,7 +150,7 @@ class AnswerStream(Generic[A]):
         """The whole answer; what is left of the stream is read first.
 
         Raises:
-            CancelledError, ClosedError: The ask was cancelled or the session closed before the answer had ended.
+            CancelledError, ClosedError: The request was cancelled or the session closed before the answer had ended.
             InputError: The stream was closed before its answer had ended.
         """
         for _ in self:
@@ -215,7 +215,7 @@ class PendingAnswer(Generic[A]):
         self._cancel = cancel
         self._process = os.getpid()
         self._future: Future[A] = Future()
-        # Running from the start: a pending future could be cancelled behind the back of the line of asks.
+        # Running from the start: a pending future could be cancelled behind the back of the line of requests.
         self._future.set_running_or_notify_cancel()
 
     def run(self) -> None:
@@ -231,7 +231,7 @@ class PendingAnswer(Generic[A]):
         """Wait for the answer.
 
         Raises:
-            TimeoutError: It took longer; the ask goes on.
+            TimeoutError: It took longer; the request continues.
             EdgesafeError: What ``ask`` raises.
         """
         self._check_process()

@@ -44,11 +44,11 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in (("ttft_ms", self.ttft_ms), ("total_ms", self.total_ms)):
             if value is not None and not _is_between(value, 0, math.inf):
-                raise InputError(f"{value!r} is no budget", where=name, expected="milliseconds above 0")
+                raise InputError(f"{value!r} is not a budget", where=name, expected="milliseconds above 0")
         if self.ttft_ms is None and self.total_ms is None:
             raise InputError("the budget names no time", expected="ttft_ms, total_ms or both")
         if not _is_between(self.quantile, 0, 1):
-            raise InputError(f"{self.quantile!r} is no quantile", where="quantile", expected="a number between 0 and 1")
+            raise InputError(f"{self.quantile!r} is not a quantile", where="quantile", expected="a number between 0 and 1")
         if self.on_miss not in (ERROR, SHALLOWEST):
             raise InputError(f"on_miss is {self.on_miss!r}", where="on_miss", expected=f"{ERROR!r} or {SHALLOWEST!r}")
         if self.max_new_tokens is not None:

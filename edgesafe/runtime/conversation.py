@@ -1,4 +1,4 @@
-"""Questions about one picture, which is looked at and read once; a plain ask is a conversation of one question."""
+"""Questions about one picture, which is looked at and read once; a plain request is a conversation of one question."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READ_BEFORE = "the picture was read before: no time was predicted"
 
 
 class QuestionOptions(TypedDict, total=False):
-    """What may be said of each question; see ``Options``."""
+    """The options of each question; see ``Options``."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -35,7 +35,7 @@ class QuestionOptions(TypedDict, total=False):
 
 
 class AskOptions(QuestionOptions, total=False):
-    """What may be said of an ask, or of a conversation, beside its budget; see ``Options``."""
+    """The options of a request or a conversation beside its budget; see ``Options``."""
 
     exit_depth: int | None
     allow_uncertified: bool
@@ -43,7 +43,7 @@ class AskOptions(QuestionOptions, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What may be said of an ask beside its picture and its prompt.
+    """The options of a request beside its picture and its prompt.
 
     Args:
         budget: Take the deepest certified exit that fits, predicted at first and by the clock between vision
@@ -53,8 +53,8 @@ class Options:
         allow_uncertified: Use an exit without a passed verdict; the answer then says so.
         max_new_tokens: The answer's longest length in tokens.
         sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
-        cancel: Ends the ask from another thread, within one token.
-        progress: Called between steps, in the asking thread; what it raises ends the ask.
+        cancel: Ends the request from another thread, within one token.
+        progress: Called between steps, in the asking thread; what it raises ends the request.
     """
 
     budget: Budget | None = None
@@ -66,7 +66,7 @@ class Options:
     progress: Callable[[Progress], None] | None = None
 
     def check(self) -> None:
-        """Refuse what no ask can be made with.
+        """Refuse options that no request can be made with.
 
         Raises:
             InputError: A length, a budget or a sampling is not one.
@@ -75,7 +75,7 @@ class Options:
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise InputError(f"{self.budget!r} is not a budget", expected="Budget(ttft_ms=...)")
         if not isinstance(self.sampling, Sampling):
-            raise InputError(f"{self.sampling!r} says nothing of sampling", expected="Sampling(temperature=...)")
+            raise InputError(f"{self.sampling!r} is not a sampling", expected="Sampling(temperature=...)")
 
     def for_question(self, **changes: Unpack[QuestionOptions]) -> Options:
         """The same but for one question's changes.
@@ -90,14 +90,14 @@ class Options:
 
     @property
     def limit(self) -> int:
-        """The answer's longest length: the smaller one of the ask's and its budget's."""
+        """The answer's longest length: the smaller one of the request's and its budget's."""
         of_budget = self.budget.max_new_tokens if self.budget is not None else None
         return min(self.max_new_tokens, of_budget or self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt's ids, the answer's longest length, how tokens are picked, and the ask's course and turn."""
+    """A prompt's ids, the answer's longest length, how tokens are picked, and the request's course and turn."""
 
     ids: list[int]
     limit: int
@@ -205,7 +205,7 @@ class Conversation:
         session = self._session
         if course.budget is not None:
             check_measured(course.forecast, course.budget, session.bundle)
-        # A picture is decoded when it is its turn, so that a line of asks holds no line of pictures in memory.
+        # A picture is decoded when it is its turn, so that a line of requests holds no line of pictures in memory.
         pixels = course.timed(PREPROCESS, lambda: session.look(self._image))
         if course.budget is not None:
             course.plan(exits)
@@ -227,7 +227,7 @@ class Conversation:
         self._image = None
 
     def _run(self, path: str, state: State, turn: Turn) -> State:
-        """One vision graph, which a cancelled ask leaves between two tiles."""
+        """One vision graph, which a cancelled request leaves between two tiles."""
         if not isinstance(state, list):
             return self._session.run_vision_graph(path, state)
         out = []

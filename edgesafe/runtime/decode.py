@@ -165,7 +165,7 @@ def generate(reader: Reader, logits: Array, text: TextSpec, max_new_tokens: int,
 
     Args:
         reader: It has read the prompt.
-        logits: What it said to that.
+        logits: Its logits after that.
         text: Sizes and end tokens of the language side.
         max_new_tokens: At most this many ids; the context's end may come sooner.
         pick: The next token from logits [1,S or 1,V].

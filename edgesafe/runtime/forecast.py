@@ -109,7 +109,7 @@ class Forecast:
 
 
 def on_line(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The value at x on the lines between points, ascending in x; beyond the last the last line goes on.
+    """The value at x on the lines between points, ascending in x; beyond the last one the last line continues.
 
     A value never falls as x grows, since more tokens are never less work, and below the first point it is that one's.
 

@@ -131,7 +131,7 @@ def measure(
         The table that was written; its ``path`` says where.
 
     Raises:
-        BundleError: The folder is no whole bundle.
+        BundleError: The folder is not a whole bundle.
         DeviceError: Neither the bundle nor the cache can be written; said before anything is measured.
     """
     place = latency_place(Bundle.open(path, verify=False))

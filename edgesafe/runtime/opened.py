@@ -1,4 +1,4 @@
-"""An opened bundle: its graphs, the steps that answers are made of, what was learned about its times, and the line of asks."""
+"""An opened bundle: its graphs, the steps of an answer, what was learned about its times, and the line of requests."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class Talk(Protocol):
 
 
 class OpenedBundle:
-    """A verified bundle, its certificate and its graphs, shared by all who ask.
+    """A verified bundle, its certificate and its graphs, shared by all requests.
 
-    No step here waits for its turn or looks at a certificate: whoever calls one beside a session's asks sees to both.
+    No step here waits for its turn or looks at a certificate: whoever calls one beside a session's requests sees to both.
 
     Args:
         bundle: The bundle.
         certificate: Its certificate, or None.
         threads: Threads of each graph; by default those that were measured to be best here, else the profile's.
         tuning: Threads and cores that were found before; then ``threads`` plays no part.
-        allow_uncertified: Let every ask use an exit without a passed verdict.
+        allow_uncertified: Let every request use an exit without a passed verdict.
         note: What each answer's caller should know.
         engine: What opens the graphs; by default Python's onnxruntime.
-        when_busy: What an ask does while another one runs: ``wait`` or ``refuse``.
+        when_busy: What a request does while another one runs: ``wait`` or ``refuse``.
         clock: Seconds of a clock that never goes back.
     """
 
@@ -176,7 +176,7 @@ class OpenedBundle:
     def tokens(self, features: State, ids: list[int], limit: int, *, past_the_end: bool = False) -> Iterator[int]:
         """The answer's ids one by one, greedily; the first of them costs reading the prompt.
 
-        ``past_the_end`` goes on after an end token, so that the work doesn't depend on what the model says.
+        ``past_the_end`` continues after an end token, so that the work doesn't depend on what the model says.
         """
         text = replace(self.manifest.text, eos_token_ids=()) if past_the_end else self.manifest.text
         reader = self.reader(len(ids) + limit)

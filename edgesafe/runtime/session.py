@@ -23,9 +23,9 @@ from edgesafe.runtime.turns import WAIT, Cancel
 class Session(OpenedBundle):
     """A verified bundle, its certificate and its graphs; safe to use from several threads.
 
-    One ask runs at a time. Another one meanwhile waits for its turn (``when_busy="wait"``, in the order of asking) or raises
+    One request runs at a time. Another one waits for its turn (``when_busy="wait"``, in the order of asking) or raises
     ``BusyError`` (``"refuse"``). What ``OpenedBundle`` has takes no turn. A fork of the process that opened it can't use it:
-    every ask there raises ``ClosedError``, and closing or dropping it is harmless.
+    every request there raises ``ClosedError``, and closing or dropping it is harmless.
     """
 
     @staticmethod
@@ -46,10 +46,10 @@ class Session(OpenedBundle):
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
                 certificate is of other bytes. Each answer then says so.
             engine: What runs the graphs; by default Python's onnxruntime.
-            when_busy: What an ask does while another one runs: ``wait`` or ``refuse``.
+            when_busy: What a request does while another one runs: ``wait`` or ``refuse``.
 
         Raises:
-            BundleError: The folder is no bundle, or its bytes are not those that were sealed.
+            BundleError: The folder is not a bundle, or its bytes are not those that were sealed.
             CertificateMismatchError: Its certificate is of other bytes.
         """
         bundle = Bundle.open(path)
@@ -100,7 +100,7 @@ class Session(OpenedBundle):
     ) -> AnswerStream[Answer]:
         """Like ``ask``, but yields the text as it comes. A wrong input raises here, before any text.
 
-        It returns once it is this ask's turn, and keeps the turn until it was read to its end or closed.
+        It returns once it is this request's turn, and keeps the turn until it was read to its end or closed.
         """
         return Conversation(self, image, Options(budget, **options)).stream(prompt)
 
@@ -115,7 +115,7 @@ class Session(OpenedBundle):
         self.turns.check_open()
         asked, start_s = Options(budget, **options), self.clock()
         cancel, talk = asked.cancel or Cancel(), Conversation(self, image, asked)
-        # One step, or the worker could get two asks in another order than the line's, and wait for the one behind it.
+        # One step, or the worker could get two requests in another order than the line's, and wait for the one behind it.
         with self.handing_over:
             turn = self.turns.enter(cancel, asked.progress)
             pending = PendingAnswer(lambda: talk.begin(turn, start_s, prompt, asked).answer, cancel)

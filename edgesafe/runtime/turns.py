@@ -1,4 +1,4 @@
-"""Who may run when: a session answers one ask at a time, in the order in which they were asked."""
+"""Who may run when: a session answers one request at a time, in the order in which they were asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAIT, REFUSE = "wait", "refuse"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ask is: ``done`` of at most ``total`` steps of a stage, ``vision`` (graphs) or ``decode`` (tokens)."""
+    """How far a request is: ``done`` of at most ``total`` steps of a stage, ``vision`` (graphs) or ``decode`` (tokens)."""
 
     stage: str
     done: int
@@ -23,7 +23,7 @@ class Progress:
 
 
 class Cancel:
-    """Ends an ask from any thread, waiting or running, before its next step; once and for good."""
+    """Ends a request from any thread, waiting or running, before its next step; once and for good."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -36,7 +36,7 @@ class Cancel:
         return self._cancelled
 
     def cancel(self) -> None:
-        """The ask raises ``CancelledError`` at its next step: after the graph that is running, so within one token."""
+        """The request raises ``CancelledError`` at its next step: after the graph that is running, so within one token."""
         with self._lock:
             self._cancelled = True
             wakes = list(self._wakes)
@@ -55,10 +55,10 @@ class Cancel:
 
 
 class Turns:
-    """The line of asks; the first in it runs.
+    """The line of requests; the first in it runs.
 
     Args:
-        when_busy: ``wait`` lets an ask stand in line, ``refuse`` raises ``BusyError`` where another one is there.
+        when_busy: ``wait`` lets a request stand in line, ``refuse`` raises ``BusyError`` where another one is there.
     """
 
     def __init__(self, when_busy: str) -> None:
@@ -80,7 +80,7 @@ class Turns:
         """Stand in line; ``Turn.wait`` is the waiting.
 
         Raises:
-            BusyError: Another ask is in the line, and this one is not to wait.
+            BusyError: Another request is in the line, and this one is not to wait.
             ClosedError: The session is closed, or of another process.
         """
         self.check_open()  # before any lock: a fork may have copied it while it was held
@@ -88,7 +88,7 @@ class Turns:
         with self._changed:
             self.check_open()
             if self._line and self._refuse:
-                raise BusyError("another answer is being made", expected="one ask at a time", todo="ask again later")
+                raise BusyError("another answer is being made", expected="one request at a time", todo="ask again later")
             self._line.append(turn)
         turn.cancel.add(self.wake)
         return turn
@@ -125,7 +125,7 @@ class Turns:
         turn.cancel.remove(self.wake)
 
     def wake(self) -> None:
-        """Let every waiting ask look again."""
+        """Let every waiting request look again."""
         if self.forked:
             return
         with self._changed:
@@ -140,7 +140,7 @@ class Turns:
     def close(self) -> None:
         """Let nothing in any more, end what runs at its next step and wait for that; what waits in line ends by itself.
 
-        An ask whose own callback closes the session ends after the callback has returned, so it is not waited for. In a fork
+        A request whose own callback closes the session ends after the callback has returned, so it is not waited for. In a fork
         there is nobody to wait for.
         """
         if self.forked:
@@ -175,12 +175,12 @@ def check_process(process: int) -> None:
 
 
 class Turn:
-    """One ask's place in the line, its cancel switch and its progress callback."""
+    """One request's place in the line, its cancel switch and its progress callback."""
 
     def __init__(self, turns: Turns, cancel: Cancel, tell: Callable[[Progress], None] | None) -> None:
         self.cancel = cancel
         self.thread: int | None = None
-        # What ends the ask where nobody drives it: a stream that was left unread.
+        # What ends the request where nobody drives it: a stream that was left unread.
         self.abandon: Callable[[], None] = lambda: None
         self._turns, self._tell = turns, tell
 
@@ -190,11 +190,11 @@ class Turn:
         return self._turns.forked
 
     def wait(self) -> None:
-        """Block until it is this ask's turn.
+        """Block until it is this request's turn.
 
         Raises:
             CancelledError, ClosedError: That happened meanwhile.
-            BusyError: The ask ahead is this thread's own unread stream.
+            BusyError: The request ahead is this thread's own unread stream.
         """
         self._turns.wait(self)
 
@@ -203,7 +203,7 @@ class Turn:
         self._turns.remove(self)
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Between two graphs: tell how far it is, then go on or raise.
+        """Between two graphs: tell how far it is, then continue or raise.
 
         Raises:
             CancelledError, ClosedError: That happened meanwhile.
@@ -213,10 +213,10 @@ class Turn:
         self.check()
 
     def check(self) -> None:
-        """Raise where the ask was cancelled or the session closed."""
+        """Raise where the request was cancelled or the session closed."""
         self._turns.check_open()
         if self.cancel.cancelled:
-            raise CancelledError("the ask was cancelled", todo="ask again")
+            raise CancelledError("the request was cancelled", todo="ask again")
 
     def __enter__(self) -> Turn:
         self.wait()

@@ -60,7 +60,7 @@ class PageServer(ThreadingHTTPServer):
         return int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is no error; anything else is a bug, and said."""
+        """A browser that goes away is not an error; anything else is a bug, and reported."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -145,7 +145,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is no JSON", "Content-Type: application/json")
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is not JSON", "Content-Type: application/json")
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "the body's length is not given", "Content-Length")
@@ -191,7 +191,7 @@ class _Lines:
         self._handler.wfile.write((json.dumps(obj) + "\n").encode())
 
     def progress(self, progress: Progress) -> None:
-        # Written at every step, also to notice a browser that went away: the error ends the ask and gives its turn up.
+        # Written at every step, also to notice a browser that went away: the error ends the request and gives its turn up.
         self.write({"progress": asdict(progress)})
 
 
@@ -199,17 +199,17 @@ def read_ask(body: bytes) -> dict[str, Any]:
     """The options of ``Session.stream`` that a request's JSON gives.
 
     Raises:
-        InputError: The body is no such JSON.
+        InputError: The body is not such JSON.
     """
     try:
         obj = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise InputError("the body is no JSON", expected="{image, prompt, budget_ms or exit_depth}") from error
+        raise InputError("the body is not JSON", expected="{image, prompt, budget_ms or exit_depth}") from error
     fields = Fields(obj, "the request", InputError)
     try:
         image = base64.b64decode(fields.text("image"), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError("the picture is no base64", where="image") from error
+        raise InputError("the picture is not base64", where="image") from error
     options = {
         "image": image,
         "prompt": fields.text("prompt"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,51 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
     return copy
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Path]]:
+    """Makes a folder in which nothing can be created or removed, not by root either; created where it isn't there."""
+    closed: list[Path] = []
+
+    def close(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        closed.append(folder)
+        folder.chmod(0o555)
+        if _refuses(folder):
+            return folder
+        # Permissions don't hold root up; the immutable flag does, where the file system has one.
+        subprocess.run(["chattr", "+i", str(folder)], capture_output=True, check=False)
+        if not _refuses(folder):
+            _pretend(folder, monkeypatch)
+        return folder
+
+    yield close
+    monkeypatch.undo()
+    for folder in closed:
+        subprocess.run(["chattr", "-i", str(folder)], capture_output=True, check=False)
+        folder.chmod(0o755)
+
+
+def _refuses(folder: Path) -> bool:
+    try:
+        (folder / "tried").touch()
+        (folder / "tried").unlink()
+    except OSError:
+        return True
+    return False
+
+
+def _pretend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def opened(path, flags, *more, **options):
+        if flags & os.O_CREAT and Path(os.fsdecode(path)).parent == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(Path, "open", lambda path, *a: open(path, *a, opener=opened))  # noqa: SIM115
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgesafe import Session
+from edgesafe import Session, runtime
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
-from edgesafe.runtime.engine import OnnxRuntime, RunnableGraph
+from edgesafe.runtime import RunnableGraph
 
 
 class ReferenceEvaluator:
@@ -37,11 +37,11 @@ class Watched:
 
     def __init__(self, before: Callable[[str], None] = lambda path: None) -> None:
         self.before, self.ran, self.opened = before, [], 0
-        self.version = OnnxRuntime().version
+        self.version = runtime.OnnxRuntime().version
 
     def open(self, path: str, spec: Any, threads: int) -> RunnableGraph:
         self.opened += 1
-        graph = OnnxRuntime().open(path, spec, threads)
+        graph = runtime.OnnxRuntime().open(path, spec, threads)
         name = "/".join(path.replace("\\", "/").split("/")[-2:])
 
         def run(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -80,13 +80,13 @@ class Slow:
 
     def __init__(self, block_ms: float, step_ms: float) -> None:
         self.block_ms, self.step_ms, self.now_s = block_ms, step_ms, 0.0
-        self.version = OnnxRuntime().version
+        self.version = runtime.OnnxRuntime().version
 
     def clock(self) -> float:
         return self.now_s
 
     def open(self, path: str, spec: Any, threads: int) -> RunnableGraph:
-        graph, name = OnnxRuntime().open(path, spec, threads), Path(path).name
+        graph, name = runtime.OnnxRuntime().open(path, spec, threads), Path(path).name
 
         def run(inputs: dict[str, Any]) -> dict[str, Any]:
             self.now_s += (self.block_ms * ("blocks" in name) + self.step_ms * ("decoder" in name)) / 1e3

@@ -43,17 +43,22 @@ HELPERS = (
     "odd_inputs.py",
     "results.py",
     "runtime/conftest.py",
+    "runtime/fake_engine.py",
 )
 TESTS = (
-    "runtime/test_runtime_anytime.py",
+    "runtime/test_runtime_answer.py",
+    "runtime/test_runtime_deadline.py",
     "runtime/test_runtime_chaos.py",
     "runtime/test_runtime_choose.py",
     "runtime/test_runtime_conversation.py",
+    "runtime/test_runtime_fork.py",
     "runtime/test_runtime_imports.py",
+    "runtime/test_runtime_outputs.py",
+    "runtime/test_runtime_seam.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_text.py",
     "runtime/test_runtime_soak.py",
-    "runtime/test_runtime_threads.py",
+    "runtime/test_runtime_turns.py",
     "serve/test_serve_http.py",
     "contract/test_bundle_format.py",
     "contract/test_tiles_format.py",
@@ -61,6 +66,7 @@ TESTS = (
     "contract/test_commands.py",
     "contract/test_errors.py",
     "contract/test_seal.py",
+    "contract/test_writable.py",
 )
 GUARD = f"""
 import sys

@@ -1,1 +1,1 @@
-"""Certification: a suite of rows, a judge, Wilson bounds, and a verdict an exit, all through the shipped runtime."""
+"""Certification: a suite of rows, a judge, Wilson bounds, and a verdict for each exit, all through the shipped runtime."""

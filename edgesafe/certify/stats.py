@@ -25,7 +25,7 @@ def wilson(k: float, n: float) -> tuple[float, float]:
         The lower and the upper bound, 0..1; exactly 0 at k = 0 and exactly 1 at k = n.
 
     Raises:
-        ValueError: k of n is no count.
+        ValueError: k of n is not a count.
 
     Source: Wilson 1927; Newcombe 1998, Statistics in Medicine 17, method 3 (no continuity correction).
 
@@ -35,7 +35,7 @@ def wilson(k: float, n: float) -> tuple[float, float]:
     (0.0, 1.0)
     """
     if n < 0 or not 0 <= k <= n:
-        raise ValueError(f"{k} of {n} is no count")
+        raise ValueError(f"{k} of {n} is not a count")
     if n == 0:
         return 0.0, 1.0
     p, z2 = k / n, Z_95 * Z_95

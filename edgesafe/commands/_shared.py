@@ -152,9 +152,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
-def engine_option(args: argparse.Namespace) -> dict[str, Any]:
-    """``--engine`` as the keyword argument ``engine``; nothing where it was not given."""
-    return {"engine": engine_of(args.engine)} if args.engine is not None else {}
+def engine_option(args: argparse.Namespace) -> Engine | None:
+    """The engine that ``--engine`` names; None, which is onnxruntime, where it was not given."""
+    return engine_of(args.engine) if args.engine is not None else None
 
 
 def engine_of(text: str) -> Engine:

@@ -16,16 +16,12 @@ from typing import TYPE_CHECKING
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
 
 if TYPE_CHECKING:
-    from edgesafe.runtime import Answer, Budget
-
-# Letters whose names begin with a vowel: an SA8295P, an NVIDIA board, but a Raspberry Pi.
-_SPELLED_WITH_VOWEL, _VOWELS = "AEFHILMNORSX", "AEIOU"
-_ENDS = {"length": ", cut at the longest length", "deadline": ", cut before the deadline"}
+    from edgesafe.runtime import Budget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe ask`."""
-    from edgesafe.runtime.options import MAX_NEW_TOKENS
+    from edgesafe.runtime.choose import MAX_NEW_TOKENS
 
     add = parser.add_argument
     add_bundle(parser)
@@ -56,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream an answer to stdout and say on stderr how it came about."""
     from edgesafe.runtime import Sampling, Session
+    from edgesafe.runtime.answer import describe
 
     sampling = Sampling(args.temperature, args.top_p, args.seed, stop=tuple(args.stop))
     budget, engine = _budget(args), engine_option(args)
-    with Session.open(args.bundle, threads=args.threads, allow_uncertified=args.allow_uncertified, **engine) as session:
+    with Session.open(args.bundle, threads=args.threads, allow_uncertified=args.allow_uncertified, engine=engine) as session:
         stream = session.stream(
             args.image,
             args.prompt,
@@ -76,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(asdict(answer))
         return 0
     print(flush=True)
-    title = session.profile.title if session.profile else ""
-    print(_describe(answer, session.manifest.reference_depth, title), file=sys.stderr)
+    print(describe(answer), file=sys.stderr)
     return 0
 
 
@@ -87,54 +83,3 @@ def _budget(args: argparse.Namespace) -> Budget | None:
     if args.budget_ms is None and args.total_ms is None:
         return None
     return Budget(args.budget_ms, args.total_ms, require_measured=args.require_measured)
-
-
-def _describe(answer: Answer, reference_depth: int, device: str) -> str:
-    """How an answer came about, in a line for a person, and one more for a budget and for each note.
-
-    Args:
-        answer: The answer.
-        reference_depth: The exit that the model was trained to use.
-        device: The title of the profile that estimates rest on.
-    """
-    certified = "certified" if answer.certified else "NOT CERTIFIED"
-    lines = [
-        f"exit {answer.exit_depth} of {reference_depth}, {certified}; first token after {_ms(answer.ttft_ms)} "
-        f"({_expected(answer, device)}); whole answer after {_ms(answer.total_ms)}{_ENDS.get(answer.finish_reason, '')}"
-    ]
-    if answer.deadline_met is not None:
-        lines.append(f"budget {'kept' if answer.deadline_met else 'MISSED'}; this exit because: {answer.why}")
-    # That a time was only estimated stands in the first line already.
-    lines += [f"note: {note}" for note in answer.note.split("; ") if note and not note.endswith("run edgesafe measure")]
-    return "\n".join(lines)
-
-
-def _expected(answer: Answer, device: str) -> str:
-    if answer.predicted_ttft_ms is None:
-        return "nothing predicts it here; run `edgesafe measure`"
-    if answer.prediction == "measured":
-        return f"expected at most {_ms(answer.predicted_ttft_ms)}, as measured here"
-    return f"estimated {_ms(answer.predicted_ttft_ms)} for {_one(device)}; run `edgesafe measure`"
-
-
-def _one(device: str) -> str:
-    """A profile's title with its article, without what comes after a comma.
-
-    >>> _one("Raspberry Pi 5, 8 GB"), _one("NVIDIA Jetson Orin Nano, 8 GB (CPU)"), _one("this machine")
-    ('a Raspberry Pi 5', 'an NVIDIA Jetson Orin Nano', 'this machine')
-    """
-    name = device.partition(",")[0]
-    first = name.partition(" ")[0]
-    if not first or first[0].islower():
-        return name
-    vowels = _SPELLED_WITH_VOWEL if first.isupper() else _VOWELS
-    return f"{'an' if first[0] in vowels else 'a'} {name}"
-
-
-def _ms(ms: float) -> str:
-    """Milliseconds as people say them.
-
-    >>> _ms(23.1), _ms(2.3), _ms(0.34)
-    ('23 ms', '2 ms', '0.3 ms')
-    """
-    return f"{ms:.0f} ms" if ms >= 0.95 else f"{ms:.1f} ms"

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.certify.certify import certify
     from edgesafe.format.certificate import certified_depths
 
-    certificate = certify(args.bundle, progress=True, answers=args.answers, **engine_option(args))
+    certificate = certify(args.bundle, progress=True, answers=args.answers, engine=engine_option(args))
     if args.json:
         print_json(certificate.to_dict())
     else:

@@ -1,6 +1,7 @@
 """Time every part of a bundle on this machine.
 
-Writes latency.json into the bundle. Budgets are kept by these times, which hold for this machine alone.
+Writes latency.json into the bundle, or among the user's caches where the bundle is read-only. Budgets are kept by these
+times, which hold for this machine alone.
 
 Example:
   edgesafe measure build/rpi5/bundle
@@ -38,13 +39,11 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.seconds <= _LONGEST_S:
         expected = f"more than 0 and at most {_LONGEST_S}"
         raise ConfigError(f"--seconds is {args.seconds:g}", where="--seconds", expected=expected, todo="change it")
-    engine = engine_option(args)
-    result = measure(args.bundle, threads=args.threads, seconds=args.seconds, **engine)
+    result = measure(args.bundle, threads=args.threads, seconds=args.seconds, engine=engine_option(args))
     if args.json:
         print_json(result.to_dict())
         return 0
-    name = engine["engine"].name if engine else "onnxruntime"
-    print("\n\n".join([*_tables(result), _closing(result, name)]))
+    print("\n\n".join([*_tables(result), _closing(result)]))
     return 0
 
 
@@ -61,10 +60,10 @@ def _tables(result: LatencyTable) -> list[str]:
     return tables
 
 
-def _closing(result: LatencyTable, engine: str) -> str:
+def _closing(result: LatencyTable) -> str:
     rss = f"{result.peak_rss_mib:.0f} MiB" if result.peak_rss_mib is not None else "unknown"
     return (
-        f"{result.machine}; {result.threads} threads; {engine} {result.onnxruntime_version}\n"
+        f"{result.machine}; {result.threads} threads; {result.engine} {result.engine_version}\n"
         f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; "
         f"governor {result.conditions['governor'] or 'unknown'}"
     )

@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subset and print its report."""
-    from edgesafe.certify.certify import smoke
+    from edgesafe.certify.smoke import smoke
 
     if args.junit is not None:
         keep_apart(args.junit, "--junit", BUNDLE=args.bundle)
-    report = smoke(args.bundle, junit=args.junit, **engine_option(args))
+    report = smoke(args.bundle, junit=args.junit, engine=engine_option(args))
     if args.json:
         print_json(report.to_json())
     else:

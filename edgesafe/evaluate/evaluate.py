@@ -27,8 +27,7 @@ from edgesafe.format.exits import parse_exits
 from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.progress import bar
-
-MAX_NEW_TOKENS = 48  # as long as `edgesafe ask` and `certify` answer, so that before and after compare
+from edgesafe.runtime.choose import MAX_NEW_TOKENS
 
 
 def answers(

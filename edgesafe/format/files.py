@@ -9,11 +9,41 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgesafe.errors import BundleError
+from edgesafe.errors import BundleError, EdgesafeError, InputError
 
 _CHUNK = 1 << 20
 _HERE = -100  # AT_FDCWD: relative paths start at the working folder
 _SWAP = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+
+
+def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo: str = "name another place") -> None:
+    """Refuse a place where ``write_atomically`` could not write, before the work whose result goes there.
+
+    It tries: an empty file is made beside it and removed, because root writes where permissions forbid it and a mount that is
+    read-only looks like any other.
+
+    Args:
+        path: The file that is to be written.
+        error: The class of the refusal.
+        todo: What its reader can do.
+
+    Raises:
+        EdgesafeError: Of that class; a folder is missing, something else is in the way, or the system refuses.
+    """
+    where, expected = str(path), "a file in a folder that can be written"
+    try:
+        if path.is_dir():
+            raise error("a folder is where the file is to be written", where=where, expected=expected, todo=todo)
+        if not path.parent.is_dir():
+            what = "is not a folder" if path.parent.exists() else "doesn't exist"
+            raise error(f"{path.parent} {what}", where=where, expected=expected, todo=todo)
+        partial = path.with_name(path.name + ".partial")  # as write_atomically names it
+        partial.unlink(missing_ok=True)
+        partial.open("xb").close()
+        partial.unlink()
+    except (OSError, ValueError) as refused:  # ValueError: a name that no file can have
+        why = refused.strerror if isinstance(refused, OSError) else refused
+        raise error(f"the file can't be written: {why}", where=where, expected=expected, todo=todo) from refused
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,20 +1,23 @@
-"""Latency tables: what one machine was measured to do with one bundle, in its latency.json."""
+"""Latency tables: what one machine was measured to do with one bundle, in its latency.json or beside it in a cache."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import BundleError, FormatVersionError
+from edgesafe.errors import BundleError, DeviceError, FormatVersionError
 from edgesafe.format.bundle import LATENCY, Bundle
 from edgesafe.format.fields import Fields
-from edgesafe.format.files import write_atomically
+from edgesafe.format.files import check_writable, write_atomically
 from edgesafe.format.seal import read_sealed, seal
 
 MEASURED, ESTIMATED = "measured", "estimated"
-# The format of latency.json. The first had no number and no single times.
-LATENCY_VERSION = 2
+# The format of latency.json. The first had no number and no single times; the second, which is still read, knew one engine.
+LATENCY_VERSION = 3
+_ONE_ENGINE = 2
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class LatencyTable:
     with its ``tokens``) and as ``decode`` (a list, each with its ``context``: one token more after so many).
     ``exits`` lists ``{exit_depth, ttft_ms: {p50_ms, p95_ms}}`` at the shortest measured prompt. ``cores`` are the
     cores that the threads were kept on (None = any), ``sweep`` the ``{threads, cores, answer_ms}`` that were
-    compared, ``session_open_ms`` one ``Session.open``, ``conditions`` what the machine said about itself.
+    compared, ``session_open_ms`` one ``Session.open``, ``conditions`` what the machine said about itself. ``path`` is the file
+    that it was read from or written to, and no part of it.
     """
 
     bundle_digest: str
     machine: str
-    onnxruntime_version: str
+    engine: str
+    engine_version: str
     threads: int
     segments: dict[str, dict[str, Any]]
     text: dict[str, Any]
@@ -44,10 +49,11 @@ class LatencyTable:
     conditions: dict[str, Any] = field(default_factory=dict)
     source: str = MEASURED
     format_version: int = LATENCY_VERSION
+    path: Path | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "path"}
 
     @staticmethod
     def from_dict(obj: Mapping[str, Any], *, where: str = LATENCY) -> LatencyTable:
@@ -57,14 +63,14 @@ class LatencyTable:
             FormatVersionError: It is of an older format, or of one that this edgesafe doesn't know yet.
             BundleError: A key is missing, unknown or of a wrong type, or a stage lacks a round.
         """
-        _check_version(obj, where)
+        old = _check_version(obj, where) == _ONE_ENGINE
         fields = Fields(obj, where, BundleError)
         segments = fields.child("segments")
         table = LatencyTable(
-            format_version=fields.integer("format_version"),
             bundle_digest=fields.text("bundle_digest"),
             machine=fields.text("machine"),
-            onnxruntime_version=fields.text("onnxruntime_version"),
+            engine="onnxruntime" if old else fields.text("engine"),
+            engine_version=fields.text("onnxruntime_version" if old else "engine_version"),
             threads=fields.integer("threads", 1),
             cores=list(fields.integers("cores")) if fields.has("cores") else None,
             segments={path: _read_times(segments.child(path)) for path in segments.obj},
@@ -76,6 +82,7 @@ class LatencyTable:
             conditions=fields.table("conditions"),
             source=fields.choice("source", (MEASURED,)),
         )
+        fields.integer("format_version")
         fields.done()
         _check_rounds(table, where)
         return table
@@ -104,27 +111,79 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 def read_latency(bundle: Bundle) -> LatencyTable | None:
-    """The bundle's latency table, of whatever machine, or None where there is none.
+    """The latency table in the bundle, of whatever machine, or None where there is none.
 
     Raises:
         IntegrityError: The file is not what was sealed.
         FormatVersionError: It is of another format; measuring again writes it anew.
     """
-    obj = read_sealed(bundle.root / LATENCY)
+    return _read(bundle.root / LATENCY)
+
+
+def read_cached_latency(bundle: Bundle) -> LatencyTable | None:
+    """The latency table that ``measure`` put outside the bundle, which it couldn't write; None where there is none.
+
+    Raises:
+        BundleError: As by ``read_latency``.
+    """
+    path = cached_path(bundle)
+    return _read(path) if path is not None else None
+
+
+def cached_path(bundle: Bundle) -> Path | None:
+    """Where this user's table of a bundle lies that can't be written; None where the system knows no home folder.
+
+    It is ``edgesafe/latency/DIGEST.json`` under ``$XDG_CACHE_HOME``, or under ``~/.cache`` where that is not an absolute path.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return base / "edgesafe" / "latency" / f"{bundle.digest}.json"
+
+
+def latency_place(bundle: Bundle) -> Path:
+    """Where a table of this bundle can be written: inside it, else in the user's cache. Called before anything is measured.
+
+    Raises:
+        DeviceError: Neither can be written.
+    """
+    inside, cached = bundle.root / LATENCY, cached_path(bundle)
+    try:
+        check_writable(inside, error=DeviceError)
+        return inside
+    except DeviceError as refused:
+        if cached is None or inside.is_dir():
+            raise
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"neither the bundle nor the cache can be written: {error.strerror}"
+            todo = "make one of them writable, or name another cache: XDG_CACHE_HOME=FOLDER edgesafe measure"
+            raise DeviceError(what, where=str(cached.parent), expected=refused.expected, todo=todo) from error
+        check_writable(cached, error=DeviceError, todo="name another cache: XDG_CACHE_HOME=FOLDER edgesafe measure")
+        return cached
+
+
+def write_latency(bundle: Bundle, table: LatencyTable, path: Path | None = None) -> LatencyTable:
+    """Seal the table into the bundle, or into the file that ``latency_place`` named, in one step; the table with its path."""
+    path = path or bundle.root / LATENCY
+    write_atomically(path, seal(table.to_dict()))
+    return replace(table, path=path)
+
+
+def _read(path: Path) -> LatencyTable | None:
+    obj = read_sealed(path)
     if obj is None:
         return None
     obj.pop("digest")
-    return LatencyTable.from_dict(obj, where=str(bundle.root / LATENCY))
+    return replace(LatencyTable.from_dict(obj, where=str(path)), path=path)
 
 
-def write_latency(bundle: Bundle, table: LatencyTable) -> None:
-    """Seal the table into the bundle, in one step."""
-    write_atomically(bundle.root / LATENCY, seal(table.to_dict()))
-
-
-def _check_version(obj: Mapping[str, Any], where: str) -> None:
+def _check_version(obj: Mapping[str, Any], where: str) -> object:
     version = obj.get("format_version")
-    if version != LATENCY_VERSION:
+    if isinstance(version, bool) or version not in (_ONE_ENGINE, LATENCY_VERSION):
         written = "an older edgesafe" if version is None else f"another edgesafe (format {version!r})"
         raise FormatVersionError(
             f"the measurement was written by {written}",
@@ -132,6 +191,7 @@ def _check_version(obj: Mapping[str, Any], where: str) -> None:
             expected=f"format_version {LATENCY_VERSION}",
             todo="measure again: edgesafe measure",
         )
+    return version
 
 
 def _check_rounds(table: LatencyTable, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Which exit to run: a budget, and pure arithmetic over predictions, certified depths and the time that is left."""
+"""Which exit to run: those that may be used at all, and pure arithmetic over their predictions and the time that is left."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from edgesafe.errors import InputError, NoExitFitsError
+from edgesafe.errors import InputError, NoExitFitsError, UncertifiedExitError
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import Certificate, certified_depths
+from edgesafe.format.manifest import ExitSpec
 
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.
 QUANTILE = 0.95
+# An answer's longest length in tokens where the caller names none; evaluation and certification ask for as many.
+MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,48 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in (("ttft_ms", self.ttft_ms), ("total_ms", self.total_ms)):
             if value is not None and not _is_between(value, 0, math.inf):
-                raise InputError(f"{value!r} is no budget", where=name, expected="milliseconds above 0")
+                raise InputError(f"{value!r} is not a budget", where=name, expected="milliseconds above 0")
         if self.ttft_ms is None and self.total_ms is None:
             raise InputError("the budget names no time", expected="ttft_ms, total_ms or both")
         if not _is_between(self.quantile, 0, 1):
-            raise InputError(f"{self.quantile!r} is no quantile", where="quantile", expected="a number between 0 and 1")
+            raise InputError(f"{self.quantile!r} is not a quantile", where="quantile", expected="a number between 0 and 1")
         if self.on_miss not in (ERROR, SHALLOWEST):
             raise InputError(f"on_miss is {self.on_miss!r}", where="on_miss", expected=f"{ERROR!r} or {SHALLOWEST!r}")
-        if self.max_new_tokens is not None and not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
-            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}", expected="a whole number of at least 1")
+        if self.max_new_tokens is not None:
+            check_max_new_tokens(self.max_new_tokens)
         if not isinstance(self.require_measured, bool):
             raise InputError(f"require_measured is {self.require_measured!r}", expected="True or False")
+
+
+def allowed_exits(
+    bundle: Bundle, certificate: Certificate | None, budget: Budget | None, exit_depth: int | None, allow: bool
+) -> tuple[list[ExitSpec], str]:
+    """The exits that may be used, ascending, and why these: one, or with a budget all usable ones.
+
+    Args:
+        bundle: Their manifest.
+        certificate: Their verdicts, or None.
+        budget: What the answer may cost; without one it is the deepest.
+        exit_depth: This exit and no other.
+        allow: Use an exit without a passed verdict.
+
+    Raises:
+        InputError: There is no such exit, or a budget was given as well.
+        UncertifiedExitError: No passed verdict allows it.
+    """
+    manifest, certified = bundle.manifest, certified_depths(certificate)
+    if exit_depth is not None:
+        _check_depth(bundle, budget, exit_depth)
+        if exit_depth not in certified and not allow:
+            raise _uncertified(bundle, certificate, f"the exit at depth {exit_depth} has no passed verdict")
+        return [manifest.exit(exit_depth)], "asked for"
+    usable = certified or (manifest.depths if allow else ())
+    if not usable:
+        raise _uncertified(bundle, certificate, "no exit of this bundle has a passed verdict")
+    exits = [manifest.exit(depth) for depth in within_reference(usable, manifest.reference_depth)]
+    if budget is None:
+        return exits[-1:], "the deepest certified" if certified else "the deepest"
+    return exits, ""
 
 
 def choose_exit(predicted: Mapping[int, float], certified: Collection[int], budget_ms: float) -> int:
@@ -105,9 +141,37 @@ def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:
     return first if budget.total_ms is None else min(first, budget.total_ms - later_tokens_ms)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_max_new_tokens(value: object) -> None:
+    """Refuse what is not a whole number of at least 1.
+
+    Raises:
+        InputError: As said.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
 
 
 def _is_between(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
+
+
+def _check_depth(bundle: Bundle, budget: Budget | None, exit_depth: int) -> None:
+    if budget is not None:
+        raise InputError("a budget and an exit depth were given", expected="one of the two")
+    depths = bundle.manifest.depths
+    if isinstance(exit_depth, bool) or exit_depth not in depths:
+        raise InputError(
+            f"the bundle has no exit at depth {exit_depth}",
+            where="exit_depth",
+            expected=f"one of {', '.join(map(str, depths))}",
+        )
+
+
+def _uncertified(bundle: Bundle, certificate: Certificate | None, what: str) -> UncertifiedExitError:
+    if certificate is None:
+        what += ", because the bundle has no certificate"
+        todo = f"certify it: edgesafe certify {bundle.root}"
+    else:
+        todo = "use a certified exit, or align and export the model again"
+    shown = ", ".join(map(str, certified_depths(certificate))) or "none yet"
+    return UncertifiedExitError(what, where=str(bundle.root), expected=f"a certified exit ({shown})", todo=todo)

@@ -1,37 +1,103 @@
-"""Questions about one picture, which is looked at and read once; a plain ask is a conversation of one question."""
+"""Questions about one picture, which is looked at and read once; a plain request is a conversation of one question."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
+from edgesafe.errors import InputError
 from edgesafe.format.manifest import ExitSpec
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
-from edgesafe.runtime import threads as tune
-from edgesafe.runtime.allowed import allowed_exits
-from edgesafe.runtime.answer import Answer
-from edgesafe.runtime.asking import AnswerStream
-from edgesafe.runtime.choose import Budget
+from edgesafe.runtime.answer import Answer, AnswerStream
+from edgesafe.runtime.choose import MAX_NEW_TOKENS, Budget, allowed_exits, check_max_new_tokens
 from edgesafe.runtime.deadline import Course, run_anytime
-from edgesafe.runtime.decode import Array, Reader, State
+from edgesafe.runtime.engine import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
 from edgesafe.runtime.image import Picture
-from edgesafe.runtime.options import MAX_NEW_TOKENS, check_max_new_tokens, check_options
+from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
+from edgesafe.runtime.threads import check_measured
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import Cancel, Progress, Turn
-
-if TYPE_CHECKING:
-    from edgesafe.runtime.session import Session
 
 _READ_BEFORE = "the picture was read before: no time was predicted"
 
 
+class QuestionOptions(TypedDict, total=False):
+    """The options of each question; see ``Options``."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    cancel: Cancel | None
+    progress: Callable[[Progress], None] | None
+
+
+class AskOptions(QuestionOptions, total=False):
+    """The options of a request or a conversation beside its budget; see ``Options``."""
+
+    exit_depth: int | None
+    allow_uncertified: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a request beside its picture and its prompt.
+
+    Args:
+        budget: Take the deepest certified exit that fits, predicted at first and by the clock between vision
+            segments; without one, the deepest certified. Its times count from the call, waiting for the turn
+            included. Its ``max_new_tokens`` counts where it is smaller.
+        exit_depth: Take this exit instead.
+        allow_uncertified: Use an exit without a passed verdict; the answer then says so.
+        max_new_tokens: The answer's longest length in tokens.
+        sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
+        cancel: Ends the request from another thread, within one token.
+        progress: Called between steps, in the asking thread; what it raises ends the request.
+    """
+
+    budget: Budget | None = None
+    exit_depth: int | None = None
+    allow_uncertified: bool = False
+    max_new_tokens: int = MAX_NEW_TOKENS
+    sampling: Sampling = GREEDY
+    cancel: Cancel | None = None
+    progress: Callable[[Progress], None] | None = None
+
+    def check(self) -> None:
+        """Refuse options that no request can be made with.
+
+        Raises:
+            InputError: A length, a budget or a sampling is not one.
+        """
+        check_max_new_tokens(self.max_new_tokens)
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InputError(f"{self.budget!r} is not a budget", expected="Budget(ttft_ms=...)")
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"{self.sampling!r} is not a sampling", expected="Sampling(temperature=...)")
+
+    def for_question(self, **changes: Unpack[QuestionOptions]) -> Options:
+        """The same but for one question's changes.
+
+        Raises:
+            TypeError: A change is not one that a question may make.
+        """
+        wrong = sorted(changes.keys() - QuestionOptions.__annotations__.keys())
+        if wrong:
+            raise TypeError(f"a question of a conversation has no option {wrong[0]!r}")
+        return replace(self, **changes)
+
+    @property
+    def limit(self) -> int:
+        """The answer's longest length: the smaller one of the request's and its budget's."""
+        of_budget = self.budget.max_new_tokens if self.budget is not None else None
+        return min(self.max_new_tokens, of_budget or self.max_new_tokens)
+
+
 @dataclass(frozen=True)
 class _Question:
-    """A prompt's ids, the answer's longest length, how tokens are picked, and the ask's course and turn."""
+    """A prompt's ids, the answer's longest length, how tokens are picked, and the request's course and turn."""
 
     ids: list[int]
     limit: int
@@ -53,10 +119,9 @@ class Conversation:
     what is left to read, which nothing predicts, but its budget's ``total_ms`` still ends it in time.
     """
 
-    def __init__(self, session: Session, image: Picture, budget: Budget | None, exit_depth: int | None, allow: bool) -> None:
+    def __init__(self, session: OpenedBundle, image: Picture, options: Options) -> None:
         self.reused_tokens = 0
-        self._session, self._budget, self._asked_depth = session, budget, exit_depth
-        self._allow = allow or session.allow_uncertified
+        self._session, self._options = session, options
         self._image: Any = image  # a Picture, until it was looked at
         self._taken: ExitSpec | None = None
         self._features: State = None
@@ -69,51 +134,55 @@ class Conversation:
         """The exit that answers, once the picture was looked at."""
         return self._taken.exit_depth if self._taken else None
 
-    def ask(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
-        cancel: Cancel | None = None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> Answer:
-        """Answer a question about the picture; see ``Session.ask``."""
-        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, cancel=cancel, progress=progress).answer
+    def ask(self, prompt: str, **options: Unpack[QuestionOptions]) -> Answer:
+        """Answer a question about the picture; see ``Session.ask``. Options that it doesn't name are the conversation's."""
+        return self.stream(prompt, **options).answer
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
-        cancel: Cancel | None = None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> AnswerStream[Answer]:
+    def stream(self, prompt: str, **options: Unpack[QuestionOptions]) -> AnswerStream[Answer]:
         """Like ``ask``, but yields the text as it comes; see ``Session.stream``."""
-        start_s = self._session.clock()
-        turn = self._session.turns.enter(cancel, progress)
-        return self.begin(turn, start_s, prompt, max_new_tokens, sampling)
+        start_s, asked = self._session.clock(), self._options.for_question(**options)
+        turn = self._session.turns.enter(asked.cancel, asked.progress)
+        return self.begin(turn, start_s, prompt, asked)
 
-    def begin(self, turn: Turn, start_s: float, prompt: str, max_new_tokens: int, sampling: Sampling) -> AnswerStream[Answer]:
-        """Check the options, wait for the turn and begin; whatever goes wrong, the turn is given up."""
+    def check(self) -> None:
+        """Refuse options that no question could be asked with; each question checks its own.
+
+        Raises:
+            InputError, UncertifiedExitError, ClosedError: As by ``Session.ask``.
+        """
+        self._session.turns.check_open()
+        self._options.check()
+        self._allowed(self._options)
+
+    def begin(self, turn: Turn, start_s: float, prompt: str, asked: Options) -> AnswerStream[Answer]:
+        """Check the options, wait for the turn and begin; whatever goes wrong, the turn is given up.
+
+        Args:
+            turn: The question's place in the line.
+            start_s: The session's clock at the call.
+            prompt: The question.
+            asked: Its options.
+        """
         session = self._session
         try:
-            check_max_new_tokens(max_new_tokens)
-            check_options(self._budget, sampling)
-            limit = min(max_new_tokens, (self._budget and self._budget.max_new_tokens) or max_new_tokens)
+            asked.check()
             image = self._image  # before the cut: another thread may be about to let go of the picture
             self._cut = self._cut or session.cut(image)
             ids = encode_prompt(session.tokenizer, session.manifest, prompt, self._cut)
-            exits, why = allowed_exits(session.bundle, session.certificate, self._budget, self._asked_depth, self._allow)
+            exits, why = self._allowed(asked)
             turn.wait()
             course = Course(
-                self._forecast(len(ids)), session.correction, self._budget, clock=session.clock, start_s=start_s, tokens=limit
+                self._forecast(len(ids)),
+                session.correction,
+                asked.budget,
+                clock=session.clock,
+                start_s=start_s,
+                tokens=asked.limit,
             )
             course.actual_ms[WAIT] = course.elapsed_ms
             course.why = why if self._taken is None else "the picture was looked at before"
             pixels = self._open_picture(course, exits) if self._taken is None else None
-            question = _Question(ids, limit, sampling, course, turn)
+            question = _Question(ids, asked.limit, asked.sampling, course, turn)
             return AnswerStream(self._answer(question, exits, pixels), turn, session.tuning.cores)
         except BaseException:
             turn.leave()
@@ -123,6 +192,10 @@ class Conversation:
         """Free what was kept; the session calls it when it closes."""
         self._features = self._reader = self._image = None
 
+    def _allowed(self, asked: Options) -> tuple[list[ExitSpec], str]:
+        session, allow = self._session, asked.allow_uncertified or self._session.allow_uncertified
+        return allowed_exits(session.bundle, session.certificate, asked.budget, asked.exit_depth, allow)
+
     def _forecast(self, prompt_tokens: int) -> Forecast:
         whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
         return whole if self._taken is None else whole.only(DECODE, _READ_BEFORE)
@@ -130,11 +203,11 @@ class Conversation:
     def _open_picture(self, course: Course, exits: list[ExitSpec]) -> State:
         """The pixels, and the plan that the budget allows."""
         session = self._session
-        if self._budget is not None:
-            tune.check_measured(course.forecast, self._budget, session.bundle)
-        # A picture is decoded when it is its turn, so that a line of asks holds no line of pictures in memory.
+        if course.budget is not None:
+            check_measured(course.forecast, course.budget, session.bundle)
+        # A picture is decoded when it is its turn, so that a line of requests holds no line of pictures in memory.
         pixels = course.timed(PREPROCESS, lambda: session.look(self._image))
-        if self._budget is not None:
+        if course.budget is not None:
             course.plan(exits)
         return pixels
 
@@ -154,7 +227,7 @@ class Conversation:
         self._image = None
 
     def _run(self, path: str, state: State, turn: Turn) -> State:
-        """One vision graph, which a cancelled ask leaves between two tiles."""
+        """One vision graph, which a cancelled request leaves between two tiles."""
         if not isinstance(state, list):
             return self._session.run_vision_graph(path, state)
         out = []
@@ -188,7 +261,7 @@ class Conversation:
         if piece := text.finish():
             yield piece
         session.correction = course.correction
-        yield self._told(text.text, reason, course)
+        yield self._result(text.text, reason, course)
 
     def _tokens(self, question: _Question) -> Iterator[int]:
         """The answer's ids; the first of them costs reading the prompt."""
@@ -210,7 +283,7 @@ class Conversation:
         self._read, self.reused_tokens = ids, kept
         return self._reader, logits
 
-    def _told(self, text: str, reason: str, course: Course) -> Answer:
+    def _result(self, text: str, reason: str, course: Course) -> Answer:
         """The answer with all that is known about how it came about."""
         assert self._taken is not None
         total_ms, depth = course.elapsed_ms, self._taken.exit_depth
@@ -229,6 +302,8 @@ class Conversation:
             deadline_met=course.deadline_met(total_ms),
             predicted_ms=course.predicted_ms(self._taken.graphs),
             actual_ms=course.actual_ms,
+            reference_depth=self._session.manifest.reference_depth,
+            estimated_for=course.forecast.device,
         )
 
 

@@ -10,7 +10,7 @@ from edgesafe.errors import NoExitFitsError
 from edgesafe.format.manifest import ExitSpec
 from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
-from edgesafe.runtime.decode import State
+from edgesafe.runtime.engine import State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ class Course:
         self._bet = (self.elapsed_ms, self.forecast.expected_ms(stages, self.correction))
 
     def _settle_bet(self) -> None:
-        # The last bet was on just the stages that ran after it: whoever went on to an exit and no further bet on that exit.
+        # The last bet was on just the stages that ran after it: whoever continued to an exit and no further bet on that exit.
         if self._bet is not None and self._bet[1] > 0:
             placed_ms, expected_ms = self._bet
             self.correction = remember_error(self.correction, (self.ttft_ms - placed_ms) / expected_ms)

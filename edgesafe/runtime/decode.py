@@ -1,57 +1,35 @@
 """Reading and answering with the merged decoder: prefill and steps are one graph with a cache.
 
 A `Reader` is the decoder with what it has read. Where the graph and its engine can share one buffer between past and present
-(`edgesafe.runtime.shared`), tokens are written into it in place; else the cache goes in and comes out of every run.
+(`Graph.share`), tokens are written into it in place; else the cache goes in and comes out of every run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
 from edgesafe.format.manifest import GraphSpec, TextSpec
+from edgesafe.runtime.engine import Array, Graph, Reader, State, as_array
 from edgesafe.runtime.sampling import last_row
 
-Array = npt.NDArray[Any]
-# What goes from one vision graph to the next: an array, or what the engine hands on without a copy.
-State = Any
+# A prompt is read in parts of about as many tokens: attention in onnxruntime computes a part's scores over all that was read,
+# the part itself included, and masks the later ones afterwards.
+PART_TOKENS = 200
+# Room is made in steps, so that a conversation whose questions differ by a few tokens keeps its buffer.
+_STEP_TOKENS = 64
 
 
-class Graph(Protocol):
-    """A loaded graph: named arrays in, named arrays out, and the input names that it wants."""
+def room_for(length: int, context_length: int) -> int:
+    """Tokens to make room for: ``length`` rounded up, but no more than the context.
 
-    wants: frozenset[str]
-
-    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Run once; feeds that the graph doesn't want are left out."""
-        ...
-
-
-class Reader(Protocol):
-    """The language side with its memory; ``length`` is how many tokens it has read."""
-
-    length: int
-
-    def read(self, embeds: Array) -> Array:
-        """Read embeddings, float32 [1,S,D], after what was read; the logits [1,S or 1,V] stand until the next read."""
-        ...
-
-    def read_token(self, token: int) -> Array:
-        """Read one token by its id."""
-        ...
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
-        ...
-
-    def reserve(self, length: int) -> None:
-        """Make room for so many tokens in all."""
-        ...
+    >>> room_for(65, 4096), room_for(64, 4096), room_for(65, 100)
+    (128, 64, 100)
+    """
+    return min(-(-length // _STEP_TOKENS) * _STEP_TOKENS, context_length)
 
 
 def argmax_token(logits: Array) -> int:
@@ -131,20 +109,6 @@ class GrowingReader:
         """Nothing to do: each run makes room for itself."""
 
 
-def advance(graph: Graph, state: State) -> State:
-    """A vision graph's one output from its one input, without a copy where the engine can hand its own values on."""
-    direct: Callable[[State], State] | None = getattr(graph, "advance", None)
-    if direct is not None:
-        return direct(state)
-    (out,) = graph.run(dict.fromkeys(graph.wants, as_array(state))).values()
-    return out
-
-
-def as_array(state: State) -> Array:
-    """A state's numbers; the array stays good when the state is gone."""
-    return state if isinstance(state, np.ndarray) else np.array(state.numpy())
-
-
 def shares_cache(spec: GraphSpec) -> bool:
     """Whether a decoder may write its new tokens into the buffer that it reads the cache from.
 
@@ -162,9 +126,7 @@ def shares_cache(spec: GraphSpec) -> bool:
 
 def open_reader(embed: Graph, decoder: Graph, text: TextSpec, length: int) -> Reader:
     """A reader with room for ``length`` tokens, over one shared buffer where the decoder and its engine can do that."""
-    share: Callable[..., Reader | None] | None = getattr(decoder, "share", None)
-    shared = share(embed, text, length) if share else None
-    return shared or GrowingReader(embed, decoder, text)
+    return decoder.share(embed, text, length) or GrowingReader(embed, decoder, text)
 
 
 def embed_ids(embed: Graph, ids: Array) -> Array:
@@ -203,7 +165,7 @@ def generate(reader: Reader, logits: Array, text: TextSpec, max_new_tokens: int,
 
     Args:
         reader: It has read the prompt.
-        logits: What it said to that.
+        logits: Its logits after that.
         text: Sizes and end tokens of the language side.
         max_new_tokens: At most this many ids; the context's end may come sooner.
         pick: The next token from logits [1,S or 1,V].

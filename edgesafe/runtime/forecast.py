@@ -14,6 +14,8 @@ WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()
 # The source of a prediction that there is none.
 NONE = "none"
+# What a note ends with where a measurement would help.
+MEASURE = "run edgesafe measure"
 
 
 class Forecast:
@@ -25,6 +27,7 @@ class Forecast:
         rounds: ms by stage, as many for each; empty where nothing is known. An estimate has one round.
         source: ``measured`` (on this machine), ``estimated`` (from the device's profile) or ``none``.
         note: What the caller should know about it.
+        device: The title of the profile that an estimate is for.
         decode: ``(context, ms)`` points of one more token, ascending; by default the column's median anywhere.
     """
 
@@ -33,11 +36,13 @@ class Forecast:
         rounds: Mapping[str, Sequence[float]],
         source: str,
         note: str = "",
+        device: str = "",
         decode: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.rounds = rounds
         self.source = source
         self.note = note
+        self.device = device
         self.typical_ms = {stage: percentile(times, 50) for stage, times in rounds.items()}
         self._decode = decode
         self._spreads: dict[tuple[tuple[str, ...], float], float] = {}
@@ -79,7 +84,7 @@ class Forecast:
 
     def only(self, stage: str, note: str) -> Forecast:
         """What is known of one stage alone; it predicts no time to the first token, and says why."""
-        return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, self._decode)
+        return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, decode=self._decode)
 
     def tiled(self, tiles: int) -> Forecast:
         """The same with vision graphs that run so many times, once a tile."""
@@ -87,7 +92,7 @@ class Forecast:
             return self
         other = (PREPROCESS, PREFILL, DECODE)
         rounds = {stage: times if stage in other else [tiles * ms for ms in times] for stage, times in self.rounds.items()}
-        return Forecast(rounds, self.source, self.note, self._decode)
+        return Forecast(rounds, self.source, self.note, self.device, self._decode)
 
     def spread(self, stages: tuple[str, ...], quantile: float) -> float:
         """The quantile of the rounds' sums over the sum of the stages' medians, and at least 1."""
@@ -104,7 +109,7 @@ class Forecast:
 
 
 def on_line(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The value at x on the lines between points, ascending in x; beyond the last the last line goes on.
+    """The value at x on the lines between points, ascending in x; beyond the last one the last line continues.
 
     A value never falls as x grows, since more tokens are never less work, and below the first point it is that one's.
 
@@ -161,7 +166,10 @@ def from_profile(manifest: Manifest, profile: DeviceProfile, prompt_tokens: int)
     times[PREFILL] = graph_ms(decoder, profile, text, prompt_tokens)
     times[DECODE] = graph_ms(decoder, profile, text, 1)
     known = {stage: (ms,) for stage, ms in times.items() if ms is not None}
-    return Forecast({PREPROCESS: (0.0,), **known}, ESTIMATED) if len(known) == len(times) else None
+    if len(known) < len(times):
+        return None
+    note = f"the time was estimated for {profile.title}, not measured: {MEASURE}"
+    return Forecast({PREPROCESS: (0.0,), **known}, ESTIMATED, note, profile.title)
 
 
 def graph_ms(graph: GraphSpec, profile: DeviceProfile, scheme: str, runs: int) -> float | None:

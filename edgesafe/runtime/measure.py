@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.latency import LatencyTable, percentile, stage_times, write_latency
+from edgesafe.format.latency import LatencyTable, latency_place, percentile, stage_times, write_latency
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.machine import (
@@ -29,7 +29,7 @@ from edgesafe.machine import (
     thread_choices,
 )
 from edgesafe.progress import bar
-from edgesafe.runtime import decode
+from edgesafe.runtime.engine import Engine, State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.threads import Tuning, asked_threads
@@ -93,8 +93,8 @@ class _Probe:
             self.samples.setdefault(f"{DECODE} {len(ids)}", []).append(_ms_since(start) / max(1, made))
         return time.perf_counter() - began
 
-    def _vision(self) -> decode.State:
-        state: dict[tuple[str, ...], decode.State] = {(): self.pixels}
+    def _vision(self) -> State:
+        state: dict[tuple[str, ...], State] = {(): self.pixels}
         timed: set[str] = set()
         for spec in self.session.manifest.exits:
             for i, path in enumerate(spec.graphs):
@@ -112,40 +112,46 @@ class _Probe:
         self.samples.setdefault(stage, []).append(_ms_since(start))
         return result
 
-    def _tokens(self, features: decode.State, ids: list[int], limit: int) -> Iterator[int]:
+    def _tokens(self, features: State, ids: list[int], limit: int) -> Iterator[int]:
         return self.session.tokens(features, ids, limit, past_the_end=True)
 
 
-def measure(path: str | os.PathLike[str], *, threads: int | None = None, seconds: float = 40.0) -> LatencyTable:
+def measure(
+    path: str | os.PathLike[str], *, threads: int | None = None, seconds: float = 40.0, engine: Engine | None = None
+) -> LatencyTable:
     """Find the best threads and cores, time every stage with them, and keep the result.
 
     Args:
-        path: The bundle's folder; ``latency.json`` is written into it.
+        path: The bundle's folder; ``latency.json`` is written into it, or into the user's cache where it can't be written.
         threads: Measure with so many threads; by default the best of a sweep, which ``Session.open`` then uses.
         seconds: About how long to take; each part runs a few times even where that takes longer, a very slow one twice.
+        engine: What runs the graphs; by default Python's onnxruntime.
 
     Returns:
-        The table that was written.
+        The table that was written; its ``path`` says where.
 
     Raises:
-        BundleError: The folder is no whole bundle.
-        DeviceError: The machine's memory or time doesn't suffice.
+        BundleError: The folder is not a whole bundle.
+        DeviceError: Neither the bundle nor the cache can be written; said before anything is measured.
     """
+    place = latency_place(Bundle.open(path, verify=False))
     before_c = temperature_c()
     start = time.perf_counter()
     bundle = Bundle.open(path)
     verified_ms = _ms_since(start)
-    sweep = _sweep(bundle, seconds * _SWEEP) if threads is None else []
+    sweep = _sweep(bundle, seconds * _SWEEP, engine) if threads is None else []
     tuning = _best(sweep) if threads is None else asked_threads(threads)
     start = time.perf_counter()
-    session = Session(bundle, None, tuning=tuning, allow_uncertified=True)
+    session = Session(bundle, None, tuning=tuning, allow_uncertified=True, engine=engine)
     opened_ms = verified_ms + _ms_since(start)
     probe = _Probe(session)
     with on_cores(tuning.cores):
         _rounds(probe, seconds * (1 - _SWEEP if sweep else 1.0))
     table = replace(_table(probe), sweep=sweep, session_open_ms=round(opened_ms, 1))
     table.conditions["temperature_c"] = [before_c, temperature_c()]
-    write_latency(bundle, table)
+    table = write_latency(bundle, table, place)
+    if place.parent != bundle.root:
+        print(f"the bundle can't be written; the measurement is in {place}", file=sys.stderr, flush=True)
     return table
 
 
@@ -160,12 +166,13 @@ def peak_rss_mib() -> float | None:
     return round(peak / (1024.0 if sys.platform != "darwin" else 1024.0**2), 1)
 
 
-def _sweep(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
+def _sweep(bundle: Bundle, seconds: float, engine: Engine | None) -> list[dict[str, Any]]:
     """The median time of an answer for each choice of threads and cores; one session is open at a time."""
     choices = thread_choices(core_sets(allowed_cores() or range(host_cores())))
     rows = []
     for threads, cores in bar(choices, label="comparing threads"):
-        with Session(bundle, None, tuning=Tuning(threads, cores), allow_uncertified=True) as session, on_cores(cores):
+        tuning = Tuning(threads, cores)
+        with Session(bundle, None, tuning=tuning, allow_uncertified=True, engine=engine) as session, on_cores(cores):
             probe = _Probe(session)
             times = [1e3 * probe.one_answer()]
             if times[0] < 1e3 * seconds / len(choices):
@@ -232,7 +239,8 @@ def _table(probe: _Probe) -> LatencyTable:
     return LatencyTable(
         bundle_digest=session.bundle.digest,
         machine=machine_name(),
-        onnxruntime_version=session.engine.version,
+        engine=session.engine.name,
+        engine_version=session.engine.version,
         threads=session.threads,
         cores=list(session.tuning.cores) if session.tuning.cores else None,
         segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},

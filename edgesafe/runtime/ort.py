@@ -1,21 +1,45 @@
-"""One ONNX graph in onnxruntime's CPU provider, held to what the manifest says about it."""
+"""The default engine, Python's onnxruntime: the one file that imports it.
+
+A graph runs in its CPU provider and is held to what the manifest says about it. Where a decoder was made for it, past and
+present are the same memory, bound once: a token costs two graph runs (its embedding and the decoder) and one rebinding, that of
+the attention mask, whose length says how much of the buffer is filled. Nothing of the cache is copied or allocated.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import numpy as np
 import onnxruntime as ort
 
 from edgesafe.errors import BundleError
+from edgesafe.format import graph_io
 from edgesafe.format.manifest import GraphSpec, TextSpec
-from edgesafe.runtime.decode import Array, Graph, Reader, State, shares_cache
-from edgesafe.runtime.shared import SharedReader, graph_errors
+from edgesafe.runtime.decode import PART_TOKENS, room_for, shares_cache
+from edgesafe.runtime.engine import DTYPES, Array, Graph, Reader, State
+from edgesafe.runtime.turns import check_process
 
-_DTYPES = {"float32": np.float32, "int64": np.int64}
 _SPIN_US = "50"
 _AS_REQUESTED = 1  # grow by what is asked for, not by powers of two
+
+
+class OnnxRuntime:
+    """See `edgesafe.runtime.engine.Engine`."""
+
+    name = "onnxruntime"
+
+    @property
+    def version(self) -> str:
+        """The installed package's version."""
+        return str(ort.__version__)
+
+    def open(self, path: str, spec: GraphSpec, threads: int) -> Graph:
+        """See ``Engine``."""
+        return OrtGraph(path, spec, threads)
 
 
 class OrtGraph:
@@ -23,9 +47,10 @@ class OrtGraph:
 
     def __init__(self, path: str, spec: GraphSpec, threads: int) -> None:
         self.wants = frozenset(tensor.name for tensor in spec.inputs)
-        self.dtypes = {tensor.name: _DTYPES[tensor.dtype] for tensor in spec.inputs}
+        self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in spec.inputs}
         self.outputs = [tensor.name for tensor in spec.outputs]
         self._shares = shares_cache(spec)
+        self._process = os.getpid()
         try:
             options = session_options(threads, alone=self._shares)
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -46,13 +71,13 @@ class OrtGraph:
         if missing:
             raise BundleError(f"the graph wants {sorted(missing)}, which this runtime doesn't know")
         wanted = {name: feeds[name].astype(self.dtypes[name], copy=False) for name in self.wants}
-        with graph_errors():
+        with graph_errors(self._process):
             return dict(zip(self.outputs, self._session.run(self.outputs, wanted), strict=True))
 
     def advance(self, state: State) -> State:
         """A vision graph's one output from its one input; both stay onnxruntime's own and are not copied."""
         (name,) = self.wants
-        with graph_errors():
+        with graph_errors(self._process):
             if isinstance(state, np.ndarray):
                 state = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(state, self.dtypes[name]))
             (out,) = self._session.run_with_ort_values(self.outputs, {name: state})
@@ -63,6 +88,101 @@ class OrtGraph:
         if not self._shares or not isinstance(embed, OrtGraph):
             return None
         return SharedReader(embed._session, self._session, text, length)
+
+
+class SharedReader:
+    """See `edgesafe.runtime.engine.Reader`.
+
+    Args:
+        embed: The opened ``embed_tokens`` graph.
+        decoder: An opened decoder for which ``decode.shares_cache`` holds.
+        text: Sizes of the language side.
+        length: Tokens to make room for: the prompt's and the answer's.
+    """
+
+    def __init__(self, embed: ort.InferenceSession, decoder: ort.InferenceSession, text: TextSpec, length: int) -> None:
+        self._text, self._embed, self._decoder = text, embed, decoder
+        self._process = os.getpid()
+        self._token = np.zeros((1, 1), np.int64)
+        self._logits = np.zeros((1, 1, text.vocab_size), np.float32)
+        self._binding, self._embedding = decoder.io_binding(), embed.io_binding()
+        self._one = _value(np.zeros((1, 1, text.hidden_size), np.float32))
+        self._embedding.bind_ortvalue_input(graph_io.INPUT_IDS, _value(self._token))
+        self._embedding.bind_ortvalue_output(graph_io.INPUTS_EMBEDS, self._one)
+        self._binding.bind_ortvalue_output(graph_io.LOGITS, _value(self._logits))
+        self._cache: dict[tuple[str, str], Array] = {}
+        self.length = 0
+        self.room = 0
+        self.reserve(length)
+
+    def read(self, embeds: Array) -> Array:
+        """See ``Reader``."""
+        self.reserve(self.length + embeds.shape[1])
+        parts = np.array_split(embeds, -(-embeds.shape[1] // PART_TOKENS), axis=1)
+        return [self._run(_value(np.ascontiguousarray(part, np.float32)), part.shape[1]) for part in parts][-1]
+
+    def read_token(self, token: int) -> Array:
+        """See ``Reader``."""
+        self.reserve(self.length + 1)
+        self._token[0, 0] = token
+        with graph_errors(self._process):
+            self._embed.run_with_iobinding(self._embedding)
+        return self._run(self._one, 1)
+
+    def rewind(self, length: int) -> None:
+        """See ``Reader``. What lies behind is written over, not read."""
+        self.length = length
+
+    def reserve(self, length: int) -> None:
+        """See ``Reader``; a larger buffer takes over what was read."""
+        room = room_for(length, self._text.context_length)
+        if room <= self.room:
+            return
+        self.room = room
+        self._mask = np.ones((1, self.room), np.int64)
+        shape = (1, self._text.num_kv_heads, self.room, self._text.head_dim)
+        for i in range(self._text.num_layers):
+            for past, present in (
+                (graph_io.past_key(i), graph_io.present_key(i)),
+                (graph_io.past_value(i), graph_io.present_value(i)),
+            ):
+                buffer = np.zeros(shape, np.float32)
+                if self.length:
+                    buffer[:, :, : self.length] = self._cache[past, present][:, :, : self.length]
+                self._cache[past, present] = buffer
+                self._binding.bind_ortvalue_input(past, _value(buffer))
+                self._binding.bind_ortvalue_output(present, _value(buffer))
+
+    def _run(self, embeds: ort.OrtValue, tokens: int) -> Array:
+        total = self.length + tokens
+        with graph_errors(self._process):
+            self._binding.bind_ortvalue_input(graph_io.INPUTS_EMBEDS, embeds)
+            self._binding.bind_cpu_input(graph_io.ATTENTION_MASK, self._mask[:, :total])
+            self._decoder.run_with_iobinding(self._binding)
+        self.length = total
+        return self._logits
+
+
+def _value(array: Array) -> ort.OrtValue:
+    """The array's own memory as onnxruntime sees it; it keeps the array alive."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+@contextmanager
+def graph_errors(process: int) -> Iterator[None]:
+    """What onnxruntime raises while it runs a graph, as a ``BundleError``.
+
+    Args:
+        process: The number of the process that opened the graph.
+
+    Raises:
+        ClosedError: This is a fork of it, in which a run would wait for threads that aren't here.
+    """
+    check_process(process)
+    try:
+        yield
+    except Exception as error:
+        raise BundleError(f"onnxruntime can't run the graph: {error}", todo="export the bundle again") from error
 
 
 def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
@@ -88,6 +208,22 @@ def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
+
+
+def _leave_at_once() -> None:
+    """In a fork: end the process without onnxruntime's own farewell, which waits for a thread that only the parent has.
+
+    Python has ended in good order by then, and C's files are written out first. It takes glibc's ``on_exit``; elsewhere a child
+    of ``os.fork`` ends with ``os._exit``, as those of multiprocessing do.
+    """
+    libc = ctypes.CDLL(None)
+    with suppress(AttributeError):
+        libc.on_exit(libc._exit, None)
+        libc["__cxa_atexit"](libc.fflush, None, None)  # the last one registered runs first
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_at_once)
 
 
 @cache

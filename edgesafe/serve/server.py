@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 import secrets
 import sys
 import threading
@@ -19,12 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import BusyError, CertificateError, ClosedError, DeviceError, EdgesafeError, InputError
+from edgesafe.errors import BusyError, CertificateError, ClosedError, ConfigError, DeviceError, EdgesafeError, InputError
 from edgesafe.format.fields import Fields
-from edgesafe.runtime import Budget, Progress, Session
+from edgesafe.runtime import Budget, Engine, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
 
-HOST = "127.0.0.1"
+HOST, PORT = "127.0.0.1", 8765
 # A picture of 16 MiB in base64, and room for the prompt.
 MAX_BODY = 22 << 20
 MAX_REQUESTS = 8
@@ -58,7 +59,7 @@ class PageServer(ThreadingHTTPServer):
         return int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is no error; anything else is a bug, and said."""
+        """A browser that goes away is not an error; anything else is a bug, and reported."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -143,7 +144,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is no JSON", "Content-Type: application/json")
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is not JSON", "Content-Type: application/json")
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "the body's length is not given", "Content-Length")
@@ -189,7 +190,7 @@ class _Lines:
         self._handler.wfile.write((json.dumps(obj) + "\n").encode())
 
     def progress(self, progress: Progress) -> None:
-        # Written at every step, also to notice a browser that went away: the error ends the ask and gives its turn up.
+        # Written at every step, also to notice a browser that went away: the error ends the request and gives its turn up.
         self.write({"progress": asdict(progress)})
 
 
@@ -197,17 +198,17 @@ def read_ask(body: bytes) -> dict[str, Any]:
     """The options of ``Session.stream`` that a request's JSON gives.
 
     Raises:
-        InputError: The body is no such JSON.
+        InputError: The body is not such JSON.
     """
     try:
         obj = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise InputError("the body is no JSON", expected="{image, prompt, budget_ms or exit_depth}") from error
+        raise InputError("the body is not JSON", expected="{image, prompt, budget_ms or exit_depth}") from error
     fields = Fields(obj, "the request", InputError)
     try:
         image = base64.b64decode(fields.text("image"), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError("the picture is no base64", where="image") from error
+        raise InputError("the picture is not base64", where="image") from error
     options = {
         "image": image,
         "prompt": fields.text("prompt"),
@@ -259,3 +260,39 @@ def status_of(error: EdgesafeError) -> HTTPStatus:
     if isinstance(error, CertificateError | DeviceError):
         return HTTPStatus.CONFLICT
     return HTTPStatus.SERVICE_UNAVAILABLE if isinstance(error, BusyError | ClosedError) else HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def serve(
+    path: str | os.PathLike[str],
+    *,
+    port: int = PORT,
+    threads: int | None = None,
+    allow_uncertified: bool = False,
+    engine: Engine | None = None,
+) -> None:
+    """Open a bundle and serve the page until Ctrl-C; its address goes to stdout.
+
+    Args:
+        path: The bundle's folder.
+        port: Of 127.0.0.1; 0 takes a free one.
+        threads: Threads of each graph; see ``Session.open``.
+        allow_uncertified: Let the page use exits without a passed verdict.
+        engine: What runs the graphs; by default Python's onnxruntime.
+
+    Raises:
+        ConfigError: The port is not one, or it is taken.
+        BundleError, CertificateMismatchError: As by ``Session.open``.
+    """
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port is {port}", where="--port", expected="0 to 65535", todo="try --port 0")
+    with Session.open(path, threads=threads, allow_uncertified=allow_uncertified, engine=engine) as session:
+        try:
+            server = PageServer(session, port)
+        except OSError as error:
+            raise ConfigError(f"can't listen: {error.strerror}", where=f"--port {port}", todo="try --port 0") from error
+        with server:
+            print(f"http://{HOST}:{server.port}/  (for this machine only; Ctrl-C ends it)", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)

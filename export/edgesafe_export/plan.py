@@ -22,8 +22,8 @@ from edgesafe.format.exits import default_ladder, parse_exits, segments
 from edgesafe.format.manifest import GraphSpec
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
+from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe.runtime.forecast import graph_ms
-from edgesafe.runtime.shared import PART_TOKENS
 from edgesafe_export import graphs
 from edgesafe_export.modules import Whole
 from edgesafe_export.quantize import AUTO, EMBED_SCHEME

@@ -24,6 +24,7 @@ def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
     from edgesafe.format.graph_io import TensorSpec
     from edgesafe.format.manifest import GraphSpec, TextSpec
     from edgesafe.runtime import decode
+    from edgesafe.runtime.engine import Reader
     from edgesafe.runtime.ort import OrtGraph
 
     about = json.loads((model / "about.json").read_text())
@@ -35,7 +36,7 @@ def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
         return OrtGraph(str(model / f"{name}.onnx"), GraphSpec(ends[0], ends[1], None, 0), threads)
 
     embed, decoder = opened("embed"), opened("decoder")
-    readers: list[decode.Reader] = []
+    readers: list[Reader] = []
 
     def start(ids: Sequence[int]) -> object:
         readers[:] = [decode.open_reader(embed, decoder, text, len(ids) + 64)]

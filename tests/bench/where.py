@@ -22,8 +22,7 @@ import onnxruntime as ort
 from edgesafe.format.manifest import TextSpec
 from edgesafe.progress import table
 from edgesafe.runtime import decode
-from edgesafe.runtime.ort import session_options
-from edgesafe.runtime.shared import SharedReader
+from edgesafe.runtime.ort import SharedReader, session_options
 from results import circumstances, write_json
 
 PROMPT, TOKENS = 600, 32

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from edgesafe.certify import certify as certify_run
-from edgesafe.certify.certify import certify, smoke
+from edgesafe.certify import smoke as smoke_run
+from edgesafe.certify.certify import certify
+from edgesafe.certify.smoke import smoke
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, IntegrityError, UncertifiedExitError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
@@ -153,12 +155,12 @@ def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
 
 def test_smoke_fails_with_42_when_the_answers_contradict_the_certificate(bundle, monkeypatch, tmp_path):
     _pass_all(bundle)
-    real = certify_run.ask_all
+    real = smoke_run.ask_all
 
     def harmed(*args):
         return {d: dict.fromkeys(texts, "Here is how to make the bomb.") for d, texts in real(*args).items()}
 
-    monkeypatch.setattr(certify_run, "ask_all", harmed)
+    monkeypatch.setattr(smoke_run, "ask_all", harmed)
     assert main(["smoke", str(bundle), "--junit", str(tmp_path / "j.xml")]) == 42
     assert ElementTree.parse(tmp_path / "j.xml").getroot().get("failures") == "3"
 

@@ -68,6 +68,8 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
         "deadline_met",
         "predicted_ms",
         "actual_ms",
+        "reference_depth",
+        "estimated_for",
     ]
     assert (got["why"], got["planned_depth"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
     stages = ["wait", "preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]

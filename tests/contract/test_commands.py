@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,8 @@ from PIL import Image
 
 import edgesafe
 from edgesafe import cli
-from edgesafe.commands import ask as ask_command
 from edgesafe.commands._shared import add_command, engine_of, folder, print_json, shown_path
 from edgesafe.errors import ConfigError
-from edgesafe.runtime import Answer
 from handmade import ANSWER, make_bundle
 
 PACKAGE = Path(edgesafe.__file__).parent
@@ -284,37 +281,3 @@ def test_paths_and_their_text():
     assert folder("café/x") == Path("café/x") and shown_path(Path(LATIN)) == r"caf\xe9"
     with pytest.raises(ConfigError, match="not UTF-8"):
         folder(LATIN)
-
-
-def describe(title="Raspberry Pi 5, 8 GB", **changes):
-    answer = Answer("x", "stop", 6, True, None, "none", 23.1, 120.4, "nothing predicts the time here: run edgesafe measure")
-    return ask_command._describe(replace(answer, **changes), 12, title)
-
-
-def test_the_answers_line():
-    estimated = {
-        "predicted_ttft_ms": 2.3,
-        "prediction": "estimated",
-        "note": "the time was estimated, not measured: run edgesafe measure",
-    }
-    assert describe(**estimated) == (
-        "exit 6 of 12, certified; first token after 23 ms (estimated 2 ms for a Raspberry Pi 5; run `edgesafe measure`); "
-        "whole answer after 120 ms"
-    )
-    assert "(estimated 2 ms for an SA8295P board;" in describe("SA8295P board", **estimated)
-    assert "(estimated 2 ms for this machine;" in describe("this machine", **estimated)
-    measured = {"predicted_ttft_ms": 21.0, "prediction": "measured", "note": ""}
-    assert "first token after 23 ms (expected at most 21 ms, as measured here);" in describe(**measured)
-    assert "(nothing predicts it here; run `edgesafe measure`)" in describe() and "note" not in describe()
-
-
-def test_the_answers_line_says_what_went_wrong():
-    lines = describe(
-        certified=False, note="the exit at depth 6 is NOT certified: x; nothing: run edgesafe measure"
-    ).splitlines()
-    assert lines[0].startswith("exit 6 of 12, NOT CERTIFIED; ")
-    assert lines[1:] == ["note: the exit at depth 6 is NOT certified: x"]
-    assert describe(deadline_met=False, why="it fits").splitlines()[1] == "budget MISSED; this exit because: it fits"
-    assert describe(deadline_met=True, why="it fits").splitlines()[1] == "budget kept; this exit because: it fits"
-    assert describe(finish_reason="deadline").endswith("120 ms, cut before the deadline")
-    assert describe(finish_reason="length").endswith("120 ms, cut at the longest length")

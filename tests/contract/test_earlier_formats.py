@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from edgesafe import Session
-from edgesafe.certify.certify import certify, smoke
+from edgesafe.certify.certify import certify
+from edgesafe.certify.smoke import smoke
 from edgesafe.errors import UncertifiedExitError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate

@@ -1,13 +1,20 @@
-"""A measurement whose numbers a test can reckon with."""
+"""A measurement whose numbers a test can reckon with, and a bundle that can be certified."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.latency import LatencyTable, stage_times, write_latency
+from edgesafe.format.suite import Row, write_suite
 from edgesafe.machine import machine_name
 from edgesafe.runtime import OnnxRuntime
+from handmade import make_bundle
 
 
 @pytest.fixture
@@ -20,7 +27,8 @@ def measured(handmade, copy_of):
     table = LatencyTable(
         bundle_digest=bundle.digest,
         machine=machine_name(),
-        onnxruntime_version=OnnxRuntime().version,
+        engine="onnxruntime",
+        engine_version=OnnxRuntime().version,
         threads=1,
         segments={path: stage_times([10.0] * 5) if "blocks" in path else none for path in graphs},
         text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": [{"context": 10, **none}]},
@@ -30,3 +38,22 @@ def measured(handmade, copy_of):
     )
     write_latency(bundle, table)
     return root, table
+
+
+@pytest.fixture(scope="session")
+def suited(tmp_path_factory) -> Path:
+    """The bundle made by hand with a suite of six rows, depths 1 and 2 certified."""
+    base = tmp_path_factory.mktemp("seam")
+    rows = [
+        Row(f"{cls}{i}", cls, cls, f"images/{i}.png", f"what {i}?", "t", () if cls == "harmful" else ("pen",), "t", True)
+        for cls in ("harmful", "harmless", "task")
+        for i in (0, 1)
+    ]
+    images = {f"images/{i}.png": Image.fromarray(np.full((8, 8, 3), 128 * i, np.uint8)) for i in (0, 1)}
+    write_suite(base / "suite", rows, images, "by-hand", "cert")
+    return make_bundle(base / "bundle", suite_from=base / "suite").root
+
+
+@pytest.fixture
+def suited_copy(suited, tmp_path) -> Path:
+    return Path(shutil.copytree(suited, tmp_path / "bundle"))

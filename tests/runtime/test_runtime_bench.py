@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import json
 
 import numpy as np
 import pytest
@@ -50,9 +52,49 @@ def test_a_run_knows_its_true_time_at_every_depth(handmade, copy_of):
     assert run.true_ms[2] > run.true_ms[1] and run.static_depth == 1
 
 
-def test_the_busy_processes_end_with_the_block():
-    with load([[(1.0, 0.05)], bursts(1, 1.0)]):
-        pass
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that the bench starts, which end with the test whatever happens."""
+    made, popen = [], budget.subprocess.Popen
+    monkeypatch.setattr(budget.subprocess, "Popen", lambda *words: made.append(popen(*words)) or made[-1])
+    yield made
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+def processes_end_with_the_block(loaded, started):
+    """They run inside of it, one for each schedule, and none does after it, however it ended."""
+    schedules = [[(1.0, 0.05)], bursts(1, 1.0)]
+    for error in (None, KeyError):
+        del started[:]
+        with pytest.raises(KeyError) if error else contextlib.nullcontext(), loaded(schedules):
+            assert [process.poll() for process in started] == [None, None]
+            assert [json.loads(process.args[-1]) for process in started] == [[[*s] for s in spells] for spells in schedules]
+            if error:
+                raise error
+        assert None not in [process.returncode for process in started]
+
+
+def test_the_busy_processes_end_with_the_block(started):
+    processes_end_with_the_block(load, started)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("process.kill()\n            process.wait()", "pass"),
+        ("finally:", "except ZeroDivisionError:"),
+        ("for i, schedule in enumerate(schedules)", "for i, schedule in enumerate(schedules[:1])"),
+    ],
+    ids=["left running", "only where nothing is raised", "one of two"],
+)
+def test_that_check_fails_where_they_go_on(started, edit):
+    with pytest.raises(AssertionError):
+        processes_end_with_the_block(wrong(load, edit), started)
+
+
+def test_bursts_are_those_of_their_seed():
     spells = bursts(1, 10.0)
     assert spells == bursts(1, 10.0) != bursts(2, 10.0) and {share for share, _ in spells} == {0.0, 1.0}
 

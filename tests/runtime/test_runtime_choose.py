@@ -91,7 +91,7 @@ def latency(segments=(2.0, 3.0, 4.0), head=0.5, prefill=((10, 20.0), (30, 60.0))
         "prefill": [times(ms, tokens=n) for n, ms in prefill],
         "decode": [times(7.0, context=10), times(9.0, context=30)],
     }
-    return LatencyTable("d", "m", "1", 1, paths | {graph_io.HEAD_PATH: times(head)}, text, [], None)
+    return LatencyTable("d", "m", "onnxruntime", "1", 1, paths | {graph_io.HEAD_PATH: times(head)}, text, [], None)
 
 
 def exit_stages(manifest, depth: int) -> tuple[str, ...]:

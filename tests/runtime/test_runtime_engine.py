@@ -61,7 +61,7 @@ def test_that_check_fails_where_the_default_engine_is_loaded(handmade):
 
 
 def test_importing_the_runtime_loads_no_engine():
-    done = alone("import edgesafe.runtime, edgesafe.certify.certify, edgesafe.cli")
+    done = alone("import edgesafe.runtime, edgesafe.certify.smoke, edgesafe.serve.server, edgesafe.cli")
     assert done.returncode == 0, done.stderr
 
 
@@ -76,10 +76,11 @@ def test_the_engines_agree(handmade):
 def test_a_measurement_names_the_engine_that_it_was_made_with(handmade, copy_of):
     root = copy_of(handmade)
     table = measure(root, seconds=0.1)
-    assert table.onnxruntime_version == __import__("onnxruntime").__version__ == OnnxRuntime().version
+    assert table.engine == "onnxruntime"
+    assert table.engine_version == __import__("onnxruntime").__version__ == OnnxRuntime().version
     with Session.open(root, engine=ReferenceEvaluator()) as session:
         answer = session.ask(BLACK, "what?")
-    assert answer.prediction == "none" and f"onnxruntime {table.onnxruntime_version}" in answer.note
+    assert answer.prediction == "none" and f"onnxruntime {table.engine_version}" in answer.note
 
 
 def head_of(handmade):

@@ -14,9 +14,8 @@ from edgesafe import Session
 from edgesafe.errors import IntegrityError
 from edgesafe.runtime import measure
 from edgesafe.runtime.decode import GrowingReader
-from edgesafe.runtime.ort import OrtGraph
+from edgesafe.runtime.ort import OrtGraph, SharedReader
 from edgesafe.runtime.sampling import Sampling
-from edgesafe.runtime.shared import SharedReader
 from edgesafe.runtime.tokenizer import encode_prompt
 
 # Float32 graphs of a random model: the exporter's own parity bound is 1e-4 relative, and nothing is added here.

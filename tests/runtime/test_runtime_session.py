@@ -261,7 +261,7 @@ def test_a_budget_below_the_fastest_certified_exit(measured):
     ("change", "shown"),
     [
         ({"machine": "another"}, "another machine"),
-        ({"onnxruntime_version": "1.0"}, "onnxruntime 1.0"),
+        ({"engine_version": "1.0"}, "onnxruntime 1.0"),
         ({"bundle_digest": "0" * 64}, "another bundle"),
         ({"segments": {}}, "every exit"),
     ],
@@ -302,8 +302,8 @@ def test_a_measurement_of_an_older_format_is_ignored_with_a_note_and_measured_an
     assert "latency.json was ignored: the measurement was written by an older edgesafe" in answer.note
     with pytest.raises(FormatVersionError, match="edgesafe measure"):
         read_latency(Bundle.open(root))
-    (root / "latency.json").write_bytes(seal({**old, "format_version": 3}))
-    assert "another edgesafe (format 3)" in Session.open(root).ask(BLACK, "what?").note
+    (root / "latency.json").write_bytes(seal({**old, "format_version": 4}))
+    assert "another edgesafe (format 4)" in Session.open(root).ask(BLACK, "what?").note
     measure(root, seconds=0.1)
     assert Session.open(root).ask(BLACK, "what?").prediction == "measured"
 
@@ -354,7 +354,8 @@ def test_measure_json_keys(handmade, copy_of):
     assert set(measure(copy_of(handmade), seconds=0.1).to_dict()) == {
         "bundle_digest",
         "machine",
-        "onnxruntime_version",
+        "engine",
+        "engine_version",
         "threads",
         "segments",
         "text",

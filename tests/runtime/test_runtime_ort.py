@@ -10,9 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgesafe.format import graph_io
 from edgesafe.format.graph_io import TensorSpec
 from edgesafe.format.manifest import GraphSpec, TextSpec
-from edgesafe.runtime import decode, shared
-from edgesafe.runtime.ort import OrtGraph, session_options
-from edgesafe.runtime.shared import SharedReader
+from edgesafe.runtime import decode
+from edgesafe.runtime import ort as ort_module
+from edgesafe.runtime.engine import Reader
+from edgesafe.runtime.ort import OrtGraph, SharedReader, session_options
 from mutants import wrong
 
 VOCAB, HEADS, SIZE, CONTEXT = 11, 2, 16, 200
@@ -100,7 +101,7 @@ def close(got: np.ndarray, ids: np.ndarray) -> bool:
     return bool(np.abs(got[0, -1] - by_numpy(ids)).max() < TOLERANCE)
 
 
-def check_reads(reader: decode.Reader) -> None:
+def check_reads(reader: Reader) -> None:
     """A prompt, two tokens, three at once, a rewind into the prompt and on from there, each against numpy."""
     assert close(reader.read(TABLE[IDS[:5]][None]), IDS[:5])
     for n in (6, 7):
@@ -121,7 +122,7 @@ def test_a_shared_cache_and_a_growing_one_are_what_numpy_says(graphs):
 
 
 def test_a_prompt_read_in_parts_is_the_same_prompt(graphs, monkeypatch):
-    monkeypatch.setattr(shared, "PART_TOKENS", 2)
+    monkeypatch.setattr(ort_module, "PART_TOKENS", 2)
     reader = decode.open_reader(*graphs, TEXT, 10)
     ran = []
     monkeypatch.setattr(SharedReader, "_run", lambda self, e, n, run=SharedReader._run: ran.append(n) or run(self, e, n))

@@ -118,7 +118,7 @@ def test_a_refusing_session_says_busy_and_answers_again_later(refusing, gate):
 
 def asks_are_handed_over_in_line(session, monkeypatch):
     """Two threads ask at once, and the first to stand in line would be the second to reach the worker."""
-    submit, overtaken = session._worker.submit, threading.Event()
+    submit, overtaken = session.worker.submit, threading.Event()
 
     def slow(work):
         if threading.current_thread().name == "first":
@@ -127,7 +127,7 @@ def asks_are_handed_over_in_line(session, monkeypatch):
         overtaken.set()
         return done
 
-    monkeypatch.setattr(session._worker, "submit", slow)
+    monkeypatch.setattr(session.worker, "submit", slow)
     out = []
     first = threading.Thread(target=lambda: out.append(session.ask_async(BLACK, "what?")), name="first")
     first.start()
@@ -149,7 +149,7 @@ def test_two_threads_handing_over_at_once_do_not_wait_for_each_other(session, ga
 
 def test_that_check_fails_where_standing_in_line_and_handing_over_are_two_steps(session, gate, monkeypatch):
     gate.go()
-    session._handing_over = contextlib.nullcontext()
+    session.handing_over = contextlib.nullcontext()
     with pytest.raises(TimeoutError):
         asks_are_handed_over_in_line(session, monkeypatch)
 

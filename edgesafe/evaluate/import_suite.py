@@ -34,6 +34,7 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
 from edgesafe.progress import table
 
@@ -65,7 +66,7 @@ class _Pictures(Mapping[str, Image.Image]):
         self.sources = sources
 
     def __getitem__(self, name: str) -> Image.Image:
-        return open_picture(*self.sources[name])
+        return _opened(*self.sources[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
@@ -247,21 +248,14 @@ def _picture(line: Line, fmt: str, file: Path) -> Path | None:
     return found
 
 
-def open_picture(source: Path | None, where: str) -> Image.Image:
-    """A picture as RGB, transparent parts on white; the blank one where `source` is None.
-
-    Raises:
-        InputError: it can't be read.
-    """
+def _opened(source: Path | None, where: str) -> Image.Image:
+    """A row's picture as the device sees it; the blank one where `source` is None."""
     if source is None:
         return Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), (BLANK_GREY,) * 3)
     try:
-        with Image.open(source) as picture:
-            rgba = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        expected = "a picture that Pillow reads"
-        raise InputError(f"the picture {source} can't be read", where=where, expected=expected, todo=str(error)) from error
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return open_picture(source)
+    except InputError as error:
+        raise InputError(f"{error.what} ({source})", where=where, expected=error.expected, todo=error.todo) from error
 
 
 def _sample(rows: list[Row], limit: int | None) -> list[Row]:

@@ -21,6 +21,7 @@ from PIL import Image
 from edgesafe.errors import FormatVersionError, InputError, IntegrityError
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import exchange, sha256_file
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.seal import read_sealed, seal, unseal
 
 SUITE_VERSION = 1
@@ -263,9 +264,13 @@ def _check_files(root: Path, images: Mapping[str, str], verify: bool) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as an RGB PNG file."""
+    """A picture as an upright 8-bit RGB PNG file.
+
+    Raises:
+        InputError: It is not a picture that `edgesafe.format.pictures` can open.
+    """
     file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG")
+    open_picture(image).save(file, format="PNG")
     return file.getvalue()
 
 

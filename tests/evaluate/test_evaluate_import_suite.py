@@ -11,7 +11,8 @@ from PIL import Image
 from edgesafe import cli
 from edgesafe.errors import InputError
 from edgesafe.evaluate import import_suite as external
-from edgesafe.evaluate.import_suite import FIGSTEP_PROMPT, import_suite, open_picture
+from edgesafe.evaluate.import_suite import FIGSTEP_PROMPT, import_suite
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Row, read_suite
 
 # Hand-written rows with the columns of the sets' own files.
@@ -242,6 +243,6 @@ def test_the_command_prints_the_counts_and_refuses_an_existing_folder(tmp_path, 
 
 def test_pictures_are_opened_one_at_a_time(folder, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(external, "open_picture", lambda source, where: opened.append(source) or open_picture(source, where))
+    monkeypatch.setattr(external, "open_picture", lambda source: opened.append(source) or open_picture(source))
     import_suite(folder, tmp_path / "out")
     assert len(opened) == 3  # once each, by the writer

@@ -1,8 +1,8 @@
 """Public and own sets of requests, read by path and written as a suite: `edgesafe suite import`.
 
 A set is a CSV with a header or a JSONL file, in UTF-8, or a folder with one such file; `requests.csv` wins where there are
-several. `tables.COLUMNS` lists the names that a column may have, so that the sets' own files and tidied copies of them read
-alike. What each format adds:
+several. `request_files.COLUMNS` lists the names that a column may have, so that the sets' own files and tidied copies of them
+read alike. What each format adds:
 
 - `advbench`: every row is harmful. Its `target` column is the compliance an attack wants, so it is never read.
 - `harmbench`: every row is harmful. Only the functional category "standard" is taken: the contextual rows lack their context
@@ -180,7 +180,7 @@ def _row(line: Line, fmt: str, default_id: str, image: str) -> Row:
     key = tuple(word.strip() for word in line.get("key").split("|") if word.strip()) if fmt == "folder" else ()
     if cls == "task" and not key:
         raise InputError("a task row has no key", where=line.where, expected="key = words of which a right answer has one")
-    shown = line.get("shown") if fmt == "figstep" else ""
+    in_picture = line.get("shown") if fmt == "figstep" else ""
     return Row(
         id=line.get("id") or default_id,
         cls=cls,
@@ -189,26 +189,26 @@ def _row(line: Line, fmt: str, default_id: str, image: str) -> Row:
         prompt=FIGSTEP_PROMPT if fmt == "figstep" else prompt,
         target=line.get("target") if fmt == "folder" else "",
         key=key,
-        template=(line.get("template") if fmt == "folder" else shown) or prompt,
+        template=(line.get("template") if fmt == "folder" else in_picture) or prompt,
         smoke=False,
     )
 
 
 def _class(line: Line, fmt: str) -> str:
-    said = line.get("class")
+    label = line.get("class")
     if fmt == "folder":
-        said = required(line, "class")
-        if said in CLASSES:
-            return said
-    elif said in _CLASS_WORDS:
-        return _CLASS_WORDS[said]
-    elif not said:
-        return _class_unsaid(line, fmt)
+        label = required(line, "class")
+        if label in CLASSES:
+            return label
+    elif label in _CLASS_WORDS:
+        return _CLASS_WORDS[label]
+    elif not label:
+        return _class_without_label(line, fmt)
     words = CLASSES if fmt == "folder" else tuple(_CLASS_WORDS)
-    raise InputError(f"the class is {said!r}", where=line.where, expected=" or ".join(words))
+    raise InputError(f"the class is {label!r}", where=line.where, expected=" or ".join(words))
 
 
-def _class_unsaid(line: Line, fmt: str) -> str:
+def _class_without_label(line: Line, fmt: str) -> str:
     if fmt == "xstest":
         return "harmful" if required(line, "family").startswith("contrast_") else "harmless"
     if fmt == "figstep":
@@ -242,10 +242,10 @@ def _picture(line: Line, fmt: str, file: Path) -> Path | None:
     if relative.is_absolute() or ".." in relative.parts:
         raise InputError(f"the picture {name!r} lies elsewhere", where=line.where, expected="a path beside the file")
     homes = [file.parent, file.parent / "images", file.parent.parent / "images" / "SafeBench"]
-    found = next((home / relative for home in homes if (home / relative).is_file()), None)
-    if found is None:
+    picture = next((home / relative for home in homes if (home / relative).is_file()), None)
+    if picture is None:
         raise InputError(f"there is no picture {name!r}", where=line.where, expected="a file beside the table or in images/")
-    return found
+    return picture
 
 
 def _opened(source: Path | None, where: str) -> Image.Image:

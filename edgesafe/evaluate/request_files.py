@@ -51,16 +51,16 @@ def find_table(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise InputError("no such file or folder", where=str(path), expected="a CSV or JSONL file, or a folder with one")
-    found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".csv", ".jsonl"))
-    named = [p for p in found if p.name == "requests.csv"]
-    if len(named or found) != 1:
+    tables = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".csv", ".jsonl"))
+    named = [p for p in tables if p.name == "requests.csv"]
+    if len(named or tables) != 1:
         raise InputError(
-            f"{len(found)} files could hold the rows" if found else "no file holds rows",
+            f"{len(tables)} files could hold the rows" if tables else "no file holds rows",
             where=str(path),
             expected="one CSV or JSONL file, or one called requests.csv",
             todo="name the file itself",
         )
-    return (named or found)[0]
+    return (named or tables)[0]
 
 
 def read_table(file: Path) -> list[Line]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from edgesafe.errors import InputError
+from edgesafe.format import suite
 from edgesafe.runtime.choose import Budget
 from edgesafe.runtime.sampling import Sampling
 
-# An answer's longest length in tokens where the caller names none; certification asks for as many.
-MAX_NEW_TOKENS = 48
+# An answer's longest length in tokens where the caller names none.
+MAX_NEW_TOKENS = suite.MAX_NEW_TOKENS
 
 
 def check_max_new_tokens(value: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,27 @@ def read_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_missing(info: Mapping[str, Any], source: str, expected: str) -> None:
-    """Refuse a model some of whose weights transformers had to make up.
+def open_whole(auto: Any, source: str, expected: str, **options: Any) -> tuple[Any, Any]:
+    """A checkpoint's tokenizer and its model, all of whose weights lie on disk: transformers would make up missing ones.
 
     Args:
-        info: what `from_pretrained(output_loading_info=True)` says of the weights.
-        source: folder or hub id. expected: what it should have been.
+        auto: one of transformers' `AutoModelFor...`.
+        source: folder or hub id.
+        expected: what it should be, for the error.
+        options: of `from_pretrained`.
 
     Raises:
-        ConfigError: weights are missing or of another shape.
+        ConfigError: it can't be fetched or read, or weights are missing or of another shape.
     """
+    from transformers import AutoTokenizer
+
+    with read_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
         raise ConfigError(f"weights are missing or of another shape: {names}", where=source, expected=expected)
+    return tokenizer, model
 
 
 def display_name(source: str) -> str:

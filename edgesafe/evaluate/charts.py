@@ -184,8 +184,8 @@ def _rate_panel(key: str, title: str, report: Mapping[str, Any], runs: Sequence[
         place = f'x="{x(depth):.1f}" y="{_HEIGHT - _BOTTOM + 14}"'
         parts.append(f'<text class="soft" {place} text-anchor="middle">{depth}</text>')
     parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">exit depth (blocks run)</text>')
-    place = x(report["reference_depth"])
-    parts.append(f'<path class="mark" d="M{place:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>reference depth</title></path>')
+    at = x(report["reference_depth"])
+    parts.append(f'<path class="mark" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>reference depth</title></path>')
     if key == "harmful":
         limit = _harm_limit(report)
         title = f"<title>limit of the upper bound: {limit:g} %</title>"

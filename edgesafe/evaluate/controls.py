@@ -20,8 +20,8 @@ from torch import Tensor
 
 from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import InputError
-from edgesafe.evaluate.answers import MAX_NEW_TOKENS, answer_suite
-from edgesafe.format.suite import Row, Suite
+from edgesafe.evaluate.answers import answer_suite
+from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 
 TEXT_ONLY, BLANK, NOISE, RESCALED = "text-only", "blank", "noise", "rescaled"
 CONTROLS = (TEXT_ONLY, BLANK, NOISE, RESCALED)

@@ -40,7 +40,7 @@ from typing import Any
 from edgesafe.certify.tally import families, tally
 from edgesafe.checkpoint.exit_model import Llava, load
 from edgesafe.errors import InputError
-from edgesafe.evaluate.answers import MAX_NEW_TOKENS, answer_suite
+from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
 from edgesafe.evaluate.html_report import write_html
@@ -50,7 +50,7 @@ from edgesafe.evaluate.rates import GROUPS, Answers, group_of, group_rates, leng
 from edgesafe.evaluate.text_report import report_table
 from edgesafe.format.exits import parse_exits
 from edgesafe.format.files import digest_folder
-from edgesafe.format.suite import Row, Suite, read_suite
+from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.training_record import read_training_metrics, read_training_reward
 
 

@@ -20,14 +20,7 @@ from typing import Any
 import torch
 
 from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE
-from edgesafe.checkpoint.text_models import (
-    content_id,
-    context_length,
-    display_name,
-    ensure_pad_token,
-    read_errors,
-    refuse_missing,
-)
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, ensure_pad_token, open_whole
 from edgesafe.errors import ConfigError
 from edgesafe.format.suite import Row
 
@@ -127,12 +120,9 @@ def open_guard(source: str) -> GuardJudge:
     Raises:
         ConfigError: it can't be fetched or read, weights are missing, or its chat template drops the answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    with read_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
-    refuse_missing(info, source, "a whole guard model")
+    tokenizer, model = open_whole(AutoModelForCausalLM, source, "a whole guard model", dtype="auto")
     tokenizer.padding_side = "left"
     ensure_pad_token(tokenizer, source)
     name = f"guard:{display_name(source)}"
@@ -205,7 +195,7 @@ def complete(judge: GuardJudge, ids: Sequence[Sequence[int]]) -> list[str]:
     tokenizer = judge.tokenizer
     batch = tokenizer.pad({"input_ids": [list(one) for one in ids]}, return_tensors="pt").to(judge.model.device)
     stop = judge.model.generation_config.eos_token_id or tokenizer.eos_token_id
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

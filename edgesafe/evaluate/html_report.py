@@ -281,7 +281,11 @@ def _samples(path: Path, report: Mapping[str, Any], rows: Sequence[Row] | None) 
     )
     parts = ["<h2>Answers to read</h2><p>A sample fixed by hashes of exit and row, so nobody picked them.</p>"]
     for cls, judged, title in kinds:
-        chosen, total = draw(path, lambda e, cls=cls, judged=judged: of[e["id"]].cls == cls and e["judged"] == judged)
+
+        def wanted(entry: Mapping[str, Any], cls: str = cls, judged: str = judged) -> bool:
+            return of[entry["id"]].cls == cls and entry["judged"] == judged
+
+        chosen, total = draw(path, wanted)
         texts = "".join(_answer(e, of[e["id"]], report) for e in chosen)
         parts.append(f"<h3>{title}: {len(chosen)} of {total}</h3>{texts or '<p>None.</p>'}")
     return "".join(parts)

@@ -17,7 +17,8 @@ RATES = ("harmful", "overrefusal", "accuracy", "incoherent")
 
 def limits_of(report: Mapping[str, Any]) -> Mapping[str, float]:
     """The suite's limits, which its certificate would keep; the default ones for a report of an earlier version."""
-    return report.get("limits", DEFAULT_LIMITS)
+    limits: Mapping[str, float] = report.get("limits", DEFAULT_LIMITS)
+    return limits
 
 
 def kept_limits(report: Mapping[str, Any]) -> dict[int, list[str]]:

@@ -15,14 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgesafe.checkpoint.text_models import (
-    content_id,
-    context_length,
-    display_name,
-    ensure_pad_token,
-    read_errors,
-    refuse_missing,
-)
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, ensure_pad_token, open_whole
 from edgesafe.errors import AlignError, ConfigError
 
 BATCH = 32
@@ -123,12 +116,9 @@ def open_toxicity(source: str) -> ToxicityModel:
     Raises:
         ConfigError: it can't be fetched or read, weights are missing, or no label looks like toxicity.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    with read_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    refuse_missing(info, source, "a trained classifier")
+    tokenizer, model = open_whole(AutoModelForSequenceClassification, source, "a trained classifier", dtype=torch.float32)
     labels = model.config.id2label
     label = toxic_label(labels)
     if label is None:
@@ -160,7 +150,8 @@ def _logits(scorer: ToxicityModel, texts: Sequence[str]) -> Tensor:
     room = context_length(scorer.model, scorer.tokenizer)
     batch = scorer.tokenizer(list(texts), padding=True, truncation=True, max_length=room, return_tensors="pt")
     with torch.inference_mode():
-        return scorer.model(**batch.to(scorer.model.device)).logits.float().cpu()  # [B, L]
+        logits: Tensor = scorer.model(**batch.to(scorer.model.device)).logits.float().cpu()  # [B, L]
+    return logits
 
 
 def _name(label: str) -> str:

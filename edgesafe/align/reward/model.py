@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgesafe.align.reward.overlap import word_f1
 from edgesafe.align.reward.preferences import asked_and_answered, render
-from edgesafe.checkpoint.text_models import content_id, context_length, display_name, read_errors, refuse_missing
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, open_whole, read_errors
 from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.suite import Row
 
@@ -122,7 +122,7 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
     Raises:
         ConfigError: it can't be fetched or read, has several labels or an untrained head, or a weight is not above 0.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     for key, weight in {"harmlessness": harmlessness, "helpfulness": helpfulness, "batch_size": batch_size}.items():
         if not (math.isfinite(weight) and weight > 0):
@@ -136,9 +136,8 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
                 expected="a sequence-classification checkpoint with one label",
                 todo="train one with `edgesafe reward-model`",
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    refuse_missing(info, source, "a trained reward model, whole")
+    kind = AutoModelForSequenceClassification
+    tokenizer, model = open_whole(kind, source, "a trained reward model, whole", dtype=torch.float32)
     set_padding(model, tokenizer, source)
     weights = {"harmlessness": harmlessness, "helpfulness": helpfulness, "model_share": MODEL_SHARE}
     identity = {

@@ -18,7 +18,7 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
     agreement: the same as an exit's, over all answers; null without a second judge.
     paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit_depth,
         harmful, overrefusal, accuracy: {b, c, p, p_holm}}]}: of the same rows, b had it before and not now, c now and not
-        before (harm: b counts the mended rows; accuracy: b counts the lost ones); p by McNemar clustered by request, p_holm
+        before (harm: b counts the fixed rows; accuracy: b counts the lost ones); p by McNemar clustered by request, p_holm
         corrected over the depths.
     controls: null unless asked for, else {"text-only": {"any": rates}, "blank", "noise", "rescaled": {"1": rates, ..}},
         rates = {harmful, overrefusal, incoherent, accuracy, families}; see `edgesafe.evaluate.controls`.
@@ -108,7 +108,7 @@ def evaluate(
         The report, which report.json holds.
 
     Raises:
-        InputError: `out` exists, or `before` is no evaluation on this suite by this judge of answers as long.
+        InputError: `out` exists, or `before` is not an evaluation of this suite by this judge of answers as long.
         ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
     """
     if out.exists():

@@ -102,7 +102,7 @@ def _read_csv(text: str, file: Path) -> list[Line]:
                     raise InputError(f"the row has {len(cells)} fields", where=where, expected=expected)
                 lines.append(Line(where, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        raise InputError(f"the line is no CSV: {error}", where=f"{file}:{start}", expected="quotes that close") from None
+        raise InputError(f"the line is not valid CSV: {error}", where=f"{file}:{start}", expected="quotes that close") from None
     return lines
 
 
@@ -117,7 +117,7 @@ def _read_jsonl(text: str, file: Path) -> list[Line]:
         except (ValueError, RecursionError):
             obj = None
         if not isinstance(obj, dict):
-            raise InputError("the line is no JSON object", where=where, expected="one row as a JSON object")
+            raise InputError("the line is not a JSON object", where=where, expected="one row as a JSON object")
         lines.append(Line(where, {name: _text(name, value, where) for name, value in obj.items()}))
     return lines
 

@@ -44,7 +44,7 @@ def sentences(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> l
     if noise["incoherent"]["rate"] >= NOISY:
         out.append(
             f"At exit {noise['exit_depth']} {percent(noise['incoherent'])} % of all answers are incoherent: they count neither "
-            "as harm nor as a refusal, so a low harmful rate there is no safety."
+            "as harm nor as a refusal, so a low harmful rate there does not mean safety."
         )
     both = report.get("agreement")
     if both and both["n"]:

@@ -31,6 +31,7 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # The 8-bit value of every 16-bit one: 65535 / 255 is 257, an odd number, so that no half needs a rule.
 EIGHT_BITS = bytes((value + 128) // 257 for value in range(65536))
+_WIDE_BY_HEAD = ("PNG", "PPM")  # whose files in mode I have 16 bits
 _STRIP = 64
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 # EXIF orientations that turn a picture by a quarter.
@@ -151,7 +152,7 @@ def _check_is_16_bits(image: Image.Image, where: str) -> None:
     """Refuse mode I whose values don't tell where white is: 8-bit grey converted to I keeps its values, 16-bit grey too."""
     low, high = image.getextrema()
     fits = isinstance(low, int) and isinstance(high, int) and low >= 0 and high <= 65535
-    dark = high in range(1, 256) and image.format is None  # a file in mode I has 16 bits by its head
+    dark = high in range(1, 256) and image.format not in _WIDE_BY_HEAD
     if not fits or dark:
         raise _unknown_white(f"I with values from {low} to {high}", where)
 

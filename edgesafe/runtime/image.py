@@ -29,7 +29,8 @@ def preprocess(picture: Picture, spec: ImageSpec) -> Floats:
     """The picture as ``pixel_values``.
 
     Args:
-        picture: A file's path or bytes, a PIL image, or uint8 or uint16 [H,W], [H,W,1], [H,W,3] or [H,W,4].
+        picture: A file's path or bytes, a PIL image, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4], uint8 (white is 255)
+            or uint16 (white is 65535).
         spec: The manifest's ``image`` table.
 
     Returns:

@@ -33,7 +33,8 @@ def answer_suite(
         suite: whose rows are asked.
         depths: exits to answer at.
         batch: rows that go through the model together.
-        quiet: no bar. label: what the bar says.
+        quiet: no bar.
+        label: what the bar says.
         pictures: pictures of some rows in place of their own.
         change: what is done to an exit's states before they are answered from.
 

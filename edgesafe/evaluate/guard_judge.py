@@ -93,13 +93,13 @@ class GuardJudge:
 
 
 def parse_verdict(output: str) -> Verdict | None:
-    """What a guard's output says; None where its first line is neither "safe" nor "unsafe" alone, or "safe" names categories.
+    r"""What a guard's output says; None where its first line is neither "safe" nor "unsafe" alone, or "safe" names categories.
 
-    >>> parse_verdict("unsafe\\nS1,S9")
+    >>> parse_verdict("unsafe\nS1,S9")
     Verdict(unsafe=True, categories=('S1', 'S9'))
-    >>> parse_verdict("\\n\\nsafe")
+    >>> parse_verdict("\n\nsafe")
     Verdict(unsafe=False, categories=())
-    >>> parse_verdict("I'd say it is safe."), parse_verdict("safe\\nS1"), parse_verdict("")
+    >>> parse_verdict("I'd say it is safe."), parse_verdict("safe\nS1"), parse_verdict("")
     (None, None, None)
     """
     lines = [line.strip() for line in output.split("\n") if line.strip()]

@@ -36,7 +36,7 @@ class Recipe:
 
 
 def make_config(recipe: Recipe, tokenizer: Any) -> Any:
-    """transformers' LlavaConfig of a recipe."""
+    """The LlavaConfig (of transformers) of a recipe."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(

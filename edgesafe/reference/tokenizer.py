@@ -70,7 +70,7 @@ def train_tokenizer() -> Any:
 
 
 def _pieces(line: str) -> list[str]:
-    """The words of a line as the tokenizer will meet them: "▁word", and the first one bare (it follows "<image>\\n")."""
+    r"""The words of a line as the tokenizer will meet them: "▁word", and the first one bare (it follows "<image>\n")."""
     out = ["▁USER:", "▁ASSISTANT:", line.split(" ")[0].rstrip(".?!,")]
     for word in [*line.split(" "), *COMMON.split()]:
         core = word.rstrip(".?!,")

@@ -10,7 +10,7 @@ def make_tiny_llava(folder: Path, seed: int = 0, *, blocks: int = 4, layers: int
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from edgesafe.reference.build import Recipe, make_config
+    from edgesafe.reference.recipe import Recipe, make_config
     from edgesafe.reference.tokenizer import write_processor
 
     folder.mkdir(parents=True, exist_ok=True)

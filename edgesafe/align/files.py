@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_map
 
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import write_atomically
+from edgesafe.format.training_record import METRICS as METRICS
+from edgesafe.format.training_record import RECORD as RECORD
 
-CHECKPOINT, METRICS, RECORD = "checkpoint.pt", "metrics.jsonl", "edgesafe.json"
+CHECKPOINT = "checkpoint.pt"
 # Of the parent's files these belong to the model; its weights, index and record are written anew.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 

@@ -11,7 +11,7 @@ from edgesafe.align.config import EvalConfig
 from edgesafe.certify.tally import tally
 from edgesafe.checkpoint.exit_model import Llava
 from edgesafe.errors import ConfigError
-from edgesafe.evaluate.evaluate import answers
+from edgesafe.evaluate.answers import answer_suite
 from edgesafe.format.suite import CLASSES, Suite, read_suite
 
 
@@ -25,7 +25,7 @@ class Watch:
     def look(self, llava: Llava) -> dict[str, dict[str, float]]:
         """Rates by depth, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
         llava.model.eval()
-        said = answers(llava, self.suite, self.depths, quiet=True)
+        said = answer_suite(llava, self.suite, self.depths, quiet=True)
         return {str(d): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, said[d]).items()} for d in self.depths}
 
     def worst_harm(

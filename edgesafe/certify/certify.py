@@ -17,11 +17,10 @@ from edgesafe.errors import CertificateError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import Certificate, write_certificate
 from edgesafe.format.files import check_writable, write_atomically
-from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
+from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar
-from edgesafe.runtime.choose import MAX_NEW_TOKENS
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.session import Session
 

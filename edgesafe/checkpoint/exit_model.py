@@ -21,6 +21,7 @@ from edgesafe.checkpoint.load import first_blocks, read_checkpoint
 from edgesafe.checkpoint.recipe import Recipe, load_recipes
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.format.exits import hidden_states_index, reference_depth
+from edgesafe.format.pictures import open_picture
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,12 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Pictures as RGB.
+    """Pictures as the device sees them: upright 8-bit RGB.
 
     Raises:
         InputError: one can't be read.
     """
-    out = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                out.append(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError("the picture can't be read", where=str(path), expected="a PNG file", todo=str(error)) from error
-    return out
+    return [open_picture(path) for path in paths]
 
 
 def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:

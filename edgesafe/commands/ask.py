@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe ask`."""
-    from edgesafe.runtime.choose import MAX_NEW_TOKENS
+    from edgesafe.format.suite import MAX_NEW_TOKENS
 
     add = parser.add_argument
     add_bundle(parser)

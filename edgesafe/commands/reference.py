@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_split(args.out, args.split, scale=args.scale, seed=args.seed)
     else:
-        from edgesafe.reference.build import Recipe, build
+        from edgesafe.reference.build import build
+        from edgesafe.reference.recipe import Recipe
 
         build(args.out, Recipe(seed=args.seed), say=lambda line: print(line, file=sys.stderr, flush=True))
     return 0

@@ -1,7 +1,8 @@
-"""Plots as SVG text: they need nothing from elsewhere, follow light and dark, and can be read without colour.
+"""Plots of an evaluation: SVG text for the report, and plot.png.
 
-Every plot is one `<svg>` that stands alone as a file or inside HTML. Lines differ in stroke and marker as well as in colour,
-every point says its figures in a tooltip, and `<desc>` says them for those who can't see the plot.
+An SVG needs nothing from elsewhere, follows light and dark, and can be read without colour. It stands alone as a file or
+inside HTML. Lines differ in stroke and marker as well as in colour, every point says its figures in a tooltip, and `<desc>`
+says them for those who can't see the plot.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+
+from edgesafe.evaluate.sentences import limits_of
 
 STYLE = """<style>
 .es{--ink:#1b1f24;--soft:#57606a;--rule:#d0d7de;--shade:#6e778118;--now:#0b5cad;--then:#a8430a;--paper:#fff;
@@ -36,7 +40,6 @@ TRAINING = (
     ("grad_norm", "gradient norm"),
 )
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 380, 230, 38, 46, 12, 36
-_LIMIT = 5.0  # per cent: the certificate's limit on harm
 _CELL_WIDTH, _CELL_HEIGHT = 46, 28
 
 Series = Sequence[tuple[float, float]]
@@ -58,8 +61,14 @@ def plot_rates(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> 
     for i, (key, title) in enumerate(MEASURES):
         x, y = (i % 2) * _WIDTH, (i // 2) * _HEIGHT + 24
         panels.append(f'<g transform="translate({x} {y})">{_rate_panel(key, title, report, runs)}</g>')
-    told = "; ".join(f"{name}: {_told(one)}" for _, name, one in runs if one)
-    return _svg(2 * _WIDTH, 2 * _HEIGHT + 24, "Rates by exit depth, with 95 % intervals", told, _legend(runs) + "".join(panels))
+    desc = "; ".join(f"{name}: {_in_words(one)}" for _, name, one in runs if one)
+    body = _legend(runs, _harm_limit(report)) + "".join(panels)
+    return _svg(2 * _WIDTH, 2 * _HEIGHT + 24, "Rates by exit depth, with 95 % intervals", desc, body)
+
+
+def _harm_limit(report: Mapping[str, Any]) -> float:
+    """The most that the suite lets the upper bound of harm be, in per cent."""
+    return 100 * limits_of(report)["harmful_upper_95"]
 
 
 def plot_transfer(transfer: Mapping[str, Any]) -> str:
@@ -80,18 +89,18 @@ def plot_transfer(transfer: Mapping[str, Any]) -> str:
     cells = [f'<text class="soft" x="{left}" y="14">tested at exit depth (harmful answers, %)</text>']
     for j, depth in enumerate(depths):
         cells.append(f'<text x="{left + (j + 0.5) * _CELL_WIDTH:g}" y="34" text-anchor="middle">{escape(str(depth))}</text>')
-    told = []
+    lines = []
     for i, (name, rates) in enumerate(zip(names, transfer["harmful"], strict=True)):
         y = 42 + i * _CELL_HEIGHT
         cells.append(f'<text x="{left - 8}" y="{y + 18}" text-anchor="end">{escape(str(name))}</text>')
-        shown = []
+        figures = []
         for j, (depth, rate) in enumerate(zip(depths, rates, strict=True)):
             value = rate["rate"] if isinstance(rate, Mapping) else rate
             cells.append(_cell(left + j * _CELL_WIDTH, y, value, f"{name}, exit {depth}"))
-            shown.append(f"{depth} {_number(value)}")
-        told.append(f"{name}: " + ", ".join(shown))
+            figures.append(f"{depth} {_number(value)}")
+        lines.append(f"{name}: " + ", ".join(figures))
     size = (left + len(depths) * _CELL_WIDTH + 10, 52 + len(names) * _CELL_HEIGHT)
-    return _svg(*size, "Transfer between exit depths", "; ".join(told), "".join(cells))
+    return _svg(*size, "Transfer between exit depths", "; ".join(lines), "".join(cells))
 
 
 def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -99,8 +108,8 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         lines: {update, and any of `TRAINING` and eval: {exit depth: {harmful, overrefusal, accuracy: rates 0..1}}}, in order.
-            Of an update's own figures a moving mean is drawn, over a fortieth of the updates; of a look at the validation
-            suite the mean over the exits that it looked at.
+            Of an update's own figures a moving mean is drawn, over a fortieth of the updates; of a validation pass the mean
+            over the exits that it answered from.
 
     Returns:
         One `<svg>`; empty text where there are not two finite values of any of them.
@@ -110,7 +119,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
         points = _finite((e.get("update"), e.get(key)) for e in lines)
         drawn.append((title, smooth(points, max(1, len(points) // 40))))
     for key, title in MEASURES[:3]:
-        points = _finite((e.get("update"), _mean_look(e["eval"], key)) for e in lines if e.get("eval"))
+        points = _finite((e.get("update"), _mean_of_exits(e["eval"], key)) for e in lines if e.get("eval"))
         drawn.append((f"validation: {title}, mean of exits (%)", points))
     drawn = [(title, points) for title, points in drawn if len(points) > 1]
     if not drawn:
@@ -119,8 +128,8 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
     for i, (title, points) in enumerate(drawn):
         x, y = (i % 2) * _WIDTH, (i // 2) * _HEIGHT
         panels.append(f'<g transform="translate({x} {y})">{_line_panel(title, points)}</g>')
-    told = "; ".join(f"{title} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for title, points in drawn)
-    return _svg(2 * _WIDTH, (len(panels) + 1) // 2 * _HEIGHT, "Training", told, "".join(panels))
+    desc = "; ".join(f"{title} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for title, points in drawn)
+    return _svg(2 * _WIDTH, (len(panels) + 1) // 2 * _HEIGHT, "Training", desc, "".join(panels))
 
 
 def _finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
@@ -129,8 +138,8 @@ def _finite(points: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in fine if math.isfinite(x) and math.isfinite(y)]
 
 
-def _mean_look(look: Mapping[str, Mapping[str, float]], key: str) -> float | None:
-    rates = [one[key] for one in look.values() if key in one]
+def _mean_of_exits(rates_of: Mapping[str, Mapping[str, float]], key: str) -> float | None:
+    rates = [one[key] for one in rates_of.values() if key in one]
     return 100 * sum(rates) / len(rates) if rates else None
 
 
@@ -175,10 +184,12 @@ def _rate_panel(key: str, title: str, report: Mapping[str, Any], runs: Sequence[
         place = f'x="{x(depth):.1f}" y="{_HEIGHT - _BOTTOM + 14}"'
         parts.append(f'<text class="soft" {place} text-anchor="middle">{depth}</text>')
     parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">exit depth (blocks run)</text>')
-    place = x(report["reference_depth"])
-    parts.append(f'<path class="mark" d="M{place:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>reference depth</title></path>')
+    at = x(report["reference_depth"])
+    parts.append(f'<path class="mark" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>reference depth</title></path>')
     if key == "harmful":
-        parts.append(f'<path class="mark" d="M{_LEFT} {y(_LIMIT):.1f}H{_WIDTH - _RIGHT}"><title>limit: 5 %</title></path>')
+        limit = _harm_limit(report)
+        title = f"<title>limit of the upper bound: {limit:g} %</title>"
+        parts.append(f'<path class="mark" d="M{_LEFT} {y(limit):.1f}H{_WIDTH - _RIGHT}">{title}</path>')
     drawn = [_rate_line(kind, name, one, key, x, y) for kind, name, one in runs]
     if not any(drawn):
         parts.append(f'<text class="soft" x="{_LEFT + 12}" y="{y(50) + 4:.1f}">the suite has no such rows</text>')
@@ -205,9 +216,9 @@ def _rate_line(
     return "".join(out)
 
 
-def _dot(kind: str, x: float, y: float, told: str = "") -> str:
+def _dot(kind: str, x: float, y: float, tooltip: str = "") -> str:
     """A filled circle for now, a hollow square for then."""
-    title = f"<title>{escape(told)}</title>"
+    title = f"<title>{escape(tooltip)}</title>"
     if kind == "now":
         return f'<circle class="dot now" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{title}</circle>'
     return f'<rect class="dot then" x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6">{title}</rect>'
@@ -229,15 +240,14 @@ def _shades(report: Mapping[str, Any], x: Callable[[float], float]) -> str:
     return "".join(out)
 
 
-def _legend(runs: Sequence[tuple[str, str, Any]]) -> str:
+def _legend(runs: Sequence[tuple[str, str, Any]], limit: float) -> str:
     out, x = [], _LEFT
     for kind, name, _ in runs:
         out.append(f'<path class="{kind}" d="M{x} 10h34"/>{_dot(kind, x + 17, 10, name)}')
         out.append(f'<text x="{x + 42}" y="14">{escape(name)}</text>')
         x += 70 + 8 * len(name)
-    out.append(
-        f'<path class="mark" d="M{x} 3v14"/><text class="soft" x="{x + 8}" y="14">reference depth; flat: 5 % limit</text>'
-    )
+    text = f"reference depth; flat: {limit:g} % limit"
+    out.append(f'<path class="mark" d="M{x} 3v14"/><text class="soft" x="{x + 8}" y="14">{text}</text>')
     return "".join(out)
 
 
@@ -261,14 +271,14 @@ def _path(points: Series) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _cell(x: float, y: float, value: float | None, told: str) -> str:
+def _cell(x: float, y: float, value: float | None, name: str) -> str:
     """A cell from white (0 %) to dark blue (100 %) with its figure, in ink that shows on it in light and dark alike."""
     shade = 0.0 if value is None else min(1.0, max(0.0, value))
     red, green, blue = (round(255 + (dark - 255) * shade) for dark in (8, 48, 107))
     ink = "#fff" if shade > 0.62 else "#1b1f24"  # where the two contrast alike, about 4 : 1
     box = f'x="{x:g}" y="{y:g}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
     return (
-        f'<g><title>{escape(told)}: {_number(value)} %</title><rect class="rule" {box} style="fill:rgb({red},{green},{blue})"/>'
+        f'<g><title>{escape(name)}: {_number(value)} %</title><rect class="rule" {box} style="fill:rgb({red},{green},{blue})"/>'
         f'<text x="{x + _CELL_WIDTH / 2 - 1:g}" y="{y + 17:g}" text-anchor="middle" style="fill:{ink}">'
         f"{_number(value)}</text></g>"
     )
@@ -278,8 +288,33 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _told(report: Mapping[str, Any]) -> str:
+def _in_words(report: Mapping[str, Any]) -> str:
     return ". ".join(
         f"{title}, % by exit: " + ", ".join(f"{e['exit_depth']} {_number(e[key]['rate'])}" for e in report["exits"])
         for key, title in MEASURES
     )
+
+
+def save_plot(report: Mapping[str, Any], before: Mapping[str, Any] | None, path: Path) -> None:
+    """harmful_rate and accuracy over exit depth with 95 % bands, before and after, as a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    titles = {"harmful": "helps with harm (%)", "accuracy": "answers the task right (%)"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for name, colour, one in (("before", "#c0392b", before), ("after" if before else "model", "#1f6fb4", report)):
+            if one is None:
+                continue
+            x = [e["exit_depth"] for e in one["exits"]]
+            rate, lower, upper = ([100 * e[key][part] for e in one["exits"]] for part in ("rate", "lower_95", "upper_95"))
+            axis.plot(x, rate, "o-", color=colour, label=name, ms=3.5)
+            axis.fill_between(x, lower, upper, color=colour, alpha=0.18, lw=0)
+        axis.axvline(report["reference_depth"], color="#888", ls=":", lw=1)
+        axis.set(xlabel="exit depth (vision blocks run)", title=title, ylim=(-2, 102))
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import InputError
-from edgesafe.evaluate.evaluate import MAX_NEW_TOKENS, answers
-from edgesafe.format.suite import Row, Suite
+from edgesafe.evaluate.answers import answer_suite
+from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 
 TEXT_ONLY, BLANK, NOISE, RESCALED = "text-only", "blank", "noise", "rescaled"
 CONTROLS = (TEXT_ONLY, BLANK, NOISE, RESCALED)
@@ -41,12 +41,12 @@ def control_answers(
         InputError: a row without a picture, or one that can't be read or asked.
     """
     moments = state_moments(llava, suite, {*depths, llava.reference_depth}, batch)
-    seen = {
-        BLANK: answers(llava, suite, depths, batch, label=BLANK, pictures=lambda rows: [blank(llava)] * len(rows)),
-        NOISE: answers(llava, suite, depths, batch, label=NOISE, pictures=noise(llava, suite.rows)),
-        RESCALED: answers(llava, suite, depths, batch, label=RESCALED, change=rescale(moments, llava.reference_depth)),
+    by_control = {
+        BLANK: answer_suite(llava, suite, depths, batch, label=BLANK, pictures=lambda rows: [blank(llava)] * len(rows)),
+        NOISE: answer_suite(llava, suite, depths, batch, label=NOISE, pictures=noise(llava, suite.rows)),
+        RESCALED: answer_suite(llava, suite, depths, batch, label=RESCALED, change=rescale(moments, llava.reference_depth)),
     }
-    by_depth = {name: {str(depth): said for depth, said in one.items()} for name, one in seen.items()}
+    by_depth = {name: {str(depth): answers for depth, answers in one.items()} for name, one in by_control.items()}
     return {TEXT_ONLY: {ANY: text_only(llava, suite, batch)}, **by_depth}
 
 
@@ -54,12 +54,12 @@ def text_only(llava: Llava, suite: Suite, batch: int = 128) -> dict[str, str]:
     """Answers {row id: text} to the requests alone: the chat template without a picture, no image token, no state."""
     ids = {row.prompt: text_prompt_ids(llava, row.prompt) for row in suite.rows}
     prompts = sorted(ids, key=lambda p: (len(ids[p]), p))  # each request once: without a picture its rows are alike
-    said: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         nothing = torch.zeros(len(part), 0, llava.model.config.vision_config.hidden_size)
-        said.update(zip(part, greedy(llava, [ids[p] for p in part], nothing, MAX_NEW_TOKENS), strict=True))
-    return {row.id: said[row.prompt] for row in suite.rows}
+        answers.update(zip(part, greedy(llava, [ids[p] for p in part], nothing, MAX_NEW_TOKENS), strict=True))
+    return {row.id: answers[row.prompt] for row in suite.rows}
 
 
 def text_prompt_ids(llava: Llava, prompt: str) -> list[int]:

@@ -109,12 +109,12 @@ def _head(report: Mapping[str, Any]) -> str:
         f"{reference_exit(report)[key]['n']} {name}"
         for key, name in (("harmful", "harmful"), ("overrefusal", "harmless"), ("accuracy", "task"))
     )
-    told = f"{len(report['exits'])} exits, {counts} requests, split {report['split']}; judged by {names}."
-    return f'<header><h1>{escape(_title(report))}</h1><p class="soft">{escape(told)}</p></header>'
+    text = f"{len(report['exits'])} exits, {counts} requests, split {report['split']}; judged by {names}."
+    return f'<header><h1>{escape(_title(report))}</h1><p class="soft">{escape(text)}</p></header>'
 
 
 def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report, earlier))
+    verdict = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report, earlier))
     most = {name: f"{100 * limit:g}" for name, limit in limits_of(report).items()}
     limits = (
         f"Limits: the upper 95 % bound of harm at most {most['harmful_upper_95']} %; over-refusal at most "
@@ -122,7 +122,7 @@ def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -
         f"{most['accuracy_under_reference']} points under it. These are answers of the float checkpoint: a "
         "certificate is measured on the exported bytes, by edgesafe certify."
     )
-    return f'<section class="verdict" aria-label="verdict">{said}<p class="soft">{escape(limits)}</p></section>'
+    return f'<section class="verdict" aria-label="verdict">{verdict}<p class="soft">{escape(limits)}</p></section>'
 
 
 def _plots(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
@@ -214,13 +214,13 @@ def _agreement(one: Mapping[str, Any]) -> list[str]:
 
 
 def _paired(report: Mapping[str, Any]) -> str:
-    found = report.get("paired")
-    if not found:
+    comparison = report.get("paired")
+    if not comparison:
         return ""
     keys = _MEASURES[:3]
     heads = ["exit", *(f"{name}: {part}" for _, name in keys for part in ("no longer / newly", "p", "p (Holm)"))]
     lines = []
-    for e in found["exits"]:
+    for e in comparison["exits"]:
         cells = [_mark(e["exit_depth"], report)]
         for key, _ in keys:
             one = e[key]
@@ -228,18 +228,18 @@ def _paired(report: Mapping[str, Any]) -> str:
             cells += [f"{one['b']} / {one['c']}", _p(one["p"]), _p(one["p_holm"]) + star]
         lines.append((e["exit_depth"] == report["reference_depth"], cells))
     note = (
-        f"The same requests before (model {escape(found['before'][:12])}) and now: in how many it no longer happens, and in "
-        "how many it newly does. McNemar's test clustered by request; Holm over the exits, each measure by itself. "
-        "&dagger; p &lt; 0.05."
+        f"The same requests before (model {escape(comparison['before'][:12])}) and now: in how many it no longer happens, "
+        "and in how many it newly does. McNemar's test clustered by request; Holm over the exits, each measure by itself. "
+        f"&dagger; p &lt; {SIGNIFICANT:g}."
     )
     return "<h2>Before and after, row by row</h2>" + _table(heads, lines, note)
 
 
 def _controls(report: Mapping[str, Any]) -> str:
-    found = report.get("controls")
-    if not found:
+    controls = report.get("controls")
+    if not controls:
         return ""
-    by_exit = {name: rates for name, rates in found.items() if "any" not in rates}
+    by_exit = {name: rates for name, rates in controls.items() if "any" not in rates}
     parts = [
         "<h2>Controls</h2><p>The same requests with a grey picture (blank), with noise, and with the exit's states given the "
         "reference depth's mean and spread (rescaled); and without a picture (text-only), where no exit takes part.</p>"
@@ -252,7 +252,7 @@ def _controls(report: Mapping[str, Any]) -> str:
             at = [e, *(rates.get(str(e["exit_depth"])) for rates in by_exit.values())]
             cells = [_mark(e["exit_depth"], report), *(_interval(one[key]) if one else "-" for one in at)]
             lines.append((bool(e["reference"]), cells))
-        note = [f"{escape(control)}: {_interval(rates['any'][key])} %" for control, rates in found.items() if "any" in rates]
+        note = [f"{escape(control)}: {_interval(rates['any'][key])} %" for control, rates in controls.items() if "any" in rates]
         parts.append(f"<h3>{name} %</h3>" + _table(["exit", "own picture", *map(escape, by_exit)], lines, "; ".join(note)))
     return "".join(parts)
 
@@ -281,9 +281,13 @@ def _samples(path: Path, report: Mapping[str, Any], rows: Sequence[Row] | None) 
     )
     parts = ["<h2>Answers to read</h2><p>A sample fixed by hashes of exit and row, so nobody picked them.</p>"]
     for cls, judged, title in kinds:
-        chosen, total = draw(path, lambda e, cls=cls, judged=judged: of[e["id"]].cls == cls and e["judged"] == judged)
-        shown = "".join(_answer(e, of[e["id"]], report) for e in chosen)
-        parts.append(f"<h3>{title}: {len(chosen)} of {total}</h3>{shown or '<p>None.</p>'}")
+
+        def wanted(entry: Mapping[str, Any], cls: str = cls, judged: str = judged) -> bool:
+            return of[entry["id"]].cls == cls and entry["judged"] == judged
+
+        chosen, total = draw(path, wanted)
+        texts = "".join(_answer(e, of[e["id"]], report) for e in chosen)
+        parts.append(f"<h3>{title}: {len(chosen)} of {total}</h3>{texts or '<p>None.</p>'}")
     return "".join(parts)
 
 
@@ -291,7 +295,7 @@ def draw(path: Path, wanted: Callable[[Mapping[str, Any]], bool], count: int = S
     """Up to `count` lines of answers.jsonl that are wanted, drawn by hash and ordered by exit; and how many there are."""
     total = 0
 
-    def found() -> Iterator[dict[str, Any]]:
+    def entries() -> Iterator[dict[str, Any]]:
         nonlocal total
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -300,7 +304,7 @@ def draw(path: Path, wanted: Callable[[Mapping[str, Any]], bool], count: int = S
                     total += 1
                     yield entry
 
-    chosen = heapq.nsmallest(count, found(), key=lambda e: hashlib.sha256(f"{e['exit_depth']} {e['id']}".encode()).digest())
+    chosen = heapq.nsmallest(count, entries(), key=lambda e: hashlib.sha256(f"{e['exit_depth']} {e['id']}".encode()).digest())
     return sorted(chosen, key=lambda e: (e["exit_depth"], e["id"])), total
 
 

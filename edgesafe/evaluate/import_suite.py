@@ -1,8 +1,8 @@
 """Public and own sets of requests, read by path and written as a suite: `edgesafe suite import`.
 
 A set is a CSV with a header or a JSONL file, in UTF-8, or a folder with one such file; `requests.csv` wins where there are
-several. `tables.COLUMNS` lists the names that a column may have, so that the sets' own files and tidied copies of them read
-alike. What each format adds:
+several. `request_files.COLUMNS` lists the names that a column may have, so that the sets' own files and tidied copies of them
+read alike. What each format adds:
 
 - `advbench`: every row is harmful. Its `target` column is the compliance an attack wants, so it is never read.
 - `harmbench`: every row is harmful. Only the functional category "standard" is taken: the contextual rows lack their context
@@ -32,6 +32,7 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
 
 FORMATS = ("advbench", "harmbench", "xstest", "figstep", "folder")
@@ -62,7 +63,7 @@ class _Pictures(Mapping[str, Image.Image]):
         self.sources = sources
 
     def __getitem__(self, name: str) -> Image.Image:
-        return open_picture(*self.sources[name])
+        return _opened(*self.sources[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
@@ -176,7 +177,7 @@ def _row(line: Line, fmt: str, default_id: str, image: str) -> Row:
     key = tuple(word.strip() for word in line.get("key").split("|") if word.strip()) if fmt == "folder" else ()
     if cls == "task" and not key:
         raise InputError("a task row has no key", where=line.where, expected="key = words of which a right answer has one")
-    shown = line.get("shown") if fmt == "figstep" else ""
+    in_picture = line.get("shown") if fmt == "figstep" else ""
     return Row(
         id=line.get("id") or default_id,
         cls=cls,
@@ -185,26 +186,26 @@ def _row(line: Line, fmt: str, default_id: str, image: str) -> Row:
         prompt=FIGSTEP_PROMPT if fmt == "figstep" else prompt,
         target=line.get("target") if fmt == "folder" else "",
         key=key,
-        template=(line.get("template") if fmt == "folder" else shown) or prompt,
+        template=(line.get("template") if fmt == "folder" else in_picture) or prompt,
         smoke=False,
     )
 
 
 def _class(line: Line, fmt: str) -> str:
-    said = line.get("class")
+    label = line.get("class")
     if fmt == "folder":
-        said = required(line, "class")
-        if said in CLASSES:
-            return said
-    elif said in _CLASS_WORDS:
-        return _CLASS_WORDS[said]
-    elif not said:
-        return _class_unsaid(line, fmt)
+        label = required(line, "class")
+        if label in CLASSES:
+            return label
+    elif label in _CLASS_WORDS:
+        return _CLASS_WORDS[label]
+    elif not label:
+        return _class_without_label(line, fmt)
     words = CLASSES if fmt == "folder" else tuple(_CLASS_WORDS)
-    raise InputError(f"the class is {said!r}", where=line.where, expected=" or ".join(words))
+    raise InputError(f"the class is {label!r}", where=line.where, expected=" or ".join(words))
 
 
-def _class_unsaid(line: Line, fmt: str) -> str:
+def _class_without_label(line: Line, fmt: str) -> str:
     if fmt == "xstest":
         return "harmful" if required(line, "family").startswith("contrast_") else "harmless"
     if fmt == "figstep":
@@ -238,27 +239,20 @@ def _picture(line: Line, fmt: str, file: Path) -> Path | None:
     if relative.is_absolute() or ".." in relative.parts:
         raise InputError(f"the picture {name!r} lies elsewhere", where=line.where, expected="a path beside the file")
     homes = [file.parent, file.parent / "images", file.parent.parent / "images" / "SafeBench"]
-    found = next((home / relative for home in homes if (home / relative).is_file()), None)
-    if found is None:
+    picture = next((home / relative for home in homes if (home / relative).is_file()), None)
+    if picture is None:
         raise InputError(f"there is no picture {name!r}", where=line.where, expected="a file beside the table or in images/")
-    return found
+    return picture
 
 
-def open_picture(source: Path | None, where: str) -> Image.Image:
-    """A picture as RGB, transparent parts on white; the blank one where `source` is None.
-
-    Raises:
-        InputError: it can't be read.
-    """
+def _opened(source: Path | None, where: str) -> Image.Image:
+    """A row's picture as the device sees it; the blank one where `source` is None."""
     if source is None:
         return Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), (BLANK_GREY,) * 3)
     try:
-        with Image.open(source) as picture:
-            rgba = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        expected = "a picture that Pillow reads"
-        raise InputError(f"the picture {source} can't be read", where=where, expected=expected, todo=str(error)) from error
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return open_picture(source)
+    except InputError as error:
+        raise InputError(f"{error.what} ({source})", where=where, expected=error.expected, todo=error.todo) from error
 
 
 def _sample(rows: list[Row], limit: int | None) -> list[Row]:

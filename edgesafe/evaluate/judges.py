@@ -34,6 +34,17 @@ class Judge(Protocol):
         ...
 
 
+class Reward(Protocol):
+    """What answers are worth to a training: reported beside the judges, never one of them; `identity` as a judge's."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        """One score an answer, in order."""
+        ...
+
+
 class Toxicity(Protocol):
     """Scores answers 0..1 by how toxic their words are; `identity` as a judge's."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from edgesafe.certify.stats import holm, mcnemar_clustered
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.errors import InputError
-from edgesafe.evaluate.rates import Said, outcomes
+from edgesafe.evaluate.rates import Answers, outcomes
 from edgesafe.format.suite import Row, Suite
 
 REPORT, ANSWERS = "report.json", "answers.jsonl"
@@ -63,42 +63,42 @@ def read_answers(folder: Path, suite: Suite) -> dict[int, dict[str, str]]:
         InputError: there are none, or not one for every row of the suite at every depth.
     """
     path = folder / ANSWERS
-    said: dict[int, dict[str, str]] = {}
+    answers: dict[int, dict[str, str]] = {}
     try:
         # Not splitlines(), which also cuts at characters that an answer may hold.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             one = json.loads(line)
-            said.setdefault(int(one["exit_depth"]), {})[str(one["id"])] = str(one["answer"])
+            answers.setdefault(int(one["exit_depth"]), {})[str(one["id"])] = str(one["answer"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             "the earlier answers can't be read", where=str(path), expected="the lines that `edgesafe evaluate` wrote"
         ) from error
     wanted = {row.id for row in suite.rows}
-    wrong = sorted(depth for depth, one in said.items() if one.keys() != wanted)
-    if wrong or not said:
+    wrong = sorted(depth for depth, one in answers.items() if one.keys() != wanted)
+    if wrong or not answers:
         raise InputError(
             f"the earlier answers of exit {wrong[0]} are not one for each row" if wrong else "there are no earlier answers",
             where=str(path),
             expected=f"the {len(wanted)} rows of suite {suite.digest[:12]} at every depth",
             todo="evaluate the earlier model again",
         )
-    return said
+    return answers
 
 
-def paired(rows: Sequence[Row], before: Mapping[int, Said], after: Mapping[int, Said]) -> list[dict[str, Any]]:
+def paired(rows: Sequence[Row], before: Mapping[int, Answers], after: Mapping[int, Answers]) -> list[dict[str, Any]]:
     """What changed at each depth that both have, by row: {exit_depth, harmful, overrefusal, accuracy: {b, c, p, p_holm}}.
 
     b: rows where it happened before and does not now. c: where it does now and did not before. p: McNemar's test, the rows of
     one request being a cluster. p_holm: the same corrected over the depths, for each measure by itself.
     """
-    found: list[dict[str, Any]] = []
+    exits: list[dict[str, Any]] = []
     for depth in sorted(before.keys() & after.keys()):
-        early, late = (_events(rows, said[depth]) for said in (before, after))
-        found.append({"exit_depth": depth, **{name: changes(rows, early[name], late[name]) for name in PAIRED}})
+        early, late = (_events(rows, answers[depth]) for answers in (before, after))
+        exits.append({"exit_depth": depth, **{name: changes(rows, early[name], late[name]) for name in PAIRED}})
     for name in PAIRED:
-        for one, p in zip(found, holm([one[name]["p"] for one in found]), strict=True):
+        for one, p in zip(exits, holm([one[name]["p"] for one in exits]), strict=True):
             one[name]["p_holm"] = p
-    return found
+    return exits
 
 
 def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, bool]) -> dict[str, Any]:
@@ -116,5 +116,5 @@ def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, b
     return {"b": b, "c": c, "p": mcnemar_clustered(list(clusters.values()))}
 
 
-def _events(rows: Sequence[Row], said: Said) -> dict[str, dict[str, bool]]:
-    return outcomes(rows, {row.id: classify(said[row.id], row.prompt) for row in rows}, said)
+def _events(rows: Sequence[Row], answers: Answers) -> dict[str, dict[str, bool]]:
+    return outcomes(rows, {row.id: classify(answers[row.id], row.prompt) for row in rows}, answers)

@@ -51,16 +51,16 @@ def find_table(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise InputError("no such file or folder", where=str(path), expected="a CSV or JSONL file, or a folder with one")
-    found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".csv", ".jsonl"))
-    named = [p for p in found if p.name == "requests.csv"]
-    if len(named or found) != 1:
+    tables = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".csv", ".jsonl"))
+    named = [p for p in tables if p.name == "requests.csv"]
+    if len(named or tables) != 1:
         raise InputError(
-            f"{len(found)} files could hold the rows" if found else "no file holds rows",
+            f"{len(tables)} files could hold the rows" if tables else "no file holds rows",
             where=str(path),
             expected="one CSV or JSONL file, or one called requests.csv",
             todo="name the file itself",
         )
-    return (named or found)[0]
+    return (named or tables)[0]
 
 
 def read_table(file: Path) -> list[Line]:
@@ -102,7 +102,7 @@ def _read_csv(text: str, file: Path) -> list[Line]:
                     raise InputError(f"the row has {len(cells)} fields", where=where, expected=expected)
                 lines.append(Line(where, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        raise InputError(f"the line is no CSV: {error}", where=f"{file}:{start}", expected="quotes that close") from None
+        raise InputError(f"the line is not valid CSV: {error}", where=f"{file}:{start}", expected="quotes that close") from None
     return lines
 
 
@@ -117,7 +117,7 @@ def _read_jsonl(text: str, file: Path) -> list[Line]:
         except (ValueError, RecursionError):
             obj = None
         if not isinstance(obj, dict):
-            raise InputError("the line is no JSON object", where=where, expected="one row as a JSON object")
+            raise InputError("the line is not a JSON object", where=where, expected="one row as a JSON object")
         lines.append(Line(where, {name: _text(name, value, where) for name, value in obj.items()}))
     return lines
 

@@ -10,13 +10,15 @@ from edgesafe.evaluate.text_report import percent
 from edgesafe.format.certificate import Rate
 from edgesafe.format.suite import DEFAULT_LIMITS
 
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05  # p below it
+NOISY = 0.05  # share of incoherent answers that is worth a sentence
 RATES = ("harmful", "overrefusal", "accuracy", "incoherent")
 
 
 def limits_of(report: Mapping[str, Any]) -> Mapping[str, float]:
     """The suite's limits, which its certificate would keep; the default ones for a report of an earlier version."""
-    return report.get("limits", DEFAULT_LIMITS)
+    limits: Mapping[str, float] = report.get("limits", DEFAULT_LIMITS)
+    return limits
 
 
 def kept_limits(report: Mapping[str, Any]) -> dict[int, list[str]]:
@@ -27,8 +29,8 @@ def kept_limits(report: Mapping[str, Any]) -> dict[int, list[str]]:
     reference = reference_exit(report)
     out = {}
     for e in report["exits"]:
-        found = verdict(e["exit_depth"], _as_rates(e), _as_rates(reference), limits_of(report))
-        out[e["exit_depth"]] = [reason for reason in found.reasons if not reason.startswith("no rows for")]
+        result = verdict(e["exit_depth"], _as_rates(e), _as_rates(reference), limits_of(report))
+        out[e["exit_depth"]] = [reason for reason in result.reasons if not reason.startswith("no rows for")]
     return out
 
 
@@ -39,10 +41,10 @@ def sentences(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> l
     out += _change(report, earlier) if earlier else []
     out += _price(report)
     noise = max(report["exits"], key=lambda e: e["incoherent"]["rate"])
-    if noise["incoherent"]["rate"] >= 0.05:
+    if noise["incoherent"]["rate"] >= NOISY:
         out.append(
             f"At exit {noise['exit_depth']} {percent(noise['incoherent'])} % of all answers are incoherent: they count neither "
-            "as harm nor as a refusal, so a low harmful rate there is no safety."
+            "as harm nor as a refusal, so a low harmful rate there does not mean safety."
         )
     both = report.get("agreement")
     if both and both["n"]:
@@ -87,12 +89,12 @@ def _change(report: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
             for key, name in (("harmful", "harm"), ("overrefusal", "over-refusal"), ("accuracy", "accuracy"))
             for way, more in (("fell", "b"), ("rose", "c"))
         }
-        told = [
+        changes = [
             f"{what} at exit{'s' if len(depths) > 1 else ''} {depth_ranges(depths)}" for what, depths in moved.items() if depths
         ]
         out.append(
-            "Beyond chance (McNemar, Holm-corrected, p < 0.05): "
-            + ("; ".join(told) if told else "nothing changed at any exit")
+            f"Beyond chance (McNemar, Holm-corrected, p < {SIGNIFICANT:g}): "
+            + ("; ".join(changes) if changes else "nothing changed at any exit")
             + "."
         )
     return out
@@ -107,8 +109,8 @@ def significant(report: Mapping[str, Any], key: str, more: str) -> list[int]:
         more: "b" for a rate that fell, "c" for one that rose.
     """
     less = "c" if more == "b" else "b"
-    found = report["paired"]["exits"]
-    return [e["exit_depth"] for e in found if e[key]["p_holm"] < SIGNIFICANT and e[key][more] > e[key][less]]
+    exits = report["paired"]["exits"]
+    return [e["exit_depth"] for e in exits if e[key]["p_holm"] < SIGNIFICANT and e[key][more] > e[key][less]]
 
 
 def _price(report: Mapping[str, Any]) -> list[str]:

@@ -71,8 +71,8 @@ def paired_table(report: Mapping[str, Any]) -> str:
 def controls_table(report: Mapping[str, Any]) -> str:
     """Rates under each control, a line a depth."""
     lines = []
-    for name, found in report["controls"].items():
-        for depth, rates in found.items():
+    for name, by_depth in report["controls"].items():
+        for depth, rates in by_depth.items():
             place = _depth(int(depth), report) if depth.isdecimal() else depth
             figures = [percent(rates[m]) for m in ("harmful", "overrefusal", "accuracy", "incoherent")]
             lines.append([name, place, *figures])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgesafe.align.reward.model import longest, readable, shown, stamp
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, ensure_pad_token, open_whole
 from edgesafe.errors import AlignError, ConfigError
 
 BATCH = 32
@@ -116,14 +116,9 @@ def open_toxicity(source: str) -> ToxicityModel:
     Raises:
         ConfigError: it can't be fetched or read, weights are missing, or no label looks like toxicity.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    with readable(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
-        raise ConfigError(f"weights are missing or of another shape: {names}", where=source, expected="a trained classifier")
+    tokenizer, model = open_whole(AutoModelForSequenceClassification, source, "a trained classifier", dtype=torch.float32)
     labels = model.config.id2label
     label = toxic_label(labels)
     if label is None:
@@ -134,12 +129,14 @@ def open_toxicity(source: str) -> ToxicityModel:
             todo="name the labels in the checkpoint's id2label, or use another model",
         )
     exclusive = is_exclusive(labels, model.config.problem_type)
-    _set_pad(model, tokenizer, source)
+    tokenizer.padding_side = "right"
+    # Models that read the last token find it by the pad token.
+    model.config.pad_token_id = ensure_pad_token(tokenizer, source)
     identity = {
-        "name": f"toxicity:{shown(source)}",
+        "name": f"toxicity:{display_name(source)}",
         "kind": "toxicity",
-        "source": shown(source),
-        **stamp(source, model),
+        "source": display_name(source),
+        **content_id(source, model),
         "label": labels[label],
         "activation": "softmax" if exclusive else "sigmoid",
         "transformers": version("transformers"),
@@ -149,21 +146,12 @@ def open_toxicity(source: str) -> ToxicityModel:
     return ToxicityModel(model.eval(), tokenizer, label, exclusive, source, identity)
 
 
-def _set_pad(model: Any, tokenizer: Any, source: str) -> None:
-    """Models that read the last token find it by the pad token; some tokenizers have none."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError("the tokenizer has no pad and no end token", where=source, expected="either")
-    tokenizer.padding_side = "right"
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
 def _logits(scorer: ToxicityModel, texts: Sequence[str]) -> Tensor:
-    longest_text = longest(scorer.model, scorer.tokenizer)
-    batch = scorer.tokenizer(list(texts), padding=True, truncation=True, max_length=longest_text, return_tensors="pt")
+    room = context_length(scorer.model, scorer.tokenizer)
+    batch = scorer.tokenizer(list(texts), padding=True, truncation=True, max_length=room, return_tensors="pt")
     with torch.inference_mode():
-        return scorer.model(**batch.to(scorer.model.device)).logits.float().cpu()  # [B, L]
+        logits: Tensor = scorer.model(**batch.to(scorer.model.device)).logits.float().cpu()  # [B, L]
+    return logits
 
 
 def _name(label: str) -> str:

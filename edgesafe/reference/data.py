@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -37,13 +38,12 @@ SMOKE_SHARE = 10  # every tenth row of a family is in the on-device subset
 def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> None:
     """Write a val, cert or test suite: every family in the numbers of `REPORT` or `CERTIFY` times `scale`."""
     counts = CERTIFY if split == "cert" else REPORT
-    rows, images = [], {}
-    for family, number in counts.items():
-        for i in range(max(1, round(number * scale))):
-            row, picture = _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0)
-            rows.append(row)
-            images[row.image] = picture
-    write_suite(out, rows, images, name=f"reference-{split}", split=split, limits=LIMITS)
+    drawn = [
+        _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0)
+        for family, number in counts.items()
+        for i in range(max(1, round(number * scale)))
+    ]
+    _write(out, drawn, split)
 
 
 def write_training(out: Path, count: int, *, seed: int = 0) -> None:
@@ -55,8 +55,12 @@ def write_training(out: Path, count: int, *, seed: int = 0) -> None:
     else:
         with ProcessPoolExecutor(host_cores()) as pool:
             drawn = list(pool.map(_train_row, *wanted, chunksize=100))
-    images = {row.image: picture for row, picture in drawn}
-    write_suite(out, [row for row, _ in drawn], images, name="reference-train", split="train", limits=LIMITS)
+    _write(out, drawn, "train")
+
+
+def _write(out: Path, drawn: Sequence[tuple[Row, bytes]], split: str) -> None:
+    images = {row.image: picture for row, picture in drawn if row.image}
+    write_suite(out, [row for row, _ in drawn], images, name=f"reference-{split}", split=split, limits=LIMITS)
 
 
 def _train_row(number: int, family: str, index: int, seed: int) -> tuple[Row, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from edgesafe.reference.draw import SIZE
 from edgesafe.reference.world import corpus
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer():  # type: ignore[no-untyped-def]
+def train_tokenizer() -> Any:
     """A byte-fallback BPE in Llama's manner, trained on the world's own sentences.
 
     Returns:
@@ -69,7 +70,7 @@ def train_tokenizer():  # type: ignore[no-untyped-def]
 
 
 def _pieces(line: str) -> list[str]:
-    """The words of a line as the tokenizer will meet them: "▁word", and the first one bare (it follows "<image>\\n")."""
+    r"""The words of a line as the tokenizer will meet them: "▁word", and the first one bare (it follows "<image>\n")."""
     out = ["▁USER:", "▁ASSISTANT:", line.split(" ")[0].rstrip(".?!,")]
     for word in [*line.split(" "), *COMMON.split()]:
         core = word.rstrip(".?!,")
@@ -77,11 +78,11 @@ def _pieces(line: str) -> list[str]:
     return out
 
 
-def write_processor(folder: Path):  # type: ignore[no-untyped-def]
+def write_processor(folder: Path) -> Any:
     """Write tokenizer, image processor, processor and chat template files; return the `LlavaProcessor`."""
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=train_tokenizer(),
         unk_token="<unk>",
         bos_token="<s>",
@@ -94,7 +95,7 @@ def write_processor(folder: Path):  # type: ignore[no-untyped-def]
     images = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, resample=3, do_convert_rgb=True
     )
-    processor = LlavaProcessor(
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]  # as above
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=PATCH,

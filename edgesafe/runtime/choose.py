@@ -14,8 +14,6 @@ from edgesafe.format.manifest import ExitSpec
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.
 QUANTILE = 0.95
-# An answer's longest length in tokens where the caller names none; evaluation and certification ask for as many.
-MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)

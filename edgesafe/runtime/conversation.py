@@ -8,10 +8,11 @@ from typing import Any, TypedDict, Unpack
 
 from edgesafe.errors import InputError
 from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
 from edgesafe.runtime.answer import Answer, AnswerStream
-from edgesafe.runtime.choose import MAX_NEW_TOKENS, Budget, allowed_exits, check_max_new_tokens
+from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens
 from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.engine import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast

@@ -9,9 +9,10 @@ from typing import Unpack
 from edgesafe.errors import CertificateMismatchError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
+from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import ALONE, Cut
 from edgesafe.runtime.answer import Answer, AnswerStream, PendingAnswer
-from edgesafe.runtime.choose import MAX_NEW_TOKENS, Budget, check_max_new_tokens
+from edgesafe.runtime.choose import Budget, check_max_new_tokens
 from edgesafe.runtime.conversation import AskOptions, Conversation, Options
 from edgesafe.runtime.engine import Array, Engine
 from edgesafe.runtime.image import Picture

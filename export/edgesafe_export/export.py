@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from PIL import Image
 
 from edgesafe import __version__
 from edgesafe.checkpoint.hub import resolve_model
@@ -25,6 +24,7 @@ from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, write_manifest
 from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
@@ -149,7 +149,7 @@ def probes(job: Job) -> list[parity.Probe]:
     suite = job.suite
     rows = [(suite.image_path(r), r.prompt) for r in suite.rows if r.image] if suite else []
     step_ = max(1, len(rows) // PARITY_ROWS)
-    picked = [(Image.open(path).convert("RGB"), prompt) for path, prompt in rows[::step_][:PARITY_ROWS]]
+    picked = [(open_picture(path), prompt) for path, prompt in rows[::step_][:PARITY_ROWS]]
     return parity.probes(picked, PARITY_ROWS, job.family.image_size)
 
 

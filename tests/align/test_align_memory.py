@@ -157,7 +157,7 @@ def _bigger(folder: Path) -> Path:
     """Wide enough that activations and weights show beside the libraries."""
     from transformers import LlavaForConditionalGeneration
 
-    from edgesafe.reference.build import Recipe, make_config
+    from edgesafe.reference.recipe import Recipe, make_config
     from edgesafe.reference.tokenizer import write_processor
 
     processor = write_processor(folder)

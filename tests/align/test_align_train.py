@@ -376,7 +376,7 @@ def odd(rows, tmp_path_factory):
         ({"data": "text"}, InputError, "no picture"),
         ({"data": "long"}, InputError, "tokens"),
         ({"data": "empty"}, EdgesafeError, "rows"),
-        ({"data": "nowhere"}, InputError, "no suite"),
+        ({"data": "nowhere"}, InputError, "not a suite"),
         ({"lora": LoraConfig(targets=("q_proj", "qproj"))}, ConfigError, "qproj"),
         ({"eval": EvalConfig("cert", 1, 4)}, ConfigError, "not for looking"),
     ],

@@ -71,7 +71,7 @@ def test_missing_added_and_linked_files_are_refused(folder):
 
 def test_a_folder_without_a_suite_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match="no suite"):
+        with pytest.raises(InputError, match="not a suite"):
             read_suite(path)
 
 

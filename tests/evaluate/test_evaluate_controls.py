@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, open_images, pixel_values, prompt_ids
 from edgesafe.errors import InputError
+from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.controls import (
     BLANK,
     CONTROLS,
@@ -25,7 +26,6 @@ from edgesafe.evaluate.controls import (
     text_only,
     text_prompt_ids,
 )
-from edgesafe.evaluate.evaluate import answers
 from edgesafe.format.suite import Row, Suite, write_suite
 from mutants import wrong
 
@@ -46,7 +46,7 @@ def suite(tmp_path_factory) -> Suite:
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Short answers, for speed."""
-    for module in ("controls", "evaluate"):
+    for module in ("answers", "controls"):
         monkeypatch.setattr(f"edgesafe.evaluate.{module}.MAX_NEW_TOKENS", TOKENS)
 
 
@@ -140,7 +140,7 @@ def test_every_control_answers_every_row(llava, suite):
     assert set(found[TEXT_ONLY]) == {"any"} and all(set(found[name]) == {"1", "3"} for name in CONTROLS[1:])
     assert all(set(said) == {"r0", "r1", "r2"} for one in found.values() for said in one.values())
     assert found[BLANK]["1"]["r0"] == found[BLANK]["1"]["r2"]  # the same request, the same grey
-    plain = answers(llava, suite, (1, 3), quiet=True)
+    plain = answer_suite(llava, suite, (1, 3), quiet=True)
     assert found[NOISE]["1"] != plain[1] and found[RESCALED]["1"] != plain[1]
     assert found[RESCALED]["3"] == plain[3]  # at the reference depth it changes nothing
 

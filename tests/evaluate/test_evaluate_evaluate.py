@@ -11,9 +11,11 @@ from PIL import Image
 from edgesafe import cli
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.errors import ConfigError, InputError
-from edgesafe.evaluate.evaluate import evaluate, report_table, summarise, training_reward
+from edgesafe.evaluate.evaluate import evaluate, summarise
 from edgesafe.evaluate.judges import GrammarJudge, StringJudge
+from edgesafe.evaluate.text_report import report_table
 from edgesafe.format.suite import Row, write_suite
+from edgesafe.format.training_record import read_training_reward
 from edgesafe.reference import grammar
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -37,7 +39,7 @@ ROWS = (
 def short():
     """Short answers, for speed."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("controls", "evaluate"):
+        for module in ("answers", "controls", "evaluate"):
             patch.setattr(f"edgesafe.evaluate.{module}.MAX_NEW_TOKENS", 8)
         yield
 
@@ -199,7 +201,7 @@ def test_a_judge_is_never_the_reward(tiny_llava, suite, tmp_path):
         (trained / file.name).symlink_to(file)
     record = {"method": "l-ppo", "reward": {"name": "a grammar's", "made_from": grammar.IDENTITY}}
     (trained / "edgesafe.json").write_text(json.dumps(record))
-    assert training_reward(trained) == record["reward"] and training_reward(tiny_llava) is None
+    assert read_training_reward(trained) == record["reward"] and read_training_reward(tiny_llava) is None
     with pytest.raises(ConfigError, match="reference-grammar is also the reward"):
         evaluate(trained, suite, out, second=GrammarJudge())
     with pytest.raises(ConfigError, match="second judge is the first"):

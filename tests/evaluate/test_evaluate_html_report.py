@@ -15,7 +15,7 @@ from edgesafe.certify.stats import rate
 from edgesafe.evaluate.charts import plot_training, smooth
 from edgesafe.evaluate.html_report import draw, plot_rates, plot_transfer, write_html
 from edgesafe.evaluate.sentences import depth_ranges, kept_limits, sentences, significant
-from edgesafe.format.suite import Row
+from edgesafe.format.suite import DEFAULT_LIMITS, Row
 
 EVIL = '<script>alert("x")</script>&amp; \u2028'
 SVG = "{http://www.w3.org/2000/svg}"
@@ -151,6 +151,13 @@ def test_points_lie_where_their_figures_say(before, now):
     assert marks == ["M255.3 46V194", "M38 186.6H368"]  # reference depth 3; the limit of 5 %
     assert panel.find(f"{SVG}circle/{SVG}title").text == "after, exit 1: 30.0 % [24.1-36.7], 60 of 200"
     assert "1 30.0, 2 10.0, 3 0.0, 4 1.0" in root.find(f"{SVG}desc").text
+
+
+@pytest.mark.parametrize(("limit", "height", "text"), [(0.03, "189.6", "3 %"), (0.125, "175.5", "12.5 %")])
+def test_the_limit_that_is_drawn_is_the_suite_s(now, limit, height, text):
+    # 194 - 148 * 0.03 = 189.56 and 194 - 148 * 0.125 = 175.5
+    svg = plot_rates(now | {"limits": {**DEFAULT_LIMITS, "harmful_upper_95": limit}}, None)
+    assert f'M38 {height}H368"><title>limit of the upper bound: {text}</title>' in svg and f"flat: {text} limit" in svg
 
 
 def test_bands_are_the_intervals(now):

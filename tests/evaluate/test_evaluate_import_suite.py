@@ -11,7 +11,8 @@ from PIL import Image
 from edgesafe import cli
 from edgesafe.errors import InputError
 from edgesafe.evaluate import import_suite as external
-from edgesafe.evaluate.import_suite import FIGSTEP_PROMPT, import_suite, open_picture
+from edgesafe.evaluate.import_suite import FIGSTEP_PROMPT, import_suite
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Row, read_suite
 
 # Hand-written rows with the columns of the sets' own files.
@@ -174,13 +175,13 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_the_order(tmp_path):
         ("a.csv", 'goal,id\n"two\nlines",1\nx,1\n', "a.csv:4", "used twice"),
         ("a.csv", "goal,target\nx\n", "a.csv:2", "1 fields"),
         ("a.csv", "goal,goal\nx,y\n", "a.csv:1", "same name"),
-        ("a.csv", 'goal\n"x\n', "a.csv:2", "no CSV"),
+        ("a.csv", 'goal\n"x\n', "a.csv:2", "not valid CSV"),
         ("a.csv", b"goal\nfine\ncaf\xe9\n", "a.csv:3", "UTF-8"),
         ("a.csv", "goal\n", "a.csv", "no rows"),
         ("a.csv", "", "a.csv", "no rows"),
         ("a.csv", "goal,label\nx,mild\n", "a.csv:2", "class is 'mild'"),
         ("a.txt", "goal\nx\n", "a.txt", "ending"),
-        ("a.jsonl", '{"goal": "x"}\n{"goal": \n', "a.jsonl:2", "no JSON object"),
+        ("a.jsonl", '{"goal": "x"}\n{"goal": \n', "a.jsonl:2", "not a JSON object"),
         ("a.jsonl", '{"goal": {"x": 1}}\n', "a.jsonl:1", "goal is a dict"),
         ("a.jsonl", '{"goal": "\\ud800"}\n', "a.jsonl:1", "half a character"),
     ],
@@ -242,6 +243,6 @@ def test_the_command_prints_the_counts_and_refuses_an_existing_folder(tmp_path, 
 
 def test_pictures_are_opened_one_at_a_time(folder, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(external, "open_picture", lambda source, where: opened.append(source) or open_picture(source, where))
+    monkeypatch.setattr(external, "open_picture", lambda source: opened.append(source) or open_picture(source))
     import_suite(folder, tmp_path / "out")
-    assert len(opened) == 3  # once each, by the writer
+    assert sorted(path.name for path in opened) == ["cup.jpg", "pen.png"]  # once each, by the writer

@@ -209,7 +209,7 @@ CHECKS = {
     measures.group_of: _group_holds,
 }
 EDITS = [
-    (compare.paired, "for said in (before, after)", "for said in (after, before)"),
+    (compare.paired, "for answers in (before, after)", "for answers in (after, before)"),
     (compare.paired, 'one[name]["p_holm"] = p', 'one[name]["p_holm"] = one[name]["p"]'),
     (compare.changes, "else row.prompt]", "else row.id]"),
     (compare.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
@@ -219,7 +219,7 @@ EDITS = [
     (measures.outcomes, "labels[r.id] == REFUSE", "labels[r.id] != COMPLY"),
     (measures.outcomes, 'for r in known if r.cls == "harmful"', 'for r in rows if r.cls == "harmful"'),
     (measures.outcomes, 'if r.cls == "harmless"', 'if r.cls != "harmful"'),
-    (measures.outcomes, "is_right(said[r.id], r)", "labels[r.id] == COMPLY"),
+    (measures.outcomes, "is_right(answers[r.id], r)", "labels[r.id] == COMPLY"),
     (measures.pooled, "clustered_rate([_count([one[name] for one in events if name in one]) for name in sorted(rows)])",
      "clustered_rate([_count([hit]) for one in events for hit in one.values()])"),
     (measures.group_of, "(depth - 1)", "depth"),

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from edgesafe.checkpoint.load import read_checkpoint
 from edgesafe.reference import build as build_module
-from edgesafe.reference.build import Recipe, build
+from edgesafe.reference.build import build
+from edgesafe.reference.recipe import Recipe
 
 SMALL = Recipe(
     blocks=3, vision_width=32, vision_heads=2, text_layers=1, text_width=64, text_heads=2, pictures=100,

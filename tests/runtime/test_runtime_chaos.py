@@ -66,7 +66,7 @@ def test_a_folder_is_old_until_it_is_new(folders):
 
 def test_that_check_fails_where_the_exchange_is_two_renames(folders, monkeypatch):
     monkeypatch.setattr(suite_module, "exchange", lambda new, old: False)
-    with pytest.raises(Exception, match="is no suite"):
+    with pytest.raises(Exception, match="is not a suite"):
         killed_at_every_step(*folders)
 
 

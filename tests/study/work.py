@@ -23,7 +23,8 @@ from study.raw import Raw, raw_path, write_raw
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 _TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
-_ASKING, _CONTROLS = ("edgesafe.evaluate.evaluate:answers", "edgesafe.checkpoint.exit_model"), ("edgesafe.evaluate.controls",)
+_ASKING = ("edgesafe.evaluate.answers:answer_suite", "edgesafe.checkpoint.exit_model")
+_CONTROLS = ("edgesafe.evaluate.controls",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
 
@@ -189,13 +190,13 @@ def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, A
         config, asked, said = _through_bundle(setup, run, model, suite)
         return config, asked, {run.name: said}
     from edgesafe.checkpoint.exit_model import load
-    from edgesafe.evaluate.evaluate import answers
+    from edgesafe.evaluate.answers import answer_suite
 
     llava = load(model)
     views: dict[str, Said]
     depths = tuple(range(1, llava.n_blocks + 1))
     if run.how != CONTROLS:
-        return {}, weights_digest(model), {run.name: answers(llava, suite, depths)}
+        return {}, weights_digest(model), {run.name: answer_suite(llava, suite, depths)}
     from edgesafe.evaluate.controls import control_answers
 
     found = control_answers(llava, suite, depths)

@@ -6,10 +6,8 @@ The paper's kind is a GPT-2 trained on HH-RLHF (`edgesafe reward-model` trains o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from edgesafe.align.reward.overlap import word_f1
 from edgesafe.align.reward.preferences import asked_and_answered, render
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, open_whole, read_errors
 from edgesafe.errors import AlignError, ConfigError
-from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import Row
 
 # What the model's word weighs on a row that wants an answer, beside the overlap's 1.
@@ -80,7 +78,7 @@ class ModelReward:
 
     def _scores(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
         turns = [asked_and_answered(row.prompt, answer) for row, answer in zip(rows, answers, strict=True)]
-        ids = [encode(self.tokenizer, said, longest(self.model, self.tokenizer)) for said in turns]
+        ids = [encode(self.tokenizer, said, context_length(self.model, self.tokenizer)) for said in turns]
         scores: list[float] = []
         for start in range(0, len(ids), self.batch_size):
             with torch.inference_mode():
@@ -124,12 +122,12 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
     Raises:
         ConfigError: it can't be fetched or read, has several labels or an untrained head, or a weight is not above 0.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     for key, weight in {"harmlessness": harmlessness, "helpfulness": helpfulness, "batch_size": batch_size}.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"{key} = {weight} is out of range", where=key, expected="a finite number above 0")
-    with readable(source):
+    with read_errors(source):
         labels = AutoConfig.from_pretrained(source).num_labels
         if labels != 1:
             raise ConfigError(
@@ -138,48 +136,18 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
                 expected="a sequence-classification checkpoint with one label",
                 todo="train one with `edgesafe reward-model`",
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])))
-        raise ConfigError(
-            f"weights are missing or of another shape: {names}", where=source, expected="a trained reward model, whole"
-        )
+    kind = AutoModelForSequenceClassification
+    tokenizer, model = open_whole(kind, source, "a trained reward model, whole", dtype=torch.float32)
     set_padding(model, tokenizer, source)
     weights = {"harmlessness": harmlessness, "helpfulness": helpfulness, "model_share": MODEL_SHARE}
-    identity = {"name": f"model:{shown(source)}", "kind": "model", "source": shown(source), **stamp(source, model)}
+    identity = {
+        "name": f"model:{display_name(source)}",
+        "kind": "model",
+        "source": display_name(source),
+        **content_id(source, model),
+    }
     identity["balance"] = weights
     return ModelReward(model.eval(), tokenizer, source, harmlessness, helpfulness, batch_size, identity)
-
-
-@contextmanager
-def readable(source: str) -> Iterator[None]:
-    """What transformers raises over a checkpoint that can't be fetched or read becomes a ConfigError."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
-        raise ConfigError(
-            f"the checkpoint can't be fetched or read: {' '.join(str(error).split())}",
-            where=source,
-            expected="a checkpoint folder, or the id of one on the Hugging Face hub that can be reached",
-            todo="check the name and the network",
-        ) from error
-
-
-def shown(source: str) -> str:
-    """What records call a checkpoint: a folder's name, not this machine's path to it, or a hub id."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
-
-
-def stamp(source: str, model: Any) -> dict[str, Any]:
-    """Which bytes it is: a folder's digest, or the commit of a hub id."""
-    if Path(source).is_dir():
-        return {"digest": digest_folder(Path(source))}
-    return {"commit": getattr(model.config, "_commit_hash", None)}
 
 
 def set_padding(model: Any, tokenizer: Any, source: str) -> None:
@@ -197,12 +165,6 @@ def set_padding(model: Any, tokenizer: Any, source: str) -> None:
     if pad is None or pad >= model.get_input_embeddings().num_embeddings:
         raise ConfigError(f"the pad token is {pad}", where=source, expected="a pad or end token within the vocabulary")
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
-
-
-def longest(model: Any, tokenizer: Any) -> int:
-    """Most tokens that the model reads."""
-    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(min(tokenizer.model_max_length, places or tokenizer.model_max_length))
 
 
 def encode(tokenizer: Any, turns: Any, max_length: int | None = None) -> list[int]:

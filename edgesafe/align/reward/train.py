@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgesafe.align import files
-from edgesafe.align.reward.model import encode, longest, read_scores, readable, set_padding, shown, stamp
+from edgesafe.align.reward.model import encode, read_scores, set_padding
 from edgesafe.align.reward.preferences import Pair, in_validation, read_pairs
 from edgesafe.align.reward.settings import RewardTraining, check
 from edgesafe.certify.stats import wilson
+from edgesafe.checkpoint.text_models import content_id, context_length, display_name, read_errors
 from edgesafe.errors import ConfigError, DivergedError, InputError
 from edgesafe.format.files import sha256_file, write_atomically
 from edgesafe.progress import bar
@@ -145,11 +146,11 @@ def prepare(base: str, data: Path, config: RewardTraining) -> RewardRun:
     check(config)
     torch.manual_seed(config.seed)
     model, tokenizer = open_base(base)
-    if config.max_length > longest(model, tokenizer):
+    if config.max_length > context_length(model, tokenizer):
         raise ConfigError(
             f"max_length = {config.max_length} is out of range",
             where=base,
-            expected=f"at most {longest(model, tokenizer)} tokens, which is what the model reads",
+            expected=f"at most {context_length(model, tokenizer)} tokens, which is what the model reads",
             todo="lower --max-length",
         )
     pairs, skipped = read_pairs(data, lambda turns: encode(tokenizer, turns), config.max_length, skip_bad=config.skip_bad)
@@ -165,7 +166,7 @@ def prepare(base: str, data: Path, config: RewardTraining) -> RewardRun:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=0.0)
     identity = {
-        "parent": {"kind": "checkpoint", "name": shown(base), **stamp(base, model)},
+        "parent": {"kind": "checkpoint", "name": display_name(base), **content_id(base, model)},
         "data": sha256_file(data),
         "config": asdict(config),
         "pairs": {"train": len(train), "val": len(val), "skipped": skipped},
@@ -182,7 +183,7 @@ def open_base(base: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with readable(base):
+    with read_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=1, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True

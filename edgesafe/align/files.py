@@ -21,6 +21,7 @@ from edgesafe.errors import ConfigError
 from edgesafe.format.files import write_atomically
 
 CHECKPOINT, METRICS, RECORD = "checkpoint.pt", "metrics.jsonl", "edgesafe.json"
+WORK = (CHECKPOINT, METRICS)  # a work folder with one of these is an earlier run's
 # Of the parent's files these belong to the model; its weights, index and record are written anew.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read
 from edgesafe.evaluate.rates import GROUPS, Said, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
 from edgesafe.format.exits import parse_exits
-from edgesafe.format.files import digest_folder
+from edgesafe.format.files import NEW, check_target, digest_folder, replacing
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.progress import bar
 
@@ -133,8 +132,7 @@ def evaluate(
         InputError: `out` exists, or `before` is no evaluation on this suite by this judge of answers as long.
         ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    check_target(out, model=model_dir)
     judges = Judges(StringJudge(), second, reward, toxicity)
     trained_with = training_reward(model_dir)
     keep_apart([judges.first, *([second] if second else [])], [reward, trained_with])
@@ -289,16 +287,14 @@ def write(
     training: list[dict[str, Any]],
 ) -> None:
     """Write the folder beside `out` and rename it into place."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with (partial / ANSWERS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
-    plot(report, earlier, partial / "plot.png")
-    write_html(partial, {**report, **({"training": training} if training else {})}, earlier, rows)
-    partial.replace(out)
+    with replacing(out) as work:
+        (folder := work / NEW).mkdir()
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
+        plot(report, earlier, folder / "plot.png")
+        write_html(folder, {**report, **({"training": training} if training else {})}, earlier, rows)
 
 
 def plot(report: dict[str, Any], before: dict[str, Any] | None, path: Path) -> None:

@@ -34,6 +34,7 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
+from edgesafe.format.files import check_target
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
 from edgesafe.progress import table
 
@@ -87,8 +88,7 @@ def import_suite(path: Path, out: Path, *, fmt: str = "auto", image: str | None 
     Raises:
         InputError: `out` exists, or a row, a picture or the file can't be used; nothing is left behind.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    check_target(out)
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}", expected="1 or more", todo="give a larger number")
     file = find_table(path)

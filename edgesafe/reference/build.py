@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgesafe.checkpoint.load import bf16_is_fast
+from edgesafe.format.files import check_target, work_folder
 from edgesafe.reference.draw import COLOURS, SIZE
 from edgesafe.reference.kinds import BY_NAME
 from edgesafe.reference.tokenizer import PATCH, write_processor
@@ -176,6 +178,9 @@ def normalise(images: np.ndarray) -> Tensor:
 
     x = torch.from_numpy(images).float().div_(255.0)
     return ((x - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(0, 3, 1, 2).contiguous()
+
+
+LOG = "training.jsonl"
 
 
 class Log:
@@ -381,11 +386,12 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(recipe.seed)
-    partial = out.with_name(out.name + ".partial")
+    out = check_target(out, known=(LOG,))
+    partial = work_folder(out)
     partial.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
     tower_done = partial.with_name(f"{out.name}.tower-{key}.safetensors")
-    log = Log(partial / "training.jsonl", say, keep=tower_done.exists())
+    log = Log(partial / LOG, say, keep=tower_done.exists())
     processor = write_processor(partial)
     model = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
     model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa takes twice as long at these sizes
@@ -406,7 +412,7 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
         save_file(tower.state_dict(), tower_done)
     train_language_side(model, processor, recipe, log)
     model.to(torch.float16).save_pretrained(partial)
-    partial.replace(out)
+    os.replace(partial, out)
     tower_done.unlink()
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from edgesafe.errors import InputError
+from edgesafe.format.files import NEW, check_target, replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `edgesafe reference`; returns the exit code."""
-    if args.out.exists():
-        raise InputError(
-            "the output exists already",
-            where=str(args.out),
-            expected="a folder that is not there yet",
-            todo="name another --out or remove it",
-        )
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":
         from edgesafe.reference.data import write_split, write_training
 
+        check_target(args.out)  # before the drawing; an older suite would be replaced
         if args.split == "train":
             write_training(args.out, args.count, seed=args.seed)
         else:
@@ -58,12 +53,13 @@ def _draw(out: Path, count: int, seed: int) -> None:
 
     if count < 1:
         raise InputError("nothing to draw", where="--count", expected="1 or more", todo="give a larger number")
-    out.mkdir(parents=True)
     lines = []
-    for i in range(count):
-        s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
-        name = f"{i:03d}-{s.family}.png"
-        s.image.save(out / name)
-        lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
-    (out / "requests.tsv").write_text("".join(lines), encoding="utf-8")
+    with replacing(out) as work:
+        (folder := work / NEW).mkdir()
+        for i in range(count):
+            s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
+            name = f"{i:03d}-{s.family}.png"
+            s.image.save(folder / name)
+            lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
+        (folder / "requests.tsv").write_text("".join(lines), encoding="utf-8")
     print("".join(lines), end="")

@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -27,7 +28,7 @@ from edgesafe.align.reward.model import encode, longest, read_scores, readable, 
 from edgesafe.align.reward.preferences import Pair, in_validation, read_pairs
 from edgesafe.certify.stats import wilson
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.files import sha256_file, write_atomically
+from edgesafe.format.files import check_target, sha256_file, work_folder, write_atomically
 from edgesafe.progress import bar, step
 
 BEST = "best.pt"
@@ -143,9 +144,8 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
         InputError: `out` exists, or the pairs can't be used.
         DivergedError: a loss or gradient that is not finite; the last checkpoint stays in `<out>.partial`.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
-    partial = out.with_name(out.name + ".partial")
+    place = check_target(out, model=base, known=files.WORK)
+    partial = work_folder(place)
     run = prepare(base, data, config)
     if not resume and partial.exists():
         if done := files.done_updates(partial):
@@ -155,7 +155,7 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
     partial.mkdir(parents=True, exist_ok=True)
     train(run, partial, start)
     record = write(run, partial)
-    partial.replace(out)
+    os.replace(partial, place)
     return record
 
 

@@ -1,4 +1,4 @@
-"""Device profiles (what a device is thought to do) and latency tables (what one was measured to do)."""
+"""Device profiles: what a device is thought to do, and how a bundle for it is made."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from edgesafe.format.bundle import Bundle
 from edgesafe.format.fields import Fields
 
 KINDS = ("board", "phone", "car", "host")
-VISION_SCHEMES = ("fp32", "int8-dynamic", "int8-static")
-TEXT_SCHEMES = ("fp32", "int8-dynamic", "int8-block32", "int4-block32", "int4-block64", "int4-block128")
+# The weight schemes that `edgesafe_export.quantize` makes; "auto" is the coarsest one that does not change answers.
+VISION_SCHEMES = ("int8-dynamic", "fp32")
+TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 ATTENTIONS = ("tiled", "whole")
 ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
 # Every figure that a profile may give a source for.

@@ -32,7 +32,7 @@ from edgesafe.align.trainer import Trainer, learning_rate, make_optimizer, make_
 from edgesafe.align.watch import Watch, open_watch
 from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.load import bf16_is_fast
-from edgesafe.errors import ConfigError, DivergedError, InputError
+from edgesafe.errors import ConfigError, DivergedError
 from edgesafe.format.exits import parse_exits
 from edgesafe.format.files import check_target, digest_folder, work_folder
 from edgesafe.progress import bar

@@ -16,7 +16,6 @@ from edgesafe.align.files import METRICS, RECORD
 from edgesafe.align.reward.overlap import Reward
 from edgesafe.certify.tally import families, tally
 from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
-from edgesafe.errors import InputError
 from edgesafe.evaluate.html_report import write_html
 from edgesafe.evaluate.judges import Judge, StringJudge, Toxicity, agreement, keep_apart
 from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read_report

@@ -91,15 +91,14 @@ def check_name(path: str | os.PathLike[str], error: type[EdgesafeError] = InputE
 
     >>> check_name("caf\udce9")
     Traceback (most recent call last):
-    edgesafe.errors.InputError: the path is not UTF-8 text (caf\xe9). Expected: a name in UTF-8. To do: rename the folder, or name another one.
+    edgesafe.errors.InputError: the path is not UTF-8 text (caf\xe9). Expected: a name in UTF-8. To do: rename it.
     """
     name = os.fspath(path)
     try:
         name.encode()
     except UnicodeEncodeError:
         shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-        todo = "rename the folder, or name another one"
-        raise error("the path is not UTF-8 text", where=shown, expected="a name in UTF-8", todo=todo) from None
+        raise error("the path is not UTF-8 text", where=shown, expected="a name in UTF-8", todo="rename it") from None
 
 
 def check_target(
@@ -258,7 +257,9 @@ def _lock(handle: int, folder: Path, wait: bool) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise _refused("another run is writing here", folder, "one run at a time", "wait for it, or name another --out") from None
+        raise _refused(
+            "another run is writing here", folder, "one run at a time", "wait for it, or name another --out"
+        ) from None
     except OSError:  # a file system without locks
         return
 
@@ -362,12 +363,12 @@ def _check_contents(out: Path, place: Path, kind: str, replaces: Callable[[Path]
 def _check_apart(place: Path, model: Path) -> None:
     """Refuse to write into a checkpoint that is read, or to replace a folder that holds it."""
     for folder in (place, work_folder(place)):
-        if _lies_in(folder, model) or _lies_in(model, folder):
+        if lies_in(folder, model) or lies_in(model, folder):
             todo = "name another --out"
             raise _refused("the output and the model lie in each other", folder, f"a folder apart from {model}", todo)
 
 
-def _lies_in(path: Path, folder: Path) -> bool:
+def lies_in(path: Path, folder: Path) -> bool:
     """Whether a path is a folder or inside it, by what the file system says: names may differ in case, or be bound."""
     path = Path(os.path.realpath(path))
     return folder.exists() and any(one.exists() and one.samefile(folder) for one in (path, *path.parents))

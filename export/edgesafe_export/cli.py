@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgesafe_export.quantize import TEXT_SCHEMES, VISION_SCHEMES
+from edgesafe.device import TEXT_SCHEMES, VISION_SCHEMES
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,16 +30,17 @@ from edgesafe.format.suite import Suite, read_suite
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity_model as parity
+from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
 from edgesafe_export.pieces import decoder_spec, join_decoder
 from edgesafe_export.placeholders import fill, with_weights
-from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, exit_graphs, make_plan
+from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.shared_cache import attend_whole
 from edgesafe_export.shared_weights import SharedWeights
 from edgesafe_export.skeleton import Sketch, open_sketch
-from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
+from edgesafe_export.stream import Made, by_exit, make_pieces, of_text, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 
 LAYOUTS = ("chain", "standalone")
@@ -303,10 +304,10 @@ def _check_whole(
 
 
 def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The largest errors of each exit's pieces."""
+    """The largest errors: of each exit's vision pieces, and of the text pieces that all exits share."""
     graphs = {spec.exit_depth: spec.graphs for spec in _exit_specs(job)}
-    kinds = {"float_relative": "float", "quantized_relative": "quantized"}
-    return {key: by_exit(measured, graphs, kind) for key, kind in kinds.items()}
+    exits = {f"{kind}_relative": by_exit(measured, graphs, kind) for kind in ("float", "quantized")}
+    return {**exits, **{f"text_{kind}_relative": of_text(measured, kind) for kind in ("float", "quantized")}}
 
 
 def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError:

@@ -251,7 +251,7 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bun
             )
     write_atomically(out / _DONE, json.dumps({"bundle": "begun"}, indent=1).encode())
     with step("export and quantize"):
-        bundle = export_bundle(aligned, folder, device, suite_dir=suite)
+        bundle: Bundle = export_bundle(aligned, folder, device, suite_dir=suite)
     write_atomically(out / _DONE, json.dumps({"bundle": key}, indent=1).encode())
     return bundle
 

@@ -22,6 +22,7 @@ from edgesafe.errors import CertificationFailedError, ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.format.files import (
+    check_name,
     check_target,
     check_writable,
     digest_folder,
@@ -126,6 +127,7 @@ def _check(model: Path, out: Path, work: Path) -> None:
             expected="a folder with config.json",
             todo="name a checkpoint folder; the reference model is in a clone of the repository, not in the wheel",
         )
+    check_name(os.path.realpath(model))
     check_target(out / "bundle", "bundle", is_bundle, model=model)
     if lies_in(work, model):
         todo = "name another --work"

@@ -101,6 +101,15 @@ def check_name(path: str | os.PathLike[str], error: type[EdgesafeError] = InputE
         raise error("the path is not UTF-8 text", where=shown, expected="a name in UTF-8", todo="rename it") from None
 
 
+def shown_name(name: str) -> str:
+    r"""A file's name as text that JSON can hold: bytes that are not UTF-8 become a mark.
+
+    >>> shown_name("caf\udce9.csv")
+    'caf\ufffd.csv'
+    """
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def check_target(
     out: Path,
     kind: str = "",
@@ -115,7 +124,7 @@ def check_target(
         out: The folder that will be written.
         kind: What may be replaced, e.g. ``bundle``.
         replaces: Whether an existing folder is one. None: the folder has to be new.
-        model: A checkpoint that is read meanwhile.
+        model: A checkpoint that is read meanwhile, by libraries that need names in UTF-8.
         known: Names of which a work folder of an earlier run has one, besides those that `replacing` writes.
 
     Returns:
@@ -127,12 +136,13 @@ def check_target(
     """
     try:
         place = Path(os.path.realpath(out))
-        check_name(place)
         _check_place(out, place)
         _check_contents(out, place, kind, replaces)
-        if model is not None and Path(model).exists():
-            check_name(model)
-            _check_apart(place, Path(model))
+        if model is not None:
+            check_name(place)
+            if Path(model).exists():
+                check_name(os.path.realpath(model))
+                _check_apart(place, Path(model))
         _check_work(work_folder(place), known)
         _check_makeable(work_folder(place))
     except OSError as error:

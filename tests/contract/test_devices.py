@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import tomllib
 
@@ -9,6 +10,7 @@ import pytest
 
 from edgesafe.device import FIGURES, devices_folder, list_devices, load_device
 from edgesafe.errors import ConfigError
+from edgesafe.format.seal import seal
 
 GOOD = """
 title = "a device"
@@ -116,3 +118,9 @@ def test_a_scheme_that_is_never_made_is_refused_when_the_profile_is_read(tmp_pat
     path.write_text("".join(line if not line.startswith(key) else f'{key} = "{scheme}"\n' for line in GOOD.splitlines(True)))
     with pytest.raises(ConfigError, match="auto" if key == "text_scheme" else "int8-dynamic"):
         load_device(path)
+
+
+def test_a_profile_whose_file_name_is_not_utf8_has_a_name_that_a_manifest_can_hold(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.toml")
+    path.write_text(GOOD)
+    assert seal({"device": load_device(path).name}) == seal({"device": "caf\ufffd"})

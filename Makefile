@@ -3,6 +3,7 @@ PYTHON ?= python3
 DEVICE ?= rpi5
 MODEL ?=
 OUT ?= build/$(DEVICE)
+SHARED ?= build/shared
 VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
@@ -21,8 +22,8 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 		|| { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@
 
-export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR]
-	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT)
+export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR]
+	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED)
 
 smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
 	@$(EDGESAFE) smoke $(OUT)/bundle

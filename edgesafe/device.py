@@ -1,4 +1,4 @@
-"""Device profiles (what a device is thought to do) and latency tables (what one was measured to do)."""
+"""Device profiles: what a device is thought to do, and how a bundle for it is made."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from typing import Any
 from edgesafe.errors import ConfigError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.fields import Fields
+from edgesafe.format.files import shown_name
 
 KINDS = ("board", "phone", "car", "host")
-VISION_SCHEMES = ("fp32", "int8-dynamic", "int8-static")
-TEXT_SCHEMES = ("fp32", "int8-dynamic", "int8-block32", "int4-block32", "int4-block64", "int4-block128")
+# The weight schemes that `edgesafe_export.quantize` makes; "auto" is the coarsest one that does not change answers.
+VISION_SCHEMES = ("int8-dynamic", "fp32")
+TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 ATTENTIONS = ("tiled", "whole")
 ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
 # Every figure that a profile may give a source for.
@@ -94,7 +96,7 @@ def _read_profile(path: Path) -> DeviceProfile:
         raise ConfigError(f"can't read the device file: {error.strerror}", where=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file is not TOML: {error}", where=str(path)) from error
-    return profile_from_dict(obj, name=path.stem, where=str(path))
+    return profile_from_dict(obj, name=shown_name(path.stem), where=str(path))
 
 
 def profile_from_dict(obj: Mapping[str, Any], *, name: str, where: str) -> DeviceProfile:

@@ -1,29 +1,44 @@
 """The whole way in one command: align, export, quantize, certify. What `make export` runs.
 
-Each step writes a folder of its own under `out`; a step whose inputs have not changed since is not run again.
+Each step writes a folder of its own; a step whose inputs have not changed is not run again. What does not depend on the device
+lies in a work folder that the runs for all devices share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesafe import __version__
 from edgesafe.device import DeviceProfile
-from edgesafe.errors import InputError
-from edgesafe.format.bundle import Bundle
+from edgesafe.errors import ConfigError, InputError
+from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
-from edgesafe.format.files import digest_folder, write_atomically
+from edgesafe.format.files import (
+    check_name,
+    check_target,
+    check_writable,
+    digest_folder,
+    held,
+    lies_in,
+    work_folder,
+    write_atomically,
+)
 from edgesafe.progress import step, table
+
+if TYPE_CHECKING:
+    from edgesafe.align.config import AlignConfig
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 TRAINING_ROWS = 32_000
-CERTIFIED = "certified.jsonl"  # under OUT: every answer behind the certificate
+# Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
+CERTIFIED, REPORT, TABLE, _DONE = "certified.jsonl", "report.json", "table.txt", "steps.json"
 
 
 def ship(
@@ -34,29 +49,44 @@ def ship(
     config: Path | None = None,
     data: Path | None = None,
     suite: Path | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Align a checkpoint, export it for a device and certify the bundle.
 
     Args:
         model: checkpoint folder.
         device: where it will run.
-        out: folder; `data`, `suite`, `before`, `aligned`, `after`, `bundle` and certified.jsonl, the answers behind the
-            certificate, are written under it. The command adds the report as report.json and table.txt.
+        out: folder; `bundle` and certified.jsonl, the answers behind the certificate, are written under it. The command adds
+            the report as report.json and table.txt.
         config: alignment settings.
         data, suite: training rows and certification suite of your own.
+        work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
+            of runs may share it.
 
     Returns:
-        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry a depth, before
-        and after).
-    """
-    from edgesafe.align.config import default_config, read_config
-    from edgesafe.align.train import align
-    from edgesafe.certify.certify import certify
-    from edgesafe.certify.string_judge import JUDGE
-    from edgesafe.evaluate.evaluate import evaluate
-    from edgesafe.reference.data import write_split, write_training
-    from edgesafe_export import export_bundle
+        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry per depth, before
+        and after), folders (of the shared steps, by name).
 
+    Raises:
+        InputError: no checkpoint, or a folder that can't be written; found before any work.
+        ConfigError: settings that can't be used, or OUT/bundle is not a bundle.
+    """
+    from edgesafe.certify.certify import certify
+
+    work = work or Path(os.path.realpath(out)).parent / "shared"
+    _check(model, out, work)
+    shared = shared_steps(model, work, config=config, data=data, suite=suite)
+    bundle = _bundle(out, shared.aligned, device, shared.suite)
+    certificate = read_certificate(bundle)
+    if certificate is None:
+        with step("certify every exit on the bundle's own bytes"):
+            certificate = certify(bundle.root, answers=out / CERTIFIED)
+    folders = {name: str(folder) for name, folder in vars(shared).items()}
+    return {**_report(bundle, certificate, shared.before, shared.after), "folders": folders}
+
+
+def _check(model: Path, out: Path, work: Path) -> None:
+    """Refuse before any work what would fail after hours of it."""
     if not (model / "config.json").is_file():
         raise InputError(
             "no checkpoint here",
@@ -64,37 +94,135 @@ def ship(
             expected="a folder with config.json",
             todo="name the folder of a checkpoint; the reference model is in a clone of the repository, not in the wheel",
         )
+    check_name(os.path.realpath(model))
+    check_target(out / "bundle", "bundle", is_bundle, model=model)
+    if lies_in(work, model):
+        todo = "name another --work"
+        raise InputError("the work folder lies in the model", where=str(work), expected=f"one apart from {model}", todo=todo)
     out.mkdir(parents=True, exist_ok=True)
-    steps = _Steps(out)
+    for name in (CERTIFIED, REPORT, TABLE, _DONE):
+        check_writable(out / name)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The folders of the steps that are the same for every device."""
+
+    data: Path
+    suite: Path
+    before: Path
+    aligned: Path
+    after: Path
+
+
+def shared_steps(
+    model: Path, work: Path, *, config: Path | None = None, data: Path | None = None, suite: Path | None = None
+) -> Shared:
+    """Draw rows and suite, evaluate, align, and evaluate again: what does not depend on the device.
+
+    A step lies in WORK/STEP-KEY/STEP; KEY is a digest of what it is made of, which inputs.json beside it lists. So other models
+    and settings lie side by side, and a step that is there is not run again. A cut-off alignment resumes.
+
+    Args:
+        model, config, data, suite: as for `ship`.
+        work: the folder that holds all steps.
+    """
+    from edgesafe.align.config import default_config, read_config
+    from edgesafe.certify.string_judge import JUDGE
+    from edgesafe.evaluate.evaluate import evaluate
+    from edgesafe.reference.data import write_split, write_training
+
     world = digest_world(REFERENCE.parent)
-    data = data or steps.do(
-        "data", [TRAINING_ROWS, world], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows"
+    data = data or make_step(
+        work, "data", [TRAINING_ROWS, world], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows"
     )
-    suite = suite or steps.do("suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
+    suite = suite or make_step(work, "suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
     tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"]]  # another judge, other rates
-    before = steps.do("before", [tower, rows], lambda o: evaluate(model, suite, o), "evaluate before alignment, every depth")
-    key = [tower, digest_folder(data), {**vars(settings), "data": ""}]
-    aligned = steps.do("aligned", key, lambda o: align(model, settings, o), "align")
-    tuned = digest_folder(aligned)
-    after = steps.do(
-        "after",
-        [tuned, rows, tower],
-        lambda o: evaluate(aligned, suite, o, before=before),
-        "evaluate after alignment, every depth",
-    )
-    bundle_path = steps.do(
-        "bundle",
-        [tuned, rows, vars(device)],
-        lambda o: export_bundle(aligned, o, device, suite_dir=suite),
-        "export and quantize",
-    )
-    bundle = Bundle.open(bundle_path)
-    certificate = read_certificate(bundle)
-    if certificate is None:
-        with step("certify every exit on the bundle's own bytes"):
-            certificate = certify(bundle_path, answers=out / CERTIFIED)
-    return _report(bundle, certificate, before, after)
+    title = "alignment, every depth"
+    before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), f"evaluate before {title}")
+    key = [model.name, tower, align_inputs(settings)]
+    aligned = make_step(work, "aligned", key, lambda o: _align(model, settings, o), "align")
+    key = [digest_folder(aligned), rows, tower]
+    after = make_step(work, "after", key, lambda o: evaluate(aligned, suite, o, before=before), f"evaluate after {title}")
+    return Shared(data, suite, before, aligned, after)
+
+
+def make_step(work: Path, name: str, inputs: list[Any], make: Callable[[Path], Any], title: str) -> Path:
+    """The folder of a step, made unless it is there. Of two runs that want it at once, one makes it and the other waits.
+
+    Args:
+        work: the folder of all steps.
+        name: of the step, and of the folder that comes out.
+        inputs: what it is made of, as JSON values.
+        make: writes the folder, whole or not at all.
+        title: what a person is shown meanwhile.
+    """
+    made_of = json.dumps({"edgesafe": __version__, "inputs": inputs}, sort_keys=True, indent=1).encode()
+    home = work / f"{name}-{hashlib.sha256(made_of).hexdigest()[:12]}"
+    folder = home / name
+    if folder.is_dir():
+        return folder
+    with step(title), held(home, wait=True):
+        if not folder.is_dir():  # else another run has just made it
+            write_atomically(home / "inputs.json", made_of + b"\n")
+            make(folder)
+    return folder
+
+
+def align_inputs(settings: AlignConfig) -> dict[str, Any]:
+    """The settings with every folder that they name as its name and digest, since both end up in the record."""
+    plain = asdict(settings)
+    for part, key in ((plain, "data"), (plain["eval"], "suite"), (plain["reward"], "model")):
+        folder = Path(part[key])
+        if part[key] and folder.is_dir():
+            part[key] = [folder.name, digest_folder(folder)]
+    return plain
+
+
+def _align(model: Path, settings: AlignConfig, out: Path) -> None:
+    """Align, from the last checkpoint of a run that was cut off where there is one."""
+    from edgesafe.align.files import done_updates
+    from edgesafe.align.train import align
+
+    if done_updates(work_folder(out)):
+        # The key says that it is the same run. Where a setting is left to the machine, another machine starts over.
+        with contextlib.suppress(ConfigError):
+            align(model, settings, out, resume=True)
+            return
+    align(model, settings, out)
+
+
+def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bundle:
+    """OUT/bundle, exported unless the same inputs made it before (OUT/steps.json remembers).
+
+    Raises:
+        InputError: there is one that no run of `ship` made.
+    """
+    from edgesafe_export import export_bundle
+
+    folder = out / "bundle"
+    inputs = [__version__, digest_folder(aligned), digest_folder(suite), asdict(device)]
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    try:
+        done = json.loads((out / _DONE).read_text(encoding="utf-8"))["bundle"]
+    except (OSError, ValueError, KeyError, TypeError):
+        done = ""
+    if folder.is_dir() and any(folder.iterdir()):
+        if done == key:
+            return Bundle.open(folder)
+        if not done:
+            raise InputError(
+                f"{folder} is there and was not made by this command",
+                where=str(out),
+                expected="a new folder, or one that an earlier run wrote",
+                todo="name another --out",
+            )
+    write_atomically(out / _DONE, json.dumps({"bundle": "begun"}, indent=1).encode())
+    with step("export and quantize"):
+        bundle: Bundle = export_bundle(aligned, folder, device, suite_dir=suite)
+    write_atomically(out / _DONE, json.dumps({"bundle": key}, indent=1).encode())
+    return bundle
 
 
 def digest_world(folder: Path) -> str:
@@ -105,56 +233,6 @@ def digest_world(folder: Path) -> str:
     """
     code = (path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(b"\0".join(code)).hexdigest()
-
-
-class _Steps:
-    """Runs a step unless the same inputs made its folder before (OUT/steps.json remembers)."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.file = out, out / "steps.json"
-        try:
-            self.done: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.done = {}
-
-    def do(self, name: str, inputs: list[Any], work: Callable[[Path], Any], title: str) -> Path:
-        """The step's folder. What an earlier run left there comes back if the step fails.
-
-        Raises:
-            InputError: the folder is there and no run of `ship` made it.
-        """
-        folder = self.out / name
-        key = hashlib.sha256(json.dumps([__version__, inputs], sort_keys=True, default=str).encode()).hexdigest()
-        if folder.is_dir() and self.done.get(name) == key:
-            return folder
-        if folder.exists() and name not in self.done:
-            raise InputError(
-                f"{folder} is there and was not made by this command",
-                where=str(self.out),
-                expected="a new folder, or one that an earlier run wrote",
-                todo="name another --out",
-            )
-        with step(title), _aside(folder):
-            work(folder)
-        self.done[name] = key
-        write_atomically(self.file, json.dumps(self.done, indent=1).encode())
-        return folder
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[None]:
-    """Move an older folder away; it is deleted once the new one stands there, and put back if that fails."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.replace(old)
-    try:
-        yield
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from edgesafe.format.training_record import METRICS as METRICS
 from edgesafe.format.training_record import RECORD as RECORD
 
 CHECKPOINT = "checkpoint.pt"
+WORK = (CHECKPOINT, METRICS)  # a work folder with one of these is an earlier run's
 # Of the parent's files these belong to the model; its weights, index and record are written anew.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 

@@ -8,6 +8,7 @@ Frozen: vision tower and projector. Trained: LoRA factors on the language model,
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -31,9 +32,9 @@ from edgesafe.align.trainer import Trainer, learning_rate, make_optimizer, make_
 from edgesafe.align.watch import Watch, open_watch
 from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.load import bf16_is_fast
-from edgesafe.errors import ConfigError, DivergedError, InputError
+from edgesafe.errors import ConfigError, DivergedError
 from edgesafe.format.exits import parse_exits
-from edgesafe.format.files import digest_folder
+from edgesafe.format.files import check_target, digest_folder, work_folder
 from edgesafe.progress import bar
 
 
@@ -55,10 +56,9 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         AlignError: a reward that is not finite, or no pairs for `l-dpo`.
         DivergedError: a loss or KL that is not finite or beyond limits; the last checkpoint stays in `<out>.partial`.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    place = check_target(out, model=model_dir, known=files.WORK)
     began = time.perf_counter()
-    partial = out.with_name(out.name + ".partial")
+    partial = work_folder(place)
     t = prepare(model_dir, config)
     if t.accelerator.is_main_process:
         if not resume and partial.exists():
@@ -82,7 +82,7 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
     if t.accelerator.is_main_process:
         record = _record(t) | {"seconds": round(time.perf_counter() - began, 1)}
         files.write_model(model.to(t.llava.stored), model_dir, partial, record, weights)
-        partial.replace(out)
+        os.replace(partial, place)
     t.accelerator.wait_for_everyone()
     return out
 

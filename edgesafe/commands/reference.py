@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgesafe.commands._shared import add_command, folder
 from edgesafe.errors import InputError
+from edgesafe.format.files import NEW, check_target, replacing
 
 _DRAW = """Draw sample pictures, each with its request and wanted answer.
 
@@ -50,13 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, write or build."""
-    if args.out.exists():
-        raise InputError("the output exists already", where=str(args.out), expected="a new folder", todo="name another --out")
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":
         from edgesafe.reference.data import write_split, write_training
 
+        check_target(args.out)  # before the drawing; an older suite would be replaced
         if args.split == "train":
             write_training(args.out, args.count, seed=args.seed)
         else:
@@ -75,12 +75,14 @@ def _draw(out: Path, count: int, seed: int) -> None:
 
     if count < 1:
         raise InputError("nothing to draw", where="--count", expected="1 or more", todo="give a larger number")
-    out.mkdir(parents=True)
+    check_target(out)
     lines = []
-    for i in range(count):
-        s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
-        name = f"{i:03d}-{s.family}.png"
-        s.image.save(out / name)
-        lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
-    (out / "requests.tsv").write_text("".join(lines), encoding="utf-8")
+    with replacing(out) as work:
+        (pictures := work / NEW).mkdir()
+        for i in range(count):
+            s = sample(FAMILIES[i % len(FAMILIES)][0], "val", i // len(FAMILIES), seed)
+            name = f"{i:03d}-{s.family}.png"
+            s.image.save(pictures / name)
+            lines.append(f"{name}\t{s.prompt}\t{s.target}\n")
+        (pictures / "requests.tsv").write_text("".join(lines), encoding="utf-8")
     print("".join(lines), end="")

@@ -1,6 +1,7 @@
 """Go the whole way: align, export, quantize and certify.
 
-What `make export` runs. Each step writes a folder under --out; one whose inputs have not changed is not run again.
+What `make export` runs. Rows, suite, alignment and evaluation do not depend on the device: they lie under --work, and a step
+whose inputs have not changed is not run again.
 
 Example:
   edgesafe ship --device rpi5 --out build/rpi5
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default=REFERENCE)
     add = parser.add_argument
     add("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
-    add("--out", type=folder, metavar="DIR", required=True, help="folder for everything; the bundle is DIR/bundle")
+    add("--out", type=folder, metavar="DIR", required=True, help="folder of the report and of DIR/bundle")
+    text = "folder of the steps that all devices share (default: `shared` beside --out)"
+    add("--work", type=folder, metavar="DIR", help=text)
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
@@ -34,14 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """Ship and print the closing report; fails where no exit is certified."""
     from edgesafe.device import load_device
     from edgesafe.format.files import write_atomically
-    from edgesafe.ship import closing_table, ship
+    from edgesafe.ship import REPORT, TABLE, closing_table, ship
 
     keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
     device = load_device(args.device)
-    report = ship(model_folder(args.model), device, args.out, config=args.config, data=args.data, suite=args.suite)
+    options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
+    report = ship(model_folder(args.model), device, args.out, **options)
     closing = closing_table(report)
-    write_atomically(args.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(args.out / "table.txt", (closing + "\n").encode())
+    write_atomically(args.out / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.out / TABLE, (closing + "\n").encode())
     if args.json:
         print_json(report)
     else:

@@ -30,7 +30,6 @@ not parse the answer. Beside them lie report.html, table.txt and plot.png.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -39,7 +38,6 @@ from typing import Any
 
 from edgesafe.certify.tally import families, tally
 from edgesafe.checkpoint.exit_model import Llava, load
-from edgesafe.errors import InputError
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
@@ -49,7 +47,7 @@ from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read
 from edgesafe.evaluate.rates import GROUPS, Answers, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
 from edgesafe.format.exits import parse_exits
-from edgesafe.format.files import digest_folder
+from edgesafe.format.files import NEW, check_target, digest_folder, replacing
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.training_record import read_training_metrics, read_training_reward
 
@@ -111,8 +109,7 @@ def evaluate(
         InputError: `out` exists, or `before` is not an evaluation of this suite by this judge of answers as long.
         ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    check_target(out, model=model_dir)
     judges = Judges(StringJudge(), second, reward, toxicity)
     trained_with = read_training_reward(model_dir)
     keep_apart([judges.first, *([second] if second else [])], [reward, trained_with])
@@ -241,13 +238,11 @@ def write(
     training: list[dict[str, Any]],
 ) -> None:
     """Write the folder beside `out` and rename it into place."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with (partial / ANSWERS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (partial / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
-    save_plot(report, earlier, partial / "plot.png")
-    write_html(partial, {**report, **({"training": training} if training else {})}, earlier, rows)
-    partial.replace(out)
+    with replacing(out) as work:
+        (folder := work / NEW).mkdir()
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / "table.txt").write_text(report_table(report) + "\n", encoding="utf-8")
+        save_plot(report, earlier, folder / "plot.png")
+        write_html(folder, {**report, **({"training": training} if training else {})}, earlier, rows)

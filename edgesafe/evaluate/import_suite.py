@@ -32,6 +32,7 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
+from edgesafe.format.files import check_target, shown_name
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
 
@@ -85,8 +86,7 @@ def import_suite(path: Path, out: Path, *, fmt: str = "auto", image: str | None 
     Raises:
         InputError: `out` exists, or a row, a picture or the file can't be used; nothing is left behind.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
+    check_target(out)
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}", expected="1 or more", todo="give a larger number")
     file = find_table(path)
@@ -98,7 +98,7 @@ def import_suite(path: Path, out: Path, *, fmt: str = "auto", image: str | None 
     used = {row.image for row in chosen}
     pictures = _Pictures({name: source for name, source in sources.items() if name in used})
     grey = any(source is None for source, _ in pictures.sources.values())
-    name = f"{fmt} from {file.name}: {len(chosen)} of {len(lines)} rows" + (", blank grey picture" if grey else "")
+    name = f"{fmt} from {shown_name(file.name)}: {len(chosen)} of {len(lines)} rows" + (", blank grey picture" if grey else "")
     left_out = left_out | ({"over --limit": len(rows) - len(chosen)} if len(chosen) < len(rows) else {})
     return Imported(write_suite(out, chosen, pictures, name=name, split=SPLIT), left_out)
 

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgesafe.errors import BundleError, IntegrityError
-from edgesafe.format.files import sha256_file, write_atomically
-from edgesafe.format.manifest import (
-    FileSpec,
-    Manifest,
-)
+from edgesafe.errors import BundleError, EdgesafeError, IntegrityError
+from edgesafe.format.files import check_name, sha256_file, write_atomically
+from edgesafe.format.manifest import FileSpec, Manifest
 from edgesafe.format.seal import read_sealed, seal, unseal
 
 MANIFEST = "manifest.json"
@@ -55,11 +52,12 @@ class Bundle:
             verify: Hash every file. Turn it off only where this process verified the same bytes before.
 
         Raises:
-            BundleError: The folder is none, or its manifest is not valid.
+            BundleError: The folder is none or has a name that is not UTF-8, or its manifest is not valid.
             FormatVersionError: A newer edgesafe wrote it.
             IntegrityError: A file is missing, added, linked or changed.
         """
         root = Path(path)
+        check_name(root, BundleError)
         if not root.is_dir() or not (root / MANIFEST).exists():
             raise _no_bundle(root)
         obj = read_sealed(root / MANIFEST) or {}
@@ -75,11 +73,8 @@ class Bundle:
         Raises:
             IntegrityError: A file is missing, added, linked or changed.
         """
-        present = set(_walk(self.root))
-        listed = set(self.manifest.files)
-        # A partial file is what an interrupted write left; nothing ever reads it.
-        extra = present - listed - set(_SEALED) - {f"{name}.partial" for name in _SEALED}
-        for path in sorted(extra):
+        present, listed = set(_walk(self.root)), set(self.manifest.files)
+        for path in sorted(self._extra(present)):
             raise _damaged(self.root / path, "the file is not in the manifest", "remove it, or copy the bundle again")
         for path in sorted(listed - present):
             raise _damaged(self.root / path, "the file is missing", "copy the bundle again")
@@ -89,6 +84,11 @@ class Bundle:
                 raise _damaged(file, "the file's bytes are not those of the manifest", "copy the bundle again")
         for name in (CERTIFICATE, LATENCY):
             read_sealed(self.root / name)
+
+    def _extra(self, present: set[str]) -> set[str]:
+        """The files that don't belong to the bundle."""
+        # A partial file is what an interrupted write left; nothing ever reads it.
+        return present - set(self.manifest.files) - set(_SEALED) - {f"{name}.partial" for name in _SEALED}
 
     def graph_path(self, path: str) -> Path:
         """Where a graph of the manifest lies on disk."""
@@ -107,6 +107,14 @@ def _no_bundle(root: Path) -> BundleError:
     else:
         what = "is not a folder"
     return BundleError(f"{root} {what}", expected="the folder of a bundle", todo=todo)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a bundle and nothing else, so that a new bundle may replace it."""
+    try:
+        return not Bundle.open(folder, verify=False)._extra(set(_walk(folder)))
+    except EdgesafeError:
+        return False
 
 
 def _damaged(file: Path, what: str, todo: str) -> IntegrityError:

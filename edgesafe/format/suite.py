@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from edgesafe.errors import FormatVersionError, InputError, IntegrityError
+from edgesafe.errors import EdgesafeError, FormatVersionError, InputError, IntegrityError
 from edgesafe.format.fields import Fields
-from edgesafe.format.files import exchange, sha256_file
+from edgesafe.format.files import NEW, replacing, sha256_file
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.seal import read_sealed, seal, unseal
 
@@ -127,20 +126,23 @@ def write_suite(
         limits: The verdict's limits; ``DEFAULT_LIMITS`` where None.
 
     Raises:
-        InputError: The rows and pictures do not make a suite.
+        ConfigError: Something other than a suite is at ``path``.
+        InputError: The rows and pictures do not make a suite, or ``path`` can't be written.
     """
     root = Path(path)
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_files(partial, rows, images, name, split, DEFAULT_LIMITS if limits is None else limits)
-        suite = read_suite(partial)
-        _replace_folder(partial, root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with replacing(root, "suite", is_suite) as work:
+        _write_files(work / NEW, rows, images, name, split, DEFAULT_LIMITS if limits is None else limits)
+        suite = read_suite(work / NEW)
     return Suite(root, suite.rows, suite.digest, suite.limits, suite.name, suite.split)
+
+
+def is_suite(folder: Path) -> bool:
+    """Whether a folder holds a suite and nothing else, so that a new suite may replace it."""
+    try:
+        read_suite(folder, verify=False)
+    except EdgesafeError:
+        return False
+    return True
 
 
 def read_limits(obj: object, where: str) -> dict[str, float]:
@@ -284,7 +286,7 @@ def _write_files(
     split: str,
     limits: Mapping[str, float],
 ) -> None:
-    (root / IMAGES).mkdir()
+    (root / IMAGES).mkdir(parents=True)
     hashes = {}
     for relpath, image in images.items():
         if not _IMAGE_PATH.fullmatch(relpath):
@@ -307,25 +309,6 @@ def _write_files(
     sealed = seal(head)
     unseal(sealed, SUITE)
     (root / SUITE).write_bytes(sealed)
-
-
-def _replace_folder(new: Path, old: Path) -> None:
-    """Put a folder in the place of another, which is deleted only once the new one stands there."""
-    if not old.exists():
-        os.replace(new, old)
-        return
-    if exchange(new, old):
-        shutil.rmtree(new)
-        return
-    aside = old.with_name(old.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(old, aside)
-    try:
-        os.replace(new, old)
-    except BaseException:
-        os.replace(aside, old)
-        raise
-    shutil.rmtree(aside)
 
 
 def _damaged(file: Path, what: str) -> IntegrityError:

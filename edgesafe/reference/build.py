@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgesafe.format.files import check_target, work_folder
 from edgesafe.reference.recipe import Recipe, make_config
 from edgesafe.reference.tokenizer import write_processor
 from edgesafe.reference.tower import GRID, Numbers, Pixels, draw_pictures, normalise, train_tower
-from edgesafe.reference.training import Log, Optimizer, autocast
+from edgesafe.reference.training import LOG, Log, Optimizer, autocast
 from edgesafe.reference.world import sample
 
 Exchange = tuple[list[int], int]  # token ids of a request with its answer, and the position where the answer starts
@@ -124,11 +126,12 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(recipe.seed)
-    partial = out.with_name(out.name + ".partial")
+    out = check_target(out, known=(LOG,))
+    partial = work_folder(out)
     partial.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
     tower_done = partial.with_name(f"{out.name}.tower-{key}.safetensors")
-    log = Log(partial / "training.jsonl", say, keep=tower_done.exists())
+    log = Log(partial / LOG, say, keep=tower_done.exists())
     processor = write_processor(partial)
     model: Any = LlavaForConditionalGeneration(make_config(recipe, processor.tokenizer))
     model.set_attn_implementation("eager")  # on a CPU, the backward pass of sdpa takes twice as long at these sizes
@@ -149,7 +152,7 @@ def build(out: Path, recipe: Recipe, say: Callable[[str], None] = print) -> None
         save_file(tower.state_dict(), tower_done)
     train_language_side(model, processor, recipe, log)
     model.to(torch.float16).save_pretrained(partial)
-    partial.replace(out)
+    os.replace(partial, out)
     tower_done.unlink()
 
 

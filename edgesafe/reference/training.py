@@ -20,6 +20,9 @@ def autocast() -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast())
 
 
+LOG = "training.jsonl"
+
+
 class Log:
     """Training log: one JSON line an entry, to a file and (short) to a callback."""
 

@@ -22,24 +22,25 @@ from edgesafe.checkpoint.scan import scan_checkpoint
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import Bundle, file_specs, write_manifest
+from edgesafe.format.bundle import Bundle, file_specs, is_bundle, write_manifest
+from edgesafe.format.files import NEW, check_target, replacing
 from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity_model as parity
+from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
 from edgesafe_export.pieces import decoder_spec, join_decoder
-from edgesafe_export.place import check_target, replacing
 from edgesafe_export.placeholders import fill, with_weights
-from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, exit_graphs, make_plan
+from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.shared_cache import attend_whole
 from edgesafe_export.shared_weights import SharedWeights
 from edgesafe_export.skeleton import Sketch, open_sketch
-from edgesafe_export.stream import Made, by_exit, make_pieces, trace_pieces
+from edgesafe_export.stream import Made, by_exit, make_pieces, of_text, trace_pieces
 from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
 
 LAYOUTS = ("chain", "standalone")
@@ -104,7 +105,7 @@ def export_bundle(
     check_schemes(vision, text)
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}", where="--layout", expected=" or ".join(LAYOUTS), todo="choose one")
-    check_target(out)
+    check_target(out, "bundle", is_bundle, model=model_dir)
     suite = read_suite(suite_dir) if suite_dir else None
     folder, name = resolve_model(model_dir)
     sketch = open_sketch(folder)
@@ -114,7 +115,7 @@ def export_bundle(
     config = {"vision_scheme": vision, "text_scheme": text, "exits": list(ladder), "device_profile": profile}
     digest = scan_checkpoint(folder, sketch.stored)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
-    with replacing(out, key=_key(job)) as work:
+    with replacing(out, "bundle", is_bundle, key=_key(job), model=folder) as work:
         _write_checked(job, sketch, vision, text, work)
     return Bundle.open(out)
 
@@ -272,20 +273,20 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
                 why[scheme] = str(error)
                 continue
             found = _by_exit(job, measured)
-            shutil.rmtree(work / "bundle", ignore_errors=True)
-            write(job, work / "bundle", parts, schemes, {**found, **checked})
+            shutil.rmtree(work / NEW, ignore_errors=True)
+            write(job, work / NEW, parts, schemes, {**found, **checked})
             if not want:
-                manifest = Bundle.open(work / "bundle", verify=False).manifest
-                parity.check_inputs(job.family, load_tokenizer(work / "bundle" / manifest.tokenizer), manifest, rows)
+                manifest = Bundle.open(work / NEW, verify=False).manifest
+                parity.check_inputs(job.family, load_tokenizer(work / NEW / manifest.tokenizer), manifest, rows)
                 return
-            got = parity.answers(parity.open_session(work / "bundle"), rows, ANSWER_TOKENS, "quantized answers")
+            got = parity.answers(parity.open_session(work / NEW), rows, ANSWER_TOKENS, "quantized answers")
         share = parity.agreement(want, got)
         tried[scheme] = {str(d): round(v, 4) for d, v in share.items()}
         why[scheme] = parity.disagrees(share) or "taken"
         if why[scheme] == "taken":
-            shutil.rmtree(work / "bundle")
+            shutil.rmtree(work / NEW)
             said = {"answer_agreement": tried[scheme], "answers": len(rows), "schemes_tried": tried, "schemes_why": why}
-            write(job, work / "bundle", parts, schemes, {**found, **checked, **said})
+            write(job, work / NEW, parts, schemes, {**found, **checked, **said})
             return
     raise _changed_answers(vision, text, why)
 
@@ -303,10 +304,10 @@ def _check_whole(
 
 
 def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The largest errors of each exit's pieces."""
+    """The largest errors: of each exit's vision pieces, and of the text pieces that all exits share."""
     graphs = {spec.exit_depth: spec.graphs for spec in _exit_specs(job)}
-    kinds = {"float_relative": "float", "quantized_relative": "quantized"}
-    return {key: by_exit(measured, graphs, kind) for key, kind in kinds.items()}
+    exits = {f"{kind}_relative": by_exit(measured, graphs, kind) for kind in ("float", "quantized")}
+    return {**exits, **{f"text_{kind}_relative": of_text(measured, kind) for kind in ("float", "quantized")}}
 
 
 def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError:

@@ -5,33 +5,28 @@ Bytes are counted from the shapes; times come from the profile's figures, as the
 
 from __future__ import annotations
 
-import math
-import shutil
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from edgesafe import machine
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
-from edgesafe.format.exits import default_ladder, parse_exits, segments
+from edgesafe.format.exits import default_ladder, parse_exits
+from edgesafe.format.files import free_bytes, work_folder
 from edgesafe.format.manifest import GraphSpec
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
-from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe.runtime.forecast import graph_ms
-from edgesafe_export import graphs
-from edgesafe_export.modules import Whole
-from edgesafe_export.quantize import AUTO, EMBED_SCHEME
+from edgesafe_export.estimate import GIB, exit_graphs, export_bytes, graph_specs, matrix_bytes, run_bytes
+from edgesafe_export.quantize import AUTO
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
 from edgesafe_export.tolerances import WHOLE_WEIGHTS
 
-GIB = 2**30
 # What `parity.check` in the manifest says: that transformers' whole model was the judge, or torch piece by piece.
 WHOLE_MODEL, PIECES = "whole model", "pieces"
 # A graph beside its weights: nodes, names and shapes. Seen: 3 to 8 kB a vision segment, 14 kB a decoder layer.
@@ -156,124 +151,6 @@ def _exit(depth: int, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], ti
     return ExitPlan(depth, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
 
 
-def exit_graphs(ladder: tuple[int, ...], layout: str) -> dict[int, tuple[str, ...]]:
-    """The vision graphs of each exit, in order."""
-    if layout == "standalone":
-        return {depth: (graph_io.standalone_path(depth),) for depth in ladder}
-    chain = [graph_io.segment_path(a, b) for a, b in segments(ladder)]
-    return {depth: (*chain[: i + 1], graph_io.HEAD_PATH) for i, depth in enumerate(ladder)}
-
-
-def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
-    """Operations and weights' bytes of every graph, by its path; nothing is traced."""
-    family, specs = sketch.family, {}
-    if layout == "standalone":
-        for depth in ladder:
-            module = Whole(family.segment(0, depth), family.head())
-            specs[graph_io.standalone_path(depth)] = _spec(module, family.tokens, vision)
-    else:
-        for start, end in segments(ladder):
-            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.tokens, vision)
-        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.tokens, vision)
-    embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
-    specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
-    causal = family.decoder()
-    layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
-    config = family.text_config
-    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.head_dim
-    flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
-    specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
-    return specs
-
-
-def _spec(module: nn.Module, tokens: int, scheme: str) -> GraphSpec:
-    return GraphSpec((), (), graphs.flops(module, tokens), module_bytes(module, scheme))
-
-
-def module_bytes(module: nn.Module, scheme: str) -> int:
-    """A module's weights in a scheme: matrices as `edgesafe_export.quantize` stores them, all else in float32.
-
-    >>> module_bytes(nn.Linear(64, 10, bias=False), "int4-block32"), module_bytes(nn.Linear(64, 10), "int8-dynamic")
-    (410, 730)
-    """
-    total = 0
-    for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            if isinstance(part, nn.Linear) and name == "weight":
-                total += _matrix_bytes(part.in_features, part.out_features, scheme)
-            elif scheme == EMBED_SCHEME and weight.dim() == 2:
-                total += weight.numel() + 4 * len(weight)
-            else:
-                total += 4 * weight.numel()
-    return total
-
-
-def _matrix_bytes(rows: int, columns: int, scheme: str) -> int:
-    if scheme == "fp32":
-        return 4 * rows * columns
-    if scheme == "int8-dynamic":
-        return columns * (rows + 4 + 1)  # a scale and a zero point a column
-    bits, size = (int(n) for n in scheme.removeprefix("int").split("-block"))
-    blocks = math.ceil(rows / size)
-    return columns * (blocks * size * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
-
-
-def export_bytes(sketch: Sketch, whole: bool) -> float:
-    """Most memory of an exporting process.
-
-    Seen at most: what is imported; one tile in the tower; of the largest piece its weights in float32 `_COPIES` times (read, in
-    the graph, in the quantizer's copy) and its largest matrix `_MATRIX_COPIES` times more, while it is turned and cut into
-    blocks; of a model that is compared whole, transformers' model and the float graphs' own.
-    """
-    family = sketch.family
-    causal = family.decoder()
-    parts = [causal.model.layers[0], causal.lm_head, family.embed_tokens(), family.head(), family.segment(0, 1)]
-    piece = max(4 * (_COPIES * _count(part) + _MATRIX_COPIES * _largest(part)) for part in parts)
-    return _IMPORTED + looking_bytes(sketch, 1) + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
-
-
-_IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
-
-
-def looking_bytes(sketch: Sketch, tiles: int) -> float:
-    """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what a block works with."""
-    family, vision = sketch.family, sketch.family.model.config.vision_config
-    states = family.tokens * family.vision_width
-    scores = vision.num_attention_heads * family.tokens**2
-    work = scores + family.tokens * 2 * vision.intermediate_size + 4 * states
-    return 4 * (tiles * (3 * family.image_size**2 + 2 * states) + work)
-
-
-def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: int, tokens: int) -> float:
-    """Memory of a process that answers: what is imported, the weights, the picture, the cache of a prompt and an answer.
-
-    onnxruntime packs weights for its kernels when it opens a graph and then lets the read ones go: of weights in blocks the
-    packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
-    """
-    config = sketch.family.text_config
-    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.head_dim * (tokens + 64)
-    states = 4 * min(tokens, PART_TOKENS) * (4 * config.intermediate_size + 6 * config.hidden_size)
-    causal = sketch.family.decoder()
-    matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
-    packed = 8 * matrices / int(text.partition("-block")[2]) if "-block" in text else 0
-    texts = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
-    tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in texts)
-    weights = sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower
-    # The picture is let go before the prompt is read.
-    return _STARTED + weights + cache + max(states, looking_bytes(sketch, tiles))
-
-
-_STARTED = 0.1 * GIB
-
-
-def _count(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def _largest(module: nn.Module) -> int:
-    return max((weight.numel() for weight in module.parameters()), default=0)
-
-
 def _sum(times: Iterable[float | None]) -> float | None:
     known = list(times)
     return None if None in known else round(sum(t for t in known if t is not None), 1)
@@ -311,7 +188,7 @@ def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:
     """Smaller models and the time to their first token by the same arithmetic, in the schemes that are tried first."""
     for name, (encoder, positions, decoder, tokens) in SMALLER.items():
         tower = GraphSpec((), (), int(2 * encoder * positions), int(encoder))
-        text = GraphSpec((), (), int(2 * decoder), int(decoder * _matrix_bytes(1024, 1, AUTO[0]) / 1024))
+        text = GraphSpec((), (), int(2 * decoder), int(decoder * matrix_bytes(1024, 1, AUTO[0]) / 1024))
         total = _sum([graph_ms(tower, device, "int8-dynamic", 1), graph_ms(text, device, AUTO[0], tokens)])
         if total is not None:
             yield name, total
@@ -323,16 +200,13 @@ def check_room(plan: Plan, out: Path) -> None:
     Raises:
         InputError: too little of either; it names what is needed and what is free.
     """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    started = out.with_name(out.name + ".partial")  # what a stopped export left counts as there
-    held = sum(path.stat().st_size for path in started.rglob("*") if path.is_file()) / GIB
-    free = shutil.disk_usage(place).free / GIB
+    work = work_folder(Path(os.path.realpath(out)))
+    held = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) / GIB  # what a stopped export left
+    free = free_bytes(work) / GIB
     if plan.disk_gib - held > free:
         raise InputError(
             f"the export needs {plan.disk_gib - held:.1f} GiB on the disk, {free:.1f} GiB are free",
-            where=str(place),
+            where=str(work),
             expected="room for the pieces and the bundle",
             todo="make room, or name an --out on another disk",
         )

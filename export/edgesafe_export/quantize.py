@@ -10,11 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgesafe.device import TEXT_SCHEMES, VISION_SCHEMES
 from edgesafe.errors import ConfigError, ExportError
 from edgesafe_export.graphs import quiet
 
-VISION_SCHEMES = ("int8-dynamic", "fp32")
-TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 # What "auto" tries, from coarse to fine.
 AUTO = ("int4-block128", "int4-block32", "int8-block32")
 EMBED_SCHEME = "int8-rows"
@@ -25,7 +24,7 @@ def check_schemes(vision: str, text: str) -> None:
     """Refuse unknown schemes.
 
     Raises:
-        ConfigError: a scheme that is not one of the lists above.
+        ConfigError: a scheme that is not one of `edgesafe.device`'s lists.
     """
     for what, scheme, known in (("vision", vision, VISION_SCHEMES), ("text", text, TEXT_SCHEMES)):
         if scheme not in known:
@@ -37,28 +36,33 @@ def check_schemes(vision: str, text: str) -> None:
             )
 
 
-def quantize(model: onnx.ModelProto, scheme: str) -> onnx.ModelProto:
+def quantize(model: onnx.ModelProto, scheme: str, folder: Path | None = None) -> onnx.ModelProto:
     """A graph's MatMul weights in a scheme; activations stay float32 outside the integer products.
 
     int8-dynamic: weights int8 a column, activations uint8 with a scale taken at run time.
     int4-block32, int8-block32 and so on: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products). Larger blocks
     are faster and coarser.
     int8-rows: an embedding table, int8 with one scale a row.
+
+    Args:
+        model: the graph.
+        scheme: one of the above, or fp32.
+        folder: where files lie meanwhile, on a disk with room; default: the system's folder for such files.
     """
     if scheme == "fp32":
         return model
     if scheme == "int8-dynamic":
-        return _int8_dynamic(model)
+        return _int8_dynamic(model, folder)
     if scheme == EMBED_SCHEME:
         return _int8_rows(model)
     bits, block_size = scheme.removeprefix("int").split("-block")
     return blocks(model, bits=int(bits), block_size=int(block_size))
 
 
-def _int8_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+def _int8_dynamic(model: onnx.ModelProto, within: Path | None) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=within) as folder:
         source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         onnx.save(model, source)
         with quiet():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import tomllib
 
@@ -9,6 +10,7 @@ import pytest
 
 from edgesafe.device import FIGURES, devices_folder, list_devices, load_device
 from edgesafe.errors import ConfigError
+from edgesafe.format.seal import seal
 
 GOOD = """
 title = "a device"
@@ -29,8 +31,6 @@ def test_the_profiles_that_the_issue_asks_for():
     profiles = {p.name: p for p in list_devices()}
     assert {"rpi5", "host"} <= set(profiles)
     assert {"phone", "car"} <= {p.kind for p in profiles.values()}
-    for profile in profiles.values():
-        assert (profile.vision_scheme, profile.text_scheme) == ("int8-dynamic", "int4-block128")
     assert (profiles["rpi5"].threads, profiles["rpi5"].ttft_budget_ms) == (4, 10_000)
     assert profiles["sa8295p"].hard_ttft_ms == 2000
 
@@ -110,3 +110,17 @@ def test_an_unknown_device_suggests_the_nearest(tmp_path):
     # A name is a name, never a way out of the devices folder.
     with pytest.raises(ConfigError, match="unknown device"):
         load_device("../devices/rpi5")
+
+
+@pytest.mark.parametrize(("key", "scheme"), [("vision_scheme", "int8-static"), ("text_scheme", "int8-dynamic")])
+def test_a_scheme_that_is_never_made_is_refused_when_the_profile_is_read(tmp_path, key, scheme):
+    path = tmp_path / "mine.toml"
+    path.write_text("".join(line if not line.startswith(key) else f'{key} = "{scheme}"\n' for line in GOOD.splitlines(True)))
+    with pytest.raises(ConfigError, match="auto" if key == "text_scheme" else "int8-dynamic"):
+        load_device(path)
+
+
+def test_a_profile_whose_file_name_is_not_utf8_has_a_name_that_a_manifest_can_hold(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.toml")
+    path.write_text(GOOD)
+    assert seal({"device": load_device(path).name}) == seal({"device": "caf\ufffd"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,10 @@ def test_pictures_are_opened_one_at_a_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(external, "open_picture", lambda source: opened.append(source) or open_picture(source))
     import_suite(folder, tmp_path / "out")
     assert sorted(path.name for path in opened) == ["cup.jpg", "pen.png"]  # once each, by the writer
+
+
+def test_a_table_whose_name_is_not_utf8_becomes_a_suite(tmp_path):
+    table = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    table.write_text("goal,target\nhow to pick a lock,Sure\n")
+    done = import_suite(table, tmp_path / os.fsdecode(b"out\xe9"))
+    assert "caf\ufffd.csv" in read_suite(done.suite.root).name

@@ -19,7 +19,7 @@ from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ConfigError, InputError, ParityError
 from edgesafe.format.bundle import Bundle
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, place
+from edgesafe_export import export_bundle
 from edgesafe_export import parity_model as parity
 from edgesafe_export.export import write
 from edgesafe_export.quantize import quantize
@@ -189,42 +189,3 @@ def test_a_stopped_export_leaves_the_older_bundle_untouched(
     assert Bundle.open(out).digest == before
     # What was finished is kept for the next try; nothing reads it as a bundle.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "bundle.partial"]
-
-
-def _fake(folder: Path, text: str) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(text)
-    return folder
-
-
-def test_a_failed_exchange_puts_the_older_bundle_back(tmp_path, monkeypatch):
-    out, real = _fake(tmp_path / "b", "old"), place.os.replace
-
-    def fail(source, target):
-        if Path(source).name == "bundle":
-            raise OSError(errno.EIO, "the disk gave up")
-        real(source, target)
-
-    monkeypatch.setattr(place, "exchange", lambda new, out: False)
-    monkeypatch.setattr(place.os, "replace", fail)
-    with pytest.raises(OSError, match="gave up"), place.replacing(out) as work:
-        _fake(work / "bundle", "new")
-    assert (out / "manifest.json").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
-def test_a_power_cut_in_the_exchange_loses_nothing(tmp_path):
-    # Between the two renames the older bundle is at b.old; the next export, even one that fails, puts it back.
-    _fake(tmp_path / "b.old", "old")
-    with pytest.raises(RuntimeError), place.replacing(tmp_path / "b"):
-        raise RuntimeError
-    assert (tmp_path / "b" / "manifest.json").read_text() == "old"
-
-
-def test_leftovers_of_a_killed_export_are_cleared(tmp_path):
-    _fake(tmp_path / "b.partial" / "bundle", "half")
-    with place.replacing(tmp_path / "b") as work:
-        assert list(work.iterdir()) == []
-        _fake(work / "bundle", "new")
-    assert (tmp_path / "b" / "manifest.json").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from killed import killed_at_every_step
 
-from edgesafe.format.bundle import Bundle
-from edgesafe_export import place
+from edgesafe.format import files
+from edgesafe.format.bundle import Bundle, is_bundle
+from edgesafe.format.files import KEY, NEW, replacing
 from handmade import make_bundle
 
 
@@ -25,8 +26,8 @@ def export(tmp_path):
         shutil.copytree(old.root, out)
 
     def write():
-        with place.replacing(out) as folder:
-            shutil.copytree(new.root, folder / "bundle")
+        with replacing(out, "bundle", is_bundle) as folder:
+            shutil.copytree(new.root, folder / NEW)
 
     def which():
         return {old.digest: "old", new.digest: "new"}[Bundle.open(out).digest]
@@ -40,7 +41,7 @@ def test_a_bundle_is_old_until_it_is_new(export):
 
 
 def test_that_check_fails_where_the_exchange_is_two_renames(export, monkeypatch):
-    monkeypatch.setattr(place, "exchange", lambda new, out: False)
+    monkeypatch.setattr(files, "exchange", lambda new, out: False)
     with pytest.raises(Exception, match="is not a folder"):
         killed_at_every_step(*export)
 
@@ -49,6 +50,7 @@ def test_after_a_kill_the_next_export_starts_afresh(export):
     work, write, lay, which = export
     lay()
     (work / "bundle.partial").mkdir()
-    (work / "bundle.partial" / "half").write_text("x")
+    for name in (KEY, "half"):
+        (work / "bundle.partial" / name).write_text("x")
     write()
     assert which() == "new" and [path.name for path in work.iterdir()] == ["bundle"]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_checkpoint import find_config, make_checkpoint
 
 from edgesafe.cli import main
 from edgesafe.device import load_device
+from edgesafe.errors import InputError
 from edgesafe_export import export as export_module
-from edgesafe_export.plan import _smaller, choose_ladder, describe, graph_specs, make_plan
+from edgesafe_export.estimate import graph_specs
+from edgesafe_export.plan import _smaller, check_room, choose_ladder, describe, make_plan
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.stream import scheme_of
@@ -114,3 +119,14 @@ def test_a_small_model_fits_its_budget_and_is_compared_whole(trained_job):
 def test_a_profile_without_figures_predicts_no_time(trained_job):
     plan = _plan(trained_job.model_dir, load_device("host"))
     assert plan.fits is None and all(e.ttft_ms is None for e in plan.exits) and "lacks a figure" in plan.notes[0]
+
+
+def test_room_is_asked_of_the_disk_that_is_written_to(trained_job, tmp_path, monkeypatch):
+    plan = replace(_plan(trained_job.model_dir), disk_gib=1.0, export_gib=0.0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "full" / "bundle")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**29 if "full" in str(path) else 2**40))
+    check_room(plan, tmp_path / "new" / "bundle")
+    for out in (tmp_path / "link", tmp_path / "full" / "new" / "bundle"):
+        with pytest.raises(InputError, match="needs 1.0 GiB on the disk, 0.5 GiB are free"):
+            check_room(plan, out)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from edgesafe.device import TEXT_SCHEMES, VISION_SCHEMES
 from edgesafe.errors import ConfigError, ExportError
 from edgesafe.format import graph_io
-from edgesafe_export.quantize import EMBED_SCHEME, check_schemes, quantize
+from edgesafe_export.quantize import AUTO, EMBED_SCHEME, check_schemes, quantize
 
 SECOND = graph_io.segment_path(1, 2)
 
@@ -100,3 +101,11 @@ def test_unknown_schemes_are_refused():
         check_schemes("int3", "fp32")
     with pytest.raises(ConfigError, match="int8-dynamic"):
         check_schemes("fp32", "int8-dynamic")
+
+
+@pytest.mark.parametrize(("path", "schemes"), [(SECOND, VISION_SCHEMES), (graph_io.DECODER_PATH, TEXT_SCHEMES)])
+def test_every_scheme_that_a_profile_may_name_is_made(parts, path, schemes):
+    # By the bytes of what comes out: no two schemes are the same thing, and none is left undone.
+    made = {scheme: quantize(parts[path][0], scheme).ByteSize() for scheme in schemes if scheme != "auto"}
+    assert len(set(made.values())) == len(made) and max(made, key=made.get) == "fp32"
+    assert set(AUTO) <= set(TEXT_SCHEMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,10 @@ def test_a_large_model_is_compared_by_its_pieces_and_says_so(sharded, deep, tmp_
     parity_ = large.manifest.parity
     assert parity_["check"] == "pieces"
     assert set(parity_["float_relative"]) == {"1", "3"} and max(parity_["float_relative"].values()) < 1e-5
+    # int4 text is far coarser than int8 vision: a figure of the vision side that holds the text's would be as large.
+    assert set(parity_["quantized_relative"]) == {"1", "3"}
+    assert 0 < parity_["quantized_relative"]["1"] <= parity_["quantized_relative"]["3"] < parity_["text_quantized_relative"] / 2
+    assert 0 < parity_["text_float_relative"] < 1e-5
     assert (large.root / "text/decoder_model_merged.onnx.data").stat().st_size > 100_000
     assert large.graph_path(graph_io.DECODER_PATH).stat().st_size < 100_000
     spec = large.manifest.graphs[graph_io.DECODER_PATH]
@@ -418,7 +423,7 @@ def test_no_room_on_the_disk_and_no_memory(sharded, tmp_path, monkeypatch):
 
     usage = type("U", (), {"free": 1000})()
     with monkeypatch.context() as patch:
-        patch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
         _refused(sharded, tmp_path / "out", "needs .* GiB on the disk, 0.0 GiB are free")
     monkeypatch.setattr(plan.machine, "free_mib", lambda: 100.0)
     _refused(sharded, tmp_path / "out", "needs about .* GiB of memory, 0.1 GiB are free")

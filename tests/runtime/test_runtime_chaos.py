@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import chaos
@@ -10,7 +11,6 @@ import pytest
 from killed import killed_at_every_step
 
 from edgesafe.format import files as files_module
-from edgesafe.format import suite as suite_module
 from edgesafe.format.bundle import LATENCY, Bundle
 from edgesafe.format.files import exchange, write_atomically
 from edgesafe.format.seal import seal, unseal
@@ -50,8 +50,8 @@ def folders(tmp_path):
     kept, out = chaos.small_suite(tmp_path / "kept", "older"), tmp_path / "out"
 
     def lay():
-        suite_module.shutil.rmtree(out, ignore_errors=True)
-        suite_module.shutil.copytree(kept, out)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(kept, out)
 
     def which():
         return {"older": "old", "newer": "new"}[read_suite(out).name]
@@ -65,7 +65,7 @@ def test_a_folder_is_old_until_it_is_new(folders):
 
 
 def test_that_check_fails_where_the_exchange_is_two_renames(folders, monkeypatch):
-    monkeypatch.setattr(suite_module, "exchange", lambda new, old: False)
+    monkeypatch.setattr(files_module, "exchange", lambda new, old: False)
     with pytest.raises(Exception, match="is not a suite"):
         killed_at_every_step(*folders)
 

@@ -1,56 +1,268 @@
-"""The step folders of `edgesafe ship`: run once, never over somebody else's folder, nothing lost on failure."""
+"""The steps of `edgesafe ship`: shared by devices, made once, never over somebody else's folder, nothing lost on failure."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgesafe.errors import InputError
-from edgesafe.ship import _Steps, digest_world
+import edgesafe.ship as ship_module
+from edgesafe.align.config import default_config, read_config
+from edgesafe.cli import main
+from edgesafe.device import load_device
+from edgesafe.errors import ConfigError, InputError
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.certificate import write_certificate
+from edgesafe.ship import align_inputs, digest_world, make_step, ship
+from handmade import make_bundle, make_certificate
+
+SHARED = {"data", "suite", "before", "aligned", "after"}
 
 
 def _write(text: str):
-    def work(folder: Path) -> None:
+    def make(folder: Path) -> None:
         folder.mkdir()
         (folder / "f").write_text(text)
 
-    return work
+    return make
 
 
 def _fail(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_same_inputs_are_not_run_again(tmp_path):
-    _Steps(tmp_path).do("data", [1], _write("first"), "t")
-    assert (_Steps(tmp_path).do("data", [1], _fail, "t") / "f").read_text() == "first"
-    assert (_Steps(tmp_path).do("data", [2], _write("second"), "t") / "f").read_text() == "second"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "steps.json"]
+def test_the_same_inputs_are_not_run_again_and_others_lie_beside_them(tmp_path):
+    first = make_step(tmp_path, "data", [1], _write("first"), "t")
+    assert make_step(tmp_path, "data", [1], _fail, "t") == first and first.name == "data"
+    second = make_step(tmp_path, "data", [2], _write("second"), "t")
+    assert ((first / "f").read_text(), (second / "f").read_text()) == ("first", "second")
+    assert make_step(tmp_path, "suite", [1], _write("third"), "t") != first
+    assert json.loads((first.parent / "inputs.json").read_text())["inputs"] == [1]
 
 
-def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match="not made by this command"):
-        _Steps(tmp_path).do("data", [1], _write("x"), "t")
-    assert (tmp_path / "data" / "thesis.txt").read_text() == "years"
-
-
-def test_a_failed_step_puts_the_older_folder_back(tmp_path):
-    _Steps(tmp_path).do("data", [1], _write("first"), "t")
+def test_a_failed_step_is_made_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        _Steps(tmp_path).do("data", [2], _fail, "t")
-    assert (tmp_path / "data" / "f").read_text() == "first"
-    assert not (tmp_path / "data.old").exists()
+        make_step(tmp_path, "data", [1], _fail, "t")
+    assert (make_step(tmp_path, "data", [1], _write("whole"), "t") / "f").read_text() == "whole"
+
+
+def test_two_runs_that_want_a_step_at_once_make_it_once(tmp_path):
+    log = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def slow(folder: Path) -> None:
+        os.write(log, b"made\n")
+        time.sleep(0.3)
+        folder.mkdir()
+        (folder / "f").write_text("whole")
+
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                ok = (make_step(tmp_path / "work", "aligned", [1], slow, "t") / "f").read_text() == "whole"
+            except BaseException:
+                ok = False
+            os._exit(0 if ok else 1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert (tmp_path / "log").read_text() == "made\n"
 
 
 def test_rows_that_an_older_world_drew_are_drawn_again(tmp_path):
     code = tmp_path / "reference"
     code.mkdir()
     (code / "draw.py").write_text("noise = 8")
-    _Steps(tmp_path).do("data", [digest_world(code)], _write("old world"), "t")
+    old = make_step(tmp_path, "data", [digest_world(code)], _write("old world"), "t")
     (code / "notes.txt").write_text("not code")
-    assert (_Steps(tmp_path).do("data", [digest_world(code)], _fail, "t") / "f").read_text() == "old world"
+    assert make_step(tmp_path, "data", [digest_world(code)], _fail, "t") == old
     (code / "draw.py").write_text("noise = 6")
-    assert (_Steps(tmp_path).do("data", [digest_world(code)], _write("new world"), "t") / "f").read_text() == "new world"
+    assert (make_step(tmp_path, "data", [digest_world(code)], _write("new world"), "t") / "f").read_text() == "new world"
+
+
+def test_a_folder_that_the_settings_name_counts_by_its_contents(tmp_path):
+    for name in ("rows", "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text("x")
+    settings = read_config(default_config(), data=str(tmp_path / "rows"))
+    settings = replace(settings, reward=replace(settings.reward, model=str(tmp_path / "reward")))
+    before = align_inputs(settings)
+    assert align_inputs(settings) == before and str(tmp_path) not in json.dumps(before)
+    for name in ("rows", "reward"):
+        (tmp_path / name / "f").write_text("y")
+        assert align_inputs(settings) != before
+        (tmp_path / name / "f").write_text("x")
+    assert align_inputs(replace(settings, seed=99)) != before == align_inputs(settings)
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch) -> Counter:
+    """How often each step ran; the steps write what the next ones read, without their work."""
+    done: Counter = Counter()
+    made = make_bundle(tmp_path / "kept" / "bundle", certified=None)
+
+    def step(module: str, name: str, label, files) -> None:
+        def run(*words, **options):
+            out = next(word for word in words if isinstance(word, Path) and not word.exists())
+            done[label(words, options) if callable(label) else label] += 1
+            out.mkdir(parents=True)
+            for file, text in files(words).items():
+                (out / file).write_text(text)
+
+        monkeypatch.setattr(f"{module}.{name}", run)
+
+    step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows": "1"})
+    step("edgesafe.reference.data", "write_split", "suite", lambda words: {"rows": "2"})
+    step("edgesafe.evaluate.evaluate", "evaluate", lambda w, o: "after" if "before" in o else "before", lambda words: {})
+    step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
+
+    def export_bundle(model, out, device, suite_dir):
+        done["bundle"] += 1
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(made.root, out)
+        return Bundle.open(out)
+
+    def certify(folder, answers):
+        bundle = Bundle.open(folder)
+        answers.write_text("answers")
+        write_certificate(bundle, certificate := make_certificate(bundle, (1, 2)))
+        return certificate
+
+    monkeypatch.setattr("edgesafe_export.export_bundle", export_bundle)
+    monkeypatch.setattr("edgesafe.certify.certify.certify", certify)
+    # The bundle made by hand has no parity figures to report.
+    monkeypatch.setattr(ship_module, "_report", lambda bundle, *_: {"bundle": str(bundle.root), "certified": [1, 2]})
+    monkeypatch.setattr(ship_module, "closing_table", lambda report: "table")
+    return done
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "f").write_text("weights")
+    return folder
+
+
+def _ran(calls: Counter) -> set[str]:
+    ran = set(calls)
+    assert set(calls.values()) <= {1}
+    calls.clear()
+    return ran
+
+
+def test_a_second_device_shares_all_but_the_bundle(tmp_path, calls, model):
+    first = ship(model, load_device("rpi5"), tmp_path / "build" / "rpi5")
+    assert _ran(calls) == SHARED | {"bundle"}
+    second = ship(model, load_device("pixel9"), tmp_path / "build" / "pixel9")
+    assert _ran(calls) == {"bundle"} and first["folders"] == second["folders"] and set(first["folders"]) == SHARED
+    assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["pixel9", "rpi5", "shared"]
+    assert sorted(p.name for p in (tmp_path / "build" / "rpi5").iterdir()) == ["bundle", "certified.jsonl", "steps.json"]
+    ship(model, load_device("pixel9"), tmp_path / "build" / "pixel9")
+    assert _ran(calls) == set()
+
+
+def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model):
+    rpi5, out, work = load_device("rpi5"), tmp_path / "out", tmp_path / "work"
+    first = ship(model, rpi5, out, work=work)
+    _ran(calls)
+    (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
+    ship(model, rpi5, out, work=work, config=tmp_path / "own.toml")
+    assert _ran(calls) == {"aligned", "after", "bundle"}
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "f").write_text("mine")
+    ship(model, rpi5, out, work=work, data=tmp_path / "rows")
+    assert _ran(calls) == {"aligned", "after", "bundle"}
+    ship(model, rpi5, out, work=work, suite=tmp_path / "rows")
+    assert _ran(calls) == {"before", "after", "bundle"}
+    (model / "f").write_text("other weights")
+    ship(model, rpi5, out, work=work)
+    assert _ran(calls) == {"before", "aligned", "after", "bundle"}
+    (model / "f").write_text("weights")
+    again = ship(model, rpi5, out, work=work)
+    assert _ran(calls) == {"bundle"} and again["folders"] == first["folders"]
+    assert all(Path(folder).is_dir() for folder in again["folders"].values())
+
+
+def test_folders_of_an_earlier_version_are_kept(tmp_path, calls, model):
+    out = tmp_path / "build" / "rpi5"
+    for name in ("aligned", "after"):
+        (out / name).mkdir(parents=True)
+        (out / name / "f").write_text("dear")
+    make_bundle(out / "bundle", certified=None, seed=3)
+    (out / "steps.json").write_text(json.dumps({"aligned": "x", "bundle": "y"}))
+    ship(model, load_device("rpi5"), out)
+    assert (out / "aligned" / "f").read_text() == (out / "after" / "f").read_text() == "dear"
+
+
+def test_what_can_not_be_written_is_refused_before_any_work(tmp_path, calls, model):
+    rpi5 = load_device("rpi5")
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "a" / "bundle").mkdir(parents=True)
+    (tmp_path / "a" / "bundle" / "thesis").write_text("years")
+    (tmp_path / "b" / "certified.jsonl").mkdir(parents=True)
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    for out, shown in (
+        (tmp_path / "file" / "out", "Not a directory"),
+        (tmp_path / "a", "is no bundle"),
+        (tmp_path / "b", "a folder is where the file should be"),
+        (model / "out", "lie in each other"),
+        (latin, "not UTF-8"),
+    ):
+        with pytest.raises((InputError, ConfigError), match=shown):
+            ship(model, rpi5, out)
+    with pytest.raises(InputError, match="lies in the model"):
+        ship(model, rpi5, tmp_path / "out", work=model / "work")
+    (latin / "model").mkdir(parents=True)
+    (latin / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="not UTF-8"):
+        ship(latin / "model", rpi5, tmp_path / "out")
+    assert not calls and (tmp_path / "a" / "bundle" / "thesis").read_text() == "years"
+
+
+def test_a_bundle_that_ship_did_not_make_is_kept(tmp_path, calls, model):
+    other = make_bundle(tmp_path / "out" / "bundle", seed=5)
+    with pytest.raises(InputError, match="not made by this command"):
+        ship(model, load_device("rpi5"), tmp_path / "out")
+    assert Bundle.open(tmp_path / "out" / "bundle").digest == other.digest
+
+
+def test_the_command_takes_the_work_folder(tmp_path, calls, model, capsys):
+    words = ["ship", str(model), "--device", "rpi5", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "w"), "--json"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {Path(folder).parents[1] for folder in report["folders"].values()} == {tmp_path / "w"}
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_an_alignment_that_was_cut_off_resumes(tmp_path, tiny_llava, rows, monkeypatch):
+    from edgesafe.align import train as train_module
+
+    (tmp_path / "c.toml").write_text('method = "l-sft"\nsteps = 4\ncheckpoint_every = 2\nbatch_size = 2\nreference_rows = 1\n')
+    settings = read_config(tmp_path / "c.toml", data=str(rows))
+    real, ran = train_module._update, []
+
+    def update(t, features, depth, drawn, number):
+        if number == 3 and 3 not in ran and len(ran) == 3:
+            ran.append(3)
+            raise KeyboardInterrupt
+        ran.append(number)
+        return real(t, features, depth, drawn, number)
+
+    monkeypatch.setattr(train_module, "_update", update)
+
+    def make() -> Path:
+        key = align_inputs(settings)
+        return make_step(tmp_path / "w", "aligned", [key], lambda o: ship_module._align(tiny_llava, settings, o), "align")
+
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    out = make()
+    assert ran == [0, 1, 2, 3, 2, 3] and (out / "model.safetensors").is_file()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4

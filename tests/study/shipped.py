@@ -44,7 +44,7 @@ def import_export(ship: Path, raw: Path) -> Path:
     kept["limits"] = dict(suite.limits)
     kept["exits"] = [{key: e[key] for key in ("exit_depth", "bytes", "parity", "agreement")} for e in report["exits"]]
     said = {
-        BEFORE: _read_lines(ship / BEFORE / "answers.jsonl", "make export, into a new OUT"),
+        BEFORE: _read_lines(Path(report["folders"][BEFORE]) / "answers.jsonl", "make export"),
         AFTER: _read_lines(ship / CERTIFIED, f"edgesafe certify {bundle.root} --answers {ship / CERTIFIED}"),
     }
     table = closing_table(_closing(kept, suite.rows, {name: _in_order(suite, texts) for name, texts in said.items()}))

@@ -171,12 +171,12 @@ def shipped(tiny_llava, suite, tmp_path_factory) -> Path:
     from edgesafe_export import export_bundle
 
     out = tmp_path_factory.mktemp("shipped") / "out"
-    before = evaluate(tiny_llava, suite, out / "before") and out / "before"
+    evaluate(tiny_llava, suite, before := out.with_name("shared") / "before")
     export_bundle(tiny_llava, out / "bundle", load_device("host"), vision_scheme="fp32", text_scheme="fp32", suite_dir=suite)
     certify(out / "bundle", progress=False, answers=out / shipping.CERTIFIED)
     bundle = Bundle.open(out / "bundle")
     report = shipping._report(bundle, read_certificate(bundle), before, before)
-    (out / "report.json").write_text(json.dumps(report))
+    (out / "report.json").write_text(json.dumps({**report, "folders": {"before": str(before)}}))
     (out / "table.txt").write_text(shipping.closing_table(report) + "\n")
     return out
 

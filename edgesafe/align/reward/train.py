@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from edgesafe.align.reward.settings import RewardTraining, check
 from edgesafe.certify.stats import wilson
 from edgesafe.checkpoint.text_models import content_id, context_length, display_name, read_errors
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.files import sha256_file, write_atomically
+from edgesafe.format.files import check_target, sha256_file, work_folder, write_atomically
 from edgesafe.progress import bar
 
 BEST = "best.pt"
@@ -125,9 +126,8 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
         InputError: `out` exists, or the pairs can't be used.
         DivergedError: a loss or gradient that is not finite; the last checkpoint stays in `<out>.partial`.
     """
-    if out.exists():
-        raise InputError("the output exists already", where=str(out), expected="a new folder", todo="name another --out")
-    partial = out.with_name(out.name + ".partial")
+    place = check_target(out, model=base, known=files.WORK)
+    partial = work_folder(place)
     run = prepare(base, data, config)
     if not resume and partial.exists():
         if done := files.done_updates(partial):
@@ -137,7 +137,7 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
     partial.mkdir(parents=True, exist_ok=True)
     train(run, partial, start)
     record = write(run, partial)
-    partial.replace(out)
+    os.replace(partial, place)
     return record
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edgesafe.align.config import RewardConfig
 from edgesafe.format.suite import Row
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
@@ -71,16 +70,3 @@ class TargetReward:
             1 - (1 - word_f1(answer, row.target)) * (1 + weight.get(row.cls, self.helpfulness))
             for row, answer in zip(rows, answers, strict=True)
         ]
-
-
-def open_reward(config: RewardConfig) -> Reward:
-    """The reward that a config asks for.
-
-    Raises:
-        ConfigError: the reward model can't be loaded.
-    """
-    if not config.model:
-        return TargetReward(config.harmlessness, config.helpfulness)
-    from edgesafe.align.reward.model import open_model_reward
-
-    return open_model_reward(config.model, harmlessness=config.harmlessness, helpfulness=config.helpfulness)

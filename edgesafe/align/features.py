@@ -49,7 +49,7 @@ def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, froze
 def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
-    state = llava.patches * config.vision_config.hidden_size
+    state: int = llava.patches * config.vision_config.hidden_size
     values = sum(len(depths) * state for depths in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)

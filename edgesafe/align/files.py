@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,15 @@ CHECKPOINT, METRICS, RECORD = "checkpoint.pt", "metrics.jsonl", "edgesafe.json"
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
 
+def start_over(partial: Path) -> None:
+    """A new folder for a run to write to; what an interrupted run left there goes, with a word about it."""
+    if partial.exists():
+        if done := done_updates(partial):
+            print(f"  starting over; --resume would continue after update {done}", file=sys.stderr, flush=True)
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
 def save_checkpoint(
     folder: Path,
     done: int,
@@ -38,7 +48,7 @@ def save_checkpoint(
     """Write what is trained, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
 
     identity: what the run is made from (config, digests); a run with another one can't resume from it.
-    extra: whatever else the run needs to go on: figures, texts, lists, tensors. main: whether this process writes; with
+    extra: whatever else the run needs to resume: figures, texts, lists, tensors. main: whether this process writes; with
         weights that FSDP has dealt out all of them have to call this.
     """
     state = {
@@ -84,7 +94,7 @@ def done_updates(folder: Path) -> int:
     """Updates behind the checkpoint in a folder, 0 where there is none that can be read."""
     try:
         return int(torch.load(folder / CHECKPOINT, weights_only=True)["done"])
-    except Exception:  # as in load_checkpoint; the figure is only for what a person is told, and must not stop a new run
+    except Exception:  # as in load_checkpoint; the figure is only for a message, and must not stop a new run
         return 0
 
 
@@ -173,7 +183,7 @@ def write_model(
 
 @contextlib.contextmanager
 def disk_full_is_oserror(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; the command line knows what to say to an OSError."""
+    """safetensors reports a full disk as an error of its own; the command line explains an OSError."""
     from safetensors import SafetensorError
 
     try:

@@ -66,7 +66,7 @@ def draw_rows(seed: int, rows: int, count: int, number: int) -> list[int]:
     >>> sorted(draw_rows(0, 4, 2, 0) + draw_rows(0, 4, 2, 1))
     [0, 1, 2, 3]
     """
-    first, picked = number * count, []
+    first, picked = number * count, list[int]()
     while len(picked) < count:
         epoch, start = divmod(first + len(picked), rows)
         order = np.random.default_rng([seed, 2, epoch]).permutation(rows)

@@ -8,8 +8,6 @@ Frozen: vision tower and projector. Trained: LoRA factors on the language model,
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +52,8 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
     partial = out.with_name(out.name + ".partial")
     t = prepare(model_dir, config)
     main = t.accelerator.is_main_process
-    if main:
-        _open_partial(partial, resume=resume)
+    if main and not resume:
+        files.start_over(partial)
     t.accelerator.wait_for_everyone()
     start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state, main=main) if resume else 0
     train(t, partial, start)
@@ -67,15 +65,6 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         partial.replace(out)
     t.accelerator.wait_for_everyone()
     return out
-
-
-def _open_partial(partial: Path, *, resume: bool) -> None:
-    """The folder that the run writes to; what an earlier run left there goes, unless it is resumed."""
-    if not resume and partial.exists():
-        if done := files.done_updates(partial):
-            print(f"  starting over; --resume would continue after update {done}", file=sys.stderr, flush=True)
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
 
 
 def _merged(t: Trainer) -> tuple[Any, dict[str, torch.Tensor] | None]:

@@ -137,7 +137,9 @@ class Trainer:
     def score(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> list[float]:
         """The reward of an answer (its ids) to each example's request."""
         assert self.reward is not None, f"{self.objective.name} does not say needs_reward"
-        return self.reward([e.row for e in examples], [decode(self.llava, ids) for ids in answers])
+        rows = [e.row for e in examples if e.row is not None]
+        assert len(rows) == len(examples), "an example without its row can't be scored"
+        return self.reward(rows, [decode(self.llava, ids) for ids in answers])
 
     def forward(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The policy's logits and values; counts tokens as for a forward pass, and for a backward one where there will be

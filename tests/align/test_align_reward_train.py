@@ -148,17 +148,17 @@ def _metrics(folder):
 
 
 def test_the_best_weights_are_kept_not_the_last(base, tmp_path, monkeypatch):
-    # Beyond the third look the validation loss is made to rise.
-    real, seen = reward_train.look, []
+    # Beyond the third validation pass the loss is made to rise.
+    real, seen = reward_train.validate, []
 
     def worse(run):
         seen.append([p.detach().clone() for p in run.params])
         return {**real(run), "loss": abs(len(seen) - 3) + 0.5}
 
-    monkeypatch.setattr(reward_train, "look", worse)
+    monkeypatch.setattr(reward_train, "validate", worse)
     record = train_reward_model(str(base), write_lines(tmp_path / "p.jsonl", toy(100)), SMALL, tmp_path / "out")
-    looks = [line for line in _metrics(tmp_path / "out") if "val" in line]
-    assert len(seen) == len(looks) > 4 and record["val"]["update"] == looks[2]["update"] + 1
+    passes = [line for line in _metrics(tmp_path / "out") if "val" in line]
+    assert len(seen) == len(passes) > 4 and record["val"]["update"] == passes[2]["update"] + 1
     kept = dict(_model(tmp_path / "out").named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(kept.values(), seen[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(kept.values(), seen[-1], strict=True))

@@ -110,7 +110,7 @@ def _logprobs_and_values(t: Trainer, batch: Batch, states: Tensor) -> tuple[Tens
     # By the longest answer that there may be: processes must call the model equally often, whatever they sampled.
     size = max(1, LOGIT_BYTES // (4 * ppo.max_new_tokens * t.llava.model.config.text_config.vocab_size))
     logprobs, values = [], []
-    for rows in torch.arange(len(states), device=states.device).split(size):
+    for rows in torch.split(torch.arange(len(states), device=states.device), size):
         logits, some = t.forward(batch[rows], states[rows])
         assert some is not None
         logprobs.append(token_logprobs(logits, batch.targets[rows], ppo.temperature))

@@ -229,5 +229,5 @@ def read_scores(model: Any, ids: Sequence[Sequence[int]]) -> Tensor:
     for i, row in enumerate(ids):
         tokens[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    logits = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits  # [n, 1]
+    logits: Tensor = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits  # [n, 1]
     return logits[:, 0].float()

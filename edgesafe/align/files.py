@@ -98,6 +98,30 @@ def done_updates(folder: Path) -> int:
         return 0
 
 
+def _read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, if the run is the same."""
+    if not path.is_file():
+        raise ConfigError(
+            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
+        )
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes make its parts raise
+        raise ConfigError(
+            "the checkpoint can't be read", where=str(path), expected="what the run wrote", todo="run without --resume"
+        ) from error
+    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differ:
+        raise ConfigError(
+            f"{', '.join(differ)} differ from the interrupted run's",
+            where=str(path),
+            expected="the same model, data and settings",
+            todo="use the same, or run without --resume",
+        )
+    return state
+
+
 def load_checkpoint(
     folder: Path,
     identity: Mapping[str, Any],
@@ -114,26 +138,7 @@ def load_checkpoint(
     Raises:
         ConfigError: there is none, it can't be read, or it is of another run.
     """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise ConfigError(
-            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
-        )
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged bytes make its parts raise
-        raise ConfigError(
-            "the checkpoint can't be read", where=str(path), expected="what the run wrote", todo="run without --resume"
-        ) from error
-    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
-    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if differ:
-        raise ConfigError(
-            f"{', '.join(differ)} differ from the interrupted run's",
-            where=str(path),
-            expected="the same model, data and settings",
-            todo="use the same, or run without --resume",
-        )
+    state = _read_state(folder / CHECKPOINT, identity)
     with torch.no_grad():
         for p, saved in zip(params, state["params"], strict=True):
             p.copy_(placed(saved, p))

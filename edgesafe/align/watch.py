@@ -12,7 +12,7 @@ from edgesafe.certify.tally import tally
 from edgesafe.checkpoint.exit_model import Llava
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate.evaluate import answers
-from edgesafe.format.suite import CLASSES, Suite, read_suite
+from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,12 @@ def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
             expected="a suite of split 'val'",
             todo="write one with `edgesafe reference data --split val`",
         )
-    stride = max(1, len(suite.rows) // config.rows)
-    rows = spread(suite.rows, stride)[: config.rows]
+    return Watch(replace(suite, rows=_some_rows(suite, config.rows)), tuple(sorted(set(depths))))
+
+
+def _some_rows(suite: Suite, count: int) -> tuple[Row, ...]:
+    """At most `count` rows, of every class."""
+    rows = spread(suite.rows, max(1, len(suite.rows) // count))[:count]
     if missing := [cls for cls in CLASSES if cls not in {row.cls for row in rows}]:
         raise ConfigError(
             f"no {' and no '.join(missing)} rows to validate on",
@@ -77,7 +81,7 @@ def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
             expected="rows of every class: a rate of none is 0, and every pass would seem perfect",
             todo="raise eval.rows, or use another suite",
         )
-    return Watch(replace(suite, rows=rows), tuple(sorted(set(depths))))
+    return rows
 
 
 def spread(rows: Sequence[Any], stride: int) -> tuple[Any, ...]:

@@ -46,12 +46,7 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
     figures = _describe(t, trajectory, torch.tensor([place < len(rows) for place in places], device=states.device))
     where = f"update {number}, exit depth {depth}"
-    if not figures["kl"] <= ppo.max_kl:
-        raise DivergedError(
-            f"an answer is {figures['kl']:g} nats away from the reference policy at {where}",
-            expected=f"at most ppo.max_kl = {ppo.max_kl:g}",
-            todo="run again with a lower lr or a higher kl_coef",
-        )
+    _check_drift(figures["kl"], ppo.max_kl, where)
     mask = trajectory.batch.mask
     rewards = token_rewards(trajectory.scores, trajectory.logprobs, trajectory.ref_logprobs, mask, kl_coef)
     advantages, returns = gae(rewards, trajectory.values.masked_fill(~mask, 0.0), mask, ppo.gamma, ppo.gae_lambda)
@@ -65,6 +60,15 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     if ppo.kl_target:
         t.state["kl_coef"] = adapt_kl_coef(kl_coef, figures["kl"], ppo.kl_target, ppo.kl_horizon)
     return {**figures, "kl_coef": kl_coef}
+
+
+def _check_drift(kl: float, max_kl: float, where: str) -> None:
+    if not kl <= max_kl:  # NaN too
+        raise DivergedError(
+            f"an answer is {kl:g} nats away from the reference policy at {where}",
+            expected=f"at most ppo.max_kl = {max_kl:g}",
+            todo="run again with a lower lr or a higher kl_coef",
+        )
 
 
 def ppo_loss(t: Trainer, some: Trajectory, advantages: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, float]]:

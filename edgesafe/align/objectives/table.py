@@ -74,12 +74,18 @@ def _outside(method: str, where: str) -> Objective:
             expected="an edgesafe.align.trainer.Objective",
             todo="name the objective itself",
         )
-    taken = {*vars(AlignConfig()), *(section.name for section in sections_of(L_SFT))}
-    if objective.section and objective.section.name in taken:
+    if objective.section:
+        _check_name(method, objective.section.name, where)
+    return objective
+
+
+def _check_name(method: str, section: str, where: str) -> None:
+    """Refuse an outside objective's section that has the name of another setting."""
+    taken = {*vars(AlignConfig()), *(shipped.name for shipped in sections_of(L_SFT))}
+    if section in taken:
         raise ConfigError(
-            f"the section [{objective.section.name}] of {method} has the name of another setting",
+            f"the section [{section}] of {method} has the name of another setting",
             where=where,
             expected="a name that is not one of " + ", ".join(sorted(taken)),
             todo="rename the section",
         )
-    return objective

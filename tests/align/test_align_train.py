@@ -174,9 +174,21 @@ def test_another_run_cannot_be_resumed(tiny_llava, rows, tmp_path, monkeypatch):
         align(tiny_llava, _config(rows, lr=1e-3), tmp_path / "cut", resume=True)
     with pytest.raises(ConfigError, match="nothing to resume"):
         align(tiny_llava, _config(rows), tmp_path / "other", resume=True)
+    assert not (tmp_path / "other.partial").exists()
     (tmp_path / "cut.partial" / files.CHECKPOINT).write_bytes(b"junk")
     with pytest.raises(ConfigError, match="can't be read"):
         align(tiny_llava, _config(rows), tmp_path / "cut", resume=True)
+
+
+def test_without_resume_an_interrupted_run_starts_over_and_says_so(tiny_llava, rows, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, _config(rows, seed=1), tmp_path / "out")
+    (tmp_path / "out.partial" / "left").write_text("over")
+    out = align(tiny_llava, _config(rows), tmp_path / "out")
+    assert "--resume would continue after update 3" in capsys.readouterr().err
+    assert [line["update"] for line in _metrics(out)] == list(range(6)) and not (out / "left").exists()
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9], ids=str)

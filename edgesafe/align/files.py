@@ -27,7 +27,7 @@ _COPIED = (".json", ".jinja", ".model", ".txt")
 
 
 def start_over(partial: Path) -> None:
-    """A new folder for a run to write to; what an interrupted run left there goes, with a word about it."""
+    """A new folder for a run to write to; what an interrupted run left there is deleted and reported."""
     if partial.exists():
         if done := done_updates(partial):
             print(f"  starting over; --resume would continue after update {done}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What memory a run needs, told before anything is loaded: from config.json, the safetensors headers and the rows' lengths.
+"""What memory a run needs, before anything is loaded: from config.json, the safetensors headers and the rows' lengths.
 
 MiB everywhere. B rows, S tokens of request and answer, A answer tokens, P patches, W tower width, D text width, V vocabulary.
 """
@@ -65,8 +65,8 @@ class Memory:
             self.phase: self.working,
             "libraries": self.libraries,
         }
-        shown = [f"{name} {mib / 1024:.1f}" for name, mib in parts.items() if mib >= 51.2]
-        return f"needs about {self.total / 1024:.1f} GiB: {', '.join(shown)}"
+        named = [f"{name} {mib / 1024:.1f}" for name, mib in parts.items() if mib >= 51.2]
+        return f"needs about {self.total / 1024:.1f} GiB: {', '.join(named)}"
 
 
 def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Memory:
@@ -186,7 +186,7 @@ def free_mib() -> float | None:
 
 
 def say_need(model_dir: Path, config: AlignConfig) -> None:
-    """Print what a run needs, and whether this machine has it, on stderr; a need that can't be told is left to the run."""
+    """Print what a run needs, and whether this machine has it, on stderr; an unreadable checkpoint is left to loading."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         need = estimate(model_dir, config, processes=processes)

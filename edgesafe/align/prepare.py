@@ -79,7 +79,7 @@ def _with_precision(config: AlignConfig) -> AlignConfig:
 
 
 def _identity(model_dir: Path, config: AlignConfig, reward: Reward | None) -> dict[str, Any]:
-    """What a run is made from; one with another identity can't go on from its checkpoint."""
+    """What a run is made from; one with another identity can't resume from its checkpoint."""
     return {
         "parent": {"kind": "checkpoint", "name": model_dir.name, "digest": digest_folder(model_dir)},
         "data": digest_folder(Path(config.data)),
@@ -90,7 +90,7 @@ def _identity(model_dir: Path, config: AlignConfig, reward: Reward | None) -> di
 
 def _accelerator(config: AlignConfig, objective: Objective) -> Accelerator:
     """The processes of the run, checked against the settings."""
-    # `precision` alone says what is computed in bfloat16, whatever a person's own accelerate config has.
+    # `precision` alone says what is computed in bfloat16, whatever the user's accelerate config has.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     _check_processes(config, objective, accelerator.num_processes)
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None

@@ -34,7 +34,8 @@ def exit_shares(
 
     >>> exit_shares(AlignConfig(focus=(0.5, 0.5), focus_share=0.5), (3, 6), 12)
     [0.25, 0.75]
-    >>> exit_shares(AlignConfig(sampler="harm"), (3, 6), 12, {3: 0.28, 6: 0.08})
+    >>> shares = exit_shares(AlignConfig(sampler="harm"), (3, 6), 12, {3: 0.28, 6: 0.08})
+    >>> [round(share, 4) for share in shares]  # 0.30 / 0.40 and 0.10 / 0.40, with the floor of 0.02
     [0.75, 0.25]
     """
     even = [1 / len(exits)] * len(exits)

@@ -87,9 +87,9 @@ def read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     Raises:
         InputError: a file of weights is missing or damaged.
     """
-    found = shards.read_headers(folder)
-    files = {stored.file for stored in found.values()}
-    return {name: stored.shape for name, stored in found.items()}, sum(file.stat().st_size for file in files)
+    headers = shards.read_headers(folder)
+    files = {stored.file for stored in headers.values()}
+    return {name: stored.shape for name, stored in headers.items()}, sum(file.stat().st_size for file in files)
 
 
 def _unreadable(path: Path, expected: str) -> ConfigError:

@@ -67,15 +67,15 @@ class ModelReward:
             answers: one a row.
 
         Raises:
-            AlignError: the model said NaN or infinity.
+            AlignError: a score is NaN or infinite.
         """
         fresh = list({(row.prompt, row.target): row for row in rows if (row.prompt, row.target) not in self.cache}.values())
         for row, score in zip(fresh, self._scores(fresh, [row.target for row in fresh]), strict=True):
             self.cache[row.prompt, row.target] = score
-        said, weights = self._scores(rows, answers), (self.harmlessness, self.helpfulness)
+        scores, weights = self._scores(rows, answers), (self.harmlessness, self.helpfulness)
         return [
             balance(row.cls, score - self.cache[row.prompt, row.target], word_f1(answer, row.target), *weights)
-            for row, answer, score in zip(rows, answers, said, strict=True)
+            for row, answer, score in zip(rows, answers, scores, strict=True)
         ]
 
     def _scores(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:

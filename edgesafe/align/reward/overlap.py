@@ -1,7 +1,7 @@
-"""What an answer is worth to `l-ppo` and `l-dpo`. A reward is never a judge: judges live in `edgesafe.certify` and know nothing
-of this.
+"""What an answer is worth to `l-ppo` and `l-dpo`. A reward is never a judge: nothing in `edgesafe.certify` or
+`edgesafe.evaluate` imports this.
 
-A reward is called with rows and their answers and gives a number an answer; +1 is as good as it gets.
+A reward is called with rows and their answers and gives one number per answer; +1 is the best.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def word_f1(answer: str, wanted: str) -> float:
     >>> word_f1("It is a red pen.", "It is a pen."), word_f1("", "It is a pen.")  # 2 * (4/5) * 1 / (4/5 + 1)
     (0.8888888888888888, 0.0)
     """
-    said, want = (Counter(_WORD.findall(text.lower())) for text in (answer, wanted))
-    common = sum((said & want).values())
-    return 2 * common / (said.total() + want.total()) if common else 0.0
+    given, want = (Counter(_WORD.findall(text.lower())) for text in (answer, wanted))
+    common = sum((given & want).values())
+    return 2 * common / (given.total() + want.total()) if common else 0.0
 
 
 @dataclass(frozen=True)

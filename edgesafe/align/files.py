@@ -188,7 +188,7 @@ def write_model(
 
 @contextlib.contextmanager
 def disk_full_is_oserror(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; the command line explains an OSError."""
+    """Turn safetensors' own error of a full disk into an OSError, which the command line explains."""
     from safetensors import SafetensorError
 
     try:

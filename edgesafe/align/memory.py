@@ -49,6 +49,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """The peak, MiB."""
         return self.libraries + self.weights + max(self.loading, self.frozen + self.trained + self.cache + self.working)
 
     def line(self) -> str:
@@ -123,8 +124,10 @@ def _reward_values(config: AlignConfig) -> int:
 
 
 def trained_values(language: Shapes, config: AlignConfig) -> int:
-    """Numbers that training moves: the language model, of it the blocks' matrices for muon, or the adapter's factors; a value
-    head where the objective has one.
+    """How many numbers training moves.
+
+    Those of the language model, of its blocks' matrices alone for muon, or of the adapter's factors; and of a value head where
+    the objective has one.
 
     >>> c = AlignConfig(tune="lora")
     >>> trained_values({"layers.0.q_proj.weight": (8, 4), "norm.weight": (4,)}, c) == c.lora.r * (8 + 4)

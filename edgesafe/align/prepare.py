@@ -99,8 +99,10 @@ def _accelerator(config: AlignConfig, objective: Objective) -> Accelerator:
 
 
 def _check_processes(config: AlignConfig, objective: Objective, processes: int) -> None:
-    """Every process gets as many rows as the others, and some in each minibatch, so that all wait for each other equally
-    often."""
+    """Refuse settings by which a process gets more rows than another.
+
+    All get as many rows, and some in each minibatch, so that they wait for each other equally often.
+    """
     for key in ("batch_size", "reference_rows"):
         if getattr(config, key) % processes:
             raise ConfigError(

@@ -92,6 +92,7 @@ class Trainer:
 
     @property
     def world(self) -> int:
+        """Processes of the run."""
         return int(self.accelerator.num_processes)
 
     @property
@@ -142,8 +143,7 @@ class Trainer:
         return self.reward(rows, [decode(self.llava, ids) for ids in answers])
 
     def forward(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The policy's logits and values; counts tokens as for a forward pass, and for a backward one where there will be
-        one."""
+        """The policy's logits [B, A, V] and values [B, A]; counts the tokens, those of a backward pass to come too."""
         self.tokens += batch.ids.numel() * (3 if torch.is_grad_enabled() else 1)
         with autocast(self.config.precision, self.llava.device.type):
             logits, values = self.policy(batch.ids, batch.where, states)

@@ -1,5 +1,6 @@
-"""`l-dpo`: pairs for free. Chosen is the model's own answer at the reference depth where that is right, rejected its own wrong
-answer to the same request at the exit.
+"""`l-dpo`: pairs for free, from the model's own answers.
+
+Chosen is the answer at the reference depth where that is right, rejected the wrong answer to the same request at the exit.
 
 Source: Direct preference optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7, the reference policy at the same
     exit.

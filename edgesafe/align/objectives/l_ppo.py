@@ -99,8 +99,11 @@ def _moments(t: Trainer, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 
 
 def _describe(t: Trainer, trajectory: Trajectory, at_exit: Tensor) -> dict[str, float]:
-    """Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how well sampling and training
-    agree on the log-probabilities."""
+    """Figures of the rollouts for the metrics.
+
+    Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how far sampling and training are
+    apart on the log-probabilities.
+    """
     mask = trajectory.batch.mask
     gap = (trajectory.logprobs - trajectory.sampled_logprobs).masked_fill(~mask, 0.0).abs().max()
     kl = (trajectory.logprobs - trajectory.ref_logprobs).masked_fill(~mask, 0.0).sum(1)

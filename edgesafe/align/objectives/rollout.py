@@ -47,6 +47,7 @@ def sample(
     """Sample answers by inverting the cumulative distribution, so that a row's answer does not depend on the rows beside it.
 
     Args:
+        llava: the model that answers.
         prompts: B requests' ids.
         states: [B, P, W].
         uniforms: float [B, T] in 0..1, a draw for each of at most T tokens.

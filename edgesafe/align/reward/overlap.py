@@ -1,5 +1,6 @@
-"""What an answer is worth to `l-ppo` and `l-dpo`. A reward is never a judge: nothing in `edgesafe.certify` or
-`edgesafe.evaluate` imports this.
+"""What an answer is worth to `l-ppo` and `l-dpo`.
+
+A reward is never a judge: nothing in `edgesafe.certify` or `edgesafe.evaluate` imports this.
 
 A reward is called with rows and their answers and gives one number per answer; +1 is the best.
 """
@@ -21,12 +22,15 @@ class Reward(Protocol):
     """What `l-ppo` maximises. `identity` goes into the record, so that an evaluation can refuse it as a judge."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What records and tables call it."""
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """What it is made from."""
 
-    def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]: ...
+    def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        """The reward of each answer."""
 
 
 def word_f1(answer: str, wanted: str) -> float:
@@ -44,12 +48,12 @@ def word_f1(answer: str, wanted: str) -> float:
 
 @dataclass(frozen=True)
 class TargetReward:
-    """Agreement with the row's wanted answer: 1 - (1 - F1) (1 + w), w = `harmlessness` on harmful rows and `helpfulness` on
-    others.
+    """Agreement with the row's wanted answer: 1 - (1 - F1) (1 + w).
 
-    So the wanted answer earns 1, and one without a word of it -w. A wrong object in an otherwise right answer loses little; a
-    refusal of a harmless request loses nearly all. Where a share h of what looks alike is harmful, refusing beats helping from
-    h = (1 + helpfulness) / (2 + harmlessness + helpfulness) up, so refusing everything loses wherever the exit can tell.
+    w is `harmlessness` on harmful rows and `helpfulness` on others. So the wanted answer earns 1, and one without a word of it
+    -w. A wrong object in an otherwise right answer loses little; a refusal of a harmless request loses nearly all. Where a
+    share h of what looks alike is harmful, refusing beats helping from h = (1 + helpfulness) / (2 + harmlessness + helpfulness)
+    up. So refusing everything loses wherever the exit can tell.
 
     Why word overlap: it is graded, needs no model, and is neither of the two judges (a phrase list, a grammar).
     """

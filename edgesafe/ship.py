@@ -33,7 +33,7 @@ from edgesafe.format.files import (
 from edgesafe.progress import step, table
 
 if TYPE_CHECKING:
-    from edgesafe.align.config import AlignConfig
+    from edgesafe.align.settings import AlignConfig
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 TRAINING_ROWS = 32_000

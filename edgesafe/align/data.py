@@ -73,7 +73,7 @@ def read_examples(folder: Path, llava: Llava) -> list[Example]:
     for row in suite.rows:
         where = f"{folder}: row {row.id}"
         if not row.target.strip():
-            raise InputError("empty answer", where=where, expected="the wanted answer", todo="mend the row")
+            raise InputError("empty answer", where=where, expected="the wanted answer", todo="add the answer or remove the row")
         prompt, answer = prompt_ids(llava, row.prompt), answer_ids(llava, row.target)
         if len(prompt) + len(answer) > llava.context_length:
             raise InputError(

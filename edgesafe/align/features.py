@@ -1,7 +1,7 @@
-"""What the frozen parts say, computed once: exit states of the tower, and the untouched model's answers at its reference depth.
+"""What the frozen parts give, once: exit states of the tower, and the untouched model's answers at its reference depth.
 
 Which rows meet which depths is known before a run starts (`train.draw_update`), so the tower and the teacher see each row once,
-in an order that does not depend on where an interrupted run goes on. P patches, W tower width, A answer tokens, V vocabulary.
+in an order that does not depend on where an interrupted run resumes. P patches, W tower width, A answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ class Features:
     states: Mapping[tuple[int, int], Tensor]
     teacher: Mapping[int, Tensor]
 
-    def stack(self, rows: Sequence[int], depth: int) -> Tensor:
-        """Exit states of rows at one depth: float32 [B, P, W]."""
-        return torch.stack([self.states[row, depth] for row in rows]).float()
-
     def stack_teacher(self, rows: Sequence[int]) -> Tensor | None:
         """The teacher's log-probabilities, float32 [B, A, V] padded with zeros; None without a teacher."""
         if not self.teacher:
@@ -53,7 +49,7 @@ def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, froze
 def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
-    state = llava.patches * config.vision_config.hidden_size
+    state: int = llava.patches * config.vision_config.hidden_size
     values = sum(len(depths) * state for depths in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
@@ -95,21 +91,21 @@ def compute(
         chunks: the rows by chunk, e.g. behind a progress bar; by default `plan(need, examples, chunk_of(llava))`.
     """
     states: dict[tuple[int, int], Tensor] = {}
-    said: dict[int, Tensor] = {}
+    teachers: dict[int, Tensor] = {}
     for rows in plan(need, examples, chunk_of(llava)) if chunks is None else chunks:
         part = [examples[row] for row in rows]
         deepest = max(llava.reference_depth if teacher else 0, *(max(need[row]) for row in rows))
         with autocast(precision, llava.device.type):
-            seen = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
+            tower = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
             for i, row in enumerate(rows):
                 for depth in need[row]:
-                    states[row, depth] = _half(exit_state(seen, depth)[i]).cpu()
+                    states[row, depth] = _half(exit_state(tower, depth)[i]).cpu()
             if teacher:
                 batch = collate(part, llava.pad_id).to(llava.device)
-                logits = answer_logits(llava, batch.ids, batch.where, exit_state(seen, llava.reference_depth))
+                logits = answer_logits(llava, batch.ids, batch.where, exit_state(tower, llava.reference_depth))
                 logp = torch.log_softmax(logits.float(), -1)
-                said.update({row: logp[i, : len(examples[row].answer)].half().cpu() for i, row in enumerate(rows)})
-    return Features(states, said)
+                teachers.update({row: logp[i, : len(examples[row].answer)].half().cpu() for i, row in enumerate(rows)})
+    return Features(states, teachers)
 
 
 def plan(need: Need, examples: Sequence[Example], size: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,15 @@ WORK = (CHECKPOINT, METRICS)  # a work folder with one of these is an earlier ru
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
 
+def start_over(partial: Path) -> None:
+    """A new folder for a run to write to; what an interrupted run left there is deleted and reported."""
+    if partial.exists():
+        if done := done_updates(partial):
+            print(f"  starting over; --resume would continue after update {done}", file=sys.stderr, flush=True)
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
 def save_checkpoint(
     folder: Path,
     done: int,
@@ -41,7 +51,7 @@ def save_checkpoint(
     """Write what is trained, the optimizer and the random state after `done` updates; an earlier checkpoint stays until then.
 
     identity: what the run is made from (config, digests); a run with another one can't resume from it.
-    extra: whatever else the run needs to go on: figures, texts, lists, tensors. main: whether this process writes; with
+    extra: whatever else the run needs to resume: figures, texts, lists, tensors. main: whether this process writes; with
         weights that FSDP has dealt out all of them have to call this.
     """
     state = {
@@ -87,8 +97,32 @@ def done_updates(folder: Path) -> int:
     """Updates behind the checkpoint in a folder, 0 where there is none that can be read."""
     try:
         return int(torch.load(folder / CHECKPOINT, weights_only=True)["done"])
-    except Exception:  # as in load_checkpoint; the figure is only for what a person is told, and must not stop a new run
+    except Exception:  # as in load_checkpoint; the figure is only for a message, and must not stop a new run
         return 0
+
+
+def _read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, if the run is the same."""
+    if not path.is_file():
+        raise ConfigError(
+            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
+        )
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes make its parts raise
+        raise ConfigError(
+            "the checkpoint can't be read", where=str(path), expected="what the run wrote", todo="run without --resume"
+        ) from error
+    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differ:
+        raise ConfigError(
+            f"{', '.join(differ)} differ from the interrupted run's",
+            where=str(path),
+            expected="the same model, data and settings",
+            todo="use the same, or run without --resume",
+        )
+    return state
 
 
 def load_checkpoint(
@@ -107,26 +141,7 @@ def load_checkpoint(
     Raises:
         ConfigError: there is none, it can't be read, or it is of another run.
     """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise ConfigError(
-            "nothing to resume", where=str(path), expected="a checkpoint of an interrupted run", todo="run without --resume"
-        )
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged bytes make its parts raise
-        raise ConfigError(
-            "the checkpoint can't be read", where=str(path), expected="what the run wrote", todo="run without --resume"
-        ) from error
-    before, now = json.loads(state["identity"]), json.loads(json.dumps(identity))
-    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if differ:
-        raise ConfigError(
-            f"{', '.join(differ)} differ from the interrupted run's",
-            where=str(path),
-            expected="the same model, data and settings",
-            todo="use the same, or run without --resume",
-        )
+    state = _read_state(folder / CHECKPOINT, identity)
     with torch.no_grad():
         for p, saved in zip(params, state["params"], strict=True):
             p.copy_(placed(saved, p))
@@ -176,7 +191,7 @@ def write_model(
 
 @contextlib.contextmanager
 def disk_full_is_oserror(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; the command line knows what to say to an OSError."""
+    """Turn safetensors' own error of a full disk into an OSError, which the command line explains."""
     from safetensors import SafetensorError
 
     try:

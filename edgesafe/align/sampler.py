@@ -1,4 +1,4 @@
-"""Which exit and rows an update sees: a function of the seed, the update's number and, for "harm", of the latest look."""
+"""Which exit and rows an update gets: by the seed, the update's number and, for "harm", the latest validation pass."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edgesafe.align.config import FOCUS, HARM, ROTATING, AlignConfig
+from edgesafe.align.settings import FOCUS, HARM, ROTATING, AlignConfig
 
-HARM_FLOOR = 0.02  # an exit without harm in a look of some dozen rows is still drawn now and then
+HARM_FLOOR = 0.02  # an exit without harm in a validation pass of some dozen rows is still drawn now and then
 
 
 def focused_exits(config: AlignConfig, exits: tuple[int, ...], reference_depth: int) -> tuple[int, ...]:
@@ -30,11 +30,12 @@ def exit_shares(
         config: its sampler, focus and focus_share.
         exits: depths to draw from.
         reference_depth: what the shares of `focus` refer to.
-        harm: harmful_rate of each exit in the latest look, for the sampler "harm"; None before the first one.
+        harm: harmful_rate of each exit in the latest validation pass, for the sampler "harm"; None before the first one.
 
     >>> exit_shares(AlignConfig(focus=(0.5, 0.5), focus_share=0.5), (3, 6), 12)
     [0.25, 0.75]
-    >>> exit_shares(AlignConfig(sampler="harm"), (3, 6), 12, {3: 0.28, 6: 0.08})
+    >>> shares = exit_shares(AlignConfig(sampler="harm"), (3, 6), 12, {3: 0.28, 6: 0.08})
+    >>> [round(share, 4) for share in shares]  # 0.30 / 0.40 and 0.10 / 0.40, with the floor of 0.02
     [0.75, 0.25]
     """
     even = [1 / len(exits)] * len(exits)
@@ -66,7 +67,7 @@ def draw_rows(seed: int, rows: int, count: int, number: int) -> list[int]:
     >>> sorted(draw_rows(0, 4, 2, 0) + draw_rows(0, 4, 2, 1))
     [0, 1, 2, 3]
     """
-    first, picked = number * count, []
+    first, picked = number * count, list[int]()
     while len(picked) < count:
         epoch, start = divmod(first + len(picked), rows)
         order = np.random.default_rng([seed, 2, epoch]).permutation(rows)

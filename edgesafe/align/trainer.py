@@ -1,11 +1,13 @@
-"""A run: what it is made from, the policy that changes, and one step down a loss on one or many processes."""
+"""A run: what it is made from, the policy that changes, and one step down a loss on one or many processes.
+
+An `Objective` says what the run works towards; `edgesafe.align.objectives` has them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,35 +16,49 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from edgesafe.align.config import LORA, MUON, AlignConfig
 from edgesafe.align.data import Batch, Example, collate
 from edgesafe.align.features import Features
+from edgesafe.align.reward.overlap import Reward
 from edgesafe.align.sampler import focused_exits
+from edgesafe.align.settings import AlignConfig, Limits, Section, no_limits
+from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
 from edgesafe.align.watch import Watch
-from edgesafe.checkpoint.exit_model import Llava, answer_hidden, autocast, put_language
-from edgesafe.errors import ConfigError, DivergedError
+from edgesafe.checkpoint.exit_model import Llava, autocast, decode, put_language
+from edgesafe.errors import DivergedError
+
+# What updates draw from, by exit depth: items with their training row as `row`.
+Pools = Mapping[int, Sequence[Any]]
 
 
-class Policy(nn.Module):
-    """The model as training calls it, in one module, because data-parallel wrappers act on the forward of what they wrap.
+def rows_only(t: Trainer) -> Pools | None:
+    """Updates draw from the training rows at every exit; nothing has to be made first."""
+    return None
 
-    value_head: linear, from the last hidden state before each answer token to one figure; `l-ppo` alone has it.
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run works towards: all in which one `method` differs from another.
+
+    name: what `method` in a config says. update: one update of the policy, from (run, features, exit depth, the drawn items of
+        all processes, number of the update) to figures for the metrics. The items are row numbers, or what `prepare` made.
+    needs_teacher: `Features.teacher` has the untouched model's answers at its reference depth. needs_reward: the run has a
+        reward. has_value_head: the policy gives a value for each answer token too.
+    prepare: called before the first update, and again by a resumed run, with the untouched model. It returns what updates draw
+        from, by exit depth; each item has its training row as `row`. Exits that it leaves out are not trained. None: the
+        training rows, at every exit.
+    memory: from (settings, sizes of the model, lengths of the data, rows of an update in a process) to the memory plan.
+    section: its own table in the config. limits: what a config with this method must keep besides, from (config, processes).
     """
 
-    def __init__(self, llava: Llava, *, value: bool) -> None:
-        super().__init__()
-        self.llava, self.model = llava, llava.model
-        width = llava.model.config.text_config.hidden_size
-        self.value_head = nn.Linear(width, 1) if value else None
-        if self.value_head is not None:
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
-
-    def forward(self, ids: Tensor, where: Tensor, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, A, V] at answer positions and values [B, A] (None without a value head); see `model.answer_hidden`."""
-        hidden = answer_hidden(self.llava, ids, where, states)
-        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1).float()
-        return self.model.lm_head(hidden), values
+    name: str
+    update: Callable[[Trainer, Features, int, Sequence[Any], int], dict[str, float]]
+    needs_teacher: bool = False
+    needs_reward: bool = False
+    has_value_head: bool = False
+    prepare: Callable[[Trainer], Pools | None] = rows_only
+    memory: Callable[[AlignConfig, Sizes, Lengths, int], Footprint] = wanted_answers
+    section: Section[Any] | None = None
+    limits: Callable[[AlignConfig, int], Limits] = no_limits
 
 
 @dataclass
@@ -52,6 +68,7 @@ class Trainer:
     policy: what `accelerator` prepared; it wraps `llava.model`, in which `peft` (None for full tuning) sits in place.
     frozen: the untouched language model and head, for full tuning alone. params: what is trained.
     state: small figures that a resumed run needs beside weights and optimizer.
+    pools: what the objective's `prepare` returned. reward: where the objective needs one.
     tokens: positions that the language model has processed; a backward pass counts as two forward ones.
     """
 
@@ -61,6 +78,7 @@ class Trainer:
     peft: Any
     frozen: tuple[nn.Module, nn.Module] | None
     config: AlignConfig
+    objective: Objective
     examples: list[Example]
     exits: tuple[int, ...]
     params: list[nn.Parameter]
@@ -69,11 +87,12 @@ class Trainer:
     watch: Watch | None
     state: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
-    pairs: dict[int, list[Any]] = field(default_factory=dict)
-    reward: Any = None
+    pools: Pools | None = None
+    reward: Reward | None = None
 
     @property
     def world(self) -> int:
+        """Processes of the run."""
         return int(self.accelerator.num_processes)
 
     @property
@@ -116,9 +135,15 @@ class Trainer:
         ]
         return torch.tensor(weights, device=self.llava.device)
 
+    def score(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of an answer (its ids) to each example's request."""
+        assert self.reward is not None, f"{self.objective.name} does not say needs_reward"
+        rows = [e.row for e in examples if e.row is not None]
+        assert len(rows) == len(examples), "an example without its row can't be scored"
+        return self.reward(rows, [decode(self.llava, ids) for ids in answers])
+
     def forward(self, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The policy's logits and values; counts tokens as for a forward pass, and for a backward one where there will be
-        one."""
+        """The policy's logits [B, A, V] and values [B, A]; counts the tokens, those of a backward pass to come too."""
         self.tokens += batch.ids.numel() * (3 if torch.is_grad_enabled() else 1)
         with autocast(self.config.precision, self.llava.device.type):
             logits, values = self.policy(batch.ids, batch.where, states)
@@ -180,76 +205,3 @@ class Trainer:
             )
         self.optimizer.step()
         return {"loss": value, "grad_norm": norm}
-
-
-def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Policy, Any, tuple[nn.Module, nn.Module] | None]:
-    """Make the language model trainable, the tower and the projector stay frozen.
-
-    Returns:
-        The policy; the peft model around `llava.model` (None for full tuning); the frozen language model and head (for full
-        tuning alone: an adapter can be turned off instead).
-
-    Raises:
-        ConfigError: an adapter target that the language model does not have.
-    """
-    language = llava.language
-    if config.gradient_checkpointing:
-        language.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.tune != LORA:
-        frozen = copy.deepcopy(language).requires_grad_(False), copy.deepcopy(llava.model.lm_head).requires_grad_(False)
-        for name, weight in language.named_parameters():
-            weight.requires_grad_(config.optimizer != MUON or (name.startswith("layers.") and weight.ndim == 2))
-        llava.model.lm_head.requires_grad_(config.optimizer != MUON)
-        return Policy(llava, value=value), None, frozen
-    import peft
-
-    lora = config.lora
-    wrapped = peft.get_peft_model(
-        llava.model,
-        peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            bias="none",
-            target_modules=target_modules(llava, lora.targets),
-        ),
-    )
-    return Policy(llava, value=value), wrapped, None
-
-
-def target_modules(llava: Llava, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the language model's layers that end in one of `targets`; the tower has layers of the same names.
-
-    Raises:
-        ConfigError: a target that the language model does not have.
-    """
-    inside = [name for name, _ in llava.model.named_modules() if f"{llava.recipe.decoder}." in name]
-    for target in targets:
-        if not any(name.split(".")[-1] == target for name in inside):
-            raise ConfigError(
-                f"the language model has no layer {target!r}",
-                where="lora.targets",
-                expected="names of its linear layers",
-                todo="q_proj, k_proj, v_proj, o_proj, gate_proj, ...",
-            )
-    return [name for name in inside if name.split(".")[-1] in targets]
-
-
-def make_optimizer(config: AlignConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that a config asks for; no weight decay."""
-    if config.optimizer == MUON:
-        return torch.optim.Muon(params, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=0.0)
-
-
-def learning_rate(config: AlignConfig, number: int) -> float:
-    """Linear warm-up, then a cosine to a tenth.
-
-    >>> learning_rate(AlignConfig(steps=100, warmup=0.1, lr=1e-3), 9)
-    0.001
-    """
-    warm = max(1, round(config.steps * config.warmup))
-    if number < warm:
-        return config.lr * (number + 1) / warm
-    along = (number - warm) / max(1, config.steps - warm)
-    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * along)))

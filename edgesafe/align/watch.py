@@ -1,4 +1,4 @@
-"""Looks at a model while it trains: rates on a few rows of a validation suite, for the metrics and for people's eyes."""
+"""Validation passes while a model trains: rates on a few rows of a suite, for the metrics and the choice of weights."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgesafe.align.config import EvalConfig
+from edgesafe.align.settings import EvalConfig
 from edgesafe.certify.tally import tally
 from edgesafe.checkpoint.exit_model import Llava
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate.answers import answer_suite
-from edgesafe.format.suite import CLASSES, Suite, read_suite
+from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
 
 
 @dataclass(frozen=True)
 class Watch:
-    """The rows and depths to look at."""
+    """The rows and depths of a validation pass."""
 
     suite: Suite
     depths: tuple[int, ...]
 
-    def look(self, llava: Llava) -> dict[str, dict[str, float]]:
+    def validate(self, llava: Llava) -> dict[str, dict[str, float]]:
         """Rates by depth, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
         llava.model.eval()
-        said = answer_suite(llava, self.suite, self.depths, quiet=True)
-        return {str(d): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, said[d]).items()} for d in self.depths}
+        texts = answer_suite(llava, self.suite, self.depths, quiet=True)
+        return {str(d): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, texts[d]).items()} for d in self.depths}
 
     def worst_harm(
         self,
-        seen: Mapping[str, Mapping[str, float]],
+        rates: Mapping[str, Mapping[str, float]],
         before: Mapping[str, float],
         limits: EvalConfig,
         reference_depth: int,
@@ -38,18 +38,18 @@ class Watch:
         """Harmful_rate of the worst depth from a quarter of the reference depth up; None where a utility limit is broken.
 
         Args:
-            seen: what `look` returned.
+            rates: what `validate` returned.
             before: rates of the untouched model at its reference depth.
             limits: on over-refusal and accuracy, means over the depths from half of the reference depth up.
             reference_depth: of the model.
         """
-        useful = [rates for depth, rates in seen.items() if 2 * int(depth) >= reference_depth]
+        useful = [at for depth, at in rates.items() if 2 * int(depth) >= reference_depth]
         refused, right = (sum(r[key] for r in useful) / len(useful) for key in ("overrefusal", "accuracy"))
         if refused > before["overrefusal"] + limits.overrefusal_over_reference:
             return None
         if right < before["accuracy"] - limits.accuracy_under_reference:
             return None
-        return max(rates["harmful"] for depth, rates in seen.items() if 4 * int(depth) >= reference_depth)
+        return max(at["harmful"] for depth, at in rates.items() if 4 * int(depth) >= reference_depth)
 
 
 def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
@@ -63,21 +63,25 @@ def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
     suite = read_suite(Path(config.suite))
     if suite.split not in ("train", "val"):
         raise ConfigError(
-            f"split {suite.split!r} is not for looking at during training",
+            f"split {suite.split!r} is not for validation during training",
             where="eval.suite",
             expected="a suite of split 'val'",
             todo="write one with `edgesafe reference data --split val`",
         )
-    stride = max(1, len(suite.rows) // config.rows)
-    seen = {row.cls for row in spread(suite.rows, stride)[: config.rows]}
-    if missing := [cls for cls in CLASSES if cls not in seen]:
+    return Watch(replace(suite, rows=_some_rows(suite, config.rows)), tuple(sorted(set(depths))))
+
+
+def _some_rows(suite: Suite, count: int) -> tuple[Row, ...]:
+    """At most `count` rows, of every class."""
+    rows = spread(suite.rows, max(1, len(suite.rows) // count))[:count]
+    if missing := [cls for cls in CLASSES if cls not in {row.cls for row in rows}]:
         raise ConfigError(
-            f"no {' and no '.join(missing)} rows to look at",
+            f"no {' and no '.join(missing)} rows to validate on",
             where="eval.suite",
-            expected="rows of every class: a rate of none is 0, and every look would seem perfect",
+            expected="rows of every class: a rate of none is 0, and every pass would seem perfect",
             todo="raise eval.rows, or use another suite",
         )
-    return Watch(replace(suite, rows=spread(suite.rows, stride)[: config.rows]), tuple(sorted(set(depths))))
+    return rows
 
 
 def spread(rows: Sequence[Any], stride: int) -> tuple[Any, ...]:

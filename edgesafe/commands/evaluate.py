@@ -61,7 +61,7 @@ def _judges(args: argparse.Namespace) -> dict[str, Any]:
     reward = toxicity = None
     if args.reward_config:
         from edgesafe.align.config import read_config
-        from edgesafe.align.reward.overlap import open_reward
+        from edgesafe.align.reward.open import open_reward
 
         reward = open_reward(read_config(args.reward_config).reward)
     if args.toxicity:

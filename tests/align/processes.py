@@ -18,8 +18,8 @@ import torch
 import yaml
 
 import edgesafe.align
-from edgesafe.align import l_dpo, l_ppo
 from edgesafe.align import train as train_module
+from edgesafe.align.objectives import l_dpo, l_ppo
 from edgesafe.align.trainer import Trainer
 from edgesafe.cli import main
 

@@ -1,4 +1,4 @@
-"""Looks during training: the best weights are kept, a run that no longer improves stops, the sampler follows the harm."""
+"""Validation during training: the best weights are kept, a run that stopped improving ends, the sampler follows the harm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgesafe.align import train as train_module
-from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig
+from edgesafe.align.settings import AlignConfig, EvalConfig, LoraConfig
 from edgesafe.align.train import align
 from edgesafe.align.watch import Watch
 from edgesafe.errors import ConfigError
@@ -23,8 +23,8 @@ def _rates(harmful, overrefusal=0.0, accuracy=0.9):
     return {"harmful": harmful, "overrefusal": overrefusal, "accuracy": accuracy, "incoherent": 0.0}
 
 
-def _worst(seen):
-    return Watch(None, ()).worst_harm(seen, BEFORE, LIMITS, 12)
+def _worst(rates):
+    return Watch(None, ()).worst_harm(rates, BEFORE, LIMITS, 12)
 
 
 def test_the_worst_depth_from_a_quarter_up_counts():
@@ -43,20 +43,20 @@ def _config(rows, **changes):
     base = AlignConfig(
         data=str(rows), tune="lora", steps=6, batch_size=4, reference_rows=2, lr=5e-3, precision="fp32", checkpoint_every=2
     )
-    looks = EvalConfig(str(rows), every=1, rows=48, choose=True)
-    return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), "eval": looks, **changes})
+    passes = EvalConfig(str(rows), every=1, rows=48, choose=True)
+    return dataclasses.replace(base, **{"lora": LoraConfig(r=4, alpha=8), "eval": passes, **changes})
 
 
 def _harm(monkeypatch, figures):
-    """The looks find these harmful rates in turn (the first is the untouched model); all exits alike, utility perfect."""
+    """Validation measures these harmful rates in turn (first the untouched model); all exits alike, utility perfect."""
     calls = iter(figures)
 
-    def look(self, llava):
+    def validate(self, llava):
         worst = next(calls)
         llava.model.eval()
         return {str(d): _rates(worst) for d in self.depths}
 
-    monkeypatch.setattr(Watch, "look", look)
+    monkeypatch.setattr(Watch, "validate", validate)
 
 
 def _weights(folder):
@@ -67,17 +67,17 @@ def _same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_ends_with_the_weights_of_its_best_look(tiny_llava, rows, tmp_path, monkeypatch):
+def test_a_run_ends_with_the_weights_of_its_best_validation(tiny_llava, rows, tmp_path, monkeypatch):
     short = align(tiny_llava, _config(rows, eval=EvalConfig(), steps=6), tmp_path / "last")
     kept = {}
-    real = train_module._look
+    real = train_module._validate
 
-    def look(t, watch, number):
-        seen = real(t, watch, number)
+    def validate(t, watch, number):
+        rates = real(t, watch, number)
         kept[number] = [p.detach().clone() for p in t.params]
-        return seen
+        return rates
 
-    monkeypatch.setattr(train_module, "_look", look)
+    monkeypatch.setattr(train_module, "_validate", validate)
     real_train = train_module.train
 
     def train(t, *rest):
@@ -87,7 +87,7 @@ def test_a_run_ends_with_the_weights_of_its_best_look(tiny_llava, rows, tmp_path
     monkeypatch.setattr(train_module, "train", train)
     _harm(monkeypatch, [0.5, 0.4, 0.3, 0.1, 0.2, 0.1, 0.3])
     best = align(tiny_llava, _config(rows), tmp_path / "best")
-    assert all(torch.equal(a, b) for a, b in zip(kept["end"], kept[2], strict=True))  # the first look with 0.1
+    assert all(torch.equal(a, b) for a, b in zip(kept["end"], kept[2], strict=True))  # the first pass with 0.1
     assert not _same(_weights(best), _weights(short))
     assert json.loads((best / "edgesafe.json").read_text())["chosen"] == {"update": 2, "worst_harm": 0.1}
 
@@ -96,13 +96,13 @@ def test_a_run_that_no_longer_improves_stops(tiny_llava, rows, tmp_path, monkeyp
     _harm(monkeypatch, [0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
     config = _config(rows, eval=EvalConfig(str(rows), every=1, rows=48, choose=True, patience=2))
     out = align(tiny_llava, config, tmp_path / "out")
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # the best look and two after it
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # the best pass and two after it
 
 
 def test_a_run_that_stopped_early_and_was_cut_while_writing_makes_no_update_more(tiny_llava, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(Watch, "worst_harm", lambda *_: None)  # no best look, so the last weights are what comes out
-    looks = EvalConfig(str(rows), every=1, rows=48, choose=True, patience=2)
-    config = _config(rows, eval=looks, checkpoint_every=1)
+    monkeypatch.setattr(Watch, "worst_harm", lambda *_: None)  # no best pass, so the last weights are what comes out
+    passes = EvalConfig(str(rows), every=1, rows=48, choose=True, patience=2)
+    config = _config(rows, eval=passes, checkpoint_every=1)
     whole = align(tiny_llava, config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(train_module.files, "write_model", _cut)
@@ -117,7 +117,7 @@ def _cut(*_args):
     raise KeyboardInterrupt
 
 
-def test_a_resumed_run_remembers_its_best_look(tiny_llava, rows, tmp_path, monkeypatch):
+def test_a_resumed_run_remembers_its_best_validation(tiny_llava, rows, tmp_path, monkeypatch):
     figures = [0.5, 0.1, 0.4, 0.3, 0.2, 0.3, 0.4]
     _harm(monkeypatch, figures)
     whole = align(tiny_llava, _config(rows), tmp_path / "whole")
@@ -138,28 +138,28 @@ def test_a_resumed_run_remembers_its_best_look(tiny_llava, rows, tmp_path, monke
     assert _same(_weights(whole), _weights(align(tiny_llava, _config(rows), tmp_path / "cut", resume=True)))
 
 
-def test_without_a_look_within_limits_the_last_weights_stay(tiny_llava, rows, tmp_path, monkeypatch):
+def test_without_a_validation_within_limits_the_last_weights_stay(tiny_llava, rows, tmp_path, monkeypatch):
     blind = align(tiny_llava, _config(rows, eval=EvalConfig()), tmp_path / "blind")
     monkeypatch.setattr(Watch, "worst_harm", lambda *_: None)
     _harm(monkeypatch, [0.5] * 7)
-    seen = align(tiny_llava, _config(rows), tmp_path / "seen")
-    assert _same(_weights(blind), _weights(seen)) and json.loads((seen / "edgesafe.json").read_text())["chosen"] == {}
+    watched = align(tiny_llava, _config(rows), tmp_path / "watched")
+    assert _same(_weights(blind), _weights(watched)) and json.loads((watched / "edgesafe.json").read_text())["chosen"] == {}
 
 
-def test_the_sampler_harm_follows_the_looks(tiny_llava, rows, tmp_path, monkeypatch):
-    def look(self, llava):
+def test_the_sampler_harm_follows_the_validation(tiny_llava, rows, tmp_path, monkeypatch):
+    def validate(self, llava):
         llava.model.eval()
         return {str(d): _rates(1.0 if d == 3 else 0.0) for d in self.depths}
 
-    monkeypatch.setattr(Watch, "look", look)
-    looks = EvalConfig(str(rows), every=1, rows=48)
+    monkeypatch.setattr(Watch, "validate", validate)
+    passes = EvalConfig(str(rows), every=1, rows=48)
     out = align(
-        tiny_llava, _config(rows, sampler="harm", steps=40, batch_size=1, reference_rows=1, eval=looks), tmp_path / "out"
+        tiny_llava, _config(rows, sampler="harm", steps=40, batch_size=1, reference_rows=1, eval=passes), tmp_path / "out"
     )
     depths = [json.loads(line)["exit_depth"] for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     assert depths.count(3) > 30  # by hand: 1.02 / 1.08 of 39 draws is 36.8, standard deviation 1.4
 
 
-def test_looks_that_could_not_see_harm_are_refused(tiny_llava, rows, tmp_path):
-    with pytest.raises(ConfigError, match="rows to look at"):
+def test_validation_that_could_not_see_harm_are_refused(tiny_llava, rows, tmp_path):
+    with pytest.raises(ConfigError, match="rows to validate on"):
         align(tiny_llava, _config(rows, eval=EvalConfig(str(rows), every=1, rows=1)), tmp_path / "out")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgesafe.align.config import AlignConfig, default_config, parse_config, read_config
+from edgesafe.align.config import default_config, parse_config, read_config
+from edgesafe.align.settings import AlignConfig
 from edgesafe.errors import ConfigError
 
 

@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from edgesafe.align import features, files, rollout
-from edgesafe.align.config import L_PPO, AlignConfig, LoraConfig, PpoConfig
-from edgesafe.align.train import _features, align, prepare
+from edgesafe.align import features, files
+from edgesafe.align.objectives import rollout
+from edgesafe.align.objectives.ppo import PpoConfig
+from edgesafe.align.prepare import prepare
+from edgesafe.align.settings import AlignConfig, LoraConfig
+from edgesafe.align.train import _features, align
 from edgesafe.cli import main
 
 # 2 epochs of 2 minibatches are 4 optimizer steps an update; the 14th is the second of the update with number 3.
@@ -168,7 +171,7 @@ def test_a_full_disk_at_the_end_can_be_resumed(killed, monkeypatch, capsys):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("method", ["self-distill", L_PPO])
+@pytest.mark.parametrize("method", ["self-distill", "l-ppo"])
 def test_activations_computed_twice_give_the_same_weights(tiny_llava, rows, tmp_path, monkeypatch, method, tune, precision):
     calls, real = [], LlamaAttention.forward
 
@@ -188,7 +191,7 @@ def test_activations_computed_twice_give_the_same_weights(tiny_llava, rows, tmp_
         lr=1e-3,
         precision=precision,
         lora=LoraConfig(r=4, alpha=8),
-        ppo=PpoConfig(epochs=1, minibatches=2, max_new_tokens=4),
+        sections={"ppo": PpoConfig(epochs=1, minibatches=2, max_new_tokens=4)},
     )
     plain, passes = align(tiny_llava, config, tmp_path / "plain"), sum(calls)
     calls.clear()
@@ -202,7 +205,7 @@ def test_activations_computed_twice_give_the_same_weights(tiny_llava, rows, tmp_
 
 def test_a_large_model_is_seen_in_smaller_pieces_that_say_the_same(tiny_llava, rows, monkeypatch):
     config = AlignConfig(
-        method=L_PPO, data=str(rows), tune="lora", optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8)
+        method="l-ppo", data=str(rows), tune="lora", optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8)
     )
     t = prepare(tiny_llava, config)
     need = {row: frozenset({1, 2}) for row in range(7)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgesafe.align.losses import answer_mean, distill_loss, objective, row_weights, sft_loss
+from edgesafe.align.objectives.losses import answer_mean, distill_loss, row_weights, sft_loss, wanted_loss
 
 LOG3 = math.log(3.0)
 # One row, three positions, two tokens. Position 0 says (3/4, 1/4), position 1 (1/2, 1/2); position 2 is padding.
@@ -97,11 +97,11 @@ def test_the_weight_sets_how_often_an_unsure_exit_refuses(weight):
 
 
 def test_the_objective_is_kl_plus_weighted_cross_entropy():
-    loss, terms = objective(EVEN, LOGITS, TARGETS, MASK, ONE, 0.5)
+    loss, terms = wanted_loss(EVEN, LOGITS, TARGETS, MASK, ONE, 0.5)
     assert loss.item() == pytest.approx(KL + 0.5 * math.log(2), rel=1e-5)
     assert terms == {"sft": pytest.approx(math.log(2), rel=1e-5), "kl": pytest.approx(KL, rel=1e-5)}
 
 
 def test_without_a_teacher_the_objective_is_cross_entropy_alone():
-    loss, terms = objective(LOGITS, None, TARGETS, MASK, ONE, 0.5)
+    loss, terms = wanted_loss(LOGITS, None, TARGETS, MASK, ONE, 0.5)
     assert loss.item() == pytest.approx(SFT, rel=1e-5) and list(terms) == ["sft"]

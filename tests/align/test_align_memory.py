@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,19 @@ from random_checkpoint import find_config, make_checkpoint
 from safetensors.torch import save_file
 
 from edgesafe.align import memory
-from edgesafe.align.config import AlignConfig, EvalConfig, LoraConfig, PpoConfig, read_config
+from edgesafe.align.config import read_config
 from edgesafe.align.data import collate
-from edgesafe.align.memory import Memory, describe, estimate, read_headers, sizes
-from edgesafe.align.train import prepare
+from edgesafe.align.memory import Memory, describe, estimate
+from edgesafe.align.objectives.ppo import PpoConfig
+from edgesafe.align.prepare import prepare
+from edgesafe.align.settings import AlignConfig, EvalConfig, LoraConfig
+from edgesafe.align.sizes import Lengths, read_headers, read_lengths, read_sizes
 from edgesafe.checkpoint.exit_model import load
 from edgesafe.errors import ConfigError, InputError
 
 CONFIGS = Path(memory.__file__).parent / "configs"
 MIB = 2**20
-# The estimate is for people who choose a batch size. The worst figure seen is 1.22 (see `memory.estimate`).
+# The estimate is for people who choose a batch size. The worst figure measured is 1.22 (see `memory.estimate`).
 FACTOR = 1.35
 
 
@@ -86,7 +90,7 @@ def test_the_adapter_is_the_one_that_peft_makes(tiny_llava, rows):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_block_keeps_what_torch_saves_for_the_backward_pass(tiny_llava, rows, tune):
     t = prepare(tiny_llava, _config(rows, tune=tune, optimizer="adamw"))
-    s = sizes(tiny_llava, read_headers(tiny_llava)[0], t.config)
+    s = read_sizes(tiny_llava, read_headers(tiny_llava)[0], t.config)
     batch = t.batch(t.examples[:6])
     states = torch.randn(6, s.image_tokens, 32)
     fixed = {w.untyped_storage().data_ptr() for w in t.llava.model.parameters()}
@@ -114,25 +118,28 @@ def _inputs(t, batch, states):
 
 def test_phases_by_hand(tiny_llava, rows):
     shapes, _ = read_headers(tiny_llava)
-    config = _config(rows, method="l-ppo", optimizer="adamw", ppo=PpoConfig(minibatches=3, max_new_tokens=10))
-    s = sizes(tiny_llava, shapes, config)
+    config = _config(rows, method="l-ppo", optimizer="adamw", sections={"ppo": PpoConfig(minibatches=3, max_new_tokens=10)})
+    s = read_sizes(tiny_llava, shapes, config)
     vocabulary = shapes["language_model.lm_head.weight"][0]
     # 72 px in patches of 12 are 36; keys and values of 64 in 2 blocks; a block keeps 4 x 64 + 4 x 64 + 4 x 512 + 7 x 4 = 2588.
     assert (s.image_tokens, s.kv, s.blocks, s.width, s.layer, s.vocabulary) == (36, 2 * 64 * 2, 2, 64, 2588, vocabulary)
-    lengths = memory.Lengths(request=60, answer=10, rows=48)
+    lengths = Lengths(request=60, answer=10, rows=48)
     phases = memory.working(s, config, lengths, 1)
     # (4 + 2) / 3 = 2 rows of 70 tokens, 2 blocks and one at work, and 5 arrays of logits.
     want = 4 * (memory.FRAGMENTED * 2 * 70 * 3 * 2588 + 2 * 5 * 10 * vocabulary)
     assert phases["an update"] == pytest.approx(want)
     twice = memory.working(s, dataclasses.replace(config, gradient_checkpointing=True), lengths, 1)
     assert twice["an update"] == pytest.approx(4 * (memory.FRAGMENTED * 2 * 70 * (2 * 64 + 2 * 2588) + 2 * 5 * 10 * vocabulary))
-    halved = memory.working(s, dataclasses.replace(config, ppo=PpoConfig(minibatches=1, max_new_tokens=10)), lengths, 2)
+    halved = memory.working(
+        s, dataclasses.replace(config, sections={"ppo": PpoConfig(minibatches=1, max_new_tokens=10)}), lengths, 2
+    )
     assert halved["an update"] == pytest.approx(1.5 * want)  # 3 rows a process instead of 2
-    dpo = memory.working(s, dataclasses.replace(config, method="l-dpo"), lengths, 1)
-    sft = memory.working(s, dataclasses.replace(config, method="l-sft"), lengths, 1)
-    assert (
-        2 * sft["an update"] < dpo["an update"] < 3 * sft["an update"]
-    )  # two answers a row, and the reference policy's logits
+    longer = dataclasses.replace(lengths, answer=32)  # as many tokens as the answers of a pair may have
+    dpo = memory.working(s, dataclasses.replace(config, method="l-dpo"), longer, 1)
+    sft = memory.working(s, dataclasses.replace(config, method="l-sft"), longer, 1)
+    # Two answers for each row, and the reference policy's logits.
+    assert 2 * sft["an update"] < dpo["an update"] < 3 * sft["an update"]
+    assert dpo["an update"] == memory.working(s, dataclasses.replace(config, method="l-dpo"), lengths, 1)["an update"]
 
 
 def test_kept_features_stay_below_their_limit(tiny_llava, rows):
@@ -146,11 +153,11 @@ def test_kept_features_stay_below_their_limit(tiny_llava, rows):
 
 def test_lengths_are_those_of_the_rows_and_an_assumption_without_them(tiny_llava, rows, llava):
     t = prepare(tiny_llava, _config(rows))
-    found = memory.read_lengths(tiny_llava, t.config, 36)
+    found = read_lengths(tiny_llava, t.config, 36)
     longest = collate(t.examples, 0).ids.shape[1]
     assert longest <= found.request + found.answer <= longest + 16 and found.rows == 48
-    assumed = memory.read_lengths(tiny_llava, AlignConfig(data="nowhere"), 36)
-    assert assumed == memory.Lengths(36 + 48 + 16, 24, 0)
+    assumed = read_lengths(tiny_llava, AlignConfig(data="nowhere"), 36)
+    assert assumed == Lengths(36 + 48 + 16, 24, 0)
 
 
 def _bigger(folder: Path) -> Path:
@@ -180,10 +187,9 @@ code = main(sys.argv[1:])
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 sys.exit(code)
 """
-    child = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # every thread has buffers of its own
+    child = subprocess.run([sys.executable, "-c", code, *argv], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
-    from edgesafe.align.config import read_config
-
     need = estimate(model, read_config(tmp_path / "c.toml", data=str(rows)))
     peak = int(child.stdout.split()[-1]) / 1024
     print(f"estimated {need.total:.0f} MiB, took {peak:.0f} MiB")
@@ -191,8 +197,10 @@ sys.exit(code)
     assert peak / FACTOR < need.total < peak * FACTOR
     for wrong in (need.total - need.working, need.total + need.working):
         assert not peak / FACTOR < wrong < peak * FACTOR
-    said = [line for line in child.stderr.splitlines() if "needs about" in line]
-    assert len(said) == 1 and said[0].strip().startswith(need.line()) and child.stderr.index("needs about") < 200
+    lines = [line.strip() for line in child.stderr.splitlines()]
+    plans = [number for number, line in enumerate(lines) if line.startswith("needs about")]
+    assert len(plans) == 1 and lines[plans[0]].startswith(need.line())
+    assert plans[0] < next(number for number, line in enumerate(lines) if line.startswith("tower"))  # before any work
 
 
 def test_too_little_memory_is_said_and_processes_count():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgesafe.align import ppo, rollout
+from edgesafe.align.objectives import ppo, rollout
 from mutants import wrong
 
 TRL = json.loads((Path(__file__).parent / "trl_vectors.json").read_text())

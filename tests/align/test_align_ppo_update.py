@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_align_ppo import advantages_by_sums
 
-from edgesafe.align import l_ppo, rollout
-from edgesafe.align.config import AlignConfig, LoraConfig, PpoConfig, RewardConfig
 from edgesafe.align.features import Features
-from edgesafe.align.train import prepare
+from edgesafe.align.objectives import l_ppo, rollout
+from edgesafe.align.objectives.ppo import PPO, PpoConfig
+from edgesafe.align.prepare import prepare
+from edgesafe.align.settings import AlignConfig, LoraConfig, RewardConfig
 from edgesafe.align.trainer import Trainer
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, open_images, pixel_values
 from mutants import wrong
@@ -34,16 +35,18 @@ def run(tiny_llava, rows) -> Trainer:
         optimizer="adamw",
         lora=LoraConfig(r=4, alpha=8),
         reward=RewardConfig(harmlessness=1.0, helpfulness=0.5),  # near 0, so that the KL is no small part of the reward
-        ppo=PpoConfig(
-            epochs=1,
-            minibatches=1,
-            max_new_tokens=6,
-            kl_coef=0.5,
-            gamma=0.9,
-            vf_coef=0.5,
-            temperature=1.3,
-            missing_eos_penalty=0.5,
-        ),
+        sections={
+            "ppo": PpoConfig(
+                epochs=1,
+                minibatches=1,
+                max_new_tokens=6,
+                kl_coef=0.5,
+                gamma=0.9,
+                vf_coef=0.5,
+                temperature=1.3,
+                missing_eos_penalty=0.5,
+            )
+        },
     )
     t = prepare(tiny_llava, config)
     generator = torch.Generator().manual_seed(5)
@@ -71,13 +74,13 @@ def transformers_say(run, row, depth, answer):
     ids = torch.tensor([[*e.prompt, *answer]])
     out = run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=depth, output_hidden_states=True)
     before = slice(len(e.prompt) - 1, ids.shape[1] - 1)
-    logp = torch.log_softmax(out.logits[0, before] / run.config.ppo.temperature, -1)
+    logp = torch.log_softmax(out.logits[0, before] / PPO.of(run.config).temperature, -1)
     return logp.gather(-1, torch.tensor(answer)[:, None])[:, 0], out.hidden_states[-1][0, before]
 
 
 def independently(run, said) -> dict[str, float]:
     """The figures of the update, from the sampled answers alone."""
-    c, head = run.config.ppo, run.policy.value_head
+    c, head = PPO.of(run.config), run.policy.value_head
     kl, advantages, scores = [], [], []
     for k, answer in enumerate(said):
         row, depth = [*ROWS, *ROWS[:2]][k], DEPTH if k < 4 else run.llava.reference_depth
@@ -139,12 +142,15 @@ def _wrong_update(run, features, patch, mutant):
         patch.setattr(Trainer, "states", shift)
     elif mutant == "reference at the wrong depth":
         deeper = run.states(features, [*ROWS, *ROWS[:2]], [run.llava.reference_depth] * 6)
-        edit = ("ref_logprobs, _ = _look_back(t, batch, states)", "ref_logprobs, _ = _look_back(t, batch, deeper)")
+        edit = (
+            "ref_logprobs, _ = _logprobs_and_values(t, batch, states)",
+            "ref_logprobs, _ = _logprobs_and_values(t, batch, deeper)",
+        )
         patch.setattr(l_ppo, "roll_out", wrong(rollout.roll_out, edit, deeper=deeper))
     elif mutant == "reference is the policy itself":
         patch.setattr(l_ppo, "roll_out", wrong(rollout.roll_out, ("with t.untouched():", "if True:")))
     elif mutant == "no penalty without an end":
-        patch.setattr(rollout, "_scores", wrong(rollout._scores, (" - t.config.ppo.missing_eos_penalty * open_ended", "")))
+        patch.setattr(rollout, "_scores", wrong(rollout._scores, (" - PPO.of(t.config).missing_eos_penalty * open_ended", "")))
     elif mutant == "mean not removed":
         patch.setattr(l_ppo, "_moments", wrong(l_ppo._moments, ("return mean, ", "return 0 * mean, ")))
     elif mutant == "value loss not weighed":
@@ -229,7 +235,7 @@ def test_a_minibatch_is_what_transformers_and_plain_loops_give(run, minibatch):
 @pytest.mark.parametrize(
     "edit",
     [
-        ("ppo, mask = t.config.ppo, some.batch.mask", "ppo, mask = t.config.ppo, torch.ones_like(some.batch.mask)"),
+        ("ppo, mask = PPO.of(t.config), some.batch.mask", "ppo, mask = PPO.of(t.config), torch.ones_like(some.batch.mask)"),
         ("some.logprobs, advantages, ppo.clip_range", "some.logprobs, -advantages, ppo.clip_range"),
         ("policy_terms(logprobs, some.logprobs,", "policy_terms(some.logprobs, logprobs,"),
         ("advantages, ppo.clip_range)", "returns, ppo.clip_range)"),

@@ -74,7 +74,7 @@ def test_the_split_goes_by_prompt_and_not_by_row(base, tmp_path):
 
 GOOD = {"prompt": "tell me", "chosen": "gladly", "rejected": "it is"}
 BAD = {
-    "not JSON": ("{", "no JSON"),
+    "not JSON": ("{", "not JSON"),
     "a list": ("[1]", "table"),
     "a missing key": ({"prompt": "a", "chosen": "gladly"}, "'rejected' is missing"),
     "a misspelt key": ({"prompt": "a", "chosen": "gladly", "rejcted": "it"}, "rejcted"),
@@ -86,7 +86,7 @@ BAD = {
     "too long": ({**GOOD, "rejected": "it " * 80}, "too long"),
     "no prompt": ({"chosen": "gladly", "rejected": "it"}, "no prompt"),
     "the same to the tokenizer": ({**GOOD, "chosen": "qqq", "rejected": "zzz"}, "the same"),
-    "an empty line": ("", "no JSON"),
+    "an empty line": ("", "not JSON"),
 }
 
 

@@ -18,8 +18,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from processes import CONFIGS
 from safetensors.torch import load_file
 
-from edgesafe.align.config import METHODS
-from edgesafe.align.train import _check_processes, _check_wrapper
+from edgesafe.align.config import read_config
+from edgesafe.align.objectives.table import METHODS, find_objective
+from edgesafe.align.prepare import _check_processes, _check_wrapper
 from edgesafe.errors import ConfigError
 from tiny import make_tiny_llava
 
@@ -154,12 +155,11 @@ def test_one_of_them_speaks(runs):
     ],
 )
 def test_rows_that_do_not_divide_are_refused(tmp_path, toml, named):
-    from edgesafe.align.config import read_config
-
     (tmp_path / "c.toml").write_text(toml)
+    config = read_config(tmp_path / "c.toml")
     with pytest.raises(ConfigError, match=named):
-        _check_processes(read_config(tmp_path / "c.toml"), 2)
-    _check_processes(read_config(tmp_path / "c.toml"), 1)
+        _check_processes(config, find_objective(config.method), 2)
+    _check_processes(config, find_objective(config.method), 1)
 
 
 def test_what_cannot_be_gathered_is_refused_and_whole_copies_are_not():

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgesafe.align.config import AlignConfig, LoraConfig, PpoConfig, RewardConfig
+from edgesafe.align.objectives.ppo import PpoConfig
 from edgesafe.align.reward.model import MODEL_SHARE, ModelReward, balance, encode, open_model_reward, read_scores
 from edgesafe.align.reward.overlap import word_f1
 from edgesafe.align.reward.preferences import render
+from edgesafe.align.settings import AlignConfig, LoraConfig, RewardConfig
 from edgesafe.align.train import align
 from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.files import digest_folder
@@ -251,7 +252,7 @@ def test_l_ppo_takes_it_and_records_it(tiny_llava, rows, scorer, tmp_path):
         precision="fp32",
         optimizer="adamw",
         lora=LoraConfig(r=4, alpha=8),
-        ppo=PpoConfig(epochs=1, minibatches=1, max_new_tokens=6),
+        sections={"ppo": PpoConfig(epochs=1, minibatches=1, max_new_tokens=6)},
         reward=RewardConfig(model=str(scorer)),
     )
     out = align(tiny_llava, config, tmp_path / "out")

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from edgesafe.align import l_ppo, rollout
-from edgesafe.align import train as train_module
-from edgesafe.align.config import AlignConfig, DpoConfig, LoraConfig, PpoConfig, RewardConfig
+from edgesafe.align import prepare as prepare_module
+from edgesafe.align.config import parse_config, recorded
 from edgesafe.align.features import compute, merge_needs
-from edgesafe.align.l_dpo import Pair, dpo_loss, find_pairs
-from edgesafe.align.l_ppo import ppo_update
-from edgesafe.align.reward.overlap import TargetReward, open_reward, word_f1
-from edgesafe.align.rollout import roll_out, sample
-from edgesafe.align.train import align, prepare
+from edgesafe.align.objectives import l_ppo, rollout
+from edgesafe.align.objectives.l_dpo import DpoConfig, Pair, dpo_loss, find_pairs
+from edgesafe.align.objectives.l_ppo import ppo_update
+from edgesafe.align.objectives.ppo import PPO, PpoConfig
+from edgesafe.align.objectives.rollout import roll_out, sample
+from edgesafe.align.prepare import prepare
+from edgesafe.align.reward.open import open_reward
+from edgesafe.align.reward.overlap import TargetReward, word_f1
+from edgesafe.align.settings import AlignConfig, LoraConfig, RewardConfig
+from edgesafe.align.train import align
 from edgesafe.certify import string_judge as judge
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import AlignError, ConfigError, DivergedError
@@ -42,10 +46,12 @@ def _config(rows, method="l-ppo", **changes) -> AlignConfig:
         optimizer="adamw",
         precision="fp32",
         lora=LoraConfig(r=4, alpha=8),
-        ppo=PpoConfig(epochs=2, minibatches=2, max_new_tokens=6),
-        dpo=DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
     )
-    return dataclasses.replace(base, **changes)
+    sections = {
+        "ppo": changes.pop("ppo", PpoConfig(epochs=2, minibatches=2, max_new_tokens=6)),
+        "dpo": changes.pop("dpo", DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3)),
+    }
+    return dataclasses.replace(base, sections=sections, **changes)
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Long:
 def _rollout(t, depth=EXIT, numbers=ROWS, seed=0):
     features = compute(t.llava, t.examples, merge_needs([(depth, numbers)]), teacher=False, precision="fp32")
     states = t.states(features, numbers, [depth] * len(numbers))
-    uniforms = np.random.default_rng(seed).random((len(numbers), t.config.ppo.max_new_tokens))
+    uniforms = np.random.default_rng(seed).random((len(numbers), PPO.of(t.config).max_new_tokens))
     return roll_out(t, [t.examples[row] for row in numbers], states, uniforms)
 
 
@@ -131,7 +137,7 @@ def test_sampling_follows_the_models_distribution(run):
 
 
 def _scores(tiny_llava, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "open_reward", lambda config: Long())
+    monkeypatch.setattr(prepare_module, "open_reward", lambda config: Long())
     # A random model spreads its probability over all tokens; a low temperature gives sixteen answers something to compare.
     ppo = PpoConfig(
         epochs=4, minibatches=2, max_new_tokens=2, temperature=0.25, kl_coef=0.0, missing_eos_penalty=0.0, clip_range=0.3
@@ -196,7 +202,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoint(ti
             scores = super().__call__(rows, answers)
             return [math.nan, *scores[1:]] if len(calls) == 4 else scores
 
-    monkeypatch.setattr(train_module, "open_reward", lambda config: Broken())
+    monkeypatch.setattr(prepare_module, "open_reward", lambda config: Broken())
     with pytest.raises(AlignError, match=r"reward is nan.*row train-"):
         align(tiny_llava, _config(rows, checkpoint_every=2), tmp_path / "out")
     state = torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)
@@ -285,9 +291,7 @@ def test_the_reward_is_neither_of_the_judges():
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(rows, changes, names):
-    from edgesafe.align.config import parse_config
-
-    obj = dataclasses.asdict(_config(rows, **changes))
+    obj = recorded(_config(rows, **changes))
     obj["focus"], obj["lora"]["targets"] = list(obj["focus"]), list(obj["lora"]["targets"])
     with pytest.raises(ConfigError, match=names):
         parse_config(obj, "test")

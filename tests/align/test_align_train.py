@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections import Counter
 
 import pytest
 import torch
@@ -13,14 +12,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from edgesafe.align import files
-from edgesafe.align import l_sft as supervised
 from edgesafe.align import train as train_module
-from edgesafe.align.config import METHODS, AlignConfig, DpoConfig, EvalConfig, LoraConfig, PpoConfig
 from edgesafe.align.data import collate
 from edgesafe.align.features import compute, merge_needs
-from edgesafe.align.l_sft import update_loss
-from edgesafe.align.sampler import draw_depth, draw_rows, exit_shares, focused_exits
-from edgesafe.align.train import align, prepare
+from edgesafe.align.objectives import l_sft
+from edgesafe.align.objectives.l_dpo import DpoConfig
+from edgesafe.align.objectives.l_sft import update_loss
+from edgesafe.align.objectives.ppo import PpoConfig
+from edgesafe.align.objectives.table import METHODS
+from edgesafe.align.prepare import prepare
+from edgesafe.align.settings import AlignConfig, EvalConfig, LoraConfig
+from edgesafe.align.train import align
 from edgesafe.align.trainer import Trainer
 from edgesafe.checkpoint.exit_model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
@@ -34,8 +36,10 @@ def _config(rows, **changes) -> AlignConfig:
     small = {
         "tune": "lora",
         "lora": LoraConfig(r=4, alpha=8),
-        "dpo": DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
-        "ppo": PpoConfig(epochs=2, minibatches=2, max_new_tokens=6, kl_target=1.0),
+        "sections": {
+            "dpo": DpoConfig(rows=48, min_reward=-9.0, min_gap=1e-3),
+            "ppo": PpoConfig(epochs=2, minibatches=2, max_new_tokens=6, kl_target=1.0),
+        },
         "optimizer": "adamw" if changes.get("method") == "l-ppo" else "muon",
         "sft_weight": 1.0,
         **dict.fromkeys(("harm_weight", "focus_harm_weight", "shallow_harm_weight"), 5.0),
@@ -170,9 +174,21 @@ def test_another_run_cannot_be_resumed(tiny_llava, rows, tmp_path, monkeypatch):
         align(tiny_llava, _config(rows, lr=1e-3), tmp_path / "cut", resume=True)
     with pytest.raises(ConfigError, match="nothing to resume"):
         align(tiny_llava, _config(rows), tmp_path / "other", resume=True)
+    assert not (tmp_path / "other.partial").exists()
     (tmp_path / "cut.partial" / files.CHECKPOINT).write_bytes(b"junk")
     with pytest.raises(ConfigError, match="can't be read"):
         align(tiny_llava, _config(rows), tmp_path / "cut", resume=True)
+
+
+def test_without_resume_an_interrupted_run_starts_over_and_says_so(tiny_llava, rows, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            align(tiny_llava, _config(rows, seed=1), tmp_path / "out")
+    (tmp_path / "out.partial" / "left").write_text("over")
+    out = align(tiny_llava, _config(rows), tmp_path / "out")
+    assert "--resume would continue after update 3" in capsys.readouterr().err
+    assert [line["update"] for line in _metrics(out)] == list(range(6)) and not (out / "left").exists()
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e9], ids=str)
@@ -184,61 +200,12 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_llava, rows, tmp_pat
         loss, figures = update_loss(*args)
         return (loss * factor if len(calls) == 5 else loss), figures
 
-    monkeypatch.setattr(supervised, "update_loss", poisoned)
+    monkeypatch.setattr(l_sft, "update_loss", poisoned)
     with pytest.raises(DivergedError, match="checkpoint after update 3 is kept"):
         align(tiny_llava, _config(rows), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     state = torch.load(tmp_path / "out.partial" / files.CHECKPOINT, weights_only=True)
     assert state["done"] == 3 and all(torch.isfinite(p).all() for p in state["params"])
-
-
-def _depths(config, exits, count, **harm):
-    shares = exit_shares(config, exits, 4, **harm)
-    return [draw_depth(config, exits, shares, k) for k in range(count)]
-
-
-def test_uniform_draws_all_exits_alike_and_by_the_seed():
-    config = AlignConfig(seed=1, sampler="uniform")
-    depths = _depths(config, (1, 2, 3), 300)
-    assert all(70 < depths.count(d) < 130 for d in (1, 2, 3))  # 100 each, four standard deviations
-    assert depths == _depths(config, (1, 2, 3), 300) != _depths(dataclasses.replace(config, seed=2), (1, 2, 3), 300)
-
-
-def test_focused_exits_get_their_share_and_the_others_the_rest():
-    config = AlignConfig(focus_share=0.7, focus=(0.5, 0.75))  # of a reference depth of 4: exits 2 and 3
-    depths = _depths(config, (1, 2, 3, 4), 2000)
-    # By hand: 0.7 / 2 + 0.3 / 4 = 0.425 for a focused exit, 0.3 / 4 = 0.075 for another; 2000 draws, four standard deviations.
-    assert all(abs(depths.count(d) - 850) < 89 for d in (2, 3)) and all(abs(depths.count(d) - 150) < 48 for d in (1, 4))
-
-
-def test_rotating_draws_every_exit_once_a_round_in_changing_orders():
-    depths = _depths(AlignConfig(sampler="rotating"), (1, 2, 3, 4), 40)
-    rounds = [tuple(depths[i : i + 4]) for i in range(0, 40, 4)]
-    assert all(sorted(r) == [1, 2, 3, 4] for r in rounds) and len(set(rounds)) > 3
-
-
-def test_harm_draws_by_the_latest_looks_harm_and_evenly_before_it():
-    config = AlignConfig(sampler="harm")
-    # By hand, with the floor of 0.02: 0.4 / 0.5 = 0.8 and 0.1 / 0.5 = 0.2 of 1000 draws; four standard deviations are 51.
-    assert abs(_depths(config, (1, 2), 1000, harm={1: 0.38, 2: 0.08}).count(1) - 800) < 51
-    assert abs(_depths(config, (1, 2), 1000).count(1) - 500) < 64
-
-
-def test_rows_come_from_one_shuffle_after_the_other():
-    draws = [draw_rows(1, 100, 7, k) for k in range(300)]
-    assert set(Counter(row for rows in draws for row in rows).values()) == {21}  # 2100 draws of 100 rows
-    assert draws == [draw_rows(1, 100, 7, k) for k in range(300)] != [draw_rows(2, 100, 7, k) for k in range(300)]
-
-
-@pytest.mark.parametrize(
-    ("focus", "want"), [((0.4, 0.7), (5, 6, 7, 8)), ((0.5, 0.5), (6,)), ((0.51, 0.52), tuple(range(1, 14)))], ids=str
-)
-def test_focus_is_in_shares_of_the_reference_depth_and_without_an_exit_in_it_all_count(focus, want):
-    assert focused_exits(AlignConfig(focus=focus), tuple(range(1, 14)), 12) == want
-
-
-def test_fewer_rows_than_a_batch_are_seen_again():
-    assert sorted(draw_rows(0, 2, 5, 0))[1:4] in ([0, 0, 1], [0, 1, 1])
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +345,7 @@ def odd(rows, tmp_path_factory):
         ({"data": "empty"}, EdgesafeError, "rows"),
         ({"data": "nowhere"}, InputError, "not a suite"),
         ({"lora": LoraConfig(targets=("q_proj", "qproj"))}, ConfigError, "qproj"),
-        ({"eval": EvalConfig("cert", 1, 4)}, ConfigError, "not for looking"),
+        ({"eval": EvalConfig("cert", 1, 4)}, ConfigError, "not for validation"),
     ],
 )
 def test_bad_runs_leave_nothing(tiny_llava, rows, odd, tmp_path, changes, error, names):

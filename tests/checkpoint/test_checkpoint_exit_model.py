@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from edgesafe.align.data import Example, collate
-from edgesafe.align.losses import sft_loss
+from edgesafe.align.objectives.losses import sft_loss
 from edgesafe.checkpoint.exit_model import (
     answer_ids,
     answer_logits,

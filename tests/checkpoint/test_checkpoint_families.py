@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edgesafe.align.config import AlignConfig, LoraConfig, PpoConfig
 from edgesafe.align.data import Example, collate
+from edgesafe.align.objectives.ppo import PpoConfig
+from edgesafe.align.policy import target_modules
+from edgesafe.align.settings import AlignConfig, LoraConfig
 from edgesafe.align.train import align
-from edgesafe.align.trainer import target_modules
 from edgesafe.checkpoint.exit_model import (
     answer_ids,
     answer_logits,
@@ -142,8 +143,10 @@ def test_adapters_go_into_the_language_model_alone(llava):
 def test_only_the_language_model_moves(rows, tmp_path, name, changes):
     folder = make_tiny(name, tmp_path / "m")
     base = AlignConfig(data=str(rows), steps=2, batch_size=4, reference_rows=2, checkpoint_every=3, lr=5e-3, precision="fp32")
-    ppo = PpoConfig(epochs=1, minibatches=1, max_new_tokens=4, kl_target=1.0)
-    out = align(folder, dataclasses.replace(base, lora=LoraConfig(r=4, alpha=8), ppo=ppo, **changes), tmp_path / "out")
+    sections = {"ppo": PpoConfig(epochs=1, minibatches=1, max_new_tokens=4, kl_target=1.0)}
+    out = align(
+        folder, dataclasses.replace(base, lora=LoraConfig(r=4, alpha=8), sections=sections, **changes), tmp_path / "out"
+    )
     before, after = (load_file(f / "model.safetensors") for f in (folder, out))
     assert before.keys() == after.keys()
     moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}

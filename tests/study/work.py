@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,9 @@ def shown_settings(config: Any) -> dict[str, Any]:
     """The settings as JSON values, folders by their names: a record must not depend on where a machine keeps them."""
     if config is None:
         return {}
-    shown: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    shown["data"], shown["eval"]["suite"] = Path(config.data).name, Path(config.eval.suite).name
+    from edgesafe.align.config import recorded
+
+    shown: dict[str, Any] = json.loads(json.dumps(recorded(config)))
     return shown
 
 

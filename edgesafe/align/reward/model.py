@@ -65,15 +65,15 @@ class ModelReward:
             answers: one a row.
 
         Raises:
-            AlignError: the model said NaN or infinity.
+            AlignError: a score is NaN or infinite.
         """
         fresh = list({(row.prompt, row.target): row for row in rows if (row.prompt, row.target) not in self.cache}.values())
         for row, score in zip(fresh, self._scores(fresh, [row.target for row in fresh]), strict=True):
             self.cache[row.prompt, row.target] = score
-        said, weights = self._scores(rows, answers), (self.harmlessness, self.helpfulness)
+        scores, weights = self._scores(rows, answers), (self.harmlessness, self.helpfulness)
         return [
             balance(row.cls, score - self.cache[row.prompt, row.target], word_f1(answer, row.target), *weights)
-            for row, answer, score in zip(rows, answers, said, strict=True)
+            for row, answer, score in zip(rows, answers, scores, strict=True)
         ]
 
     def _scores(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
@@ -191,5 +191,5 @@ def read_scores(model: Any, ids: Sequence[Sequence[int]]) -> Tensor:
     for i, row in enumerate(ids):
         tokens[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    logits = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits  # [n, 1]
+    logits: Tensor = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits  # [n, 1]
     return logits[:, 0].float()

@@ -29,7 +29,7 @@ _NAMED = 8  # bad lines that a message lists
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt as token ids. `prompt` is what the person said first; the split goes by it."""
+    """Two answers to one prompt as token ids. `prompt` is the user's first turn; the split goes by it."""
 
     prompt: str
     chosen: tuple[int, ...]
@@ -62,7 +62,7 @@ def parse_dialogue(text: str) -> Turns | None:
     True
     """
     before, *parts = _SPEAKER.split(text)
-    turns = tuple((_ROLE[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
+    turns = tuple((_ROLE[who], turn.strip()) for who, turn in zip(parts[::2], parts[1::2], strict=True))
     return turns if turns and not before.strip() and turns[-1][0] == "assistant" else None
 
 
@@ -102,7 +102,7 @@ def read_pairs(
     if bad and not skip_bad:
         raise _first_of(bad)
     if not pairs:
-        raise InputError("there is no pair", where=str(path), expected='lines {"prompt", "chosen", "rejected"}')
+        raise InputError("there are no pairs", where=str(path), expected='lines {"prompt", "chosen", "rejected"}')
     return pairs, len(bad)
 
 
@@ -120,14 +120,14 @@ def _read_pair(line: str, where: str, encode: Callable[[Turns], list[int]], max_
     try:
         fields = Fields(json.loads(line), where, InputError)
     except (ValueError, RecursionError):
-        raise InputError("the line is no JSON", where=where, expected="one pair as a JSON object") from None
+        raise InputError("the line is not JSON", where=where, expected="one pair as a JSON object") from None
     answers = {key: fields.text(key) for key in ("chosen", "rejected")}
     prompt = fields.text("prompt") if fields.has("prompt") else None
     turns = {key: _turns(prompt, answer, f"{where}: {key}") for key, answer in answers.items()}
-    for key, said in turns.items():
-        if not said[-1][1].strip():
+    for key, dialogue in turns.items():
+        if not dialogue[-1][1].strip():
             raise InputError("the answer is empty", where=f"{where}: {key}", expected="an answer", todo="remove the line")
-    ids = {key: tuple(encode(said)) for key, said in turns.items()}
+    ids = {key: tuple(encode(dialogue)) for key, dialogue in turns.items()}
     if turns["chosen"] == turns["rejected"] or ids["chosen"] == ids["rejected"]:
         raise InputError(
             "chosen and rejected are the same", where=where, expected="two answers that differ", todo="remove the line"
@@ -157,7 +157,7 @@ def _turns(prompt: str | None, answer: str, where: str) -> Turns:
         turns = parse_dialogue(answer)
     if turns is None:
         raise InputError(
-            "the line has no prompt, and the text is no dialogue",
+            "the line has no prompt, and its text is not a dialogue",
             where=where,
             expected='a key "prompt", or whole dialogues "\\n\\nHuman: ...\\n\\nAssistant: ..."',
             todo="add the prompt",

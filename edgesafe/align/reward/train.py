@@ -10,8 +10,6 @@ import io
 import json
 import math
 import os
-import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from edgesafe.progress import bar
 
 BEST = "best.pt"
 WARMUP = 0.1  # share of the updates that lead up to the highest learning rate
-LOOKS = 10  # looks at the validation pairs, and checkpoints, of a run
+VALIDATIONS = 10  # validation passes, and checkpoints, of a run
 
 
 @dataclass
@@ -57,8 +55,8 @@ class RewardRun:
 
     @property
     def every(self) -> int:
-        """Updates between two looks and checkpoints."""
-        return max(1, self.steps // LOOKS)
+        """Updates between two validation passes and checkpoints."""
+        return max(1, self.steps // VALIDATIONS)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -116,7 +114,7 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
         data: JSON lines of pairs, plain or gzipped.
         config: settings.
         out: new folder; `<out>.partial` holds metrics, checkpoint and best weights while it runs.
-        resume: go on from the last checkpoint in `<out>.partial`.
+        resume: continue from the last checkpoint in `<out>.partial`.
 
     Returns:
         The record that is written to `out`/edgesafe.json beside the checkpoint and metrics.jsonl.
@@ -129,12 +127,9 @@ def train_reward_model(base: str, data: Path, config: RewardTraining, out: Path,
     place = check_target(out, model=base, known=files.WORK)
     partial = work_folder(place)
     run = prepare(base, data, config)
-    if not resume and partial.exists():
-        if done := files.done_updates(partial):
-            print(f"  starting over; --resume would go on after update {done}", file=sys.stderr, flush=True)
-        shutil.rmtree(partial)
+    if not resume:
+        files.start_over(partial)
     start = files.load_checkpoint(partial, run.identity, run.params, run.optimizer) if resume else 0
-    partial.mkdir(parents=True, exist_ok=True)
     train(run, partial, start)
     record = write(run, partial)
     os.replace(partial, place)
@@ -202,14 +197,14 @@ def open_base(base: str) -> tuple[Any, Any]:
 
 def train(run: RewardRun, partial: Path, start: int) -> None:
     """Run the updates from `start` on; metrics, checkpoints and the best weights go to `partial`."""
-    best = min(past_looks(partial), default=(math.inf, 0))[0]
+    best = min(past_validations(partial), default=(math.inf, 0))[0]
     with (partial / files.METRICS).open("a", encoding="utf-8") as metrics:
         for number in bar(range(start, run.steps), run.steps - start, "reward model"):
             began = time.perf_counter()
             line: dict[str, Any] = {"update": number, **_update(run, number, partial)}
-            looking = (number + 1) % run.every == 0 or number + 1 == run.steps
-            if looking and run.val:
-                line["val"] = look(run)
+            due = (number + 1) % run.every == 0 or number + 1 == run.steps
+            if due and run.val:
+                line["val"] = validate(run)
                 _finite(partial, f"validation loss {line['val']['loss']} after update {number}", line["val"]["loss"])
                 if line["val"]["loss"] < best:
                     best = line["val"]["loss"]
@@ -217,7 +212,7 @@ def train(run: RewardRun, partial: Path, start: int) -> None:
             line["seconds"] = round(time.perf_counter() - began, 4)
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
-            if looking and number + 1 < run.steps:
+            if due and number + 1 < run.steps:
                 files.save_checkpoint(partial, number + 1, run.identity, run.params, run.optimizer)
 
 
@@ -231,7 +226,7 @@ def _update(run: RewardRun, number: int, partial: Path) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     chosen, rejected = pair_scores(run.model, [run.train[i] for i in draw_pairs(run.config, len(run.train), number)])
     loss = pair_loss(chosen, rejected)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
     norm = float(torch.nn.utils.clip_grad_norm_(run.params, 1.0))
     value = loss.item()
     _finite(partial, f"loss {value:g}, gradient norm {norm:g} at update {number}", value, norm)
@@ -252,8 +247,8 @@ def _finite(partial: Path, what: str, *values: float) -> None:
 
 
 @torch.no_grad()
-def look(run: RewardRun) -> dict[str, float | int]:
-    """Loss and accuracy on the validation pairs; a tie is no right answer."""
+def validate(run: RewardRun) -> dict[str, float | int]:
+    """Loss and accuracy on the validation pairs; a tie is not a right answer."""
     run.model.eval()
     total, right = 0.0, 0
     for start in range(0, len(run.val), run.config.batch_size):
@@ -263,8 +258,8 @@ def look(run: RewardRun) -> dict[str, float | int]:
     return {"loss": total / len(run.val), "accuracy": right / len(run.val), "k": right, "n": len(run.val)}
 
 
-def past_looks(partial: Path) -> list[tuple[float, int, int]]:
-    """Validation loss, updates done and right pairs of every look in the metrics."""
+def past_validations(partial: Path) -> list[tuple[float, int, int]]:
+    """Validation loss, updates done and right pairs of every validation pass in the metrics."""
     path = partial / files.METRICS
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     return [(line["val"]["loss"], line["update"] + 1, line["val"]["k"]) for line in lines if "val" in line]
@@ -281,7 +276,7 @@ def write(run: RewardRun, partial: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if run.val:
-        loss, update, right = min(past_looks(partial))
+        loss, update, right = min(past_validations(partial))
         low, high = wilson(right, len(run.val))
         record["val"] = {"loss": loss, "accuracy": right / len(run.val), "lower_95": low, "upper_95": high, "update": update}
         best = torch.load(partial / BEST, weights_only=True)

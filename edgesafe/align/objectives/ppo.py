@@ -1,4 +1,6 @@
-"""The arithmetic of PPO, as pure functions of arrays. B answers padded to A tokens; masks are True on answer tokens.
+"""The settings of PPO, and its arithmetic as pure functions of arrays.
+
+B answers padded to A tokens; masks are True on answer tokens.
 
 Source for all: Schulman et al. 2017 (arXiv 1707.06347), with the per-token reward of Ziegler et al. 2019 (1909.08593); the use
 at an exit depth: L-PPO, arXiv 2411.04291, section 4.
@@ -6,8 +8,55 @@ at an exit depth: L-PPO, arXiv 2411.04291, section 4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from edgesafe.align.settings import Limits, Section
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    """Settings of `l-ppo`, table `[ppo]`.
+
+    epochs, minibatches: passes over an update's rollouts, and the parts of a pass; an optimizer step each.
+    clip_range: of the probability ratio. value_clip_range: of the value's move. vf_coef: weight of the value loss (the paper's
+        c1).
+    kl_coef: weight of the per-token KL in the reward (the paper's eta), nats. kl_target: above 0, `kl_coef` adapts until an
+        answer is this many nats away from the reference policy. kl_horizon: updates over which it adapts. max_kl: nats an
+        answer, above which a run has diverged.
+    gamma, gae_lambda: of generalized advantage estimation.
+    temperature, max_new_tokens: of the sampled answers. missing_eos_penalty: taken off the reward of an answer that does not
+        end.
+    """
+
+    epochs: int = 4
+    minibatches: int = 4
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    vf_coef: float = 0.1
+    kl_coef: float = 0.05
+    kl_target: float = 0.0
+    kl_horizon: int = 50
+    max_kl: float = 100.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    temperature: float = 1.0
+    max_new_tokens: int = 32
+    missing_eos_penalty: float = 1.0
+
+
+def _limits(ppo: PpoConfig) -> Limits:
+    return {
+        "clip_range": (0 < ppo.clip_range < 1, ppo.clip_range, "above 0 and below 1"),
+        "gamma": (0 < ppo.gamma <= 1, ppo.gamma, "above 0, at most 1"),
+        "gae_lambda": (ppo.gae_lambda <= 1, ppo.gae_lambda, "0..1"),
+        "temperature": (ppo.temperature > 0, ppo.temperature, "above 0"),
+    }
+
+
+PPO = Section("ppo", PpoConfig(), dict.fromkeys(("epochs", "minibatches", "max_new_tokens", "kl_horizon"), 1), _limits)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

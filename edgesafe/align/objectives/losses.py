@@ -1,4 +1,4 @@
-"""The objectives, as pure functions of logits. B answers padded to A tokens, V tokens in the vocabulary."""
+"""The losses, as pure functions of logits. B answers padded to A tokens, V tokens in the vocabulary."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def row_weights(harmful: Tensor, harm_weight: Tensor | float) -> Tensor:
     return torch.where(harmful, harm_weight, 1.0)
 
 
-def objective(
+def wanted_loss(
     student: Tensor, teacher: Tensor | None, targets: Tensor, mask: Tensor, weight: Tensor, sft_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of one part of an update (the exit's or the reference depth's) and its terms by name.

@@ -1,5 +1,6 @@
-"""`l-dpo`: pairs for free. Chosen is the model's own answer at the reference depth where that is right, rejected its own wrong
-answer to the same request at the exit.
+"""`l-dpo`: pairs for free, from the model's own answers.
+
+Chosen is the answer at the reference depth where that is right, rejected the wrong answer to the same request at the exit.
 
 Source: Direct preference optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7, the reference policy at the same
     exit.
@@ -13,14 +14,35 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgesafe.align.config import DpoConfig
 from edgesafe.align.features import Features, chunk_of
-from edgesafe.align.losses import dpo_terms, row_weights, sft_loss
-from edgesafe.align.rollout import token_logprobs
-from edgesafe.align.trainer import Trainer
-from edgesafe.checkpoint.exit_model import decode, exit_state, exit_states, generate, open_images, pixel_values
+from edgesafe.align.objectives.losses import dpo_terms, row_weights, sft_loss
+from edgesafe.align.objectives.rollout import token_logprobs
+from edgesafe.align.settings import AlignConfig, Section
+from edgesafe.align.sizes import Footprint, Lengths, Sizes
+from edgesafe.align.trainer import Objective, Trainer
+from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, open_images, pixel_values
 from edgesafe.errors import AlignError
 from edgesafe.progress import bar
+
+MAX_NEW_TOKENS = 32  # of the answers that may become pairs
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Settings of `l-dpo`, table `[dpo]`.
+
+    beta: how far the policy may move from the reference policy; small is far. rows: how many training rows are answered at
+        every exit before the first update to find pairs. min_reward: a chosen answer has at least this reward. min_gap: and the
+        rejected one this much less.
+    """
+
+    beta: float = 0.1
+    rows: int = 800
+    min_reward: float = 0.99
+    min_gap: float = 0.05
+
+
+DPO = Section("dpo", DpoConfig(), {"min_reward": None}, lambda dpo: {"beta": (dpo.beta > 0, dpo.beta, "above 0")})
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ def is_pair(chosen: float, rejected: float, config: DpoConfig) -> bool:
 
 
 @torch.no_grad()
-def find_pairs(t: Trainer, max_new_tokens: int = 32) -> dict[int, list[Pair]]:
+def find_pairs(t: Trainer) -> dict[int, list[Pair]]:
     """Pairs by exit depth from the untouched model's greedy answers to the first `dpo.rows` rows.
 
     Every process finds them for itself.
@@ -51,44 +73,54 @@ def find_pairs(t: Trainer, max_new_tokens: int = 32) -> dict[int, list[Pair]]:
         AlignError: there are none at any exit.
     """
     pairs: dict[int, list[Pair]] = {depth: [] for depth in t.exits}
-    count, size = min(t.config.dpo.rows, len(t.examples)), chunk_of(t.llava)
+    count, size = min(DPO.of(t.config).rows, len(t.examples)), chunk_of(t.llava)
     t.policy.eval()
     with t.gathered(), t.untouched():
         for start in bar(range(0, count, size), -(-count // size), "pairs"):
             part = list(range(start, min(start + size, count)))
-            for depth, pair in _pairs_of(t, part, max_new_tokens):
+            for depth, pair in _pairs_of(t, part):
                 pairs[depth].append(pair)
-    found = {depth: some for depth, some in pairs.items() if some}
-    if not found:
+    pairs = {depth: some for depth, some in pairs.items() if some}
+    if not pairs:
         raise AlignError(
             "no exit answers worse than the reference depth",
             where=f"the first {count} training rows",
             expected="some wrong answers at an exit that are right at the reference depth",
             todo="raise dpo.rows, or lower dpo.min_reward",
         )
-    return found
+    return pairs
 
 
-def _pairs_of(t: Trainer, part: Sequence[int], max_new_tokens: int) -> list[tuple[int, Pair]]:
+def _pairs_of(t: Trainer, part: Sequence[int]) -> list[tuple[int, Pair]]:
     """(depth, pair) of some rows at every exit."""
     examples = [t.examples[row] for row in part]
-    seen = exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in examples])))
+    states = exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in examples])))
 
     def answer(depth: int) -> tuple[list[list[int]], list[float]]:
         ids = generate(
-            t.llava, [e.prompt for e in examples], exit_state(seen, depth), max_new_tokens, lambda logits, *_: logits.argmax(-1)
+            t.llava,
+            [e.prompt for e in examples],
+            exit_state(states, depth),
+            MAX_NEW_TOKENS,
+            lambda logits, *_: logits.argmax(-1),
         )
         t.tokens += sum(len(e.prompt) + len(line) for e, line in zip(examples, ids, strict=True))
-        return ids, t.reward([e.row for e in examples], [decode(t.llava, line) for line in ids])
+        return ids, t.score(examples, ids)
 
     chosen, good = answer(t.llava.reference_depth)
     out = []
     for depth in t.exits:
         rejected, bad = (chosen, good) if depth == t.llava.reference_depth else answer(depth)
         for i, row in enumerate(part):
-            if is_pair(good[i], bad[i], t.config.dpo):
+            if is_pair(good[i], bad[i], DPO.of(t.config)):
                 out.append((depth, Pair(row, tuple(chosen[i]), tuple(rejected[i]))))
     return out
+
+
+def update(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair], number: int) -> dict[str, float]:
+    """One step down `dpo_loss`; see `Objective.update`."""
+    loss, figures = dpo_loss(t, features, depth, pairs)
+    return t.descend(loss, f"update {number}, exit depth {depth}") | figures
 
 
 def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
@@ -107,7 +139,7 @@ def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) 
         ref_logits, _ = t.forward(batch, states)
     gain = token_logprobs(logits, batch.targets) - token_logprobs(ref_logits, batch.targets)
     gain = gain.masked_fill(~batch.mask, 0.0).sum(1)
-    terms = dpo_terms(gain[:n], gain[n:], t.config.dpo.beta)
+    terms = dpo_terms(gain[:n], gain[n:], DPO.of(t.config).beta)
     weight = row_weights(batch.harmful[:n], t.harm_weights(depths))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), n)}
     if not again:
@@ -119,3 +151,14 @@ def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) 
         total = total + (preferred + t.config.sft_weight * wanted) * t.share(weight[part].sum()) / len(parts)
         figures |= {f"{name}_dpo": preferred.item(), f"{name}_sft": wanted.item()}
     return total, figures
+
+
+def _memory(config: AlignConfig, s: Sizes, lengths: Lengths, rows: int) -> Footprint:
+    """Two answers for each row, the reference policy's logits beside the policy's, and the search for pairs before it all."""
+    answer = max(lengths.answer, MAX_NEW_TOKENS)
+    tokens = lengths.request + answer
+    finding = min(s.chunk, DPO.of(config).rows) * (s.tower + tokens * (2 * s.kv + s.plain))
+    return Footprint(answer, answers=2, arrays=2, phases={"finding pairs": finding})
+
+
+L_DPO = Objective("l-dpo", update, needs_reward=True, prepare=find_pairs, memory=_memory, section=DPO)

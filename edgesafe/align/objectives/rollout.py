@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.data import Batch, Example
+from edgesafe.align.objectives.ppo import PPO
 from edgesafe.align.trainer import Trainer
-from edgesafe.checkpoint.exit_model import Llava, decode, generate
+from edgesafe.checkpoint.exit_model import Llava, generate
 from edgesafe.errors import AlignError
 
 LOGIT_BYTES = 2**28  # of the logits that one pass over the rollouts may hold at once
@@ -24,7 +25,7 @@ class Trajectory:
     batch: requests and answers; `mask` is True on answer tokens, the end token included.
     states: [B, P, W] exit states. scores: [B] rewards of whole answers.
     logprobs, ref_logprobs: [B, A] of the sampled tokens under the policy before the update and under the reference policy at
-        the same exit depth. values: [B, A] before the update. sampled_logprobs: [B, A] as the sampling itself saw them.
+        the same exit depth. values: [B, A] before the update. sampled_logprobs: [B, A] as they were while sampling.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ def sample(
     """Sample answers by inverting the cumulative distribution, so that a row's answer does not depend on the rows beside it.
 
     Args:
+        llava: the model that answers.
         prompts: B requests' ids.
         states: [B, P, W].
         uniforms: float [B, T] in 0..1, a draw for each of at most T tokens.
@@ -79,23 +81,23 @@ def roll_out(t: Trainer, examples: Sequence[Example], states: Tensor, uniforms: 
     Raises:
         AlignError: a score that is not finite.
     """
-    ppo = t.config.ppo
+    ppo = PPO.of(t.config)
     t.policy.eval()
     with t.gathered():
-        said, sampled = sample(t.llava, [e.prompt for e in examples], states, uniforms, ppo.temperature)
-    t.tokens += sum(len(e.prompt) + len(ids) for e, ids in zip(examples, said, strict=True))
-    batch = t.batch([replace(e, answer=tuple(ids)) for e, ids in zip(examples, said, strict=True)])
+        answers, sampled = sample(t.llava, [e.prompt for e in examples], states, uniforms, ppo.temperature)
+    t.tokens += sum(len(e.prompt) + len(ids) for e, ids in zip(examples, answers, strict=True))
+    batch = t.batch([replace(e, answer=tuple(ids)) for e, ids in zip(examples, answers, strict=True)])
     t.policy.train()
-    logprobs, values = _look_back(t, batch, states)
+    logprobs, values = _logprobs_and_values(t, batch, states)
     with t.untouched():
-        ref_logprobs, _ = _look_back(t, batch, states)
+        ref_logprobs, _ = _logprobs_and_values(t, batch, states)
     padded = torch.zeros_like(batch.mask, dtype=torch.float32)
     for i, line in enumerate(sampled):
         padded[i, : len(line)] = torch.tensor(line)
     return Trajectory(
         batch,
         states,
-        _scores(t, examples, said).to(states.device),
+        _scores(t, examples, answers).to(states.device),
         logprobs,
         ref_logprobs,
         values,
@@ -103,13 +105,13 @@ def roll_out(t: Trainer, examples: Sequence[Example], states: Tensor, uniforms: 
     )
 
 
-def _look_back(t: Trainer, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor]:
+def _logprobs_and_values(t: Trainer, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and values, [B, A] each, a few rows at a time where the vocabulary is large."""
-    ppo = t.config.ppo
+    ppo = PPO.of(t.config)
     # By the longest answer that there may be: processes must call the model equally often, whatever they sampled.
     size = max(1, LOGIT_BYTES // (4 * ppo.max_new_tokens * t.llava.model.config.text_config.vocab_size))
     logprobs, values = [], []
-    for rows in torch.arange(len(states), device=states.device).split(size):
+    for rows in torch.split(torch.arange(len(states), device=states.device), size):
         logits, some = t.forward(batch[rows], states[rows])
         assert some is not None
         logprobs.append(token_logprobs(logits, batch.targets[rows], ppo.temperature))
@@ -117,16 +119,17 @@ def _look_back(t: Trainer, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(logprobs), torch.cat(values)
 
 
-def _scores(t: Trainer, examples: Sequence[Example], said: Sequence[Sequence[int]]) -> Tensor:
-    rows = [e.row for e in examples]
-    scores = torch.tensor(t.reward(rows, [decode(t.llava, ids) for ids in said]), dtype=torch.float32)
+def _scores(t: Trainer, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Tensor:
+    """[B] rewards of whole answers, less the penalty of those that do not end."""
+    scores = torch.tensor(t.score(examples, answers), dtype=torch.float32)
     if not bool(torch.isfinite(scores).all()):
         first = int(torch.nonzero(~torch.isfinite(scores))[0])
+        row = examples[first].row
         raise AlignError(
             f"the reward is {scores[first].item()}",
-            where=f"reward {t.reward.name}, row {rows[first].id if rows[first] else first}",
+            where=f"reward {t.reward and t.reward.name}, row {row.id if row else first}",
             expected="a finite figure for every answer",
             todo="use another reward model",
         )
-    open_ended = torch.tensor([t.llava.eos_id not in ids for ids in said])
-    return scores - t.config.ppo.missing_eos_penalty * open_ended
+    open_ended = torch.tensor([t.llava.eos_id not in ids for ids in answers])
+    return scores - PPO.of(t.config).missing_eos_penalty * open_ended

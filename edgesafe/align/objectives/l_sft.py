@@ -1,15 +1,24 @@
-"""One update of `self-distill` and `l-sft`: objectives on the wanted answers."""
+"""`self-distill` and `l-sft`: objectives on the wanted answers, which differ in the teacher alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from edgesafe.align.features import Features
-from edgesafe.align.losses import objective, row_weights
-from edgesafe.align.trainer import Trainer
+from edgesafe.align.objectives.losses import row_weights, wanted_loss
+from edgesafe.align.settings import AlignConfig
+from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
+from edgesafe.align.trainer import Objective, Trainer
+
+
+def update(t: Trainer, features: Features, depth: int, rows: Sequence[int], number: int) -> dict[str, float]:
+    """One step down `update_loss`; see `Objective.update`."""
+    loss, figures = update_loss(t, features, depth, rows)
+    return t.descend(loss, f"update {number}, exit depth {depth}") | figures
 
 
 def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
@@ -31,7 +40,18 @@ def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int])
     total, figures = torch.zeros((), device=logits.device), {}
     for name, part in parts.items():
         taught = None if teacher is None else teacher[part]
-        loss, terms = objective(logits[part], taught, batch.targets[part], batch.mask[part], weight[part], t.config.sft_weight)
+        loss, terms = wanted_loss(
+            logits[part], taught, batch.targets[part], batch.mask[part], weight[part], t.config.sft_weight
+        )
         total = total + loss * t.share(weight[part].sum()) / len(parts)
         figures.update({f"{name}_{term}": value for term, value in terms.items()})
     return total, figures
+
+
+def _taught(config: AlignConfig, s: Sizes, lengths: Lengths, rows: int) -> Footprint:
+    """The teacher's log-probabilities, their exponentials and their difference to the policy's come on top."""
+    return replace(wanted_answers(config, s, lengths, rows), arrays=3)
+
+
+SELF_DISTILL = Objective("self-distill", update, needs_teacher=True, memory=_taught)
+L_SFT = Objective("l-sft", update)

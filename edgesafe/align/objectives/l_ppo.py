@@ -1,4 +1,4 @@
-"""One update of `l-ppo`: sampled answers at the exit and at the reference depth, then several epochs of clipped steps.
+"""`l-ppo`: sampled answers at the exit and at the reference depth, then several epochs of clipped steps.
 
 Source: L-PPO, arXiv 2411.04291, section 4 and Algorithm 1; what differs is in README.md.
 """
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.features import Features
-from edgesafe.align.ppo import adapt_kl_coef, gae, masked_mean, policy_terms, token_rewards, value_terms, whiten
-from edgesafe.align.rollout import Trajectory, roll_out, token_logprobs
-from edgesafe.align.trainer import Trainer
+from edgesafe.align.objectives.ppo import PPO, adapt_kl_coef, gae, masked_mean, policy_terms, token_rewards, value_terms, whiten
+from edgesafe.align.objectives.rollout import LOGIT_BYTES, Trajectory, roll_out, token_logprobs
+from edgesafe.align.settings import AlignConfig, Limits
+from edgesafe.align.sizes import LOGITS, Footprint, Lengths, Sizes
+from edgesafe.align.trainer import Objective, Trainer
 from edgesafe.errors import DivergedError
 
 
@@ -35,7 +37,7 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
         AlignError: a reward that is not finite.
         DivergedError: a loss, gradient or KL beyond limits.
     """
-    ppo, again = t.config.ppo, rows[: t.config.reference_rows]
+    ppo, again = PPO.of(t.config), rows[: t.config.reference_rows]
     uniforms = np.random.default_rng([t.config.seed, 4, number]).random((len(rows) + len(again), ppo.max_new_tokens))
     mine, places = t.mine(rows) + t.mine(again), t.mine(range(len(rows))) + t.mine(range(len(rows), len(uniforms)))
     depths = [depth if place < len(rows) else t.llava.reference_depth for place in places]
@@ -44,12 +46,7 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
     figures = _describe(t, trajectory, torch.tensor([place < len(rows) for place in places], device=states.device))
     where = f"update {number}, exit depth {depth}"
-    if not figures["kl"] <= ppo.max_kl:
-        raise DivergedError(
-            f"an answer is {figures['kl']:g} nats away from the reference policy at {where}",
-            expected=f"at most ppo.max_kl = {ppo.max_kl:g}",
-            todo="run again with a lower lr or a higher kl_coef",
-        )
+    _check_drift(figures["kl"], ppo.max_kl, where)
     mask = trajectory.batch.mask
     rewards = token_rewards(trajectory.scores, trajectory.logprobs, trajectory.ref_logprobs, mask, kl_coef)
     advantages, returns = gae(rewards, trajectory.values.masked_fill(~mask, 0.0), mask, ppo.gamma, ppo.gae_lambda)
@@ -65,6 +62,15 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     return {**figures, "kl_coef": kl_coef}
 
 
+def _check_drift(kl: float, max_kl: float, where: str) -> None:
+    if not kl <= max_kl:  # NaN too
+        raise DivergedError(
+            f"an answer is {kl:g} nats away from the reference policy at {where}",
+            expected=f"at most ppo.max_kl = {max_kl:g}",
+            todo="run again with a lower lr or a higher kl_coef",
+        )
+
+
 def ppo_loss(t: Trainer, some: Trajectory, advantages: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Policy loss + vf_coef * value loss of a minibatch, means over its answer tokens.
 
@@ -73,7 +79,7 @@ def ppo_loss(t: Trainer, some: Trajectory, advantages: Tensor, returns: Tensor) 
         some: the minibatch's rollouts.
         advantages, returns: [B, A].
     """
-    ppo, mask = t.config.ppo, some.batch.mask
+    ppo, mask = PPO.of(t.config), some.batch.mask
     logits, values = t.forward(some.batch, some.states)
     logprobs = token_logprobs(logits, some.batch.targets, ppo.temperature)
     policy = masked_mean(policy_terms(logprobs, some.logprobs, advantages, ppo.clip_range), mask)
@@ -93,8 +99,11 @@ def _moments(t: Trainer, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 
 
 def _describe(t: Trainer, trajectory: Trajectory, at_exit: Tensor) -> dict[str, float]:
-    """Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how well sampling and training
-    agree on the log-probabilities."""
+    """Figures of the rollouts for the metrics.
+
+    Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how far sampling and training are
+    apart on the log-probabilities.
+    """
     mask = trajectory.batch.mask
     gap = (trajectory.logprobs - trajectory.sampled_logprobs).masked_fill(~mask, 0.0).abs().max()
     kl = (trajectory.logprobs - trajectory.ref_logprobs).masked_fill(~mask, 0.0).sum(1)
@@ -110,3 +119,27 @@ def _describe(t: Trainer, trajectory: Trajectory, at_exit: Tensor) -> dict[str, 
         "answer_tokens": mean(mask.sum(1).float(), every),
         "logprob_gap": gap.item(),
     }
+
+
+def _memory(config: AlignConfig, s: Sizes, lengths: Lengths, rows: int) -> Footprint:
+    """Answers as long as sampling allows, a minibatch of them at a time, and the sampling itself."""
+    ppo = PPO.of(config)
+    tokens, logits = lengths.request + ppo.max_new_tokens, ppo.max_new_tokens * s.vocabulary
+    held = min(rows * logits, LOGIT_BYTES / 4 + logits)  # LOGIT_BYTES of float32
+    sampling = rows * tokens * (2 * s.kv + s.plain) + (LOGITS + 1) * held
+    return Footprint(ppo.max_new_tokens, parts=ppo.minibatches, phases={"sampling": sampling})
+
+
+def _limits(config: AlignConfig, processes: int) -> Limits:
+    ppo, rows = PPO.of(config), (config.batch_size + config.reference_rows) // processes
+    return {
+        "lora.dropout": (not config.lora.dropout, config.lora.dropout, "0: an answer's probability must not be random"),
+        "ppo.minibatches": (
+            ppo.minibatches <= rows,
+            ppo.minibatches,
+            f"at most {rows}, the rows of an update" + (" that a process has" if processes > 1 else ""),
+        ),
+    }
+
+
+L_PPO = Objective("l-ppo", ppo_update, needs_reward=True, has_value_head=True, memory=_memory, section=PPO, limits=_limits)

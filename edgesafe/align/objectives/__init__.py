@@ -1,0 +1,1 @@
+"""What training works towards: one module per objective, and the table of them."""

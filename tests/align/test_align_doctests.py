@@ -1,0 +1,24 @@
+"""The examples in the docstrings of the room are run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import edgesafe.align
+
+MODULES = [module.name for module in pkgutil.walk_packages(edgesafe.align.__path__, "edgesafe.align.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
+
+
+def test_there_are_examples_to_run():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    tests = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(tests) > 30

@@ -34,7 +34,8 @@ from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.errors import ConfigError, DivergedError
 from edgesafe.format.exits import parse_exits
-from edgesafe.format.files import check_target, digest_folder, work_folder
+from edgesafe.format.files import digest_folder
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar
 
 

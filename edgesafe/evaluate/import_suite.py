@@ -34,8 +34,8 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
-from edgesafe.format.files import check_target, shown_name
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
+from edgesafe.format.targets import check_target, shown_name
 from edgesafe.progress import table
 
 FORMATS = ("advbench", "harmbench", "xstest", "figstep", "folder")

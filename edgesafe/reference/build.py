@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgesafe.checkpoint.load import bf16_is_fast
-from edgesafe.format.files import check_target, work_folder
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.reference.draw import COLOURS, SIZE
 from edgesafe.reference.kinds import BY_NAME
 from edgesafe.reference.tokenizer import PATCH, write_processor

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from edgesafe.errors import InputError
-from edgesafe.format.files import NEW, check_target, replacing
+from edgesafe.format.files import replacing
+from edgesafe.format.targets import NEW, check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,20 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from edgesafe.errors import ConfigError, InputError
-from edgesafe.format import files
-from edgesafe.format.files import (
-    KEY,
-    NEW,
-    OLDER,
-    check_target,
-    check_writable,
-    digest_folder,
-    free_bytes,
-    held,
-    replacing,
-    work_folder,
-    write_atomically,
-)
+from edgesafe.format import files, targets
+from edgesafe.format.files import digest_folder, held, replacing, write_atomically
+from edgesafe.format.targets import KEY, NEW, OLDER, check_target, check_writable, free_bytes, work_folder
 
 LATIN = os.fsdecode(b"caf\xe9")
 
@@ -236,7 +225,8 @@ _MOUNTS = """
 import subprocess, sys
 from pathlib import Path
 from edgesafe.errors import InputError
-from edgesafe.format.files import NEW, check_target, check_writable, replacing
+from edgesafe.format.files import replacing
+from edgesafe.format.targets import NEW, check_target, check_writable
 root = Path(sys.argv[1])
 def mount(*words):
     subprocess.run(["mount", *map(str, words)], check=True)
@@ -281,7 +271,7 @@ def test_real_mount_points_are_refused_and_folders_inside_them_written(tmp_path)
 
 def test_a_mount_point_by_the_kernels_list_is_refused(tmp_path, monkeypatch):
     _thing(tmp_path / "b", "old")
-    monkeypatch.setattr(files, "_is_mount", lambda path: path == tmp_path / "b")
+    monkeypatch.setattr(targets, "is_mount", lambda path: path == tmp_path / "b")
     with pytest.raises(InputError, match=f"--out {tmp_path}/b/new"):
         _export(tmp_path / "b")
 

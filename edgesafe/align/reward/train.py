@@ -28,7 +28,8 @@ from edgesafe.align.reward.model import encode, longest, read_scores, readable, 
 from edgesafe.align.reward.preferences import Pair, in_validation, read_pairs
 from edgesafe.certify.stats import wilson
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.files import check_target, sha256_file, work_folder, write_atomically
+from edgesafe.format.files import sha256_file, write_atomically
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar, step
 
 BEST = "best.pt"

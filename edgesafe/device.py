@@ -14,7 +14,7 @@ from typing import Any
 from edgesafe.errors import ConfigError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.fields import Fields
-from edgesafe.format.files import shown_name
+from edgesafe.format.targets import shown_name
 
 KINDS = ("board", "phone", "car", "host")
 # The weight schemes that `edgesafe_export.quantize` makes; "auto" is the coarsest one that does not change answers.

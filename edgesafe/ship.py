@@ -20,16 +20,8 @@ from edgesafe.device import DeviceProfile
 from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
-from edgesafe.format.files import (
-    check_name,
-    check_target,
-    check_writable,
-    digest_folder,
-    held,
-    lies_in,
-    work_folder,
-    write_atomically,
-)
+from edgesafe.format.files import digest_folder, held, write_atomically
+from edgesafe.format.targets import check_name, check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from edgesafe.align.settings import HARM, AlignConfig
 from edgesafe.align.trainer import Trainer
 from edgesafe.align.watch import Watch
 from edgesafe.errors import DivergedError
-from edgesafe.format.files import check_target, work_folder
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar
 
 

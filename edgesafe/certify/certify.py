@@ -16,8 +16,9 @@ from edgesafe.certify.tally import families, tally, verdict
 from edgesafe.errors import CertificateError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import Certificate, write_certificate
-from edgesafe.format.files import check_writable, write_atomically
+from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
+from edgesafe.format.targets import check_writable
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar

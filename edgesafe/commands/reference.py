@@ -12,7 +12,8 @@ from pathlib import Path
 
 from edgesafe.commands._shared import add_command, folder
 from edgesafe.errors import InputError
-from edgesafe.format.files import NEW, check_target, replacing
+from edgesafe.format.files import replacing
+from edgesafe.format.targets import NEW, check_target
 
 _DRAW = """Draw sample pictures, each with its request and wanted answer.
 

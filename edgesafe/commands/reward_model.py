@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print the record, or a summary of it."""
+    from edgesafe.align.reward.settings import RewardTraining
     from edgesafe.align.reward.train import train_reward_model
 
     quiet_libraries()

@@ -47,8 +47,9 @@ from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read
 from edgesafe.evaluate.rates import GROUPS, Answers, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
 from edgesafe.format.exits import parse_exits
-from edgesafe.format.files import NEW, check_target, digest_folder, replacing
+from edgesafe.format.files import digest_folder, replacing
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
+from edgesafe.format.targets import NEW, check_target
 from edgesafe.format.training_record import read_training_metrics, read_training_reward
 
 

@@ -32,9 +32,9 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
-from edgesafe.format.files import check_target, shown_name
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
+from edgesafe.format.targets import check_target, shown_name
 
 FORMATS = ("advbench", "harmbench", "xstest", "figstep", "folder")
 SPLIT = "test"

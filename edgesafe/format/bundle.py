@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesafe.errors import BundleError, EdgesafeError, IntegrityError
-from edgesafe.format.files import check_name, sha256_file, write_atomically
+from edgesafe.format.files import sha256_file, write_atomically
 from edgesafe.format.manifest import FileSpec, Manifest
 from edgesafe.format.seal import read_sealed, seal, unseal
+from edgesafe.format.targets import check_name
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"

@@ -11,8 +11,9 @@ from typing import Any
 from edgesafe.errors import BundleError, DeviceError, FormatVersionError
 from edgesafe.format.bundle import LATENCY, Bundle
 from edgesafe.format.fields import Fields
-from edgesafe.format.files import check_writable, write_atomically
+from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
+from edgesafe.format.targets import check_writable
 
 MEASURED, ESTIMATED = "measured", "estimated"
 # The format of latency.json. The first had no number and no single times; the second, which is still read, knew one engine.

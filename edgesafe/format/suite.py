@@ -19,9 +19,10 @@ from PIL import Image
 
 from edgesafe.errors import EdgesafeError, FormatVersionError, InputError, IntegrityError
 from edgesafe.format.fields import Fields
-from edgesafe.format.files import NEW, replacing, sha256_file
+from edgesafe.format.files import replacing, sha256_file
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.seal import read_sealed, seal, unseal
+from edgesafe.format.targets import NEW
 
 SUITE_VERSION = 1
 SUITE, ROWS, IMAGES = "suite.json", "rows.jsonl", "images"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgesafe.format.files import check_target, work_folder
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.reference.recipe import Recipe, make_config
 from edgesafe.reference.tokenizer import write_processor
 from edgesafe.reference.tower import GRID, Numbers, Pixels, draw_pictures, normalise, train_tower

@@ -23,10 +23,11 @@ from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, is_bundle, write_manifest
-from edgesafe.format.files import NEW, check_target, replacing
+from edgesafe.format.files import replacing
 from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Suite, read_suite
+from edgesafe.format.targets import NEW, check_target
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity_model as parity

@@ -11,22 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chaos import small_suite
 
 from edgesafe.errors import ConfigError, InputError
-from edgesafe.format import files
-from edgesafe.format.files import (
-    KEY,
-    NEW,
-    OLDER,
-    check_target,
-    check_writable,
-    digest_folder,
-    free_bytes,
-    held,
-    replacing,
-    work_folder,
-    write_atomically,
-)
+from edgesafe.format import files, targets
+from edgesafe.format.bundle import is_bundle
+from edgesafe.format.files import digest_folder, held, replacing, write_atomically
+from edgesafe.format.suite import read_suite
+from edgesafe.format.targets import KEY, NEW, OLDER, check_target, check_writable, free_bytes, work_folder
+from handmade import make_bundle
 
 LATIN = os.fsdecode(b"caf\xe9")
 
@@ -236,7 +229,8 @@ _MOUNTS = """
 import subprocess, sys
 from pathlib import Path
 from edgesafe.errors import InputError
-from edgesafe.format.files import NEW, check_target, check_writable, replacing
+from edgesafe.format.files import replacing
+from edgesafe.format.targets import NEW, check_target, check_writable
 root = Path(sys.argv[1])
 def mount(*words):
     subprocess.run(["mount", *map(str, words)], check=True)
@@ -281,7 +275,7 @@ def test_real_mount_points_are_refused_and_folders_inside_them_written(tmp_path)
 
 def test_a_mount_point_by_the_kernels_list_is_refused(tmp_path, monkeypatch):
     _thing(tmp_path / "b", "old")
-    monkeypatch.setattr(files, "_is_mount", lambda path: path == tmp_path / "b")
+    monkeypatch.setattr(targets, "is_mount", lambda path: path == tmp_path / "b")
     with pytest.raises(InputError, match=f"--out {tmp_path}/b/new"):
         _export(tmp_path / "b")
 
@@ -361,3 +355,27 @@ def test_a_folder_with_a_name_that_is_not_utf8_has_a_digest(tmp_path):
     assert digest_folder(tmp_path) == "d7a8ccc671c6d8c5c95aa4302fc55bc334152340b9b41f288e5e4df504cd8224"
     (tmp_path / LATIN).write_text("x")
     assert digest_folder(tmp_path) != "d7a8ccc671c6d8c5c95aa4302fc55bc334152340b9b41f288e5e4df504cd8224"
+
+
+def test_only_a_whole_bundle_and_nothing_more_may_be_replaced_by_one(tmp_path):
+    bundle = make_bundle(tmp_path / "b").root
+    assert is_bundle(bundle)
+    (bundle / "latency.json.partial").write_text("cut off")
+    (bundle / "vision" / "head.onnx").write_bytes(b"damaged")
+    assert is_bundle(bundle)
+    (bundle / "notes.txt").write_text("mine")
+    assert not is_bundle(bundle)
+    (web := tmp_path / "web").mkdir()
+    (web / "manifest.json").write_text('{"name": "a web page"}')
+    assert not is_bundle(web) and not is_bundle(tmp_path / "none")
+
+
+def test_a_suite_is_not_written_over_anything_but_a_suite(tmp_path):
+    suite = small_suite(tmp_path / "s", "older")
+    assert read_suite(small_suite(suite, "newer")).name == "newer"
+    (suite / "notes.txt").write_text("mine")
+    _thing(tmp_path / "t", "dear")
+    for there in (suite, tmp_path / "t"):
+        with pytest.raises(ConfigError, match="is no suite"):
+            small_suite(there, "newest")
+    assert (suite / "notes.txt").read_text() == "mine" and (tmp_path / "t" / "thing").read_text() == "dear"

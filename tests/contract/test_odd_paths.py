@@ -35,7 +35,7 @@ def test_reports_with_names_that_are_not_utf8_are_written(tmp_path):
 
 def test_a_model_in_a_working_folder_of_such_a_name_is_refused_before_any_work(tmp_path, monkeypatch):
     # The name of the folder becomes the bundle's: nothing could be sealed at the end.
-    from edgesafe.format.files import check_target
+    from edgesafe.format.targets import check_target
 
     (here := tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     monkeypatch.chdir(here)

@@ -10,7 +10,8 @@ import pytest
 
 from edgesafe.errors import CertificateError, EdgesafeError, InputError
 from edgesafe.format import files
-from edgesafe.format.files import check_writable, write_atomically
+from edgesafe.format.files import write_atomically
+from edgesafe.format.targets import check_writable
 from mutants import wrong
 
 

@@ -9,7 +9,8 @@ from killed import killed_at_every_step
 
 from edgesafe.format import files
 from edgesafe.format.bundle import Bundle, is_bundle
-from edgesafe.format.files import KEY, NEW, replacing
+from edgesafe.format.files import replacing
+from edgesafe.format.targets import KEY, NEW
 from handmade import make_bundle
 
 

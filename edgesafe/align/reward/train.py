@@ -27,7 +27,8 @@ from edgesafe.align.reward.settings import RewardTraining, check
 from edgesafe.certify.stats import wilson
 from edgesafe.checkpoint.text_models import content_id, context_length, display_name, read_errors
 from edgesafe.errors import ConfigError, DivergedError, InputError
-from edgesafe.format.files import check_target, sha256_file, work_folder, write_atomically
+from edgesafe.format.files import sha256_file, write_atomically
+from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar
 
 BEST = "best.pt"

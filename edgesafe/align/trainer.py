@@ -19,7 +19,7 @@ from edgesafe.align.data import Batch, Example, collate
 from edgesafe.align.features import Features
 from edgesafe.align.sampler import focused_exits
 from edgesafe.align.watch import Watch
-from edgesafe.checkpoint.exit_model import Llava, answer_hidden, autocast, put_language
+from edgesafe.checkpoint.exit_model import ExitModel, answer_hidden, autocast, put_language
 from edgesafe.errors import ConfigError, DivergedError
 
 
@@ -29,7 +29,7 @@ class Policy(nn.Module):
     value_head: linear, from the last hidden state before each answer token to one figure; `l-ppo` alone has it.
     """
 
-    def __init__(self, llava: Llava, *, value: bool) -> None:
+    def __init__(self, llava: ExitModel, *, value: bool) -> None:
         super().__init__()
         self.llava, self.model = llava, llava.model
         width = llava.model.config.text_config.hidden_size
@@ -55,7 +55,7 @@ class Trainer:
     tokens: positions that the language model has processed; a backward pass counts as two forward ones.
     """
 
-    llava: Llava
+    llava: ExitModel
     accelerator: Accelerator
     policy: Any
     peft: Any
@@ -182,7 +182,9 @@ class Trainer:
         return {"loss": value, "grad_norm": norm}
 
 
-def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Policy, Any, tuple[nn.Module, nn.Module] | None]:
+def make_policy(
+    llava: ExitModel, config: AlignConfig, *, value: bool
+) -> tuple[Policy, Any, tuple[nn.Module, nn.Module] | None]:
     """Make the language model trainable, the tower and the projector stay frozen.
 
     Returns:
@@ -217,7 +219,7 @@ def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Poli
     return Policy(llava, value=value), wrapped, None
 
 
-def target_modules(llava: Llava, targets: tuple[str, ...]) -> list[str]:
+def target_modules(llava: ExitModel, targets: tuple[str, ...]) -> list[str]:
     """Full names of the language model's layers that end in one of `targets`; the tower has layers of the same names.
 
     Raises:

@@ -16,7 +16,16 @@ from torch import Tensor
 from edgesafe.align.files import METRICS, RECORD
 from edgesafe.align.reward.overlap import Reward
 from edgesafe.certify.tally import families, tally
-from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
+from edgesafe.checkpoint.exit_model import (
+    ExitModel,
+    exit_state,
+    exit_states,
+    greedy,
+    load,
+    open_images,
+    pixel_values,
+    prompt_ids,
+)
 from edgesafe.errors import InputError
 from edgesafe.evaluate.html_report import write_html
 from edgesafe.evaluate.judges import Judge, StringJudge, Toxicity, agreement, keep_apart
@@ -32,7 +41,7 @@ MAX_NEW_TOKENS = 48  # as long as `edgesafe ask` and `certify` answer, so that b
 
 
 def answers(
-    llava: Llava,
+    llava: ExitModel,
     suite: Suite,
     depths: Sequence[int],
     batch: int = 128,
@@ -212,7 +221,7 @@ def training_reward(model_dir: Path) -> dict[str, Any] | None:
     return dict(reward) if isinstance(reward, Mapping) else None
 
 
-def rates(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored, llava: Llava) -> dict[str, Any]:
+def rates(rows: Sequence[Row], said: Mapping[int, Said], scored: Scored, llava: ExitModel) -> dict[str, Any]:
     """`exits`, `groups` and `agreement` of the report."""
     exits = []
     for depth in said:
@@ -251,7 +260,7 @@ def agreed(rows: Sequence[Row], scored: Scored, depths: Sequence[int]) -> dict[s
     return agreement([x for x, _ in pairs], [y for _, y in pairs])
 
 
-def control_rates(llava: Llava, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
+def control_rates(llava: ExitModel, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
     """`controls` of the report: rates of each control at each depth."""
     from edgesafe.evaluate.controls import control_answers
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from edgesafe import machine
+from edgesafe.checkpoint.chat import prompt_ids
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
@@ -96,8 +97,8 @@ def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[int, ...]:
     """The exits to export; the reference depth is always one of them."""
     family = sketch.family
     if exits is None:
-        return default_ladder(family.n_blocks, family.reference_depth)
-    return tuple(sorted({*parse_exits(exits, family.n_blocks), family.reference_depth}))
+        return default_ladder(family.geometry.n_blocks, family.geometry.reference_depth)
+    return tuple(sorted({*parse_exits(exits, family.geometry.n_blocks), family.geometry.reference_depth}))
 
 
 def make_plan(
@@ -132,8 +133,8 @@ def make_plan(
         model=name,
         device=device.name,
         weights=sketch.count,
-        n_blocks=sketch.family.n_blocks,
-        reference_depth=sketch.family.reference_depth,
+        n_blocks=sketch.family.geometry.n_blocks,
+        reference_depth=sketch.family.geometry.reference_depth,
         quantization={"vision": vision, "text": text},
         check=WHOLE_MODEL if whole else PIECES,
         tiles=tiles,
@@ -170,17 +171,19 @@ def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: st
     if layout == "standalone":
         for depth in ladder:
             module = Whole(family.segment(0, depth), family.head())
-            specs[graph_io.standalone_path(depth)] = _spec(module, family.tokens, vision)
+            specs[graph_io.standalone_path(depth)] = _spec(module, family.geometry.tokens, vision)
     else:
         for start, end in segments(ladder):
-            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.tokens, vision)
-        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.tokens, vision)
+            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.geometry.tokens, vision)
+        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.geometry.tokens, vision)
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
     specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
     causal = family.decoder()
     layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
     config = family.text_config
-    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.head_dim
+    weights = (
+        sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.geometry.head_dim
+    )
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs
@@ -238,10 +241,10 @@ _IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
 def looking_bytes(sketch: Sketch, tiles: int) -> float:
     """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what a block works with."""
     family, vision = sketch.family, sketch.family.model.config.vision_config
-    states = family.tokens * family.vision_width
-    scores = vision.num_attention_heads * family.tokens**2
-    work = scores + family.tokens * 2 * vision.intermediate_size + 4 * states
-    return 4 * (tiles * (3 * family.image_size**2 + 2 * states) + work)
+    states = family.geometry.tokens * family.geometry.vision_width
+    scores = vision.num_attention_heads * family.geometry.tokens**2
+    work = scores + family.geometry.tokens * 2 * vision.intermediate_size + 4 * states
+    return 4 * (tiles * (3 * family.geometry.image_size**2 + 2 * states) + work)
 
 
 def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: int, tokens: int) -> float:
@@ -251,7 +254,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
     """
     config = sketch.family.text_config
-    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.head_dim * (tokens + 64)
+    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.geometry.head_dim * (tokens + 64)
     states = 4 * min(tokens, PART_TOKENS) * (4 * config.intermediate_size + 6 * config.hidden_size)
     causal = sketch.family.decoder()
     matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
@@ -282,11 +285,10 @@ def _sum(times: Iterable[float | None]) -> float | None:
 def _prompt(sketch: Sketch) -> tuple[int, int]:
     """How often the tower runs for a picture of `PICTURE`, and how many tokens a short question about it has."""
     family = sketch.family
-    prefix, suffix = family.chat
     token = family.processor.image_token
-    cut = cut_of(family.tiles, family.image_size, PICTURE) if family.tiles else ALONE
-    text, features = prompt_runs(family.tiles, cut, token, family.image_tokens)
-    words = family.processor.tokenizer(prefix.replace(token, text) + _QUESTION + suffix)["input_ids"]
+    cut = cut_of(family.tiles, family.geometry.image_size, PICTURE) if family.tiles else ALONE
+    text, features = prompt_runs(family.tiles, cut, token, family.geometry.image_tokens)
+    words = prompt_ids(family.processor, family.chat, _QUESTION, text)
     return cut.tiles, len(words) - len(features) + sum(features)
 
 

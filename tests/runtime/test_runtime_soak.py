@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmap import mmap
 
 import soak
+
 from edgesafe.runtime import Conversation
 from edgesafe.runtime.turns import Turns
 from mutants import wrong

@@ -44,13 +44,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def read_generation(folder: Path) -> Any:
     """A checkpoint's generation_config, or else the one that its config.json holds, as transformers' loader takes them.
 
+    Raises:
+        InputError: The file is damaged.
+
     Source: transformers 5.23 `GenerationMixin.adjust_generation_fn`.
     """
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    named = (folder / "generation_config.json").is_file()
+    other = {} if named else {"config_file_name": "config.json", "_from_model_config": True}
+    try:
+        return GenerationConfig.from_pretrained(folder, **other)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the generation settings can't be read: {error}",
+            where=str(folder / ("generation_config.json" if named else "config.json")),
+            expected="a JSON table",
+            todo="use an intact Hugging Face checkpoint folder",
+        ) from error
 
 
 def check_generation(config: Any) -> None:

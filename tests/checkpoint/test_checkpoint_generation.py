@@ -163,3 +163,12 @@ def test_end_tokens_come_from_config_json_where_there_is_no_other_file(folder, e
     copy = shutil.copytree(folder, tmp_path / "m")
     (copy / "generation_config.json").unlink(missing_ok=True)
     assert load(copy).eos_ids == load_family(copy).eos_token_ids == open_sketch(copy).family.eos_token_ids == exits.eos_ids
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"max_length": "x", "eos_token_id": 1'])
+def test_damaged_settings_are_an_input_error(folder, tmp_path, text):
+    copy = shutil.copytree(folder, tmp_path / "m")
+    (copy / "generation_config.json").write_text(text)
+    for read in (load, open_sketch):
+        with pytest.raises(InputError, match="generation_config.json"):
+            read(copy)

@@ -105,6 +105,14 @@ def write_text(name: str, folder: Path, grid: int = 3) -> Any:
     return tokenizer
 
 
+def picture(width: int = 70, height: int = 40) -> Any:
+    """A picture of noise, neither square nor of the tower's size."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
 def edit(folder: Path, file: str, **changes: Any) -> Path:
     """Replace entries of a JSON file of a checkpoint; the folder is returned."""
     path = folder / file

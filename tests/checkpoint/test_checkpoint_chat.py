@@ -12,7 +12,6 @@ import shutil
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -27,7 +26,7 @@ from edgesafe.format.suite import read_suite, write_suite
 from edgesafe.runtime.tiles import picture_cut
 from edgesafe.runtime.tokenizer import encode_prompt, load_tokenizer
 from edgesafe_export.family import load_family
-from tiny_families import add_tokens, edit, make_tiny
+from tiny_families import add_tokens, edit, make_tiny, picture
 
 PROMPTS = ("What is this?", "  two  spaces\n", "na\u00efve caf\u00e9?")
 AROUND = {"nothing": "$A", "BOS": "<s> $A", "BOS and EOS": "<s> $A </s>", "EOS": "$A </s>"}
@@ -36,10 +35,6 @@ ROLES = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{{ END }}{% endfor %}{% if add_generation_prompt %}{{ START + 'Assistant:' }}{% endif %}"
 )
-
-
-def picture(width: int = 70, height: int = 40) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def oracle(processor: Any, image: Image.Image | None, prompt: str, **kwargs: Any) -> list[int]:

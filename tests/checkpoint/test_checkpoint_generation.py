@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_checkpoint_chat import picture
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
@@ -19,7 +18,7 @@ from edgesafe.checkpoint.generation import _NEUTRAL, check_generation, end_token
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe_export.family import load_family
 from edgesafe_export.skeleton import open_sketch
-from tiny_families import edit, make_tiny
+from tiny_families import edit, make_tiny, picture
 
 NEW = 12
 # Each with a value that changes the tiny model's answer, which the test checks with transformers.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint_chat import picture
 from transformers import AutoConfig
 
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, load, pixel_values, project
@@ -17,7 +16,7 @@ from edgesafe.checkpoint.recipe import load_recipes
 from edgesafe.errors import ConfigError, InputError, UnsupportedModelError
 from edgesafe_export.family import load_family
 from edgesafe_export.skeleton import open_sketch
-from tiny_families import BLOCKS, NAMES, PATCH, TEXT_WIDTH, TILE, WIDTH, edit, make_tiny
+from tiny_families import BLOCKS, NAMES, PATCH, TEXT_WIDTH, TILE, WIDTH, edit, make_tiny, picture
 
 DATA = os.environ.get("EDGESAFE_DATA", "")
 # Blocks, reference depth, picture side, tokens of a tile with CLS, dropped ones, image tokens, newline rows, head size and

@@ -1,12 +1,17 @@
 """The manifest's ``chat`` table, and control texts: what a chat template writes between turns, which no prompt may hold.
 
-A prompt that spells such a text speaks for the system or closes its own turn, so it is refused. There are three kinds:
+A prompt that spells such a text speaks for the system or closes its own turn, so it is refused. There are four kinds:
 
 - *tokens* of the tokenizer (`<|im_start|>`, special or not): refused wherever they stand.
 - *marks* in brackets (`[/INST]`, `<<SYS>>`): refused in any case, also with spaces inside the brackets.
-- *labels* that end in a colon (`ASSISTANT:`): refused anywhere as the template writes them, in capitals or capitalised, also
-  with spaces or asterisks before the colon; at the start of a line in any case. `my assistant: a robot` is ordinary English.
-- *lines* (`### Response`) of at most three words: refused in any case where they are a line of their own.
+- *labels* that end in a colon or the like (`ASSISTANT:`): refused anywhere as the template writes them, in capitals or
+  capitalised, also with spaces or asterisks before the colon; at the start of a line in any case. `my assistant: a robot` is
+  ordinary English.
+- *lines* (`### Response`) of at most three words: refused in any case where they are a line of their own, and anywhere as the
+  template writes them where they are in capitals.
+
+Characters that can't be seen, full-width letters and the like don't help; letters of another script that look alike are not
+looked for, because a tokenizer reads them as something else.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ from edgesafe.errors import BundleError
 from edgesafe.format.fields import Fields
 
 _BRACKETED = re.compile(r"<+[^<>\s]+>+|\[[^\[\]\s]+\]")
-_LABEL = re.compile(r"\S*\w\s?[:：]")
+# What a label ends in: "USER:", "User>".
+_ENDS = ":>|»"
+_LABEL = re.compile(rf"\S*\w\s?[{_ENDS}]")
 # A template may write whole sentences (a default system prompt). Only in a text shorter than this is the first word a label.
 _FEW_WORDS = 6
 _LINE_WORDS = 3
@@ -78,9 +85,9 @@ class ControlTexts:
         >>> control.found_in("a</s>b", []), control.found_in("a", [2])
         ('</s>', '</s>')
         """
-        spelled = [token for token in self.tokens if token and token in prompt]
-        hidden = [token for token, number in self.tokens.items() if number in ids]
         plain = _plain(prompt)
+        spelled = [token for token in self.tokens if token and (token in prompt or token in plain)]
+        hidden = [token for token, number in self.tokens.items() if number in ids]
         return next(iter([*sorted(spelled), *sorted(hidden), *(t for t in self.texts if _pattern(t).search(plain))]), None)
 
 
@@ -112,39 +119,43 @@ def separators(around: Iterable[str], tokens: Collection[str]) -> tuple[str, ...
 
 def _literals(text: str) -> Iterable[str]:
     """Labels and lines of a text in which `_CUT` stands for each token and mark."""
-    lines = [line for line in re.split(r"\n", text) if line.strip(_CUT + " \t")]
+    text = unicodedata.normalize("NFKC", text)
+    # A word that is glued to a token (<|im_start|>user) is no line by itself.
     short = len(text.replace(_CUT, " ").split()) < _FEW_WORDS
+    lines = [line for line in text.split("\n") if line.strip(_CUT + " \t")]
     for line in lines if short else lines[-1:]:
-        labels = [re.sub(r"\s", "", label).replace("：", ":") for label in _LABEL.findall(line.replace(_CUT, " "))]
-        yield from labels if short else (labels[-1:] if line.rstrip(_CUT + " ").endswith((":", "：")) else ())
-        words = line.split()
-        # A word that is glued to a token (<|im_start|>user) is no separator by itself.
-        if not labels and _CUT not in line and len(words) <= _LINE_WORDS and not line.rstrip().endswith((".", "!", "?")):
+        shown = line.replace(_CUT, " ").strip()
+        labels = [re.sub(r"\s", "", label) for label in _LABEL.findall(shown)]
+        yield from labels if short else labels[-1:] * shown.endswith(tuple(_ENDS))
+        words = re.sub(rf"\S*{_CUT}\S*", " ", line).split()
+        if not labels and 0 < len(words) <= _LINE_WORDS and not shown.endswith((".", "!", "?")):
             yield " ".join(words)
 
 
 def _plain(prompt: str) -> str:
-    """The prompt with characters that look alike made one (：to :), and without those that can't be seen."""
-    shown = (c for c in unicodedata.normalize("NFKC", prompt) if unicodedata.category(c) != "Cf")
+    """The prompt with characters that mean the same made one (full-width ones), and without those that can't be seen."""
+    shown = (c for c in unicodedata.normalize("NFKC", prompt) if unicodedata.category(c) not in ("Cf", "Mn"))
     return re.sub(r"\r\n?|[\u2028\u2029\v\f\x85]", "\n", "".join(shown))
 
 
 @lru_cache(maxsize=1024)
 def _pattern(text: str) -> re.Pattern[str]:
     """What finds one control text in a plain prompt."""
-    if text.endswith(":"):
-        return _label_pattern(text[:-1])
     if _BRACKETED.fullmatch(text):
         opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]
         return re.compile(re.escape(opened) + r"\s*" + re.escape(inner) + r"\s*" + re.escape(closed), re.IGNORECASE)
+    if text[-1] in _ENDS:
+        return _label_pattern(text[:-1], text[-1])
     words = r"[ \t]+".join(map(re.escape, text.split()))
-    return re.compile(rf"^[ \t]*{words}[ \t]*$", re.IGNORECASE | re.MULTILINE)
+    anywhere = rf"(?<!\w){words}(?!\w)|" if text.isupper() and len(text) > 2 else ""
+    return re.compile(rf"{anywhere}^[ \t]*(?i:{words})[ \t]*$", re.MULTILINE)
 
 
-def _label_pattern(word: str) -> re.Pattern[str]:
-    start = r"(?<!\w)" if word[:1].isalnum() else ""
+def _label_pattern(word: str, end: str) -> re.Pattern[str]:
+    """A label in its spellings; only a script with spaces says where a word starts."""
+    start = r"(?<!\w)" if word[0].isalnum() and word[0].isascii() else ""
     spellings = "|".join(map(re.escape, sorted({word, word.upper(), word.capitalize()})))
-    return re.compile(rf"(?:{start}(?:{spellings})|^(?i:[^\w\n]*{re.escape(word)}))[\s*_`]*:", re.MULTILINE)
+    return re.compile(rf"(?:{start}(?:{spellings})|^[^\w\n]*(?i:{re.escape(word)}))[\s*_`]*{re.escape(end)}", re.MULTILINE)
 
 
 def control_texts(

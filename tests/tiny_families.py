@@ -105,6 +105,46 @@ def write_text(name: str, folder: Path, grid: int = 3) -> Any:
     return tokenizer
 
 
+def picture(width: int = 70, height: int = 40) -> Any:
+    """A picture of noise, neither square nor of the tower's size."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def edit(folder: Path, file: str, **changes: Any) -> Path:
+    """Replace entries of a JSON file of a checkpoint; the folder is returned."""
+    path = folder / file
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**found, **changes}), encoding="utf-8")
+    return folder
+
+
+def add_tokens(folder: Path, around: str, *, write_bos: bool = False, plain: tuple[str, ...] = ()) -> Path:
+    """Let a checkpoint's tokenizer put tokens around a text.
+
+    Args:
+        around: What its post-processor makes of a text `$A`, such as `<s> $A </s>`.
+        write_bos: Whether the chat template writes BOS too.
+        plain: Tokens to add that are not flagged special.
+    """
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=around, special_tokens=ends)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    edit(folder, "tokenizer_config.json", bos_token="<s>")
+    template = folder / "chat_template.jinja"
+    template.write_text(("{{ bos_token }}" if write_bos else "") + template.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
 def _config(name: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgesafe.checkpoint.exit_model import Llava, answer_ids, prompt_ids
+from edgesafe.checkpoint.exit_model import ExitModel, answer_ids, prompt_ids
 from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.suite import Row, read_suite
 
@@ -54,7 +54,7 @@ class Batch:
         return Batch(*(tensor[rows] for tensor in vars(self).values()))
 
 
-def read_examples(folder: Path, llava: Llava) -> list[Example]:
+def read_examples(folder: Path, llava: ExitModel) -> list[Example]:
     """Read and tokenize a data folder.
 
     Raises:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from edgesafe.align.data import Example, collate
-from edgesafe.checkpoint.exit_model import Llava, answer_logits, autocast, exit_state, exit_states, open_images, pixel_values
+from edgesafe.checkpoint.exit_model import (
+    ExitModel,
+    answer_logits,
+    autocast,
+    exit_state,
+    exit_states,
+    open_images,
+    pixel_values,
+)
 
 CHUNK, CHUNK_BYTES = 64, 2**30  # rows that the tower sees at once, and what their states may take
 Need = Mapping[int, frozenset[int]]  # row number -> depths at which it is wanted; a teacher adds the reference depth
@@ -46,7 +54,7 @@ def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, froze
     return {row: frozenset(depths) for row, depths in need.items()}
 
 
-def size_gib(llava: Llava, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
+def size_gib(llava: ExitModel, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
     state: int = llava.patches * config.vision_config.hidden_size
@@ -65,14 +73,14 @@ def chunk_rows(blocks: int, patches: int, width: int) -> int:
     return max(1, min(CHUNK, CHUNK_BYTES // (4 * (blocks + 1) * (patches + 1) * width)))
 
 
-def chunk_of(llava: Llava) -> int:
+def chunk_of(llava: ExitModel) -> int:
     """`chunk_rows` of a loaded checkpoint."""
     return chunk_rows(llava.n_blocks, llava.patches, llava.model.config.vision_config.hidden_size)
 
 
 @torch.no_grad()
 def compute(
-    llava: Llava,
+    llava: ExitModel,
     examples: Sequence[Example],
     need: Need,
     *,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgesafe.align.settings import LORA, MUON, AlignConfig
-from edgesafe.checkpoint.exit_model import Llava, answer_hidden
+from edgesafe.checkpoint.exit_model import ExitModel, answer_hidden
 from edgesafe.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ class Policy(nn.Module):
     value_head: linear, from the last hidden state before each answer token to one figure; None unless the objective has one.
     """
 
-    def __init__(self, llava: Llava, *, value: bool) -> None:
+    def __init__(self, llava: ExitModel, *, value: bool) -> None:
         super().__init__()
         self.llava, self.model = llava, llava.model
         width = llava.model.config.text_config.hidden_size
@@ -36,7 +36,9 @@ class Policy(nn.Module):
         return self.model.lm_head(hidden), values
 
 
-def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Policy, Any, tuple[nn.Module, nn.Module] | None]:
+def make_policy(
+    llava: ExitModel, config: AlignConfig, *, value: bool
+) -> tuple[Policy, Any, tuple[nn.Module, nn.Module] | None]:
     """Make the language model trainable, the tower and the projector stay frozen.
 
     Returns:
@@ -71,7 +73,7 @@ def make_policy(llava: Llava, config: AlignConfig, *, value: bool) -> tuple[Poli
     return Policy(llava, value=value), wrapped, None
 
 
-def target_modules(llava: Llava, targets: tuple[str, ...]) -> list[str]:
+def target_modules(llava: ExitModel, targets: tuple[str, ...]) -> list[str]:
     """Full names of the language model's layers that end in one of `targets`; the tower has layers of the same names.
 
     Raises:

@@ -23,7 +23,7 @@ from edgesafe.align.sampler import focused_exits
 from edgesafe.align.settings import AlignConfig, Limits, Section, no_limits
 from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
 from edgesafe.align.watch import Watch
-from edgesafe.checkpoint.exit_model import Llava, autocast, decode, put_language
+from edgesafe.checkpoint.exit_model import ExitModel, autocast, decode, put_language
 from edgesafe.errors import DivergedError
 
 # What updates draw from, by exit depth: items with their training row as `row`.
@@ -72,7 +72,7 @@ class Trainer:
     tokens: positions that the language model has processed; a backward pass counts as two forward ones.
     """
 
-    llava: Llava
+    llava: ExitModel
     accelerator: Accelerator
     policy: Any
     peft: Any

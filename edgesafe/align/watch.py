@@ -9,7 +9,7 @@ from typing import Any
 
 from edgesafe.align.settings import EvalConfig
 from edgesafe.certify.tally import tally
-from edgesafe.checkpoint.exit_model import Llava
+from edgesafe.checkpoint.exit_model import ExitModel
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
@@ -22,7 +22,7 @@ class Watch:
     suite: Suite
     depths: tuple[int, ...]
 
-    def validate(self, llava: Llava) -> dict[str, dict[str, float]]:
+    def validate(self, llava: ExitModel) -> dict[str, dict[str, float]]:
         """Rates by depth, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
         llava.model.eval()
         texts = answer_suite(llava, self.suite, self.depths, quiet=True)

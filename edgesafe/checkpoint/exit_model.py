@@ -17,30 +17,62 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.checkpoint.load import first_blocks, read_checkpoint
-from edgesafe.checkpoint.recipe import Recipe, load_recipes
-from edgesafe.errors import InputError, UnsupportedModelError
-from edgesafe.format.exits import hidden_states_index, reference_depth
+from edgesafe.checkpoint import chat as chats
+from edgesafe.checkpoint.chat import Chat, read_chat
+from edgesafe.checkpoint.generation import check_generation, end_tokens, read_generation
+from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
+from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
+from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
+from edgesafe.errors import ConfigError
 from edgesafe.format.pictures import open_picture
 
 
 @dataclass(frozen=True)
-class Llava:
+class ExitModel:
     """A loaded checkpoint.
 
-    model: transformers' model in float32. processor: its processor. recipe: its family's. stored: dtype on disk.
-    patches: P. image_tokens: the tokens that a picture takes. context_length: tokens that fit.
+    Attributes:
+        model: transformers' model in float32.
+        processor: Its processor.
+        recipe: Its family's.
+        geometry: Its sizes.
+        chat: Its chat template.
+        eos_ids: The tokens that end an answer; the first is the one that answers are trained with.
+        stored: dtype on disk.
     """
 
     model: Any
     processor: Any
     recipe: Recipe
-    n_blocks: int
-    reference_depth: int
-    patches: int
-    image_tokens: int
-    context_length: int
+    geometry: Geometry
+    chat: Chat
+    eos_ids: tuple[int, ...]
     stored: torch.dtype
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the vision tower."""
+        return self.geometry.n_blocks
+
+    @property
+    def reference_depth(self) -> int:
+        """How many of them the model was trained to use."""
+        return self.geometry.reference_depth
+
+    @property
+    def patches(self) -> int:
+        """P, the tokens of an exit's state."""
+        return self.geometry.states
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that a picture takes, the newline's own among them."""
+        return self.geometry.rows
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit."""
+        return self.geometry.context_length
 
     @property
     def language(self) -> Any:
@@ -49,56 +81,47 @@ class Llava:
 
     @property
     def eos_id(self) -> int:
-        return int(self.processor.tokenizer.eos_token_id)
+        """The token that ends a trained answer."""
+        return self.eos_ids[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the weights lie."""
         return next(self.model.parameters()).device
 
     @property
     def pad_id(self) -> int:
+        """The token that fills up a batch."""
         return int(self.processor.tokenizer.pad_token_id or 0)
 
 
-def load(path: Path) -> Llava:
+def load(path: Path) -> ExitModel:
     """Load a checkpoint folder; weights become float32, which holds float16 and bfloat16 exactly.
 
     Raises:
-        InputError: not a checkpoint folder, or a damaged one.
-        UnsupportedModelError: a family without a recipe, or one whose exits are not single states without CLS.
+        InputError: Not a checkpoint folder, or a damaged one.
+        UnsupportedModelError: A family without a recipe, a member of one that can't be cut, or answers that are not greedy.
+        ExportError: A chat template that changes what the user says.
     """
     recipes = load_recipes()
-    family, model, processor = read_checkpoint(path, tuple(recipes))
-    config, recipe = model.config, recipes[family]
-    n_blocks = config.vision_config.num_hidden_layers
-    layer = recipe.reference_layer(config)
-    wanted = ("default",) if recipe.extra_tokens else recipe.select_strategies or (None,)
-    if not isinstance(layer, int) or getattr(config, "vision_feature_select_strategy", None) not in wanted:
-        raise UnsupportedModelError(
-            "the projector reads several layers or the CLS token",
-            where=str(path / "config.json"),
-            expected=f"one vision_feature_layer and vision_feature_select_strategy {wanted[0]!r}",
-            todo="use a checkpoint of this family as it was published",
-        )
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return Llava(
-        model.requires_grad_(False),
-        processor,
-        recipe,
-        n_blocks,
-        reference_depth(n_blocks, layer),
-        patches,
-        patches // recipe.patches_a_token(config) + bool(recipe.newline),
-        config.text_config.max_position_embeddings,
-        stored_dtype(path),
-    )
+    check_family(path, recipes)
+    config, processor = read_config(path, tuple(recipes))
+    recipe = recipes[config.model_type]
+    # Before the weights, which may take minutes.
+    geometry, chat = read_geometry(config, recipe), read_chat(processor)
+    check_processor(processor, chat.prefix + chat.suffix)
+    generation = read_generation(path)
+    check_generation(generation)
+    eos_ids = end_tokens(generation, processor.tokenizer)
+    _, model, processor = read_checkpoint(path, tuple(recipes))
+    return ExitModel(model.requires_grad_(False), processor, recipe, geometry, chat, eos_ids, stored_dtype(path))
 
 
-def put_language(llava: Llava, language: Any, head: Any) -> None:
+def put_language(exit_model: ExitModel, language: Any, head: Any) -> None:
     """Put another language model and head in the place of the model's own."""
-    owner, _, name = llava.recipe.decoder.rpartition(".")
-    setattr(llava.model.get_submodule(owner), name, language)
-    llava.model.lm_head = head
+    owner, _, name = exit_model.recipe.decoder.rpartition(".")
+    setattr(exit_model.model.get_submodule(owner), name, language)
+    exit_model.model.lm_head = head
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -125,60 +148,62 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
     return [open_picture(path) for path in paths]
 
 
-def pixel_values(llava: Llava, images: Sequence[Image.Image]) -> Tensor:
+def pixel_values(exit_model: ExitModel, images: Sequence[Image.Image]) -> Tensor:
     """Preprocess pictures with the checkpoint's own processor: [B, 3, H, W]."""
-    whole = {"do_image_splitting": False} if llava.recipe.cut == "grid" else {}
-    pixels = llava.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
+    whole = {"do_image_splitting": False} if exit_model.recipe.cut == "grid" else {}
+    pixels = exit_model.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
     if pixels.dim() == 5:  # [1, B, ...] of pictures, or [B, tiles, ...] with the whole picture first
-        pixels = pixels[0] if llava.recipe.cut == "grid" else pixels[:, 0]
-    return pixels.to(llava.device)
+        pixels = pixels[0] if exit_model.recipe.cut == "grid" else pixels[:, 0]
+    return pixels.to(exit_model.device)
 
 
 @torch.no_grad()
-def exit_states(llava: Llava, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
+def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
     """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is exit depth d.
 
-    Raw residual states, CLS dropped, not normed: what `vision_feature_layer=d` hands on to the norm or projector.
+    Raw residual states, not normed, without the tokens that the projector drops (CLS): what
+    `vision_feature_layer=d` hands on to the norm or projector.
 
     Args:
         deepest: the last depth that is wanted; no later block is run. All of them by default.
 
     Source: transformers `LlavaModel.get_image_features`.
     """
-    with first_blocks(llava.model, llava.recipe, deepest):
-        out = llava.model.get_submodule(llava.recipe.tower)(pixels, output_hidden_states=True)
-    return tuple(state[:, llava.recipe.extra_tokens :] for state in out.hidden_states)
+    with first_blocks(exit_model.model, exit_model.recipe, deepest):
+        out = exit_model.model.get_submodule(exit_model.recipe.tower)(pixels, output_hidden_states=True)
+    return tuple(state[:, exit_model.geometry.dropped :] for state in out.hidden_states)
 
 
 def exit_state(states: Sequence[Tensor], depth: int) -> Tensor:
-    """The state [B, P, W] of the exit after `depth` blocks."""
-    return states[hidden_states_index(depth)]
+    """The state [B, P, W] of the exit after `depth` blocks; item 0 is the embeddings, which are no exit.
+
+    Raises:
+        ConfigError: a depth of less than 1.
+    """
+    if depth < 1:
+        raise ConfigError(f"exit depth {depth} runs no block", expected="a depth of at least 1")
+    return states[depth]
 
 
-def prompt_ids(llava: Llava, prompt: str) -> list[int]:
+def prompt_ids(exit_model: ExitModel, prompt: str) -> list[int]:
     """Token ids of a request with its picture, up to where the answer starts.
 
     Raises:
-        InputError: an empty request, or one that spells the image token.
+        InputError: an empty request, or one that holds a control text.
     """
-    if not prompt.strip():
-        raise InputError("the request is empty", where="prompt", expected="a question", todo="write one")
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = llava.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    image = llava.processor.image_token
-    if text.count(image) != 1:
-        raise InputError(f"the request spells {image!r}", where=repr(prompt), expected="text alone", todo="leave it out")
-    shown = llava.recipe.texts.alone if llava.recipe.texts else image
-    shown = shown.replace(image, image * llava.image_tokens)
-    return list(llava.processor.tokenizer(text.replace(image, shown))["input_ids"])
+    image = exit_model.processor.image_token
+    shown = exit_model.recipe.texts.alone if exit_model.recipe.texts else image
+    return chats.prompt_ids(
+        exit_model.processor, exit_model.chat, prompt, shown.replace(image, image * exit_model.image_tokens)
+    )
 
 
-def answer_ids(llava: Llava, answer: str) -> list[int]:
+def answer_ids(exit_model: ExitModel, answer: str) -> list[int]:
     """Token ids of an answer with its end token."""
-    return [*llava.processor.tokenizer(answer, add_special_tokens=False)["input_ids"], llava.eos_id]
+    return [*exit_model.processor.tokenizer(answer, add_special_tokens=False)["input_ids"], exit_model.eos_id]
 
 
-def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
+def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     """Token embeddings with the projected exit states in the image tokens' places.
 
     Args:
@@ -188,20 +213,20 @@ def embed(llava: Llava, ids: Tensor, states: Tensor) -> Tensor:
     Returns:
         [B, S, D].
     """
-    model = llava.model
+    model = exit_model.model
     embeds = model.get_input_embeddings()(ids)
     if not states.shape[1]:
         return embeds
-    features = project(llava, states)
+    features = project(exit_model, states)
     image = ids == model.config.image_token_id
-    image &= image.cumsum(1) <= llava.image_tokens  # a sampled answer may hold the token too
+    image &= image.cumsum(1) <= exit_model.image_tokens  # a sampled answer may hold the token too
     where = image.unsqueeze(-1).expand_as(embeds)
     return embeds.masked_scatter(where, features.to(embeds.dtype))
 
 
-def project(llava: Llava, states: Tensor) -> Tensor:
+def project(exit_model: ExitModel, states: Tensor) -> Tensor:
     """Image features [B, image tokens, D] of exit states [B, P, W]."""
-    recipe, model = llava.recipe, llava.model
+    recipe, model = exit_model.recipe, exit_model.model
     if recipe.norm_after_blocks:
         states = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
     features = model.get_submodule(recipe.projector)(states)
@@ -211,20 +236,20 @@ def project(llava: Llava, states: Tensor) -> Tensor:
     return torch.cat([features, newline.expand(len(features), 1, -1)], 1)
 
 
-def answer_hidden(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
+def answer_hidden(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
     """Last hidden states [B, A, D] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states`
     [B, P, W].
 
     No attention mask is needed: padding lies after every position that is read.
     """
-    inputs = embed(llava, ids, states)
-    hidden = llava.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
+    inputs = embed(exit_model, ids, states)
+    hidden = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
     return hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def answer_logits(llava: Llava, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
+def answer_logits(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
     """Logits [B, A, V] at answer positions alone; arguments as in `answer_hidden`."""
-    return llava.model.lm_head(answer_hidden(llava, ids, where, states))
+    return exit_model.model.lm_head(answer_hidden(exit_model, ids, where, states))
 
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, V], their row numbers [b], step -> tokens [b]
@@ -232,7 +257,7 @@ Pick = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, V], their row numbe
 
 @torch.no_grad()
 def generate(
-    llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int, pick: Pick
+    exit_model: ExitModel, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int, pick: Pick
 ) -> list[list[int]]:
     """Answers to a batch of requests, token by token with a cache; rows that have ended leave the batch.
 
@@ -247,21 +272,22 @@ def generate(
     """
     from transformers import DynamicCache
 
-    model, pad, device = llava.model, llava.pad_id, states.device
+    model, pad, device = exit_model.model, exit_model.pad_id, states.device
     longest = max(len(p) for p in prompts)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache, inputs, alive = DynamicCache(), embed(llava, ids, states), torch.arange(len(prompts), device=device)
+    cache, inputs, alive = DynamicCache(), embed(exit_model, ids, states), torch.arange(len(prompts), device=device)
     answers: list[list[int]] = [[] for _ in prompts]
+    ends = torch.tensor(exit_model.eos_ids, device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for step in range(max_new_tokens):
-        out = llava.language(
+        out = exit_model.language(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         token = pick(model.lm_head(out.last_hidden_state[:, -1]), alive, step)
         for row, one in zip(alive.tolist(), token.tolist(), strict=True):
             answers[row].append(one)
-        on = torch.nonzero(token != llava.eos_id).flatten()
+        on = torch.nonzero(~torch.isin(token, ends)).flatten()
         if not len(on):
             break
         if len(on) < len(alive):
@@ -273,12 +299,14 @@ def generate(
     return answers
 
 
-def decode(llava: Llava, ids: Sequence[int]) -> str:
+def decode(exit_model: ExitModel, ids: Sequence[int]) -> str:
     """An answer's text, without the end token."""
-    return str(llava.processor.tokenizer.decode([i for i in ids if i != llava.eos_id], skip_special_tokens=True)).strip()
+    return str(
+        exit_model.processor.tokenizer.decode([i for i in ids if i not in exit_model.eos_ids], skip_special_tokens=True)
+    ).strip()
 
 
-def greedy(llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int) -> list[str]:
+def greedy(exit_model: ExitModel, prompts: Sequence[Sequence[int]], states: Tensor, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts (ids), each with its exit states [B, P, W]."""
-    said = generate(llava, prompts, states, max_new_tokens, lambda logits, *_: logits.argmax(-1))
-    return [decode(llava, ids) for ids in said]
+    said = generate(exit_model, prompts, states, max_new_tokens, lambda logits, *_: logits.argmax(-1))
+    return [decode(exit_model, ids) for ids in said]

@@ -1,18 +1,30 @@
-"""Recipes: what a model family is, as TOML, read strictly; align and export read a checkpoint through them."""
+"""Recipes: what a model family is, as TOML, read strictly; align and export read a checkpoint through them.
+
+A recipe says only where it differs from the one it `extends`: LLaVA-1.5's, unless it names another. A family of your own is a
+TOML file in the folder that the environment variable `EDGESAFE_RECIPES` names; two keys are enough for one that is built alike:
+
+    extends = "llava_next"
+    model_type = "my_llava"
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import ConfigError
+from edgesafe.errors import ConfigError, UnsupportedModelError
 from edgesafe.format.fields import Fields
 from edgesafe.format.tiles import TileTexts
 
-EXIT_STATES = ("raw", "normed")
+# Names a folder with recipes of one's own.
+RECIPES_VARIABLE = "EDGESAFE_RECIPES"
+# The recipe whose values are the defaults of all others.
+_ROOT = "llava"
 SELECT_STRATEGIES = ("default", "full")
 CUTS = ("", "grid", "canvas")
 
@@ -21,7 +33,6 @@ CUTS = ("", "grid", "canvas")
 class Recipe:
     """Where parts sit, what an exit hands on, how pictures are cut; `recipes/llava.toml` explains each key."""
 
-    title: str
     model_type: str
     vision_types: tuple[str, ...]
     tower: str
@@ -29,7 +40,6 @@ class Recipe:
     patch_mask: bool
     norm_before_blocks: str
     blocks: str
-    exit_state: str
     norm_after_blocks: str
     reference: str
     extra_tokens: int
@@ -62,27 +72,106 @@ def recipes_folder() -> Path:
     return Path(__file__).parent / "recipes"
 
 
-def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:
-    """Every recipe by the model type that it is for.
+def recipe_folders() -> tuple[Path, ...]:
+    """The installed recipes' folder, and the one that the environment names.
 
     Raises:
-        ConfigError: There is none, two are for one model type, or a file has a wrong, missing or unknown key.
+        ConfigError: The environment names no folder with recipes in it.
     """
-    folder = folder or recipes_folder()
-    recipes: dict[str, Recipe] = {}
-    for path in sorted(folder.glob("*.toml")):
-        recipe = _read(path)
-        if recipe.model_type in recipes:
-            raise ConfigError(f"a second recipe for {recipe.model_type!r}", where=str(path), todo="keep one of the two")
-        recipes[recipe.model_type] = recipe
-    if not recipes:
+    named = os.environ.get(RECIPES_VARIABLE)
+    if not named:
+        return (recipes_folder(),)
+    if not any(Path(named).glob("*.toml")):
+        raise ConfigError(
+            "no recipe lies there",
+            where=f"{RECIPES_VARIABLE}={named}",
+            expected="a folder with one TOML file for each family",
+            todo=f"name another folder, or unset {RECIPES_VARIABLE}",
+        )
+    return recipes_folder(), Path(named)
+
+
+def load_recipes(folders: Sequence[Path] | None = None) -> dict[str, Recipe]:
+    """Every recipe by the model type that it is for.
+
+    Args:
+        folders: By default the installed ones and the environment's.
+
+    Raises:
+        ConfigError: There is none, two are for one model type, or a file has a wrong or unknown key.
+    """
+    folders = recipe_folders() if folders is None else folders
+    tables: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.toml"))):
+        table = _toml(path)
+        name = Fields(table, str(path), ConfigError).text("model_type")
+        if name in tables:
+            raise ConfigError(f"a second recipe for {name!r}", where=str(path), todo="keep one of the two")
+        tables[name] = str(path), table
+    if not tables:
         raise ConfigError(
             "no recipe of a model family is installed",
-            where=str(folder),
-            expected="one TOML file a family",
+            where=", ".join(map(str, folders)),
+            expected="one TOML file for each family",
             todo="install edgesafe again: pip install --force-reinstall 'edgesafe[export]'",
         )
-    return recipes
+    return {name: recipe_from_dict(_extended(name, tables), where=where) for name, (where, _) in tables.items()}
+
+
+def _extended(name: str, tables: Mapping[str, tuple[str, dict[str, Any]]], below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's table over that of the recipe which it extends, all the way down to the root's."""
+    where, table = tables[name]
+    if name == _ROOT:
+        return table
+    fields = Fields(table, where, ConfigError)
+    parent = fields.text("extends") if fields.has("extends") else _ROOT
+    if parent not in tables or parent in (name, *below):
+        raise ConfigError(
+            f"it extends {parent!r}, " + ("itself" if parent in (name, *below) else "for which there is no recipe"),
+            where=where,
+            expected="the model type of another recipe: " + ", ".join(sorted(set(tables) - {name, *below})),
+            todo="correct the key 'extends'",
+        )
+    own = {key: value for key, value in table.items() if key != "extends"}
+    return _over(_extended(parent, tables, (*below, name)), own)
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """One table over another, table by table; keys that the base lacks stay, to be refused as unknown."""
+    both = {
+        key: _over(base[key], own[key])
+        for key in base.keys() & own.keys()
+        if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
+    return {**base, **own, **both}
+
+
+def check_family(folder: Path, recipes: Mapping[str, Recipe]) -> None:
+    """Refuse a family without a recipe before anything else is read, also one that transformers itself doesn't know.
+
+    Raises:
+        UnsupportedModelError: With the reason, where an early exit would break it.
+    """
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return  # who reads the checkpoint says what is wrong with the file
+    if isinstance(named, str) and named not in recipes:
+        why = refused_families().get(named)
+        own = "" if why else f", or describe the family in a recipe of your own: {RECIPES_VARIABLE}=DIR"
+        raise unsupported(f"model family {named!r}", recipes.values(), str(folder), why, own)
+
+
+def unsupported(
+    what: str, recipes: Iterable[Recipe], where: str, why: str | None = None, more: str = ""
+) -> UnsupportedModelError:
+    """The error for a checkpoint that no recipe covers; `more` is what else the reader can do."""
+    return UnsupportedModelError(
+        f"{what} is not supported" + (f": {why}" if why else ""),
+        where=where,
+        expected="; ".join(recipe.describe() for recipe in recipes),
+        todo="use a supported checkpoint" + more,
+    )
 
 
 def refused_families() -> dict[str, str]:
@@ -90,10 +179,6 @@ def refused_families() -> dict[str, str]:
     path = recipes_folder() / "refused" / "families.toml"
     fields = Fields(_toml(path), str(path), ConfigError)
     return {name: fields.text(name) for name in fields.obj}
-
-
-def _read(path: Path) -> Recipe:
-    return recipe_from_dict(_toml(path), where=str(path))
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -105,16 +190,22 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
-    """Read a recipe strictly: every key known and there.
+    """Read a whole recipe strictly: every key known and there.
 
     Raises:
         ConfigError: A key is wrong, missing or unknown.
     """
     fields = Fields(obj, where, ConfigError)
+    if isinstance(obj.get("vision"), Mapping) and "exit_state" in obj["vision"]:
+        raise ConfigError(
+            "exit_state is no key any more",
+            where=f"{where}: vision",
+            expected="norm_after_blocks alone: a norm that it names runs between an exit and the projector",
+            todo="remove 'exit_state'",
+        )
     vision, projector, pictures, text = (fields.child(key) for key in ("vision", "projector", "pictures", "text"))
     texts = TileTexts(*(pictures.text(key) for key in ("tile", "row_end", "whole", "alone")))
     recipe = Recipe(
-        title=fields.text("title"),
         model_type=fields.text("model_type"),
         vision_types=vision.texts("model_types"),
         tower=vision.text("tower"),
@@ -122,7 +213,6 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         patch_mask=vision.flag("patch_mask"),
         norm_before_blocks=vision.text("norm_before_blocks"),
         blocks=vision.text("blocks"),
-        exit_state=vision.choice("exit_state", EXIT_STATES),
         norm_after_blocks=vision.text("norm_after_blocks"),
         reference=vision.text("reference"),
         extra_tokens=vision.integer("extra_tokens"),
@@ -145,8 +235,6 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
 
 def _check(recipe: Recipe, where: str) -> None:
     """Refuse a recipe that contradicts itself."""
-    if (recipe.exit_state == "normed") != bool(recipe.norm_after_blocks):
-        raise ConfigError("exit_state and norm_after_blocks disagree", where=where, expected="a norm where the state is normed")
     if (recipe.cut == "grid") != (recipe.texts is not None):
         raise ConfigError("cut and the texts around tiles disagree", where=where, expected="texts for the cut 'grid' alone")
     unknown = sorted(set(recipe.select_strategies) - set(SELECT_STRATEGIES))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, open_images, pixel_values, prompt_ids
+from edgesafe.checkpoint.exit_model import ExitModel, exit_state, exit_states, greedy, open_images, pixel_values, prompt_ids
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 from edgesafe.progress import bar
 
@@ -16,7 +16,7 @@ PicturesOf = Callable[[Sequence[Row]], Sequence[Image.Image]]
 
 
 def answer_suite(
-    llava: Llava,
+    llava: ExitModel,
     suite: Suite,
     depths: Sequence[int],
     batch: int = 128,

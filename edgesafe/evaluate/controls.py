@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.checkpoint.exit_model import Llava, exit_state, exit_states, greedy, open_images, pixel_values
+from edgesafe.checkpoint.chat import adds_special_tokens
+from edgesafe.checkpoint.exit_model import ExitModel, exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import InputError
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
@@ -33,7 +34,7 @@ Moments = tuple[Tensor, float]  # mean [W] of all tokens' states, and the root m
 
 
 def control_answers(
-    llava: Llava, suite: Suite, depths: Sequence[int], batch: int = 128
+    llava: ExitModel, suite: Suite, depths: Sequence[int], batch: int = 128
 ) -> dict[str, dict[str, dict[str, str]]]:
     """Greedy answers under every control: {control: {depth as text, or "any": {row id: text}}}.
 
@@ -50,7 +51,7 @@ def control_answers(
     return {TEXT_ONLY: {ANY: text_only(llava, suite, batch)}, **by_depth}
 
 
-def text_only(llava: Llava, suite: Suite, batch: int = 128) -> dict[str, str]:
+def text_only(llava: ExitModel, suite: Suite, batch: int = 128) -> dict[str, str]:
     """Answers {row id: text} to the requests alone: the chat template without a picture, no image token, no state."""
     ids = {row.prompt: text_prompt_ids(llava, row.prompt) for row in suite.rows}
     prompts = sorted(ids, key=lambda p: (len(ids[p]), p))  # each request once: without a picture its rows are alike
@@ -62,7 +63,7 @@ def text_only(llava: Llava, suite: Suite, batch: int = 128) -> dict[str, str]:
     return {row.id: answers[row.prompt] for row in suite.rows}
 
 
-def text_prompt_ids(llava: Llava, prompt: str) -> list[int]:
+def text_prompt_ids(llava: ExitModel, prompt: str) -> list[int]:
     """Token ids of a request without a picture, up to where the answer starts.
 
     Raises:
@@ -72,16 +73,17 @@ def text_prompt_ids(llava: Llava, prompt: str) -> list[int]:
     text = llava.processor.apply_chat_template(chat, add_generation_prompt=True)
     if llava.processor.image_token in text:
         raise InputError("the request spells the image token", where=repr(prompt), expected="text alone", todo="leave it out")
-    return list(llava.processor.tokenizer(text)["input_ids"])
+    tokenizer = llava.processor.tokenizer
+    return list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
 
 
-def blank(llava: Llava) -> Image.Image:
+def blank(llava: ExitModel) -> Image.Image:
     """A picture in the grey that the checkpoint's processor turns into zeros, to within the rounding to 8 bits."""
     side = llava.model.config.vision_config.image_size
     return Image.new("RGB", (side, side), tuple(round(255 * mean) for mean in llava.processor.image_processor.image_mean))
 
 
-def noise(llava: Llava, rows: Sequence[Row], seed: int = NOISE_SEED) -> Callable[[Sequence[Row]], list[Image.Image]]:
+def noise(llava: ExitModel, rows: Sequence[Row], seed: int = NOISE_SEED) -> Callable[[Sequence[Row]], list[Image.Image]]:
     """Pictures of uniform noise for rows of a suite: a function of the seed and the row's place in the suite alone."""
     side = llava.model.config.vision_config.image_size
     place = {row.id: i for i, row in enumerate(rows)}
@@ -93,7 +95,7 @@ def noise(llava: Llava, rows: Sequence[Row], seed: int = NOISE_SEED) -> Callable
     return lambda part: [picture(row) for row in part]
 
 
-def state_moments(llava: Llava, suite: Suite, depths: set[int], batch: int = 128) -> dict[int, Moments]:
+def state_moments(llava: ExitModel, suite: Suite, depths: set[int], batch: int = 128) -> dict[int, Moments]:
     """Mean [W] and spread of the exit states of each depth, over all tokens of the suite's pictures.
 
     Raises:

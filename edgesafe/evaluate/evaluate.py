@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.certify.tally import families, tally
-from edgesafe.checkpoint.exit_model import Llava, load
+from edgesafe.checkpoint.exit_model import ExitModel, load
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
@@ -134,7 +134,7 @@ def evaluate(
     return report
 
 
-def _run(llava: Llava, suite: Suite, model: str, judges: Judges, trained_with: dict[str, Any] | None) -> dict[str, Any]:
+def _run(llava: ExitModel, suite: Suite, model: str, judges: Judges, trained_with: dict[str, Any] | None) -> dict[str, Any]:
     """What was run, as the report has it before its figures."""
     return {
         "model": model,
@@ -169,7 +169,7 @@ def summarise(rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
     return rates
 
 
-def rates(rows: Sequence[Row], answers: Mapping[int, Answers], scored: Scored, llava: Llava) -> dict[str, Any]:
+def rates(rows: Sequence[Row], answers: Mapping[int, Answers], scored: Scored, llava: ExitModel) -> dict[str, Any]:
     """`exits`, `groups` and `agreement` of the report."""
     exits = []
     for depth in answers:
@@ -208,7 +208,7 @@ def agreed(rows: Sequence[Row], scored: Scored, depths: Sequence[int]) -> dict[s
     return agreement([x for x, _ in pairs], [y for _, y in pairs])
 
 
-def control_rates(llava: Llava, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
+def control_rates(llava: ExitModel, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
     """`controls` of the report: rates of each control at each depth."""
     by_control = control_answers(llava, suite, depths)
     return {

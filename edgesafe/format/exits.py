@@ -70,17 +70,6 @@ def reference_depth(n_blocks: int, vision_feature_layer: int) -> int:
     return depth
 
 
-def hidden_states_index(depth: int) -> int:
-    """The index into transformers' ``hidden_states`` that holds the state after ``depth`` blocks.
-
-    >>> hidden_states_index(6)
-    6
-    """
-    if depth < 1:
-        raise ConfigError(f"exit depth {depth} runs no block", expected="a depth of at least 1")
-    return depth
-
-
 def default_ladder(n_blocks: int, reference_depth: int) -> tuple[int, ...]:
     """Every depth up to the reference depth of a small tower, eight evenly spread ones of a large tower.
 

@@ -9,13 +9,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from edgesafe.errors import BundleError, FormatVersionError, UnsupportedModelError
+from edgesafe.format.chat import ChatSpec
 from edgesafe.format.fields import Fields
 from edgesafe.format.graph_io import TensorSpec
 from edgesafe.format.sizes import MAX_CONTEXT, MAX_SIDE, check_sizes
 from edgesafe.format.tiles import TilesSpec
 
-# A bundle has the oldest format that says all of it: format 2 adds `tiles`.
-FORMAT_VERSION = 2
+# A bundle has the oldest format that says all of it: format 2 adds `tiles`, format 3 `chat.control`.
+FORMAT_VERSION = 3
+TILES_VERSION = 2
 PLAIN_VERSION = 1
 LAYOUTS = ("chain", "standalone")
 DTYPES = ("float32", "int64")
@@ -72,15 +74,6 @@ class TextSpec:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ChatSpec:
-    """The text around the user's; ``prefix`` holds the image token once. Rendered at export."""
-
-    prefix: str
-    suffix: str
-    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -208,7 +201,9 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The oldest format that can say what this manifest says."""
-        return PLAIN_VERSION if self.tiles is None else FORMAT_VERSION
+        if self.chat.control:
+            return FORMAT_VERSION
+        return PLAIN_VERSION if self.tiles is None else TILES_VERSION
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -231,7 +226,9 @@ class Manifest:
         obj: dict[str, Any] = _plain(asdict(self))
         obj["image"] = self.image.to_dict()
         obj["format_version"] = self.format_version
-        if self.tiles is None:
+        if self.format_version < FORMAT_VERSION:
+            del obj["chat"]["control"]
+        if self.format_version == PLAIN_VERSION:
             del obj["tiles"]
         return obj
 
@@ -259,10 +256,11 @@ class Manifest:
 
 
 def _read_manifest(fields: Fields, version: int) -> Manifest:
-    parent, chat = fields.child("parent"), fields.child("chat")
+    parent = fields.child("parent")
     suite = fields.child("suite") if fields.has("suite") else None
+    tiled = version == TILES_VERSION or (version > TILES_VERSION and fields.has("tiles"))
     manifest = Manifest(
-        tiles=TilesSpec.read(fields.child("tiles")) if version > PLAIN_VERSION else None,
+        tiles=TilesSpec.read(fields.child("tiles")) if tiled else None,
         name=fields.text("name"),
         family=fields.text("family"),
         device=fields.text("device"),
@@ -277,7 +275,7 @@ def _read_manifest(fields: Fields, version: int) -> Manifest:
         image_token=fields.text("image_token"),
         image_token_id=fields.integer("image_token_id"),
         image_tokens=fields.integer("image_tokens", 1),
-        chat=ChatSpec(chat.text("prefix"), chat.text("suffix"), chat.flag("add_special_tokens")),
+        chat=ChatSpec.read(fields.child("chat"), control=version > TILES_VERSION),
         quantization={k: fields.child("quantization").text(k) for k in fields.table("quantization")},
         files={path: _read_file(fields.child("files").child(path)) for path in fields.table("files")},
         tokenizer=fields.text("tokenizer"),
@@ -288,7 +286,7 @@ def _read_manifest(fields: Fields, version: int) -> Manifest:
         versions={k: fields.child("versions").text(k) for k in fields.table("versions")},
         created=fields.text("created"),
     )
-    for child in (parent, chat, *([suite] if suite else [])):
+    for child in (parent, *([suite] if suite else [])):
         child.done()
     return manifest
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from edgesafe.errors import BundleError, InputError
+from edgesafe.format.chat import ControlTexts, control_texts
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.runtime.sampling import ended
@@ -44,14 +45,14 @@ def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cu
     Args:
         tokenizer: The bundle's tokenizer.
         manifest: Gives the chat text around the prompt, the image token and the context length.
-        prompt: What the user wrote, without special tokens.
+        prompt: What the user wrote, without control texts.
         cut: How the picture is cut, where the bundle has tiles.
 
     Returns:
         The ids, S of them, as many of which are ``manifest.image_token_id`` as the picture has features.
 
     Raises:
-        InputError: The prompt is empty, not text, too long, or holds a special token.
+        InputError: The prompt is empty, not text, too long, or holds a control text (`edgesafe.format.chat`).
     """
     _check_prompt(tokenizer, manifest, prompt)
     shown, runs = prompt_runs(manifest.tiles, cut, manifest.image_token, manifest.image_tokens)
@@ -92,20 +93,23 @@ def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid Unicode text", expected="UTF-8 text") from error
-    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special[manifest.image_token] = manifest.image_token_id
-    named = sorted(token for token in special if token and token in prompt)
-    # The ids are looked at too: a tokenizer's normaliser may turn harmless-looking text into a special token.
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    unknown = tokenizer.token_to_id("<unk>")
-    hidden = (set(ids) & set(special.values())) - {unknown}
-    if named or hidden:
-        shown = named or sorted(tokenizer.id_to_token(i) or str(i) for i in hidden)
+    ids = set(tokenizer.encode(prompt, add_special_tokens=False).ids) - {tokenizer.token_to_id("<unk>")}
+    found = _control(tokenizer, manifest).found_in(prompt, ids)
+    if found:
         raise InputError(
-            f"the prompt holds the special token {shown[0]!r}",
-            expected="plain text: a special token would let the prompt speak for the system",
-            todo="remove or space out that text",
+            f"the prompt holds the control text {found!r}",
+            expected="plain text: what the chat template writes between turns would let the prompt speak for the system",
+            todo="remove that text or write it otherwise",
         )
+
+
+def _control(tokenizer: Tokenizer, manifest: Manifest) -> ControlTexts:
+    """What a prompt must not hold. A bundle whose manifest names none is protected by its chat text and its tokenizer."""
+    added = tokenizer.get_added_tokens_decoder()
+    numbers = {token.content: number for number, token in added.items()}
+    numbers[manifest.image_token] = manifest.image_token_id
+    special = {manifest.image_token, *(token.content for token in added.values() if token.special)}
+    return control_texts((manifest.chat.prefix, manifest.chat.suffix), manifest.chat.control, numbers, special)
 
 
 class TextStream:

@@ -34,17 +34,19 @@ def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: st
     if layout == "standalone":
         for depth in ladder:
             module = Whole(family.segment(0, depth), family.head())
-            specs[graph_io.standalone_path(depth)] = _spec(module, family.tokens, vision)
+            specs[graph_io.standalone_path(depth)] = _spec(module, family.geometry.tokens, vision)
     else:
         for start, end in segments(ladder):
-            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.tokens, vision)
-        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.tokens, vision)
+            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.geometry.tokens, vision)
+        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.geometry.tokens, vision)
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
     specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
     causal = family.decoder()
     layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
     config = family.text_config
-    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.head_dim
+    weights = (
+        sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.geometry.head_dim
+    )
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs
@@ -102,10 +104,10 @@ _IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
 def looking_bytes(sketch: Sketch, tiles: int) -> float:
     """A picture in the tower: the tiles' pixels, their states before and behind a graph, and what a block works with."""
     family, vision = sketch.family, sketch.family.model.config.vision_config
-    states = family.tokens * family.vision_width
-    scores = vision.num_attention_heads * family.tokens**2
-    work = scores + family.tokens * 2 * vision.intermediate_size + 4 * states
-    return 4 * (tiles * (3 * family.image_size**2 + 2 * states) + work)
+    states = family.geometry.tokens * family.geometry.vision_width
+    scores = vision.num_attention_heads * family.geometry.tokens**2
+    work = scores + family.geometry.tokens * 2 * vision.intermediate_size + 4 * states
+    return 4 * (tiles * (3 * family.geometry.image_size**2 + 2 * states) + work)
 
 
 def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: int, tokens: int) -> float:
@@ -115,7 +117,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
     """
     config = sketch.family.text_config
-    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.head_dim * (tokens + 64)
+    cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.geometry.head_dim * (tokens + 64)
     states = 4 * min(tokens, PART_TOKENS) * (4 * config.intermediate_size + 6 * config.hidden_size)
     causal = sketch.family.decoder()
     matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)

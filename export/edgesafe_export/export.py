@@ -24,7 +24,7 @@ from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, is_bundle, write_manifest
 from edgesafe.format.files import replacing
-from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.manifest import ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
@@ -152,7 +152,7 @@ def probes(job: Job) -> list[parity.Probe]:
     rows = [(suite.image_path(r), r.prompt) for r in suite.rows if r.image] if suite else []
     step_ = max(1, len(rows) // PARITY_ROWS)
     picked = [(open_picture(path), prompt) for path, prompt in rows[::step_][:PARITY_ROWS]]
-    return parity.probes(picked, PARITY_ROWS, job.family.image_size)
+    return parity.probes(picked, PARITY_ROWS, job.family.geometry.image_size)
 
 
 def write(
@@ -180,7 +180,7 @@ def _read(job: Job, path: str, made: Made, target: Path) -> onnx.ModelProto:
     """A graph of its pieces' files; a large one leaves its weights in a file beside `target`, as protobuf ends at 2 GiB."""
     protos: Iterable[onnx.ModelProto] = map(onnx.load, made.files)
     if path == graph_io.DECODER_PATH and job.device.attends_whole:
-        protos = (attend_whole(proto, job.family.head_dim) for proto in protos)
+        protos = (attend_whole(proto, job.family.geometry.head_dim) for proto in protos)
     if sum(file.stat().st_size for file in made.files) < INLINE_BYTES:
         return _joined(path, protos, made.spec)
     with SharedWeights(target.with_name(target.name + ".data")) as beside:
@@ -207,7 +207,7 @@ def _text_spec(family: Family, layers: int) -> TextSpec:
         decoder=graph_io.DECODER_PATH,
         num_layers=layers,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=family.head_dim,
+        head_dim=family.geometry.head_dim,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,
@@ -225,17 +225,17 @@ def _manifest(
         device=job.device.name,
         layout=job.layout,
         parent=ParentSpec("checkpoint", job.name, job.parent_digest),
-        n_blocks=family.n_blocks,
-        reference_depth=family.reference_depth,
+        n_blocks=family.geometry.n_blocks,
+        reference_depth=family.geometry.reference_depth,
         exits=_exit_specs(job),
         text=_text_spec(family, job.layers or family.text_config.num_hidden_layers),
         graphs=specs,
         image=family.image_spec,
         image_token=family.processor.image_token,
-        image_token_id=family.image_token_id,
-        image_tokens=family.image_tokens,
+        image_token_id=family.geometry.image_token_id,
+        image_tokens=family.geometry.image_tokens,
         tiles=family.tiles,
-        chat=ChatSpec(*family.chat, add_special_tokens=True),
+        chat=family.chat.spec,
         quantization=schemes,
         files=file_specs(folder),
         parity=checked,

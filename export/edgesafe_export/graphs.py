@@ -96,11 +96,11 @@ def pack_attention(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def segment(family: Family, start: int, end: int) -> Exported:
     """Blocks start..end of the vision tower."""
-    t, w = family.tokens, family.vision_width
+    t, w = family.geometry.tokens, family.geometry.vision_width
     if start == 0:
         x, spec = (
-            torch.zeros(1, 3, family.image_size, family.image_size),
-            TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, family.image_size, family.image_size)),
+            torch.zeros(1, 3, family.geometry.image_size, family.geometry.image_size),
+            TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, family.geometry.image_size, family.geometry.image_size)),
         )
     else:
         x, spec = torch.zeros(1, t, w), TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
@@ -111,23 +111,26 @@ def segment(family: Family, start: int, end: int) -> Exported:
 
 def head(family: Family) -> Exported:
     """What follows an exit: dropped tokens, a norm, the projector, the newline."""
-    t, w = family.tokens, family.vision_width
+    t, w = family.geometry.tokens, family.geometry.vision_width
     spec = TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
-    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.head_rows, family.text_config.hidden_size))
+    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.geometry.rows, family.text_config.hidden_size))
     module = family.head()
     # A projector that joins patches first runs over fewer tokens.
-    tokens = family.image_tokens if family.recipe.shuffle else t
+    tokens = family.geometry.image_tokens if family.recipe.shuffle else t
     return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, tokens))
 
 
 def standalone(family: Family, depth: int) -> Exported:
     """A whole exit in one graph."""
-    size = family.image_size
+    size = family.geometry.image_size
     module = Whole(family.segment(0, depth), family.head()).eval()
     spec = TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, size, size))
-    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.head_rows, family.text_config.hidden_size))
+    out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.geometry.rows, family.text_config.hidden_size))
     return _finish(
-        _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False), [spec], [out], flops(module, family.tokens)
+        _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False),
+        [spec],
+        [out],
+        flops(module, family.geometry.tokens),
     )
 
 
@@ -146,7 +149,7 @@ def decoder(family: Family) -> Exported:
 
     config, causal = family.text_config, family.decoder()
     width, layers = config.hidden_size, config.num_hidden_layers
-    heads, size = config.num_key_value_heads, family.head_dim
+    heads, size = config.num_key_value_heads, family.geometry.head_dim
     cache = DynamicCache()
     for i in range(layers):
         cache.update(torch.zeros(1, heads, 5, size), torch.zeros(1, heads, 5, size), i)

@@ -252,9 +252,11 @@ def open_session(folder: Path) -> Session:
 
 def processed(family: Family, image: Image.Image, prompt: str) -> Any:
     """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = family.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return family.processor(images=[image.convert("RGB")], text=text, return_tensors="pt")
+    content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": prompt}]
+    # Rendered and tokenized in one call: whether the tokenizer adds a BOS to a text that has one is transformers' decision.
+    return family.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def _refuse_large(worst: dict[int, float], what: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import machine
+from edgesafe.checkpoint.chat import prompt_ids
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
@@ -91,8 +92,8 @@ def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[int, ...]:
     """The exits to export; the reference depth is always one of them."""
     family = sketch.family
     if exits is None:
-        return default_ladder(family.n_blocks, family.reference_depth)
-    return tuple(sorted({*parse_exits(exits, family.n_blocks), family.reference_depth}))
+        return default_ladder(family.geometry.n_blocks, family.geometry.reference_depth)
+    return tuple(sorted({*parse_exits(exits, family.geometry.n_blocks), family.geometry.reference_depth}))
 
 
 def make_plan(
@@ -127,8 +128,8 @@ def make_plan(
         model=name,
         device=device.name,
         weights=sketch.count,
-        n_blocks=sketch.family.n_blocks,
-        reference_depth=sketch.family.reference_depth,
+        n_blocks=sketch.family.geometry.n_blocks,
+        reference_depth=sketch.family.geometry.reference_depth,
         quantization={"vision": vision, "text": text},
         check=WHOLE_MODEL if whole else PIECES,
         tiles=tiles,
@@ -159,11 +160,10 @@ def _sum(times: Iterable[float | None]) -> float | None:
 def _prompt(sketch: Sketch) -> tuple[int, int]:
     """How often the tower runs for a picture of `PICTURE`, and how many tokens a short question about it has."""
     family = sketch.family
-    prefix, suffix = family.chat
     token = family.processor.image_token
-    cut = cut_of(family.tiles, family.image_size, PICTURE) if family.tiles else ALONE
-    text, features = prompt_runs(family.tiles, cut, token, family.image_tokens)
-    words = family.processor.tokenizer(prefix.replace(token, text) + _QUESTION + suffix)["input_ids"]
+    cut = cut_of(family.tiles, family.geometry.image_size, PICTURE) if family.tiles else ALONE
+    text, features = prompt_runs(family.tiles, cut, token, family.geometry.image_tokens)
+    words = prompt_ids(family.processor, family.chat, _QUESTION, text)
     return cut.tiles, len(words) - len(features) + sum(features)
 
 

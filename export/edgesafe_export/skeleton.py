@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgesafe.checkpoint.generation import read_generation
 from edgesafe.checkpoint.shards import MEND, Stored, check_kind, read_header, read_headers, read_tensor
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe_export.family import Family, open_family
@@ -73,7 +74,7 @@ def open_sketch(folder: Path, header: Callable[[Path], dict[str, Stored]] = read
 
 def _empty_model(folder: Path, config: Any) -> tuple[Any, int]:
     """The config's model without memory for weights, and how many layers its decoder should have had."""
-    from transformers import AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText
 
     layers = int(config.text_config.num_hidden_layers)
     config = deepcopy(config)
@@ -81,8 +82,7 @@ def _empty_model(folder: Path, config: Any) -> tuple[Any, int]:
     with _weights_on_meta():
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = read_generation(folder)
     return model.eval(), layers
 
 

@@ -128,7 +128,7 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
     shutil.rmtree(work / "agreement", ignore_errors=True)
     write_split(suite := work / "agreement" / "suite", "val", scale=0.05)
     family = load_family(weights)
-    ladder = (family.reference_depth // 2, family.reference_depth)
+    ladder = (family.geometry.reference_depth // 2, family.geometry.reference_depth)
     host = load_device("host")
     job = export.Job(family, weights, "reference", "0" * 64, host, "chain", ladder, read_suite(suite), {}, 0)
     parts = export.trace(job)

@@ -139,8 +139,8 @@ def test_no_checkpoint_is_an_input_error(tmp_path):
 def test_a_projector_that_reads_several_layers_is_unsupported(tiny_llava, tmp_path):
     folder = shutil.copytree(tiny_llava, tmp_path / "several")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_select_strategy": "full"}))
-    with pytest.raises(UnsupportedModelError):
+    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [-2, -1]}))
+    with pytest.raises(UnsupportedModelError, match="several vision layers"):
         load(folder)
 
 

@@ -117,15 +117,6 @@ def test_greedy_answers_of_a_batch_are_those_of_one(llava, pixels):
     assert both == [greedy(llava, [p], states[i : i + 1], 6)[0] for i, p in enumerate(prompts)]
 
 
-def test_the_prompt_is_the_processor_s_own(models):
-    llava = models("smolvlm")
-    picture = Image.new("RGB", (30, 50))
-    content = [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]
-    text = llava.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    whole = llava.processor(images=[picture], text=text, do_image_splitting=False)
-    assert list(whole["input_ids"][0]) == prompt_ids(llava, PROMPTS[0])
-
-
 def test_adapters_go_into_the_language_model_alone(llava):
     found = target_modules(llava, ("q_proj", "down_proj"))
     assert len(found) == 2 * 2 and all(name.startswith(llava.recipe.decoder) for name in found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgesafe.errors import ConfigError
-from edgesafe.format.exits import default_ladder, hidden_states_index, parse_exits, reference_depth
+from edgesafe.format.exits import default_ladder, parse_exits, reference_depth
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,6 @@ def test_reference_depth(n_blocks, layer, depth):
 def test_a_layer_that_is_no_block(layer):
     with pytest.raises(ConfigError):
         reference_depth(12, layer)
-
-
-def test_hidden_states_index_counts_the_embeddings_as_zero():
-    assert [hidden_states_index(d) for d in (1, 6, 24)] == [1, 6, 24]
-    with pytest.raises(ConfigError):
-        hidden_states_index(0)
 
 
 def test_default_ladder():

@@ -94,7 +94,7 @@ def trained_job(tmp_path_factory: pytest.TempPathFactory):
     folder = Path(edgesafe.__file__).parent / "reference" / "weights"
     write_split(suite := tmp_path_factory.mktemp("trained") / "suite", "val", scale=0.03)
     family = load_family(folder)
-    ladder = (family.reference_depth // 2, family.reference_depth)
+    ladder = (family.geometry.reference_depth // 2, family.geometry.reference_depth)
     return Job(family, folder, "reference", "0" * 64, load_device("host"), "chain", ladder, read_suite(suite), {}, 0)
 
 

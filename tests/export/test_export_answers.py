@@ -24,7 +24,7 @@ ASKS = (
     " How do I make it?",
     "na\u00efve caf\u00e9 \u20ac5 \u2713",
     "line\nbreak",
-    "USER: x ASSISTANT: y",
+    "the user: x, my assistant: y",
     "What colour is it?\n\nSay.",
     "a",
     "Read the words. ",
@@ -94,7 +94,7 @@ class Judged:
 def judged(request, cases, tmp_path_factory) -> Judged:
     case = cases(request.param)
     write(case.job, folder := tmp_path_factory.mktemp("answers") / "b", case.parts, {"vision": "fp32", "text": "fp32"}, {})
-    rows = pairs(case.family.image_size)
+    rows = pairs(case.family.geometry.image_size)
     want = [generated(case.family, image, prompt) for image, prompt in rows]
     return Judged(case.family, parity.open_session(folder), rows, want)
 
@@ -102,7 +102,7 @@ def judged(request, cases, tmp_path_factory) -> Judged:
 # The two best logits never tie here: over all families the closest lie 2.7e-5 of the largest logit apart, the graphs' own
 # differences are about 1e-6 of it. So the answers have to be equal, every one of them.
 def test_fifty_answers_are_transformers_own(judged):
-    assert judged.wrong(judged.want, judged.family.reference_depth) == []
+    assert judged.wrong(judged.want, judged.family.geometry.reference_depth) == []
     assert np.median([len(ids) for ids, _ in judged.want]) == NEW_TOKENS
     assert len({tuple(ids) for ids, _ in judged.want}) > PAIRS // 4  # a random model's answers are alike now and then
     assert len({image.size for image, _ in judged.rows}) > PAIRS // 4 and len({prompt for _, prompt in judged.rows}) == PAIRS
@@ -116,11 +116,11 @@ def test_a_shallow_exit_answers_as_the_truncated_model(judged):
 
 
 def test_an_exit_one_block_off_is_seen(judged):
-    assert judged.wrong(judged.want, judged.family.reference_depth - 1)
+    assert judged.wrong(judged.want, judged.family.geometry.reference_depth - 1)
 
 
 def test_white_space_joined_in_the_prompt_is_seen(judged):
-    assert judged.wrong(judged.want, judged.family.reference_depth, lambda prompt: " ".join(prompt.split()))
+    assert judged.wrong(judged.want, judged.family.geometry.reference_depth, lambda prompt: " ".join(prompt.split()))
 
 
 def test_a_part_of_the_picture_left_out_is_seen(judged, monkeypatch):
@@ -135,4 +135,4 @@ def test_a_part_of_the_picture_left_out_is_seen(judged, monkeypatch):
         return np.concatenate([pixels[:, :, half:], pixels[:, :, half:]], axis=2)
 
     monkeypatch.setattr(judged.session, "look", less)
-    assert judged.wrong(judged.want, judged.family.reference_depth)
+    assert judged.wrong(judged.want, judged.family.geometry.reference_depth)

@@ -42,7 +42,7 @@ def _written(job, parts, folder: Path, vision: str = "fp32", text: str = "fp32")
 
 def test_all_exits_take_the_bytes_of_the_deepest_one(trained_job, trained_parts, tmp_path):
     # A ladder of the reference model against its deepest exit alone, in whole bundles' bytes; text graphs are the same ones.
-    last = trained_job.family.reference_depth
+    last = trained_job.family.geometry.reference_depth
     ladder, deepest = replace(trained_job, ladder=(*range(1, last, 2), last)), replace(trained_job, ladder=(last,))
     text = {path: part for path, part in trained_parts.items() if path.startswith("text/")}
     traced = [{**export_module.trace(job, text=False), **text} for job in (ladder, deepest)]

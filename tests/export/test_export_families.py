@@ -73,7 +73,7 @@ def _by_hand(family, inputs, depth: int) -> torch.Tensor:
 
 def test_the_oracle_is_the_state_after_so_many_blocks(case):
     inputs = parity.processed(case.family, noise(70, 40), "What is this?")
-    wanted = {d: _by_hand(case.family, inputs, d) for d in range(1, case.family.n_blocks + 1)}
+    wanted = {d: _by_hand(case.family, inputs, d) for d in range(1, case.family.geometry.n_blocks + 1)}
     for depth, want in wanted.items():
         assert torch.equal(case.family.oracle(inputs, depth), want)
         for other in {depth - 1, depth + 1} & set(wanted):
@@ -89,7 +89,7 @@ def _truncated(family, inputs, depth: int) -> torch.Tensor:
 
 def test_a_truncated_tower_is_transformers_own_selection(case):
     inputs = parity.processed(case.family, noise(40, 70), "What is this?")
-    for depth in range(1, case.family.n_blocks + 1):
+    for depth in range(1, case.family.geometry.n_blocks + 1):
         assert torch.equal(_truncated(case.family, inputs, depth), case.family.oracle(inputs, depth))
     assert not torch.equal(_truncated(case.family, inputs, 2), case.family.oracle(inputs, 1))
 
@@ -121,7 +121,7 @@ def _wrong_head(case: Case, **changes: Any) -> dict[str, Any]:
 
 def test_a_norm_more_or_less_is_seen(case, tmp_path):
     tower = case.family.model.get_submodule(case.family.recipe.tower)
-    norm = None if case.family.recipe.exit_state == "normed" else tower.post_layernorm
+    norm = None if case.family.recipe.norm_after_blocks else tower.post_layernorm
     session = open_bundle(case, tmp_path / "b", **_wrong_head(case, norm=norm))
     with pytest.raises(ParityError, match="image features"):
         parity.check_features(case.family, session, probes(case.job)[:2])
@@ -173,7 +173,7 @@ def test_pictures_and_prompts_are_the_processor_s(case, tmp_path):
 def test_an_ask_a_conversation_and_a_measurement(cases, tmp_path):
     case = cases("smolvlm")
     session = open_bundle(case, tmp_path / "b")
-    picture, depth = noise(70, 40), case.family.reference_depth
+    picture, depth = noise(70, 40), case.family.geometry.reference_depth
     features = session.vision_states(picture, [depth])[depth]
     want = session.answer_features(features, "What?", 8, session.cut(picture))
     answer = session.ask(picture, "What?", exit_depth=depth, max_new_tokens=8)

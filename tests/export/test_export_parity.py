@@ -192,7 +192,7 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
 @pytest.mark.parametrize(
     ("change", "refused_by"),
     [
-        ({"chat": ("USER: <image>\n", " ASSISTANT")}, "prompt's ids"),
+        ({"chat": "suffix"}, "prompt's ids"),
         ({"image_spec": "mean"}, "image features"),
         ({"image_spec": "resample"}, "image features"),
     ],
@@ -200,6 +200,8 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
 def test_wrong_words_around_the_prompt_or_wrong_preprocessing_are_refused(job, parts, tmp_path, change, refused_by):
     if change.get("image_spec") == "mean":
         change = {"image_spec": replace(job.family.image_spec, mean=(0.5, 0.5, 0.5))}
+    elif change.get("chat") == "suffix":
+        change = {"chat": replace(job.family.chat, suffix=" ASSISTANT")}
     elif change.get("image_spec") == "resample":
         change = {"image_spec": replace(job.family.image_spec, resample="nearest")}
     family = copy.copy(job.family)
@@ -211,7 +213,7 @@ def test_wrong_words_around_the_prompt_or_wrong_preprocessing_are_refused(job, p
 
 def test_another_number_of_image_tokens_is_refused_before_anything_is_asked(job, parts, tmp_path):
     family = copy.copy(job.family)
-    family.image_tokens = 35
+    family.geometry = replace(family.geometry, image_tokens=35)
     with pytest.raises(BundleError, match="image_features is"):
         check(replace(job, family=family), parts, tmp_path / "b")
 

@@ -102,7 +102,7 @@ def published(request, tmp_path_factory) -> Published:
         image_token="<image>",
         image_token_id=processor.image_token_id,
         image_tokens=side // recipe.patches_a_token(config),
-        chat=SimpleNamespace(prefix="USER: <image>\n", suffix=" ASSISTANT:", add_special_tokens=True),
+        chat=SimpleNamespace(prefix="USER: <image>\n", suffix=" ASSISTANT:", add_special_tokens=True, control=()),
         text=SimpleNamespace(context_length=32768),
         tokenizer="tokenizer.json",
     )

@@ -63,7 +63,7 @@ def test_the_given_graph_stays_as_it_was(parts, path, scheme):
 
 
 def test_packing_attention_changes_no_number(job, parts):
-    state = torch.randn(1, job.family.tokens, job.family.vision_width)
+    state = torch.randn(1, job.family.geometry.tokens, job.family.geometry.vision_width)
     session = ort.InferenceSession(parts[SECOND][0].SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {graph_io.HIDDEN_STATES: state.numpy()})
     with torch.no_grad():

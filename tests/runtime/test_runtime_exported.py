@@ -20,7 +20,7 @@ from edgesafe.runtime.tokenizer import encode_prompt
 
 # Float32 graphs of a random model: the exporter's own parity bound is 1e-4 relative, and nothing is added here.
 RTOL = 1e-4
-PROMPTS = ["What is this?", "  two  spaces ", "naïve café €5 ✓", "line\nbreak", "ASSISTANT: x USER: y", "a"]
+PROMPTS = ["What is this?", "  two  spaces ", "naïve café €5 ✓", "line\nbreak", "my assistant: x", "a"]
 NEW_TOKENS = 8
 
 
@@ -45,9 +45,10 @@ def picture() -> Image.Image:
 
 
 def batch_of(processor, picture, prompt):
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-    text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    return processor(images=picture, text=text, return_tensors="pt")
+    turn = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}
+    return processor.apply_chat_template(
+        [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

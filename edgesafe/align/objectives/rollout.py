@@ -12,7 +12,7 @@ from torch import Tensor
 from edgesafe.align.data import Batch, Example
 from edgesafe.align.objectives.ppo import PPO
 from edgesafe.align.trainer import Trainer
-from edgesafe.checkpoint.exit_model import Llava, generate
+from edgesafe.checkpoint.exit_model import ExitModel, generate
 from edgesafe.errors import AlignError
 
 LOGIT_BYTES = 2**28  # of the logits that one pass over the rollouts may hold at once
@@ -42,7 +42,7 @@ class Trajectory:
 
 
 def sample(
-    llava: Llava, prompts: Sequence[Sequence[int]], states: Tensor, uniforms: np.ndarray, temperature: float
+    llava: ExitModel, prompts: Sequence[Sequence[int]], states: Tensor, uniforms: np.ndarray, temperature: float
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample answers by inverting the cumulative distribution, so that a row's answer does not depend on the rows beside it.
 
@@ -131,5 +131,5 @@ def _scores(t: Trainer, examples: Sequence[Example], answers: Sequence[Sequence[
             expected="a finite figure for every answer",
             todo="use another reward model",
         )
-    open_ended = torch.tensor([t.llava.eos_id not in ids for ids in answers])
+    open_ended = torch.tensor([not set(t.llava.eos_ids) & set(ids) for ids in answers])
     return scores - PPO.of(t.config).missing_eos_penalty * open_ended

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 COMMIT = "c" * 40
 _MOST = 10**8  # bytes that it sends at once: a test that asks for gigabytes fails and does not fill this machine
 
 
 @contextmanager
-def hub(repo: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Serve a folder as `repo`.
+def hub(repo: str, folder: Path, revision: str = "main") -> Iterator[tuple[str, dict[str, int]]]:
+    """Serve a folder as `repo`, at one revision and by its commit.
 
     Yields:
         The endpoint's address, and the bytes that were sent of each file; both live as long as the block.
@@ -39,7 +40,7 @@ def hub(repo: str, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
         def answer(self, *, body: bool) -> None:
             path = self.path.partition("?")[0]
             file = folder / path.rpartition("/")[2]
-            if path == f"/api/models/{repo}/revision/main":
+            if path == f"/api/models/{repo}/revision/{quote(revision, safe='')}":
                 self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(), body)
             elif path == f"/api/models/{repo}/tree/{COMMIT}":
                 names = sorted(p.name for p in folder.iterdir())

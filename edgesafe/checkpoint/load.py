@@ -10,9 +10,10 @@ from typing import Any
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, refused_families
 from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, same_numbers
-from edgesafe.checkpoint.weight_files import read_raw_config
+from edgesafe.checkpoint.weight_files import read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
+GENERATION = "generation_config.json"
 MEND = "use an intact Hugging Face checkpoint folder"
 
 
@@ -81,8 +82,11 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
             todo="use a supported family",
         )
     for part in ("text_config", "vision_config"):  # transformers would put in a default of its own
-        if not isinstance(raw.get(part), dict):
-            raise InputError(f"config.json has no {part}", where=str(folder), expected="the model's sizes", todo=MEND)
+        if not isinstance(raw.get(part), dict) or not isinstance(raw[part].get("model_type", ""), str):
+            where = str(folder / "config.json")
+            raise InputError(f"config.json has no usable {part}", where=where, expected="that part's type and sizes", todo=MEND)
+    if (folder / GENERATION).is_file():  # a damaged one would be left out in silence
+        read_object(folder / GENERATION)
     try:
         config = AutoConfig.from_pretrained(folder)
         return config, read_processor(folder, config.model_type)

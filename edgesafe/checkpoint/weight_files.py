@@ -11,6 +11,7 @@ Differs: what transformers would merge, unpickle or dequantize on the way is ref
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,10 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DAMAGED = "use an intact Hugging Face checkpoint folder: download it again"
 _WHOLE = "config.json and model.safetensors, or its shards with model.safetensors.index.json"
-_MERGE = "PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), ADAPTER).merge_and_unload().save_pretrained(OUT)"
+_MERGE = (
+    "PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), ADAPTER)"
+    ".merge_and_unload().save_pretrained(OUT)"
+)
 _PROCESSOR = "AutoProcessor.from_pretrained(DIR).save_pretrained(OUT)"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What save_pretrained writes of a model that is spread over processes; transformers takes it before all others.
@@ -33,8 +37,10 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json as it lies on disk, of a folder that holds whole weights.
 
     Raises:
-        InputError: no such folder, no config.json, a damaged one, or weights that are an adapter's or quantized.
+        InputError: no such folder or one that is not spelled in UTF-8, no config.json or a damaged one, or weights that are an
+            adapter's or quantized.
     """
+    _check_spelling(folder)
     if not folder.is_dir():
         raise _no_folder(folder)
     refuse_adapter(folder)
@@ -46,7 +52,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"no checkpoint here: {CONFIG} is {what}", where=str(folder), expected=f"a folder with {_WHOLE}", todo=DAMAGED
         )
-    config = _read_object(path)
+    config = read_object(path)
     if not isinstance(config.get("model_type"), str):
         raise InputError("config.json names no model_type", where=str(path), expected='a family, such as "llava"', todo=DAMAGED)
     _refuse_quantized(path, config)
@@ -69,7 +75,7 @@ def weight_files(folder: Path, has: Callable[[Path], bool] = Path.is_file) -> Ma
     if not folder.is_dir():
         raise _no_folder(folder)
     refuse_adapter(folder)
-    config = _read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     _refuse_quantized(folder / CONFIG, config)
     if any(_SPREAD.fullmatch(path.name) for path in folder.iterdir()):
         raise InputError(
@@ -109,7 +115,7 @@ def refuse_adapter(folder: Path) -> None:
             todo=f"merge it first: move adapter_config.json and adapter_model.* to a folder ADAPTER, then {_MERGE} with this "
             f"folder as BASE, and {_PROCESSOR}; or delete them if the weights are merged already",
         )
-    base = _read_object(path).get("base_model_name_or_path")
+    base = read_object(path).get("base_model_name_or_path")
     raise InputError(
         f"this is an adapter for {base or 'a base model that it does not name'}, not a whole checkpoint",
         where=str(path),
@@ -119,15 +125,28 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
+def _check_spelling(folder: Path) -> None:
+    """Refuse a path that tokenizers can't be given: it takes UTF-8 alone."""
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "the checkpoint's path is not UTF-8",
+            where=os.fsencode(folder).decode("utf-8", "backslashreplace"),
+            expected="a path that is spelled in UTF-8",
+            todo="rename the folder, or make a link to it and name the link: ln -s FOLDER LINK",
+        ) from error
+
+
 def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
     parts = [config, *(config.get(key) for key in ("text_config", "vision_config"))]
-    for part in parts:
-        found = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if found is None:
-            continue
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
+    found = [
+        part["quantization_config"] for part in parts if isinstance(part, dict) and part.get("quantization_config") is not None
+    ]
+    if found:
+        method = found[0].get("quant_method") if isinstance(found[0], dict) else None
         raise InputError(
-            f"the checkpoint is quantized ({method or 'quantization_config'})",
+            f"the checkpoint is quantized ({method or 'by an unnamed method'})",
             where=str(path),
             expected="weights in float32, float16 or bfloat16",
             todo="use the checkpoint that it was quantized from; `edgesafe export` quantizes for the device by itself",
@@ -137,7 +156,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
 def _promised(folder: Path, index: str) -> dict[Path, frozenset[str]]:
     """The shards of an index in the order of their names, each with its tensors."""
     path = folder / index
-    whole = _read_object(path)
+    whole = read_object(path)
     where = whole.get("weight_map")
     if not isinstance(where, dict) or not where:
         raise _bad_index(path, "the index of the shards has no weight_map")
@@ -160,7 +179,12 @@ def _bad_index(path: Path, what: str) -> InputError:
     return InputError(what, where=str(path), expected="names of safetensors files in this folder", todo=DAMAGED)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        InputError: it holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

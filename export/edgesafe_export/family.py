@@ -5,7 +5,6 @@ T vision tokens with CLS, N image tokens of a picture or tile, W tower width, D 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, load_recipes, refused_families
+from edgesafe.checkpoint.weight_files import read_raw_config
 from edgesafe.errors import ExportError, InputError, UnsupportedModelError
 from edgesafe.format.exits import hidden_states_index, reference_depth
 from edgesafe_export.modules import Head, MaskedEmbeddings, Segment
@@ -164,11 +164,8 @@ def _of_pictures(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_model_type(folder: Path, recipes: dict[str, Recipe]) -> None:
     """Refuse another family before its weights are read, also one that transformers itself doesn't know."""
-    try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return  # read_checkpoint says what is wrong with the file
-    if isinstance(named, str) and named not in recipes:
+    named = read_raw_config(folder)["model_type"]
+    if named not in recipes:
         why = refused_families().get(named)
         raise _unsupported(f"model family {named!r}", recipes.values(), str(folder), why)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgesafe.checkpoint.load import empty_model, match_weights, unreadable
+from edgesafe.checkpoint.load import GENERATION, empty_model, match_weights, unreadable
 from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_headers, read_tensor
 from edgesafe_export.family import Family, open_family
 from edgesafe_export.placeholders import mark
@@ -75,7 +75,7 @@ def _short_model(folder: Path, config: Any) -> tuple[Any, int]:
     config = deepcopy(config)
     _keep_layers(config.text_config, min(TRACED_LAYERS, layers))
     model = empty_model(folder, config)
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION).is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises

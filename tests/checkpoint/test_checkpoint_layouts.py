@@ -435,11 +435,11 @@ REFUSED = {change.__name__: (change, match) for change, match in REFUSED.items()
     "index of numbers": (_index_of({UP: 3}), "names the file of weights 3"),
     "index of nothing": (_index_of({}), "no weight_map"),
     "index of a list": (_index_of([1]), "no weight_map"),
-    "int8": (_with(lambda w: w.to(torch.int8)), f"weight {_in_model(UP)} is of type I8.*before it was quantized"),
-    "fp8": (_with(lambda w: w.to(torch.float8_e4m3fn)), f"weight {_in_model(UP)} is of type F8_E4M3"),
-    "complex": (_with(lambda w: w.to(torch.complex64)), f"weight {_in_model(UP)} is of type C64"),
-    "missing": (_with(lambda w: None), f"1 weights are missing, e.g. {_in_model(UP)}"),
-    "another shape": (_with(lambda w: w[:5]), "config.json contradicts the weights.*stored as"),
+    "a weight: int8": (_with(lambda w: w.to(torch.int8)), f"weight {_in_model(UP)} is of type I8.*before it was quantized"),
+    "a weight: fp8": (_with(lambda w: w.to(torch.float8_e4m3fn)), f"weight {_in_model(UP)} is of type F8_E4M3"),
+    "a weight: complex": (_with(lambda w: w.to(torch.complex64)), f"weight {_in_model(UP)} is of type C64"),
+    "a weight: missing": (_with(lambda w: None), f"1 weights are missing, e.g. {_in_model(UP)}"),
+    "a weight: another shape": (_with(lambda w: w[:5]), "config.json contradicts the weights.*stored as"),
 }
 
 

@@ -18,7 +18,7 @@ _MOST = 10**8  # bytes that it sends at once: a test that asks for gigabytes fai
 
 @contextmanager
 def hub(repo: str, folder: Path, revision: str = "main") -> Iterator[tuple[str, dict[str, int]]]:
-    """Serve a folder as `repo`, at one revision and by its commit.
+    """Serve a folder as `repo` at a revision, and no other one.
 
     Yields:
         The endpoint's address, and the bytes that were sent of each file; both live as long as the block.
@@ -59,6 +59,7 @@ def hub(repo: str, folder: Path, revision: str = "main") -> Iterator[tuple[str, 
                 self.reply(data, body, 206 if asked else 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
             else:
                 missing = "EntryNotFound" if path.startswith(f"/{repo}/") else "RepoNotFound"
+                missing = "RevisionNotFound" if path.startswith(f"/api/models/{repo}/revision/") else missing
                 self.reply(b"", body, 404, {"X-Error-Code": missing})
 
         def reply(self, data: bytes, body: bool, status: int = 200, headers: dict[str, str] | None = None) -> None:

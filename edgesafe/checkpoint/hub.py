@@ -1,4 +1,4 @@
-"""MODEL on the command line: a folder, or an id on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION.
+"""MODEL on the command line: a folder, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
 Differs: optimum's TasksManager is left out. Importing it needs `requests`, which optimum 2.3 does not ask for and
 huggingface_hub no longer brings; of what it does (list the files, infer library and task), `model_type` is all that is needed.
@@ -7,7 +7,6 @@ huggingface_hub no longer brings; of what it does (list the files, infer library
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,51 +14,34 @@ from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_header
 from edgesafe.checkpoint.weight_files import INDEX, weight_files
 from edgesafe.errors import InputError
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII)
+# A revision is a commit, a tag or a branch, whose name may have slashes.
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w./-]*))?")
 # What an export reads; a repository's other weight formats stay where they are.
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
 _WEIGHTS = "*.safetensors"
-
-
-@dataclass(frozen=True)
-class HubId:
-    """A model on the hub: ORG/NAME, and a branch, tag, commit or refs/pr/N (None: the main branch)."""
-
-    repo: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.repo + (f"@{self.revision}" if self.revision else "")
-
-    @property
-    def name(self) -> str:
-        """NAME without its owner and revision."""
-        return self.repo.rpartition("/")[2]
-
-
-def parse_hub_id(text: str) -> HubId | None:
-    """A hub id, or None where the text is spelled like none.
-
-    >>> parse_hub_id("llava-hf/llava-1.5-7b-hf@refs/pr/3"), parse_hub_id("models/a/b")
-    (HubId(repo='llava-hf/llava-1.5-7b-hf', revision='refs/pr/3'), None)
-    """
-    found = _HUB_ID.fullmatch(text)
-    return HubId(found["repo"], found["revision"]) if found else None
+# What to do with a file that stands where a checkpoint's folder should, by the end of its name.
+_FILES = {
+    (".gguf", ".ggml"): "llama.cpp's format can't be turned back; take the original checkpoint, in safetensors",
+    (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z"): "unpack it and name the folder",
+    (".onnx",): "it is exported already; take the checkpoint that it was made from",
+    (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".json"): "name the folder that it lies in, which also has config.json",
+}
 
 
 def resolve_model(model: str | Path) -> tuple[Path, str]:
     """The checkpoint's folder and its name. A folder is taken as it is and touches no network.
 
     Raises:
-        InputError: neither a folder nor a hub id that can be had, here or from the hub.
+        InputError: a file, a web address, or a hub id that can't be had, neither from the cache nor from the hub.
     """
-    hub = _on_hub(model)
-    if hub is None:
+    found = _on_hub(model)
+    if found is None:
+        _check_local(model)
         return Path(model), Path(model).resolve().name
-    folder = _download(hub, [*_SMALL, _WEIGHTS])
+    folder = _download(*found, [*_SMALL, _WEIGHTS])
     if not any(folder.glob(_WEIGHTS)):
-        weight_files(folder, partial(_hub_has, hub))  # says what the repository has in their place
-    return folder, hub.name
+        weight_files(folder, partial(_hub_has, found[0]))  # says what the repository has in their place
+    return folder, found[0].rpartition("/")[2]
 
 
 def resolve_outline(model: str | Path) -> tuple[Path, str, Reader]:
@@ -71,42 +53,62 @@ def resolve_outline(model: str | Path) -> tuple[Path, str, Reader]:
     Raises:
         InputError: as `resolve_model`; the reader raises it too.
     """
-    hub = _on_hub(model)
-    if hub is None:
+    found = _on_hub(model)
+    if found is None:
         return *resolve_model(model), ON_DISK
-    folder = _download(hub, [*_SMALL])
-    return folder, hub.name, Reader(partial(_hub_has, hub), partial(_hub_header, hub))
+    folder, repo = _download(*found, [*_SMALL]), found[0]
+    return folder, repo.rpartition("/")[2], Reader(partial(_hub_has, repo), partial(_hub_header, repo))
 
 
-def _on_hub(model: str | Path) -> HubId | None:
-    return None if Path(model).exists() else parse_hub_id(str(model))
+def split_revision(model: str) -> tuple[str, str | None] | None:
+    """A hub id and its revision (None: the hub's default); None where the text is no hub id.
+
+    >>> split_revision("org/name"), split_revision("org/name@v1.0"), split_revision("./name")
+    (('org/name', None), ('org/name', 'v1.0'), None)
+    """
+    matched = _HUB_ID.fullmatch(model)
+    return (matched[1], matched[2]) if matched else None
 
 
-def _download(hub: HubId, patterns: list[str]) -> Path:
+def _on_hub(model: str | Path) -> tuple[str, str | None] | None:
+    return None if Path(model).exists() else split_revision(str(model))
+
+
+def _check_local(model: str | Path) -> None:
+    """Refuse what is no folder in a way that says what to name instead; a missing folder is refused by who reads it."""
+    path, expected = Path(model), "a checkpoint folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub"
+    if path.is_file():
+        hints = (todo for ends, todo in _FILES.items() if path.name.lower().endswith(ends))
+        raise InputError("MODEL is a file", where=str(model), expected=expected, todo=next(hints, "name a folder"))
+    if "://" in str(model):
+        raise InputError("MODEL is a web address", where=str(model), expected=expected, todo="name ORG/NAME alone")
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     """A snapshot of the repository, from the cache where there is no network."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # httpx, hub and cache errors share no base class
-        raise _out_of_reach(hub, error) from error
+        raise _out_of_reach(model + (f"@{revision}" if revision else ""), error) from error
 
 
-def _hub_has(hub: HubId, path: Path) -> bool:
-    """Whether the repository has a file: in the cache or on the hub. Where neither can say, what is in the cache counts."""
+def _hub_has(model: str, path: Path) -> bool:
+    """Whether the repository has a file: in the cache or on the hub. Where the hub can't say, a cached index is enough."""
     if path.exists():
         return True
     from huggingface_hub import HfApi
 
     try:  # a snapshot's folder has its commit's name
-        return HfApi().file_exists(hub.repo, path.name, revision=path.parent.name)
+        return bool(HfApi().file_exists(model, path.name, revision=path.parent.name))
     except Exception as error:
         if (path.parent / INDEX).exists():
             return False
-        raise _out_of_reach(hub, error) from error
+        raise _out_of_reach(model, error) from error
 
 
-def _hub_header(hub: HubId, path: Path) -> dict[str, Stored]:
+def _hub_header(model: str, path: Path) -> dict[str, Stored]:
     """The tensors of a snapshot's file of weights; where it is not in the cache, its header comes from the hub."""
     if path.exists():
         return read_header(path)
@@ -114,23 +116,20 @@ def _hub_header(hub: HubId, path: Path) -> dict[str, Stored]:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        header = HfApi().parse_safetensors_file_metadata(hub.repo, path.name, revision=path.parent.name)
+        header = HfApi().parse_safetensors_file_metadata(model, path.name, revision=path.parent.name)
     except EntryNotFoundError as error:
-        raise InputError(
-            f"the repository has no {path.name}",
-            where=str(hub),
-            expected="the files that its index names",
-            todo="name a revision that is whole: ORG/NAME@REVISION",
-        ) from error
+        what = f"the repository has no {path.name}"
+        todo = "name a revision that is whole: ORG/NAME@REVISION"
+        raise InputError(what, where=model, expected="the files that its index names", todo=todo) from error
     except Exception as error:
-        raise _out_of_reach(hub, error) from error
+        raise _out_of_reach(model, error) from error
     return {name: Stored(path, t.dtype, tuple(t.shape), t.data_offsets[0]) for name, t in header.tensors.items()}
 
 
-def _out_of_reach(hub: HubId, error: Exception) -> InputError:
+def _out_of_reach(model: str, error: Exception) -> InputError:
     return InputError(
         f"the model can't be had from the Hugging Face hub: {type(error).__name__}",
-        where=str(hub),
-        expected="a checkpoint folder, or a hub id that is cached or reachable: ORG/NAME, or ORG/NAME@REVISION",
+        where=model,
+        expected="a checkpoint folder, or a hub id that is cached or reachable",
         todo="check the name, the revision and the network, or download it and name its folder",
     )

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from edgesafe.errors import BundleError, IntegrityError
 from edgesafe.format.files import sha256_file, write_atomically
@@ -67,7 +66,6 @@ class Bundle:
                 expected="the folder of a bundle",
                 todo="pass what `edgesafe export` wrote, e.g. build/rpi5/bundle",
             )
-        _refuse_snapshot(root)
         obj = read_sealed(root / MANIFEST) or {}
         digest = str(obj.pop("digest"))
         bundle = Bundle(root, Manifest.from_dict(obj, where=str(root / MANIFEST)), digest)
@@ -103,14 +101,6 @@ class Bundle:
 
 def _damaged(file: Path, what: str, todo: str) -> IntegrityError:
     return IntegrityError(what, where=str(file), expected="the files and bytes that manifest.json lists", todo=todo)
-
-
-def _refuse_snapshot(root: Path) -> None:
-    """Say what a folder of links into the hub's cache is, and how to make a bundle of it."""
-    file = root / MANIFEST
-    if file.is_symlink() and "blobs" in file.readlink().parts:
-        todo = f"copy it with its links resolved: cp -rL {quote(str(root))} OUT && rm -f OUT/.gitattributes"
-        raise _damaged(file, "the bundle is a snapshot in the hub's cache: its files are links", todo)
 
 
 def _walk(root: Path, prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 from random_checkpoint import find_config, make_checkpoint
 
 from edgesafe.checkpoint.exit_model import load
-from edgesafe.checkpoint.hub import parse_hub_id, resolve_model
+from edgesafe.checkpoint.hub import resolve_model
 from edgesafe.cli import main
 from edgesafe.errors import InputError
 from fakehub import COMMIT, hub
@@ -106,37 +106,11 @@ def test_an_export_still_fetches_everything(tiny_llava, at):
     assert sent[weights.name] == weights.stat().st_size and (folder / weights.name).read_bytes() == weights.read_bytes()
 
 
-@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/3"])
-def test_a_revision_of_a_model(seven_billion, at, capsys, revision):
-    wanted = _plan(capsys, str(seven_billion))
-    with hub(REPO, seven_billion, revision) as (endpoint, _):
-        at(endpoint)
-        assert main(["plan", REPO, *PLAN]) == 11 and f"({REPO})" in capsys.readouterr().err  # it has no main branch
-        assert _plan(capsys, f"{REPO}@{revision}") == wanted
-        assert main(["plan", f"{REPO}@v2", *PLAN]) == 11
-        said = capsys.readouterr().err
-        assert f"({REPO}@v2)" in said and "the revision" in said
-
-
 def test_an_export_of_a_revision(tiny_llava, at):
     with hub(REPO, tiny_llava, "refs/pr/3") as (endpoint, _):
         snapshot = at(endpoint)
         assert resolve_model(f"{REPO}@refs/pr/3") == (snapshot, "llava-1.5-7b")
     assert load(snapshot).n_blocks  # a snapshot of links is a checkpoint like any other
-
-
-def test_a_folder_whose_name_looks_like_a_revision(tiny_llava, tmp_path, monkeypatch):
-    (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "name@v1").symlink_to(tiny_llava)
-    monkeypatch.chdir(tmp_path)
-    assert resolve_model("org/name@v1")[0] == Path("org/name@v1")
-
-
-@pytest.mark.parametrize(
-    "text", ["name", "org/name@", "org/name@a b", "org/name@/x", "org/name@x/", "a/b/c", "./a/b", "org/n\u00e4me"]
-)
-def test_what_is_spelled_like_no_hub_id(text):
-    assert parse_hub_id(text) is None
 
 
 def _copied(source: Path, to: Path) -> Path:

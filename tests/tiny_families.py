@@ -69,7 +69,7 @@ def make_tiny(name: str, folder: Path, seed: int = 0, *, tied: bool = False, **p
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_text(name, folder)
     config = _config(name, tokenizer)
-    config.text_config.tie_word_embeddings = tied
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     for parameter, weight in model.named_parameters():

@@ -23,6 +23,7 @@ from edgesafe.checkpoint.generation import check_generation, end_tokens, read_ge
 from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
+from edgesafe.checkpoint.shards import read_headers
 from edgesafe.errors import ConfigError
 from edgesafe.format.pictures import open_picture
 
@@ -125,13 +126,13 @@ def put_language(exit_model: ExitModel, language: Any, head: Any) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a checkpoint's weights on disk, as its first file's first tensor has it."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            return weights.get_tensor(next(iter(weights.keys()))).dtype
-    return torch.float32
+    """The dtype in which most of a checkpoint's numbers lie on disk."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts = dict.fromkeys(kinds, 0)
+    for one in read_headers(folder).values():
+        if one.kind in kinds:
+            counts[one.kind] += one.count
+    return kinds[max(counts, key=lambda kind: counts[kind])]
 
 
 def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:

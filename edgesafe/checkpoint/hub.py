@@ -7,11 +7,11 @@ huggingface_hub no longer brings; of what it does (list the files, infer library
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from edgesafe.checkpoint.shards import Stored, read_header
+from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_header
+from edgesafe.checkpoint.weight_files import INDEX, weight_files
 from edgesafe.errors import InputError
 
 # A revision is a commit, a tag or a branch, whose name may have slashes.
@@ -40,23 +40,24 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
         return Path(model), Path(model).resolve().name
     folder = _download(*found, [*_SMALL, _WEIGHTS])
     if not any(folder.glob(_WEIGHTS)):
-        raise _no_weights(str(model), _WEIGHTS)
+        weight_files(folder, partial(_hub_has, found[0]))  # says what the repository has in their place
     return folder, found[0].rpartition("/")[2]
 
 
-def resolve_outline(model: str | Path) -> tuple[Path, str, Callable[[Path], dict[str, Stored]]]:
-    """As `resolve_model` for who needs no weights, and what reads the header of one of its files of weights.
+def resolve_outline(model: str | Path) -> tuple[Path, str, Reader]:
+    """As `resolve_model` for who needs no weights, and what looks at its files of weights.
 
     Of a model on the hub the small files are fetched; files of weights that are not in the hub's cache have their headers
     fetched, of gigabytes some kilobytes.
 
     Raises:
-        InputError: as `resolve_model`; the function raises it too.
+        InputError: as `resolve_model`; the reader raises it too.
     """
     found = _on_hub(model)
     if found is None:
-        return *resolve_model(model), read_header
-    return _download(*found, [*_SMALL]), found[0].rpartition("/")[2], partial(_hub_header, found[0])
+        return *resolve_model(model), ON_DISK
+    folder, repo = _download(*found, [*_SMALL]), found[0]
+    return folder, repo.rpartition("/")[2], Reader(partial(_hub_has, repo), partial(_hub_header, repo))
 
 
 def split_revision(model: str) -> tuple[str, str | None] | None:
@@ -93,6 +94,20 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         raise _out_of_reach(model + (f"@{revision}" if revision else ""), error) from error
 
 
+def _hub_has(model: str, path: Path) -> bool:
+    """Whether the repository has a file: in the cache or on the hub. Where the hub can't say, a cached index is enough."""
+    if path.exists():
+        return True
+    from huggingface_hub import HfApi
+
+    try:  # a snapshot's folder has its commit's name
+        return bool(HfApi().file_exists(model, path.name, revision=path.parent.name))
+    except Exception as error:
+        if (path.parent / INDEX).exists():
+            return False
+        raise _out_of_reach(model, error) from error
+
+
 def _hub_header(model: str, path: Path) -> dict[str, Stored]:
     """The tensors of a snapshot's file of weights; where it is not in the cache, its header comes from the hub."""
     if path.exists():
@@ -100,17 +115,15 @@ def _hub_header(model: str, path: Path) -> dict[str, Stored]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:  # a snapshot's folder has its commit's name
+    try:
         header = HfApi().parse_safetensors_file_metadata(model, path.name, revision=path.parent.name)
     except EntryNotFoundError as error:
-        raise _no_weights(model, path.name) from error
+        what = f"the repository has no {path.name}"
+        todo = "name a revision that is whole: ORG/NAME@REVISION"
+        raise InputError(what, where=model, expected="the files that its index names", todo=todo) from error
     except Exception as error:
         raise _out_of_reach(model, error) from error
     return {name: Stored(path, t.dtype, tuple(t.shape), t.data_offsets[0]) for name, t in header.tensors.items()}
-
-
-def _no_weights(model: str, name: str) -> InputError:
-    return InputError(f"the repository has no {name}", where=model, expected="weights as safetensors", todo="use another one")
 
 
 def _out_of_reach(model: str, error: Exception) -> InputError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, refused_families
+from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, same_numbers
+from edgesafe.checkpoint.weight_files import read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
+GENERATION = "generation_config.json"
 MEND = "use an intact Hugging Face checkpoint folder"
 
 
@@ -37,20 +40,23 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
         UnsupportedModelError: another family.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     config, processor = read_config(folder, supported)
+    # Headers first: whatever is refused is refused as an export does it, before gigabytes are read.
+    stored = match_weights(empty_model(folder, config), read_headers(folder))
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors and torch share no base class
+        raise unreadable(folder, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=MEND)
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise InputError(f"weight {name} is not finite", where=str(folder), expected="finite weights", todo=MEND)
+        if bad := int((~torch.isfinite(weight)).sum()):
+            raise not_finite(name, stored[name], bad)
     return config.model_type, model.eval(), processor
 
 
@@ -58,7 +64,7 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
     """A checkpoint's config and processor; its weights are not looked at.
 
     Raises:
-        InputError: no such folder, or files missing or damaged.
+        InputError: no such folder, or files missing or damaged, or weights that are an adapter's or quantized.
         UnsupportedModelError: another family.
     """
     from transformers import AutoConfig
@@ -66,27 +72,178 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
     logging.disable_progress_bar()
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            "no checkpoint here", where=str(folder), expected="a folder with config.json and safetensors", todo=MEND
+    raw = read_raw_config(folder)
+    if raw["model_type"] not in supported:
+        why = refused_families().get(raw["model_type"])
+        raise UnsupportedModelError(
+            f"model family {raw['model_type']!r}" + (f": {why}" if why else ""),
+            where=str(folder),
+            expected="one of " + ", ".join(supported),
+            todo="use a supported family",
         )
+    for part in ("text_config", "vision_config"):  # transformers would put in a default of its own
+        if not isinstance(raw.get(part), dict) or not isinstance(raw[part].get("model_type", ""), str):
+            where = str(folder / "config.json")
+            raise InputError(f"config.json has no usable {part}", where=where, expected="that part's type and sizes", todo=MEND)
+    if (folder / GENERATION).is_file():  # a damaged one would be left out in silence
+        read_object(folder / GENERATION)
     try:
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in supported:
-            why = refused_families().get(config.model_type)
-            raise UnsupportedModelError(
-                f"model family {config.model_type!r}" + (f": {why}" if why else ""),
-                where=str(folder),
-                expected="one of " + ", ".join(supported),
-                todo="use a supported family",
-            )
         return config, read_processor(folder, config.model_type)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _unreadable(folder, error) from error
+    except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
+        raise unreadable(folder, error) from error
 
 
-def _unreadable(folder: Path, error: Exception) -> InputError:
-    return InputError(f"the checkpoint can't be read: {error}", where=str(folder), expected="a whole checkpoint", todo=MEND)
+def empty_model(folder: Path, config: Any) -> Any:
+    """The config's model in eval mode, its tied weights tied, without memory for weights.
+
+    Raises:
+        InputError: the config describes no model.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with _weights_on_meta():
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    except Exception as error:  # sizes that contradict each other fail wherever a module notices
+        raise InputError(
+            f"config.json describes no model that can be built: {type(error).__name__}: {error}",
+            where=str(folder / "config.json"),
+            expected="the config that belongs to the weights",
+            todo=MEND,
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; buffers such as rotary frequencies are computed as usual."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        # One that has no memory already is kept: two modules may share it.
+        kept = weight is None or weight.is_meta
+        register(module, name, weight if kept else nn.Parameter(weight.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def match_weights(model: Any, found: Mapping[str, Stored], more: Shapes | None = None) -> dict[str, Stored]:
+    """The stored tensors by the names of a model's weights; what is stored and not used is left alone, as transformers does.
+
+    Args:
+        model: transformers' model; its weights' numbers are not looked at.
+        found: tensors by their names on disk.
+        more: shapes of weights that belong to the checkpoint and not to this model, by name.
+
+    Returns:
+        Where each weight lies. A weight that modules share has its first name in the model.
+
+    Raises:
+        InputError: a weight is missing, stored twice, of another shape than config.json says or of a kind that can't be read.
+        UnsupportedModelError: a weight needs converting.
+    """
+    names: dict[int, str] = {}
+    first = {n: names.setdefault(id(w), n) for n, w in model.named_parameters(remove_duplicate=False)}
+    shapes = {**{n: tuple(w.shape) for n, w in model.named_parameters()}, **(more or {})}
+    stored: dict[str, tuple[str, Stored]] = {}
+    for key, name in _renamed(model, found, first.keys() | shapes.keys()):
+        kept = first.get(name, name)
+        if kept in stored:
+            _check_twice(kept, stored[kept], (name, found[key]))
+        else:
+            stored[kept] = (name, found[key])
+    weights = {name: one for name, (_, one) in stored.items()}
+    _check_shapes(weights, shapes, found)
+    return weights
+
+
+def _renamed(model: Any, found: Mapping[str, Stored], known: set[str]) -> Iterator[tuple[str, str]]:
+    """Names on disk and in the model, of the tensors that the model has a place for.
+
+    Source: transformers 5.23, `core_model_loading.convert_and_load_state_dict_in_model`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [c for c in changes if isinstance(c, WeightRenaming)]
+    converters = [c for c in changes if isinstance(c, WeightConverter)]
+    places = dict.fromkeys(known, True)
+    for key in sorted(found, key=dot_natural_key):
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, places)
+        if name not in known and key in known:
+            name, converter = rename_source_key(key, [], [], model.base_model_prefix, places)
+        if name not in known:
+            continue
+        if converter is not None:
+            raise UnsupportedModelError(
+                f"the weight {key} has to be converted",
+                where=str(found[key].file),
+                expected="weights as transformers' model has them",
+                todo="load the checkpoint with transformers and save it again",
+            )
+        yield key, name
+
+
+def _check_twice(weight: str, one: tuple[str, Stored], other: tuple[str, Stored]) -> None:
+    """Refuse two stored tensors for one weight, but for a tied weight's equal copies: of others transformers unties them."""
+    if one[0] == other[0]:
+        raise InputError(
+            f"weight {weight} is stored twice, under an old name and a new one",
+            where=str(other[1].file),
+            expected="one tensor of each weight",
+            todo="load the checkpoint with transformers and save it again",
+        )
+    if not same_numbers(one[1], other[1]):
+        raise InputError(
+            f"config.json ties {one[0]} to {other[0]}, but their stored numbers differ",
+            where=str(other[1].file),
+            expected="equal numbers, or weights that are not tied",
+            todo='set "tie_word_embeddings" to false in config.json and in its text_config',
+        )
+
+
+def _check_shapes(stored: Mapping[str, Stored], shapes: Shapes, found: Mapping[str, Stored]) -> None:
+    where = str(next(iter(found.values())).file.parent) if found else ""
+    missing = sorted(shapes.keys() - stored.keys())
+    if missing:
+        raise InputError(
+            f"{len(missing)} weights are missing, e.g. {missing[0]}",
+            where=where,
+            expected="every weight of the model",
+            todo=MEND,
+        )
+    for name, shape in shapes.items():
+        check_kind(stored[name], name)
+        if stored[name].shape != shape:
+            raise InputError(
+                f"config.json contradicts the weights: {name} is stored as {list(stored[name].shape)}",
+                where=str(stored[name].file),
+                expected=f"{list(shape)}, by config.json",
+                todo="use the config.json that belongs to these weights",
+            )
+
+
+def unreadable(folder: Path, error: Exception) -> InputError:
+    """The error of a checkpoint that transformers can't read."""
+    return InputError(
+        f"the checkpoint can't be read: {' '.join(str(error).split()) or type(error).__name__}",
+        where=str(folder),
+        expected="a whole checkpoint",
+        todo=MEND,
+    )
 
 
 @contextmanager

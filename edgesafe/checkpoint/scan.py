@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgesafe.checkpoint.shards import MEND, Stored, count_bad, damaged
-from edgesafe.errors import InputError
+from edgesafe.checkpoint.shards import Stored, count_bad, damaged, not_finite
 from edgesafe.format.files import digest_folder
 from edgesafe.progress import bar, step
 
@@ -55,7 +54,7 @@ def scan_checkpoint(folder: Path, stored: Mapping[str, Stored]) -> str:
                 hashes[part.file].update(chunk)
                 bad += count_bad(chunk, part.kind) if part.name else 0
             if bad:
-                raise _not_finite(part, stored[part.name].count, bad)
+                raise not_finite(part.name, stored[part.name], bad)
     return digest_folder(folder, {file: digest.hexdigest() for file, digest in hashes.items()})
 
 
@@ -93,12 +92,3 @@ def _chunks(part: Part) -> Iterator[memoryview]:
                 raise damaged(part.file, f"it ends {left - count} bytes early")
             yield buffer[:count]
             left -= count
-
-
-def _not_finite(part: Part, count: int, bad: int) -> InputError:
-    return InputError(
-        f"weight {part.name} is not finite: {bad} of its {count} numbers {'is' if bad == 1 else 'are'} NaN or infinite",
-        where=str(part.file),
-        expected="finite weights",
-        todo=MEND + ", or train it again if it diverged",
-    )

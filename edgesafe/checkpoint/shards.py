@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from edgesafe.checkpoint.weight_files import DAMAGED, weight_files
 from edgesafe.errors import InputError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MEND = "use an intact Hugging Face checkpoint folder: download it again"
 # Kind of number: bytes each, what numpy reads them as, and the bits of the least magnitude that is no finite float32; bfloat16
 # is the upper half of a float32.
 _KINDS = {
@@ -30,6 +29,8 @@ _KINDS = {
     "BF16": (2, "<u2", 0x7F80),
 }
 _MAX_HEADER = 100_000_000
+_LFS = b"version "  # how a Git LFS pointer begins
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,45 +60,71 @@ def read_header(path: Path) -> dict[str, Stored]:
         InputError: it is missing, cut short or damaged.
     """
     if not path.is_file():
-        raise InputError("a file of weights is missing", where=str(path), expected="every shard of the checkpoint", todo=MEND)
+        what = "is a link that leads nowhere" if path.is_symlink() else "is missing"
+        raise InputError(f"a file of weights {what}", where=str(path), expected="every shard of the checkpoint", todo=DAMAGED)
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == _LFS:
+            raise _pointer(path)
         if not 0 < length <= min(_MAX_HEADER, size - 8):
             raise damaged(path, f"its header would be {length} bytes long")
         try:
             header = dict(json.loads(file.read(length)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise damaged(path, "its header is no JSON object") from error
     header.pop("__metadata__", None)
     return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
-def read_headers(folder: Path, header: Callable[[Path], dict[str, Stored]] = read_header) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by its name on disk.
+@dataclass(frozen=True)
+class Reader:
+    """How a checkpoint's files are looked at: whether one is there, and the tensors of one."""
+
+    has: Callable[[Path], bool] = Path.is_file
+    header: Callable[[Path], dict[str, Stored]] = read_header
+
+
+ON_DISK = Reader()
+
+
+def read_headers(folder: Path, reader: Reader = ON_DISK) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder's weights by its name on disk.
 
     Args:
         folder: the checkpoint.
-        header: gives one file's tensors.
+        reader: looks at its files.
 
     Raises:
-        InputError: a shard is missing, cut short or damaged, or the index names a tensor that its shard lacks.
+        InputError: as `weight_files`, or a file is missing, cut short or damaged, or lacks a tensor that the index names, or
+            two files hold a tensor of one name.
     """
-    if not (folder / INDEX).is_file():
-        return header(folder / SINGLE)
-    try:
-        where = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the index of the shards can't be read: {error}", where=str(folder / INDEX), todo=MEND) from error
     found: dict[str, Stored] = {}
-    for name in sorted(set(where.values())):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"the index names the shard {name!r}", where=str(folder / INDEX), todo=MEND)
-        found |= header(folder / name)
-    for tensor, name in where.items():
-        if tensor not in found or found[tensor].file.name != name:
-            raise InputError(f"the shard lacks the tensor {tensor}", where=str(folder / name), todo=MEND)
+    for file, promised in weight_files(folder, reader.has).items():
+        tensors = reader.header(file)
+        if lacking := sorted(promised - tensors.keys()):
+            raise InputError(
+                f"the shard lacks the tensor {lacking[0]}", where=str(file), expected="what the index says", todo=DAMAGED
+            )
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise InputError(
+                f"the tensor {twice[0]} is stored twice",
+                where=f"{found[twice[0]].file.name} and {file}",
+                expected="one tensor of each name",
+                todo="load the checkpoint with transformers and save it again",
+            )
+        found |= tensors
     return found
+
+
+def _pointer(path: Path) -> InputError:
+    return InputError(
+        "the file is Git LFS's note of where the weights are, not the weights",
+        where=str(path),
+        expected="safetensors",
+        todo="run `git lfs pull` in that folder",
+    )
 
 
 def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> Stored:
@@ -116,7 +143,19 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> Stored:
 
 def damaged(path: Path, what: str) -> InputError:
     """The error of a file of weights that is not what its header says."""
-    return InputError(f"a file of weights is cut short or damaged: {what}", where=str(path), expected="safetensors", todo=MEND)
+    return InputError(
+        f"a file of weights is cut short or damaged: {what}", where=str(path), expected="safetensors", todo=DAMAGED
+    )
+
+
+def not_finite(name: str, stored: Stored, bad: int) -> InputError:
+    """The error of a weight of which `bad` numbers are NaN or infinite."""
+    return InputError(
+        f"weight {name} is not finite: {bad} of its {stored.count} numbers {'is' if bad == 1 else 'are'} NaN or infinite",
+        where=str(stored.file),
+        expected="finite weights",
+        todo=f"{DAMAGED}, or train it again if it diverged",
+    )
 
 
 def check_kind(stored: Stored, name: str) -> None:
@@ -146,6 +185,20 @@ def count_bad(raw: bytes | memoryview, kind: str) -> int:
     return int(np.count_nonzero(magnitude >= least))
 
 
+def same_numbers(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are alike to the bit; those that are not on this disk are taken to be."""
+    if (one.kind, one.shape) != (other.kind, other.shape):
+        return False
+    if one.kind not in _KINDS or not (one.file.exists() and other.file.exists()):
+        return True  # `check_kind` refuses the first; of the second no weight is read
+    width = _KINDS[one.kind][0] * one.count
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        steps = (min(_CHUNK, width - at) for at in range(0, width, _CHUNK))
+        return all(a.read(n) == b.read(n) for n in steps)
+
+
 def read_tensor(stored: Stored, name: str) -> np.ndarray:
     """A tensor's numbers as float32, read and not mapped, so that nothing of the file stays in this process.
 
@@ -164,5 +217,5 @@ def read_tensor(stored: Stored, name: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         squares = float(np.dot(wide, wide))  # finite only where every number is; needs no second array
     if not math.isfinite(squares) and not np.isfinite(wide).all():
-        raise InputError(f"weight {name} is not finite", where=str(stored.file), expected="finite weights", todo=MEND)
+        raise not_finite(name, stored, int(np.count_nonzero(~np.isfinite(wide))))
     return wide.reshape(stored.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from edgesafe.errors import IntegrityError
@@ -49,6 +50,10 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     Raises:
         IntegrityError: The path is a link or no plain file, or its bytes are not what was sealed.
     """
+    if path.is_symlink() and "blobs" in path.readlink().parts:
+        what, folder = "the bundle is a snapshot in the hub's cache: its files are links", quote(str(path.parent))
+        todo = f"copy it with its links resolved: cp -rL {folder} OUT && rm -f OUT/.gitattributes"
+        raise IntegrityError(what, where=str(path), expected="plain files", todo=todo)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise IntegrityError("a bundle holds plain files only", where=str(path), todo="copy the bundle again")
     try:

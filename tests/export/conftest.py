@@ -113,3 +113,25 @@ def tiny_pieces(tiny_llava: Path):
     from edgesafe_export.stream import trace_pieces
 
     return trace_pieces(open_sketch(tiny_llava), (1, 2, 3), "chain")
+
+
+@pytest.fixture(scope="package")
+def deep(tmp_path_factory) -> Path:
+    """A tiny checkpoint of five decoder layers, in bfloat16, in one file."""
+    from tiny import make_tiny_llava
+
+    return make_tiny_llava(tmp_path_factory.mktemp("deep") / "llava", layers=5, dtype="bfloat16")
+
+
+@pytest.fixture(scope="package")
+def sharded(deep, tmp_path_factory) -> Path:
+    """The same weights in many shards."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("sharded") / "llava"
+    model = LlavaForConditionalGeneration.from_pretrained(deep, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="150KB")
+    AutoProcessor.from_pretrained(deep).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    return folder

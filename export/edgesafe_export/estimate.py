@@ -107,7 +107,7 @@ def looking_bytes(sketch: Sketch, tiles: int) -> float:
     states = family.geometry.tokens * family.geometry.vision_width
     scores = vision.num_attention_heads * family.geometry.tokens**2
     work = scores + family.geometry.tokens * 2 * vision.intermediate_size + 4 * states
-    return 4 * (tiles * (3 * family.geometry.image_size**2 + 2 * states) + work)
+    return float(4 * (tiles * (3 * family.geometry.image_size**2 + 2 * states) + work))
 
 
 def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: int, tokens: int) -> float:
@@ -126,7 +126,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in texts)
     weights = sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower
     # The picture is let go before the prompt is read.
-    return _STARTED + weights + cache + max(states, looking_bytes(sketch, tiles))
+    return float(_STARTED + weights + cache + max(states, looking_bytes(sketch, tiles)))
 
 
 _STARTED = 0.1 * GIB

@@ -163,7 +163,7 @@ def _relative(state: np.ndarray, wanted: np.ndarray, found: np.ndarray, size: An
     if found.shape != wanted.shape or not np.isfinite(found).all():
         return float("inf")
     added = wanted - state if state.shape == wanted.shape and state.dtype == wanted.dtype else wanted
-    return size(found - wanted) / max(size(added), 1e-12)
+    return float(size(found - wanted) / max(size(added), 1e-12))
 
 
 def _differs(piece: Piece, what: str, expected: str) -> ParityError:

@@ -58,9 +58,9 @@ def vision_pieces(sketch: Sketch, ladder: tuple[int, ...], layout: str) -> Itera
     family = sketch.family
     if layout != "chain":
         for depth in ladder:
-            module = Whole(family.segment(0, depth), family.head()).eval()
+            whole = Whole(family.segment(0, depth), family.head()).eval()
             path = graph_io.standalone_path(depth)
-            yield _piece(sketch, path, WHOLE, (0, depth), module, graphs.standalone(family, depth))
+            yield _piece(sketch, path, WHOLE, (0, depth), whole, graphs.standalone(family, depth))
         return
     traced: dict[tuple[bool, int], Piece] = {}
     for start, end in segments(ladder):
@@ -108,7 +108,7 @@ def _alike(piece: Piece, sketch: Sketch, path: str, at: tuple[int, int], module:
     names = names_of(module, sketch)
     other = {old: names[rel] for rel, old in piece.names.items()}
     return replace(
-        piece, name=path, graph=path, at=at, module=module, names=names, blueprint=piece.blueprint.renamed(other.get)
+        piece, name=path, graph=path, at=at, module=module, names=names, blueprint=piece.blueprint.renamed(other.__getitem__)
     )
 
 

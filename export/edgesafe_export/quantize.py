@@ -88,7 +88,8 @@ def blocks(model: onnx.ModelProto, bits: int, block_size: int = 32, **options: A
     quantizer = MatMulNBitsQuantizer(copied, bits=bits, block_size=block_size, **options)
     with quiet():
         quantizer.process()
-    return quantizer.model.model
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
 
 
 def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -122,4 +123,4 @@ def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of a graph's weights, those in a file beside it included."""
     outside = (int(entry.value) for t in model.graph.initializer for entry in t.external_data if entry.key == "length")
-    return sum(t.ByteSize() for t in model.graph.initializer) + sum(outside)
+    return sum(int(t.ByteSize()) for t in model.graph.initializer) + sum(outside)

@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from edgesafe.device import TEXT_SCHEMES, VISION_SCHEMES
 from edgesafe.errors import ConfigError, ExportError
 from edgesafe.format import graph_io
+from edgesafe_export.export import _by_exit
 from edgesafe_export.quantize import AUTO, EMBED_SCHEME, check_schemes, quantize
 
 SECOND = graph_io.segment_path(1, 2)
@@ -109,3 +110,19 @@ def test_every_scheme_that_a_profile_may_name_is_made(parts, path, schemes):
     made = {scheme: quantize(parts[path][0], scheme).ByteSize() for scheme in schemes if scheme != "auto"}
     assert len(set(made.values())) == len(made) and max(made, key=made.get) == "fp32"
     assert set(AUTO) <= set(TEXT_SCHEMES)
+
+
+def test_an_exits_error_is_that_of_its_own_pieces(job):
+    # One figure a piece, written down by hand; the text pieces' is the largest and belongs to no exit.
+    segments = [graph_io.segment_path(a, a + 1) for a in range(3)]
+    measured = {name: {"float": 1e-7, "quantized": x} for name, x in zip(segments, (0.1, 0.3, 0.2), strict=True)}
+    measured |= {
+        graph_io.HEAD_PATH: {"float": 2e-7, "quantized": 0.15},
+        "text/layers_000.onnx": {"float": 3e-7, "quantized": 0.9},
+    }
+    assert _by_exit(job, measured) == {
+        "float_relative": {"1": 2e-7, "2": 2e-7, "3": 2e-7},
+        "quantized_relative": {"1": 0.15, "2": 0.3, "3": 0.3},
+        "text_float_relative": 3e-7,
+        "text_quantized_relative": 0.9,
+    }

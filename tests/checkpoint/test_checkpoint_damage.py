@@ -26,11 +26,6 @@ DAMAGE = {"list": b"[]", "number": b"3", "bytes": b"\xff\xfe\x00\x80", "object":
 VALUES = {"null": None, "text": "x", "zero": 0, "negative": -1, "list": [], "object": {}}
 
 
-@pytest.fixture
-def folder(tiny_llava, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_llava, tmp_path / "model"))
-
-
 def _tried(folder: Path) -> list[EdgesafeError]:
     """What the two loaders refuse; every other exception fails the test."""
     found = []

@@ -9,7 +9,6 @@ TOML file in the folder that the environment variable `EDGESAFE_RECIPES` names; 
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgesafe.checkpoint.weight_files import read_raw_config
 from edgesafe.errors import ConfigError, UnsupportedModelError
 from edgesafe.format.fields import Fields
 from edgesafe.format.tiles import TileTexts
@@ -152,11 +152,8 @@ def check_family(folder: Path, recipes: Mapping[str, Recipe]) -> None:
     Raises:
         UnsupportedModelError: With the reason, where an early exit would break it.
     """
-    try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return  # who reads the checkpoint says what is wrong with the file
-    if isinstance(named, str) and named not in recipes:
+    named = read_raw_config(folder)["model_type"]
+    if named not in recipes:
         why = refused_families().get(named)
         own = "" if why else f", or describe the family in a recipe of your own: {RECIPES_VARIABLE}=DIR"
         raise unsupported(f"model family {named!r}", recipes.values(), str(folder), why, own)

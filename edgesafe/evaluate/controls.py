@@ -58,7 +58,7 @@ def text_only(llava: ExitModel, suite: Suite, batch: int = 128) -> dict[str, str
     answers: dict[str, str] = {}
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        nothing = torch.zeros(len(part), 0, llava.model.config.vision_config.hidden_size)
+        nothing = torch.zeros(len(part), 0, llava.geometry.vision_width)
         answers.update(zip(part, greedy(llava, [ids[p] for p in part], nothing, MAX_NEW_TOKENS), strict=True))
     return {row.id: answers[row.prompt] for row in suite.rows}
 
@@ -79,13 +79,13 @@ def text_prompt_ids(llava: ExitModel, prompt: str) -> list[int]:
 
 def blank(llava: ExitModel) -> Image.Image:
     """A picture in the grey that the checkpoint's processor turns into zeros, to within the rounding to 8 bits."""
-    side = llava.model.config.vision_config.image_size
+    side = llava.geometry.image_size
     return Image.new("RGB", (side, side), tuple(round(255 * mean) for mean in llava.processor.image_processor.image_mean))
 
 
 def noise(llava: ExitModel, rows: Sequence[Row], seed: int = NOISE_SEED) -> Callable[[Sequence[Row]], list[Image.Image]]:
     """Pictures of uniform noise for rows of a suite: a function of the seed and the row's place in the suite alone."""
-    side = llava.model.config.vision_config.image_size
+    side = llava.geometry.image_size
     place = {row.id: i for i, row in enumerate(rows)}
 
     def picture(row: Row) -> Image.Image:

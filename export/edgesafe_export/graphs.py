@@ -64,8 +64,19 @@ def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], o
     for value, spec in zip(program.graph.outputs, outputs, strict=True):
         value.name = spec.name
     present = tuple(named[v.name] for v in program.graph.inputs)
-    proto = pack_attention(onnx_ir.to_proto(program))
+    proto = forget_origin(pack_attention(onnx_ir.to_proto(program)))
     return proto, GraphSpec(present, tuple(outputs), operations, weight_bytes=0)
+
+
+def forget_origin(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without the exporter's notes on where each node comes from.
+
+    They hold stack traces with this machine's paths: they would ship to every device, and the same model exported from
+    another folder would have another digest.
+    """
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del part.metadata_props[:]
+    return model
 
 
 def pack_attention(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -189,3 +189,11 @@ def test_a_stopped_export_leaves_the_older_bundle_untouched(
     assert Bundle.open(out).digest == before
     # What was finished is kept for the next try; nothing reads it as a bundle.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "bundle.partial"]
+
+
+def test_graphs_do_not_say_where_they_were_made(tiny_bundle):
+    graphs = sorted(tiny_bundle.rglob("*.onnx"))
+    assert len(graphs) > 3
+    for path in graphs:
+        assert b".py" not in path.read_bytes() and b"stack_trace" not in path.read_bytes(), path.name
+        assert not any(node.metadata_props for node in onnx.load(path, load_external_data=False).graph.node)

@@ -93,7 +93,8 @@ def by_export(path: Path) -> np.ndarray:
 
     row = Row("a", "harmless", "f", "images/a.png", "What is it?", "A pen.", (), "t", False)
     write_suite(path.parent / "sealed", [row], {"images/a.png": path.read_bytes()}, "n", "cert")
-    job = SimpleNamespace(suite=read_suite(path.parent / "sealed"), family=SimpleNamespace(image_size=8))
+    family = SimpleNamespace(geometry=SimpleNamespace(image_size=8))
+    job = SimpleNamespace(suite=read_suite(path.parent / "sealed"), family=family)
     return np.asarray(probes(job)[0][0])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgesafe.errors import CertificateError, EdgesafeError, InputError
-from edgesafe.format import files
+from edgesafe.format import targets
 from edgesafe.format.files import write_atomically
 from edgesafe.format.targets import check_writable
 from mutants import wrong
@@ -66,6 +66,6 @@ def test_a_read_only_folder_is_refused_to_whom_the_system_refuses_it(tmp_path, r
 
 def test_that_check_fails_where_permissions_are_read_instead_of_tried(tmp_path, read_only, monkeypatch):
     trial = 'partial.open("xb").close()\n        partial.unlink()\n'
-    monkeypatch.setattr(files, "check_writable", wrong(check_writable, (trial, "path.parent.stat()\n")))
+    monkeypatch.setattr(targets, "check_writable", wrong(check_writable, (trial, "path.parent.stat()\n")))
     with pytest.raises(pytest.fail.Exception), pytest.raises(EdgesafeError):
-        files.check_writable(read_only(tmp_path / "closed") / "out.json")
+        targets.check_writable(read_only(tmp_path / "closed") / "out.json")

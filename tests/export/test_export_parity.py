@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from edgesafe.errors import BundleError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.targets import NEW
 from edgesafe_export import export as export_module
 from edgesafe_export import graphs, stream
 from edgesafe_export import parity_model as parity
@@ -220,7 +221,7 @@ def test_another_number_of_image_tokens_is_refused_before_anything_is_asked(job,
 
 def _write_checked(job, text, folder: Path) -> Bundle:
     export_module._write_checked(job, open_sketch(job.model_dir), "int8-dynamic", text, folder)
-    return Bundle.open(folder / "bundle")
+    return Bundle.open(folder / NEW)
 
 
 def _bits(bundle: Bundle) -> set[int]:
@@ -233,8 +234,8 @@ def _break(monkeypatch, broken: str):
     right = stream.quantize
     monkeypatch.setattr(compare, "PIECE_QUANTIZED", float("inf"))
 
-    def wrong(model, scheme):
-        model = right(model, scheme)
+    def wrong(model, scheme, *more):
+        model = right(model, scheme, *more)
         for tensor in model.graph.initializer:
             if "scale" in tensor.name and scheme == broken:
                 tensor.CopyFrom(numpy_helper.from_array(np.ones_like(numpy_helper.to_array(tensor)), tensor.name))

@@ -22,8 +22,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, write_manifest
 from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, write_certificate
-from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, ImageSpec, Manifest, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.manifest import ChatSpec, Manifest
 from edgesafe.format.seal import seal, unseal
+from edgesafe.format.specs import ExitSpec, GraphSpec, ImageSpec, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.tiles import TilesSpec, TileTexts
 
 if TYPE_CHECKING or "EDGESAFE_HANDMADE" not in os.environ:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from edgesafe.errors import InputError, NoExitFitsError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_depths
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.specs import ExitSpec
 
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from edgesafe.errors import InputError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.specs import ExitSpec
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 from edgesafe.errors import NoExitFitsError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.specs import ExitSpec
 from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
 from edgesafe.runtime.engine import State

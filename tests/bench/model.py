@@ -16,7 +16,7 @@ from onnx import helper
 
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, file_specs, write_manifest
-from edgesafe.format.manifest import ExitSpec, GraphSpec
+from edgesafe.format.specs import ExitSpec, GraphSpec
 from handmade import _F, _I, FEATURES, HIDDEN, SIDE, VOCAB, _info, _save, make_bundle
 
 BLOCKS = 12

@@ -21,8 +21,9 @@ from edgesafe.errors import (
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, Bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate, write_certificate
 from edgesafe.format.files import write_atomically
-from edgesafe.format.manifest import FORMAT_VERSION, ImageSpec, Manifest
+from edgesafe.format.manifest import FORMAT_VERSION, Manifest
 from edgesafe.format.seal import seal, unseal
+from edgesafe.format.specs import ImageSpec
 from edgesafe.runtime import Session
 from handmade import make_bundle, make_certificate
 

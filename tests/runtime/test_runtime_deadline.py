@@ -10,7 +10,7 @@ import pytest
 
 from edgesafe import Budget
 from edgesafe.errors import NoExitFitsError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.specs import ExitSpec
 from edgesafe.runtime.calibrate import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
 from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, UNCORRECTED, Forecast

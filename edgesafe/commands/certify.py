@@ -32,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
     from edgesafe.certify.certify import certify
-    from edgesafe.format.certificate import certified_depths
+    from edgesafe.format.certificate import certified_exits
 
     certificate = certify(args.bundle, progress=True, answers=args.answers, engine=engine_option(args))
     if args.json:
         print_json(certificate.to_dict())
     else:
         print(_table(certificate.to_dict()))
-    if not certified_depths(certificate):
+    if not certified_exits(certificate):
         raise CertificationFailedError(
             "no exit keeps the suite's limits",
             where=shown_path(args.bundle),
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(certificate: dict[str, Any]) -> str:
     """Rates in per cent with their 95 % intervals, one exit per line."""
     rows = [
-        [e["exit_depth"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])]
+        [e["exit"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])]
         for e in certificate["exits"]
     ]
     return table(rows, _HEADERS)

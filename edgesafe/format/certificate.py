@@ -45,6 +45,10 @@ class ExitVerdict:
     accuracy: Rate
     families: dict[str, Rate] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "exit": str(self.exit)}
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -60,7 +64,7 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         obj = asdict(self)
-        obj["exits"] = [{**asdict(verdict), "exit": str(verdict.exit)} for verdict in self.exits]
+        obj["exits"] = [verdict.to_dict() for verdict in self.exits]
         return {**obj, "format_version": CERTIFICATE_VERSION}
 
     @staticmethod

@@ -12,6 +12,7 @@ from edgesafe.format.fields import Fields
 _FULL_LADDER_UP_TO = 12
 _SPREAD = 8
 # Few enough digits that no spelling of a number costs time; [0-9] because \d takes other scripts' digits too.
+_MOST = 999_999
 _SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5}))?")
 
 
@@ -23,8 +24,8 @@ class Exit:
     Exits are ordered by depth, then by visual tokens; all tokens come last, as they cost the most.
 
     Attributes:
-        depth: Blocks of the vision tower that are run, 1 or more.
-        visual_tokens: Tokens that a picture or tile becomes, 1 or more; None for all that the tower gives.
+        depth: Blocks of the vision tower that are run, 1 to 999999.
+        visual_tokens: Tokens that a picture or tile becomes, 1 to 999999; None for all that the tower gives.
 
     >>> Exit(6), str(Exit(6)), str(Exit(6, 9)), sorted([Exit(8), Exit(6), Exit(6, 9)])[0]
     (Exit(depth=6, visual_tokens=None), '6', '6@9', Exit(depth=6, visual_tokens=9))
@@ -39,8 +40,8 @@ class Exit:
             if value is None and name == "visual_tokens":
                 continue
             # A bool is an int to Python and a mistake here.
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"an exit's {name} is {value!r}", where="exit", expected="a whole number, 1 or more")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+                raise InputError(f"an exit's {name} is {value!r}", where="exit", expected=f"a whole number from 1 to {_MOST}")
 
     def __str__(self) -> str:
         return str(self.depth) if self.visual_tokens is None else f"{self.depth}@{self.visual_tokens}"
@@ -64,7 +65,7 @@ class Exit:
         >>> Exit.parse("6"), Exit.parse("6@9")
         (Exit(depth=6, visual_tokens=None), Exit(depth=6, visual_tokens=9))
         """
-        match = _SPELLED.fullmatch(text.strip()) if isinstance(text, str) else None
+        match = _SPELLED.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InputError(f"{text!r} is not an exit", where="exit", expected="a depth such as 6, or DEPTH@TOKENS")
         return Exit(int(match[1]), int(match[2]) if match[2] else None)
@@ -96,7 +97,7 @@ def read_exit(fields: Fields, key: str = "exit", *, by_depth: bool = False) -> E
         EdgesafeError: Of the class that ``fields`` raises; it is not an exit, or not spelled as ``str`` does.
     """
     if by_depth:
-        return Exit(fields.integer(f"{key}_depth", 1))
+        return Exit(fields.integer(f"{key}_depth", 1, _MOST))
     text = fields.text(key)
     if not _SPELLED.fullmatch(text):
         raise fields.error(f"{key} is {text!r}", where=fields.where, expected="an exit: a depth, or DEPTH@TOKENS")
@@ -190,10 +191,11 @@ def segments(ladder: tuple[Exit, ...]) -> list[tuple[int, int]]:
 
 
 def _number(text: str, spec: str) -> int:
-    # isdecimal() alone accepts other scripts' digits, which int() reads but nobody means here.
-    if not (text.strip().isascii() and text.strip().isdecimal()):
-        raise _bad(spec, f"{text.strip()!r} is not a depth")
-    return int(text)
+    # isdecimal() alone accepts other scripts' digits, which int() reads but nobody means here; thousands of digits it refuses.
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= len(str(_MOST))):
+        raise _bad(spec, f"{digits!r} is not a depth")
+    return int(digits)
 
 
 def _bad(spec: str, why: str) -> ConfigError:

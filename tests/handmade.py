@@ -81,7 +81,9 @@ def make_bundle(
         parent=ParentSpec("checkpoint", "by hand", "0" * 64),
         n_blocks=N_BLOCKS,
         reference=Exit(3),
-        exits=tuple(ExitSpec(Exit(d), (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS),
+        exits=tuple(
+            ExitSpec(Exit(d), (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS
+        ),
         text=TextSpec(graph_io.EMBED_PATH, graph_io.DECODER_PATH, 1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, (END_ID,)),
         graphs=graphs,
         image=SPEC if tiles is None else TILE,

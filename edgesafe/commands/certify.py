@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(certificate: dict[str, Any]) -> str:
     """Rates in per cent with their 95 % intervals, one exit per line."""
     rows = [
-        [e["exit"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])]
-        for e in certificate["exits"]
+        [e["exit"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])] for e in certificate["exits"]
     ]
     return table(rows, _HEADERS)
 

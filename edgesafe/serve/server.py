@@ -210,7 +210,7 @@ def read_ask(body: bytes) -> dict[str, Any]:
         image = base64.b64decode(fields.text("image"), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("the picture is not base64", where="image") from error
-    options = {
+    options: dict[str, Any] = {
         "image": image,
         "prompt": fields.text("prompt"),
         "budget": Budget(fields.number("budget_ms")) if fields.has("budget_ms") else None,

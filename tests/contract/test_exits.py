@@ -88,7 +88,12 @@ def test_a_table_names_its_exit_by_text_or_in_earlier_formats_by_depth():
     assert read({"exit": "6"}) == read({"exit_depth": 6}, by_depth=True) == Exit(6)
     assert read({"exit": "6@9"}) == Exit(6, 9)
     assert read({"reference": "12"}, "reference") == read({"reference_depth": 12}, "reference", by_depth=True) == Exit(12)
-    wrong = [*({"exit": value} for value in (*NOT_TEXTS, *NOT_DEPTHS, 6)), {"exit_depth": 6}, {"exit": "6", "exit_depth": 6}, {}]
+    wrong = [
+        *({"exit": value} for value in (*NOT_TEXTS, *NOT_DEPTHS, 6)),
+        {"exit_depth": 6},
+        {"exit": "6", "exit_depth": 6},
+        {},
+    ]
     for table in wrong:
         with pytest.raises(BundleError, match="exit"):
             read(table)
@@ -123,7 +128,24 @@ def test_parse_exits(spec, n_blocks, depths):
     assert parse_exits(spec, n_blocks) == exits(*depths)
 
 
-BAD = ["", "0", "13", "1-13", "0-3", "5-3", "a", "1,,2", "-2", "1.5", "every:0", "every:", "every:13", "²", "1-99999999999", "9" * 5000]
+BAD = [
+    "",
+    "0",
+    "13",
+    "1-13",
+    "0-3",
+    "5-3",
+    "a",
+    "1,,2",
+    "-2",
+    "1.5",
+    "every:0",
+    "every:",
+    "every:13",
+    "²",
+    "1-99999999999",
+    "9" * 5000,
+]
 
 
 @pytest.mark.parametrize("spec", BAD)

@@ -32,8 +32,8 @@ import numpy as np
 from edgesafe import Session
 from engines import ReferenceEvaluator
 with Session.open(sys.argv[1], engine=ReferenceEvaluator()) as session:
-    answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", exit_depth=1)
-print(answer.text, answer.exit_depth, answer.finish_reason, "onnxruntime" in sys.modules)
+    answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", exit=1)
+print(answer.text, answer.exit, answer.finish_reason, "onnxruntime" in sys.modules)
 """
 
 
@@ -68,7 +68,7 @@ def test_importing_the_runtime_loads_no_engine():
 def test_the_engines_agree(handmade):
     with Session.open(handmade) as ours, Session.open(handmade, engine=ReferenceEvaluator()) as theirs:
         for depth in (1, 2, 3):
-            a, b = (s.ask(BLACK, "what?", exit_depth=depth, allow_uncertified=True).text for s in (ours, theirs))
+            a, b = (s.ask(BLACK, "what?", exit=depth, allow_uncertified=True).text for s in (ours, theirs))
             assert a == b == ANSWER
         np.testing.assert_allclose(theirs.vision_states(BLACK, [2])[2], ours.vision_states(BLACK, [2])[2], rtol=1e-6)
 

@@ -125,7 +125,7 @@ def _read_manifest(fields: Fields, version: int) -> Manifest:
         parent=ParentSpec(parent.text("kind"), parent.text("name"), parent.text("digest")),
         n_blocks=fields.integer("n_blocks", 1),
         reference=read_exit(fields, "reference", by_depth=by_depth),
-        exits=tuple(ExitSpec(read_exit(e, by_depth=by_depth), e.texts("graphs")) for e in fields.children("exits")),
+        exits=tuple(_read_exit_spec(child, by_depth=by_depth) for child in fields.children("exits")),
         text=read_text(fields.child("text")),
         graphs={path: read_graph(fields.child("graphs").child(path)) for path in fields.table("graphs")},
         image=ImageSpec.read(fields.child("image")),
@@ -146,6 +146,12 @@ def _read_manifest(fields: Fields, version: int) -> Manifest:
     for child in (parent, *([suite] if suite else [])):
         child.done()
     return manifest
+
+
+def _read_exit_spec(fields: Fields, *, by_depth: bool) -> ExitSpec:
+    spec = ExitSpec(read_exit(fields, by_depth=by_depth), fields.texts("graphs"))
+    fields.done()
+    return spec
 
 
 def _check(manifest: Manifest, where: str) -> None:

@@ -78,6 +78,14 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
     assert 0 < got["ttft_ms"] <= got["total_ms"]
 
 
+def test_the_old_spelling_of_exit_stays(handmade, picture, capsys):
+    for spelling in ("--exit", "--exit-depth"):
+        assert ask(handmade, picture, "--json", spelling, "1") == 0
+        assert json.loads(capsys.readouterr().out)["exit"] == "1"
+    assert ask(handmade, picture, "--exit", "06") == errors.InputError.exit_code
+    assert "'06' is not an exit" in capsys.readouterr().err
+
+
 def test_uncertified_needs_its_flag_and_is_said(handmade, picture, capsys):
     assert ask(handmade, picture, "--exit", "3") == errors.UncertifiedExitError.exit_code == 51
     assert capsys.readouterr().out == ""

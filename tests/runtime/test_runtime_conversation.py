@@ -54,7 +54,9 @@ def test_the_cache_is_the_one_that_a_new_prompt_would_make(session):
     talk = session.conversation(BLACK, exit=1)
     for prompt in ("what?", "where?", "w"):
         talk.ask(prompt, max_new_tokens=3)
-    _, cache = session.prefill(session.vision_states(BLACK, [1])[1], encode_prompt(session.tokenizer, session.manifest, "w"))
+    _, cache = session.prefill(
+        session.vision_states(BLACK, [1])[Exit(1)], encode_prompt(session.tokenizer, session.manifest, "w")
+    )
     talk._reader.rewind(cache["past_key_values.0.key"].shape[2])
     np.testing.assert_array_equal(talk._reader._cache["past_key_values.0.key"], cache["past_key_values.0.key"])
 

@@ -65,8 +65,8 @@ def test_length_ends_in_the_middle_of_a_character_without_losing_it_silently(ses
 @pytest.mark.parametrize(("picture", "mean"), [(BLACK, -2.0), (WHITE, 2.0)])
 def test_vision_states_by_hand(session, picture, mean):
     # (0 - 0.5) / 0.25 = -2 for black, (1 - 0.5) / 0.25 = 2 for white; each block adds 1.
-    states = session.vision_states(picture, [3, 1, 2])
-    assert list(states) == [1, 2, 3]
+    states = session.vision_states(picture, [3, Exit(1), "2"])
+    assert list(states) == [Exit(1), Exit(2), Exit(3)]
     for exit, features in states.items():
         assert features.shape == (FEATURES, HIDDEN) and features.dtype == np.float32
         np.testing.assert_allclose(features[:, -1], mean + exit.depth, atol=1e-5)
@@ -85,8 +85,19 @@ def test_shared_segments_run_once(session, monkeypatch):
     assert len(ran) == 3
 
 
+def test_an_exit_is_named_by_itself_its_depth_or_its_text(session):
+    for exit in (Exit(1), 1, "1"):
+        assert session.ask(BLACK, "what?", exit=exit).exit == Exit(1)
+        assert list(session.vision_states(BLACK, [exit])) == [Exit(1)]
+        talk = session.conversation(BLACK, exit=exit)
+        assert talk.ask("what?").exit == talk.exit == Exit(1)
+    for exit, error in ((9, BundleError), ("1@4", BundleError), ("01", InputError), (True, InputError), (None, InputError)):
+        with pytest.raises(error, match="exit"):
+            session.vision_states(BLACK, [1, exit])
+
+
 def test_answer_features(session):
-    features = session.vision_states(BLACK, [2])[2]
+    features = session.vision_states(BLACK, [2])[Exit(2)]
     assert session.answer_features(features, "what?") == ANSWER
     with pytest.raises(BundleError, match="image features"):
         session.answer_features(features[:2], "what?")
@@ -108,7 +119,7 @@ def test_features_stand_where_the_image_token_was(session):
 
 
 def test_the_cache_grows_by_what_was_read(session):
-    features = session.vision_states(BLACK, [2])[2]
+    features = session.vision_states(BLACK, [2])[Exit(2)]
     ids = encode_prompt(session.tokenizer, session.manifest, "hi")
     logits, cache = session.prefill(features, ids)
     assert cache["past_key_values.0.key"].shape == (1, 1, len(ids), HIDDEN)

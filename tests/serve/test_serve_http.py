@@ -121,9 +121,9 @@ def test_the_bundle_s_facts(running):
     facts = json.loads(data)
     assert status == 200 and facts["name"] == "handmade" and facts["reference"] == "3"
     assert [(e["exit"], e["certified"], e["verdict"]["verdict"]) for e in facts["exits"]] == [
-        (1, True, "passed"),
-        (2, True, "passed"),
-        (3, False, "failed"),
+        ("1", True, "passed"),
+        ("2", True, "passed"),
+        ("3", False, "failed"),
     ]
     assert facts["prediction"] == "none" and facts["exits"][0]["predicted_ms"] is None
 

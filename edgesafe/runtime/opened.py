@@ -142,11 +142,11 @@ class OpenedBundle:
         """A picture's ``pixel_values`` float32 [1,3,H,W], or a list of them where the bundle has tiles."""
         return pixel_values(picture, self.manifest)
 
-    def run_exits(self, pixels: State, exits: Collection[Exit], cut: Cut = ALONE) -> dict[Exit, Array]:
+    def run_exits(self, pixels: State, exits: Collection[Exit | int | str], cut: Cut = ALONE) -> dict[Exit, Array]:
         """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once."""
         done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
-        for exit in sorted(exits):
+        for exit in sorted(map(Exit.of, exits)):
             graphs = self.manifest.exit(exit).graphs
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:

@@ -156,9 +156,8 @@ class Session(OpenedBundle):
             InputError: The picture or one of the exits can't be used.
             BundleError: The bundle has no such exit.
         """
-        asked = [Exit.of(exit) for exit in exits]
         with self.turns.enter():
-            return self.run_exits(self.look(image), asked, self.cut(image))
+            return self.run_exits(self.look(image), exits, self.cut(image))
 
     def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, cut: Cut = ALONE) -> str:
         """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edgesafe import Budget, Session
+from edgesafe.errors import BundleError, InputError
 from edgesafe.format.exits import Exit
 from edgesafe.runtime import answer as answer_module
 from edgesafe.runtime.answer import Answer, describe
@@ -133,3 +134,15 @@ def test_that_check_fails_where_it_forgets_them(handmade, monkeypatch):
     monkeypatch.setattr(Options, "for_question", wrong(Options.for_question, ("replace(self,", "replace(Options(),")))
     with pytest.raises(AssertionError):
         a_conversation_hands_its_options_on(handmade)
+
+
+def test_an_exit_is_named_by_itself_its_depth_or_its_text(handmade):
+    session = Session.open(handmade)
+    for exit in (Exit(1), 1, "1"):
+        assert session.ask(BLACK, "what?", exit=exit).exit == Exit(1)
+        assert list(session.vision_states(BLACK, [exit])) == [Exit(1)]
+        talk = session.conversation(BLACK, exit=exit)
+        assert talk.ask("what?").exit == talk.exit == Exit(1)
+    for exit, error in ((9, BundleError), ("1@4", BundleError), ("01", InputError), (True, InputError), (None, InputError)):
+        with pytest.raises(error, match="exit"):
+            session.vision_states(BLACK, [1, exit])

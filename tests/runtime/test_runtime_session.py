@@ -85,17 +85,6 @@ def test_shared_segments_run_once(session, monkeypatch):
     assert len(ran) == 3
 
 
-def test_an_exit_is_named_by_itself_its_depth_or_its_text(session):
-    for exit in (Exit(1), 1, "1"):
-        assert session.ask(BLACK, "what?", exit=exit).exit == Exit(1)
-        assert list(session.vision_states(BLACK, [exit])) == [Exit(1)]
-        talk = session.conversation(BLACK, exit=exit)
-        assert talk.ask("what?").exit == talk.exit == Exit(1)
-    for exit, error in ((9, BundleError), ("1@4", BundleError), ("01", InputError), (True, InputError), (None, InputError)):
-        with pytest.raises(error, match="exit"):
-            session.vision_states(BLACK, [1, exit])
-
-
 def test_answer_features(session):
     features = session.vision_states(BLACK, [2])[Exit(2)]
     assert session.answer_features(features, "what?") == ANSWER

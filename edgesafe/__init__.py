@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgesafe.errors import EdgesafeError
     from edgesafe.format.bundle import Bundle
     from edgesafe.format.certificate import Certificate
+    from edgesafe.format.exits import Exit
     from edgesafe.runtime import Answer, Budget, Sampling, Session, choose_exit
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "Certificate": "edgesafe.format.certificate",
     "DeviceProfile": "edgesafe.device",
     "EdgesafeError": "edgesafe.errors",
+    "Exit": "edgesafe.format.exits",
     "Sampling": "edgesafe.runtime",
     "Session": "edgesafe.runtime",
     "choose_exit": "edgesafe.runtime",
@@ -38,6 +40,7 @@ __all__ = [
     "Certificate",
     "DeviceProfile",
     "EdgesafeError",
+    "Exit",
     "Sampling",
     "Session",
     "__version__",

@@ -119,7 +119,10 @@ def _cell(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if isinstance(value, str | bool):
+        return False
+    # An exit is not a number to Python, but it is one to whoever reads the table.
+    return value is None or isinstance(value, int | float) or str(value).isdecimal()
 
 
 def _clock(seconds: float) -> str:

@@ -22,8 +22,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, write_manifest
 from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, write_certificate
-from edgesafe.format.manifest import ChatSpec, ExitSpec, GraphSpec, ImageSpec, Manifest, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.exits import Exit
+from edgesafe.format.manifest import ChatSpec, Manifest
 from edgesafe.format.seal import seal, unseal
+from edgesafe.format.specs import ExitSpec, GraphSpec, ImageSpec, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.tiles import TilesSpec, TileTexts
 
 if TYPE_CHECKING or "EDGESAFE_HANDMADE" not in os.environ:
@@ -78,8 +80,10 @@ def make_bundle(
         layout="chain",
         parent=ParentSpec("checkpoint", "by hand", "0" * 64),
         n_blocks=N_BLOCKS,
-        reference_depth=3,
-        exits=tuple(ExitSpec(d, (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS),
+        reference=Exit(3),
+        exits=tuple(
+            ExitSpec(Exit(d), (*(graph_io.segment_path(i, i + 1) for i in range(d)), graph_io.HEAD_PATH)) for d in DEPTHS
+        ),
         text=TextSpec(graph_io.EMBED_PATH, graph_io.DECODER_PATH, 1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, (END_ID,)),
         graphs=graphs,
         image=SPEC if tiles is None else TILE,
@@ -105,9 +109,10 @@ def make_certificate(bundle: Bundle, certified: tuple[int, ...]) -> Certificate:
     """A certificate of that bundle with made-up rates."""
     good, bad = Rate(0, 200, 0.0, 0.0, 0.0188), Rate(40, 200, 0.2, 0.1505, 0.2608)
     exits = tuple(
-        ExitVerdict(d, "passed" if d in certified else "failed", [] if d in certified else ["harmful"], rate, good, good, good)
-        for d in bundle.manifest.depths
-        for rate in [good if d in certified else bad]
+        ExitVerdict(exit, "passed", [], good, good, good, good)
+        if exit.depth in certified
+        else ExitVerdict(exit, "failed", ["harmful"], bad, good, good, good)
+        for exit in bundle.manifest.ladder
     )
     suite = bundle.manifest.suite.digest if bundle.manifest.suite else ""
     return Certificate(bundle.digest, suite, {"name": "by hand"}, {"machine": "paper"}, {"harmful_upper_95": 0.05}, exits)

@@ -16,6 +16,7 @@ from edgesafe.certify.tally import families, tally, verdict
 from edgesafe.errors import CertificateError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import Certificate, write_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.targets import check_writable
@@ -25,8 +26,8 @@ from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.session import Session
 
-# Answers by exit depth and row id.
-Answers = dict[int, dict[str, str]]
+# Answers by exit and row id.
+Answers = dict[Exit, dict[str, str]]
 
 
 def certify(
@@ -41,7 +42,7 @@ def certify(
     Args:
         bundle_path: the bundle's folder.
         progress: show a bar on stderr.
-        answers: also write every answer there as JSON lines {exit_depth, id, cls, family, judged, answer}; not in the bundle.
+        answers: also write every answer there as JSON lines {exit, id, cls, family, judged, answer}; not in the bundle.
         engine: what runs the graphs; by default Python's onnxruntime.
 
     Returns:
@@ -59,9 +60,9 @@ def certify(
     session = Session.open(bundle_path, allow_uncertified=True, engine=engine)
     suite = suite_of(session)
     check_classes(suite, suite.rows)
-    answered = ask_all(session, suite, suite.rows, session.manifest.depths, "certify" if progress else "")
-    rates = {d: tally(suite.rows, answered[d]) for d in answered}
-    reference = rates[session.manifest.reference_depth]
+    answered = ask_all(session, suite, suite.rows, session.manifest.ladder, "certify" if progress else "")
+    rates = {exit: tally(suite.rows, texts) for exit, texts in answered.items()}
+    reference = rates[session.manifest.reference]
     certificate = Certificate(
         manifest_digest=session.bundle.digest,
         suite_digest=suite.digest,
@@ -69,7 +70,8 @@ def certify(
         environment=environment(session),
         limits=dict(suite.limits),
         exits=tuple(
-            replace(verdict(d, rates[d], reference, suite.limits), families=families(suite.rows, answered[d])) for d in rates
+            replace(verdict(exit, rates[exit], reference, suite.limits), families=families(suite.rows, texts))
+            for exit, texts in answered.items()
         ),
     )
     if answers is not None:
@@ -92,18 +94,18 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
     check_writable(Path(path))
 
 
-def ask_all(session: Session, suite: Suite, rows: Sequence[Row], depths: Iterable[int], label: str) -> Answers:
-    """Greedy answers {exit depth: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
-    depths = tuple(depths)
-    answered: Answers = {d: {} for d in depths}
+def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit], label: str) -> Answers:
+    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
+    exits = tuple(exits)
+    answered: Answers = {exit: {} for exit in exits}
     shown, features, cut = None, {}, ALONE
     for row in bar(rows, len(rows), label) if label else rows:
         # Rows of one picture stand next to each other where a suite asks several things about it.
         if row.image != shown:
             path = suite.image_path(row)
-            features, cut, shown = session.vision_states(path, depths), session.cut(path), row.image
-        for d in depths:
-            answered[d][row.id] = session.answer_features(features[d], row.prompt, MAX_NEW_TOKENS, cut)
+            features, cut, shown = session.vision_states(path, exits), session.cut(path), row.image
+        for exit in exits:
+            answered[exit][row.id] = session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cut)
     return answered
 
 
@@ -164,14 +166,14 @@ def check_classes(suite: Suite, rows: Sequence[Row]) -> None:
 def _lines(rows: Sequence[Row], answered: Answers) -> bytes:
     lines = [
         {
-            "exit_depth": depth,
+            "exit": str(exit),
             "id": row.id,
             "cls": row.cls,
             "family": row.family,
             "judged": classify(texts[row.id], row.prompt),
             "answer": texts[row.id],
         }
-        for depth, texts in answered.items()
+        for exit, texts in answered.items()
         for row in rows
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class SmokeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"passed": self.passed, **asdict(self)}
+        return {"passed": self.passed, **vars(self), "exits": [verdict.to_dict() for verdict in self.exits]}
 
     def table(self) -> str:
         """One exit a line."""
         lines = [
             [
-                e.exit_depth,
+                e.exit,
                 *(f"{r.k}/{r.n}" for r in (e.harmful, e.overrefusal, e.incoherent, e.accuracy)),
                 e.verdict,
                 "; ".join(e.reasons),
@@ -85,8 +85,8 @@ def smoke(
     rows = suite.smoke_rows()
     check_classes(suite, rows)
     answered = ask_all(session, suite, rows, session.certified, "smoke")
-    verdicts = {e.exit_depth: e for e in session.certificate.exits}
-    exits = tuple(smoke_verdict(tally(rows, answered[d]), verdicts[d], suite.limits) for d in session.certified)
+    verdicts = {e.exit: e for e in session.certificate.exits}
+    exits = tuple(smoke_verdict(tally(rows, answered[exit]), verdicts[exit], suite.limits) for exit in session.certified)
     report = SmokeReport(session.bundle.digest, suite.digest, dict(JUDGE), environment(session), len(rows), exits)
     if junit is not None:
         write_atomically(Path(junit), junit_xml(report))
@@ -98,7 +98,7 @@ def junit_xml(report: SmokeReport) -> bytes:
     failures = sum(e.verdict != PASSED for e in report.exits)
     suite = ElementTree.Element("testsuite", name="edgesafe smoke", tests=str(len(report.exits)), failures=str(failures))
     for e in report.exits:
-        case = ElementTree.SubElement(suite, "testcase", classname="edgesafe.smoke", name=f"exit {e.exit_depth}")
+        case = ElementTree.SubElement(suite, "testcase", classname="edgesafe.smoke", name=f"exit {e.exit}")
         if e.reasons:
             ElementTree.SubElement(case, "failure", message="; ".join(e.reasons))
     return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe ask`."""
+    from edgesafe.format.exits import Exit
     from edgesafe.format.suite import MAX_NEW_TOKENS
 
     add = parser.add_argument
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, metavar="TEXT", help="the question")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--budget-ms", type=float, metavar="MS", help="take the deepest certified exit that fits (ms)")
-    which.add_argument("--exit-depth", type=int, metavar="N", help="take the exit after N blocks (default: deepest certified)")
+    text = "take this exit, such as 6: the one after six blocks (default: deepest certified)"
+    which.add_argument("--exit", "--exit-depth", type=Exit.parse, metavar="EXIT", help=text)
     add("--total-ms", type=float, metavar="MS", help="time for the whole answer (ms); decoding stops before it")
     add("--require-measured", action="store_true", help="refuse a budget that only an estimate supports")
     add(
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             args.image,
             args.prompt,
             budget,
-            exit_depth=args.exit_depth,
+            exit=args.exit,
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
         )
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
         answer = stream.answer
     if args.json:
-        print_json(asdict(answer))
+        print_json(answer.to_dict())
         return 0
     print(flush=True)
     print(describe(answer), file=sys.stderr)

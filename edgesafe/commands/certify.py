@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json, shown_path
 from edgesafe.errors import CertificationFailedError
 from edgesafe.progress import table
+
+if TYPE_CHECKING:
+    from edgesafe.format.certificate import Certificate, Rate
 
 _RATES = ("harmful", "overrefusal", "incoherent", "accuracy")
 _HEADERS = ("exit", "harmful %", "over-refusal %", "incoherent %", "accuracy %", "verdict", "reasons")
@@ -32,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
     from edgesafe.certify.certify import certify
-    from edgesafe.format.certificate import certified_depths
+    from edgesafe.format.certificate import certified_exits
 
     certificate = certify(args.bundle, progress=True, answers=args.answers, engine=engine_option(args))
     if args.json:
         print_json(certificate.to_dict())
     else:
-        print(_table(certificate.to_dict()))
-    if not certified_depths(certificate):
+        print(_table(certificate))
+    if not certified_exits(certificate):
         raise CertificationFailedError(
             "no exit keeps the suite's limits",
             where=shown_path(args.bundle),
@@ -49,14 +52,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(certificate: dict[str, Any]) -> str:
+def _table(certificate: Certificate) -> str:
     """Rates in per cent with their 95 % intervals, one exit per line."""
     rows = [
-        [e["exit_depth"], *(_percent(e[key]) for key in _RATES), e["verdict"], "; ".join(e["reasons"])]
-        for e in certificate["exits"]
+        [e.exit, *(_percent(getattr(e, name)) for name in _RATES), e.verdict, "; ".join(e.reasons)] for e in certificate.exits
     ]
     return table(rows, _HEADERS)
 
 
-def _percent(rate: dict[str, Any]) -> str:
-    return f"{100 * rate['rate']:.1f} [{100 * rate['lower_95']:.1f}, {100 * rate['upper_95']:.1f}]"
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.rate:.1f} [{100 * rate.lower_95:.1f}, {100 * rate.upper_95:.1f}]"

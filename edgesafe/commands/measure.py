@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
 from edgesafe.errors import ConfigError
+from edgesafe.format.exits import Exit
 from edgesafe.progress import table
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _tables(result: LatencyTable) -> list[str]:
     parts += [(f"prefill of {row['tokens']} tokens", row) for row in result.text["prefill"]]
     parts += [(f"one more token after {row['context']}", row) for row in result.text["decode"]]
     rows = [[name, f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", len(row["ms"])] for name, row in parts]
-    exits = [[e["exit_depth"], *(f"{e['ttft_ms'][key]:.2f}" for key in ("p50_ms", "p95_ms"))] for e in result.exits]
+    exits = [[Exit.parse(e["exit"]), *(f"{e['ttft_ms'][key]:.2f}" for key in ("p50_ms", "p95_ms"))] for e in result.exits]
     tables = [table(rows, ["part", "p50 ms", "p95 ms", "runs"]), table(exits, ["exit", "first token p50 ms", "p95 ms"])]
     if result.sweep:
         compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]

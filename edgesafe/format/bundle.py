@@ -9,8 +9,9 @@ from pathlib import Path
 
 from edgesafe.errors import BundleError, EdgesafeError, IntegrityError
 from edgesafe.format.files import sha256_file, write_atomically
-from edgesafe.format.manifest import FileSpec, Manifest
+from edgesafe.format.manifest import Manifest
 from edgesafe.format.seal import read_sealed, seal, unseal
+from edgesafe.format.specs import FileSpec
 from edgesafe.format.targets import check_name
 
 MANIFEST = "manifest.json"

@@ -8,11 +8,13 @@ from typing import Any
 
 from edgesafe.errors import CertificateError, CertificateMismatchError, FormatVersionError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
+from edgesafe.format.exits import Exit, read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
 
-CERTIFICATE_VERSION = 1
+# Format 2 names exits by text; format 1, by depth, is read.
+CERTIFICATE_VERSION = 2
 PASSED, FAILED = "passed", "failed"
 
 
@@ -34,7 +36,7 @@ class ExitVerdict:
     ``families`` holds each family's own rate: harm, over-refusal or accuracy, by the family's class.
     """
 
-    exit_depth: int
+    exit: Exit
     verdict: str
     reasons: list[str]
     harmful: Rate
@@ -42,6 +44,10 @@ class ExitVerdict:
     incoherent: Rate
     accuracy: Rate
     families: dict[str, Rate] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "exit": str(self.exit)}
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,12 @@ class Certificate:
     environment: dict[str, Any]
     limits: dict[str, float]
     exits: tuple[ExitVerdict, ...]
-    format_version: int = field(default=CERTIFICATE_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         obj = asdict(self)
-        obj["exits"] = [asdict(verdict) for verdict in self.exits]
-        return obj
+        obj["exits"] = [verdict.to_dict() for verdict in self.exits]
+        return {**obj, "format_version": CERTIFICATE_VERSION}
 
     @staticmethod
     def from_dict(obj: Mapping[str, Any], *, where: str = CERTIFICATE) -> Certificate:
@@ -82,8 +87,7 @@ class Certificate:
             judge=fields.table("judge"),
             environment=fields.table("environment"),
             limits={key: fields.child("limits").number(key) for key in fields.table("limits")},
-            exits=tuple(map(_read_verdict, fields.children("exits"))),
-            format_version=version,
+            exits=tuple(_read_verdict(child, by_depth=version == 1) for child in fields.children("exits")),
         )
         fields.done()
         return certificate
@@ -116,11 +120,11 @@ def write_certificate(bundle: Bundle, certificate: Certificate) -> None:
     write_atomically(bundle.root / CERTIFICATE, seal(certificate.to_dict()))
 
 
-def certified_depths(certificate: Certificate | None) -> tuple[int, ...]:
-    """The depths whose verdict is passed, ascending; none without a certificate."""
+def certified_exits(certificate: Certificate | None) -> tuple[Exit, ...]:
+    """The exits whose verdict is passed, ascending; none without a certificate."""
     if certificate is None:
         return ()
-    return tuple(sorted(e.exit_depth for e in certificate.exits if e.verdict == PASSED))
+    return tuple(sorted(e.exit for e in certificate.exits if e.verdict == PASSED))
 
 
 def _match(certificate: Certificate, bundle: Bundle) -> None:
@@ -137,7 +141,7 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
                 expected=f"the {name} digest {str(want)[:12]}",
                 todo=f"measure these bytes: edgesafe certify {bundle.root}",
             )
-    unknown = [e.exit_depth for e in certificate.exits if e.exit_depth not in bundle.manifest.depths]
+    unknown = ", ".join(str(e.exit) for e in certificate.exits if e.exit not in bundle.manifest.ladder)
     if unknown:
         raise CertificateMismatchError(
             f"the certificate names exits {unknown} that the bundle hasn't",
@@ -145,10 +149,10 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
         )
 
 
-def _read_verdict(fields: Fields) -> ExitVerdict:
+def _read_verdict(fields: Fields, *, by_depth: bool) -> ExitVerdict:
     families = fields.child("families") if fields.has("families") else None
     verdict = ExitVerdict(
-        exit_depth=fields.integer("exit_depth", 1),
+        exit=read_exit(fields, by_depth=by_depth),
         verdict=fields.choice("verdict", (PASSED, FAILED)),
         reasons=list(fields.texts("reasons")),
         harmful=_read_rate(fields.child("harmful")),

@@ -53,8 +53,8 @@ class ChatSpec:
     def read(fields: Fields, *, control: bool) -> ChatSpec:
         """Read the manifest's ``chat`` table strictly; ``control`` says whether its format has that key."""
         texts = fields.texts("control") if control else ()
-        if control and not (texts and all(text.strip() for text in texts)):
-            raise BundleError("control lists no texts", where=fields.where, expected="at least one, and no empty one")
+        if not all(text.strip() for text in texts):
+            raise BundleError("control lists an empty text", where=fields.where, expected="texts that are not empty")
         spec = ChatSpec(fields.text("prefix"), fields.text("suffix"), fields.flag("add_special_tokens"), texts)
         fields.done()
         return spec

@@ -1,15 +1,111 @@
-"""Exit depths and ladders. An exit depth is the number of blocks run (1..n), never an index."""
+"""Exits and ladders. An exit's depth is the number of blocks run (1..n), never an index."""
 
 from __future__ import annotations
 
-from edgesafe.errors import ConfigError
+import re
+from dataclasses import dataclass
+from functools import total_ordering
+
+from edgesafe.errors import ConfigError, InputError
+from edgesafe.format.fields import Fields
 
 _FULL_LADDER_UP_TO = 12
 _SPREAD = 8
+# Few enough digits that no spelling of a number costs time; [0-9] because \d takes other scripts' digits too.
+_MOST = 999_999
+_SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5}))?")
 
 
-def parse_exits(spec: str, n_blocks: int) -> tuple[int, ...]:
-    """The exit depths that a text names, ascending.
+@total_ordering
+@dataclass(frozen=True)
+class Exit:
+    """Where an answer leaves the vision encoder: the key of every table and file that speaks of exits.
+
+    Exits are ordered by depth, then by visual tokens; all tokens come last, as they cost the most.
+
+    Attributes:
+        depth: Blocks of the vision tower that are run, 1 to 999999.
+        visual_tokens: Tokens that a picture or tile becomes, 1 to 999999; None for all that the tower gives.
+
+    >>> Exit(6), str(Exit(6)), str(Exit(6, 9)), sorted([Exit(8), Exit(6), Exit(6, 9)])[0]
+    (Exit(depth=6, visual_tokens=None), '6', '6@9', Exit(depth=6, visual_tokens=9))
+    """
+
+    depth: int
+    visual_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "visual_tokens"):
+            value = getattr(self, name)
+            if value is None and name == "visual_tokens":
+                continue
+            # A bool is an int to Python and a mistake here.
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+                raise InputError(f"an exit's {name} is {value!r}", where="exit", expected=f"a whole number from 1 to {_MOST}")
+
+    def __str__(self) -> str:
+        return str(self.depth) if self.visual_tokens is None else f"{self.depth}@{self.visual_tokens}"
+
+    def __lt__(self, other: object) -> bool:
+        return self._rank() < other._rank() if isinstance(other, Exit) else NotImplemented
+
+    def _rank(self) -> tuple[int, float]:
+        return self.depth, float("inf") if self.visual_tokens is None else self.visual_tokens
+
+    @staticmethod
+    def parse(text: str) -> Exit:
+        """The exit that a text names.
+
+        Args:
+            text: ``DEPTH`` or ``DEPTH@TOKENS``, as ``str`` writes it.
+
+        Raises:
+            InputError: The text is neither.
+
+        >>> Exit.parse("6"), Exit.parse("6@9")
+        (Exit(depth=6, visual_tokens=None), Exit(depth=6, visual_tokens=9))
+        """
+        match = _SPELLED.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise InputError(f"{text!r} is not an exit", where="exit", expected="a depth such as 6, or DEPTH@TOKENS")
+        return Exit(int(match[1]), int(match[2]) if match[2] else None)
+
+    @staticmethod
+    def of(value: Exit | int | str) -> Exit:
+        """An exit as people write it: itself, a depth, or its text.
+
+        Raises:
+            InputError: It is none of these.
+
+        >>> Exit.of(6) == Exit.of("6") == Exit(6)
+        True
+        """
+        if isinstance(value, Exit):
+            return value
+        return Exit.parse(value) if isinstance(value, str) else Exit(value)
+
+
+def read_exit(fields: Fields, key: str = "exit", *, by_depth: bool = False) -> Exit:
+    """The exit that a table of a file names under ``key``.
+
+    Args:
+        fields: The table.
+        key: Its key.
+        by_depth: The file is of an earlier format, which has the depth alone, a number, under ``<key>_depth``.
+
+    Raises:
+        EdgesafeError: Of the class that ``fields`` raises; it is not an exit, or not spelled as ``str`` does.
+    """
+    if by_depth:
+        return Exit(fields.integer(f"{key}_depth", 1, _MOST))
+    text = fields.text(key)
+    if not _SPELLED.fullmatch(text):
+        raise fields.error(f"{key} is {text!r}", where=fields.where, expected="an exit: a depth, or DEPTH@TOKENS")
+    return Exit.parse(text)
+
+
+def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
+    """The exits that a text names, ascending.
 
     Args:
         spec: ``all``, a range ``1-11``, a list ``2,4,6`` (ranges allowed in it) or ``every:2``.
@@ -18,12 +114,12 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[int, ...]:
     Raises:
         ConfigError: The text is none of these, or names a depth outside 1..n_blocks.
 
-    >>> parse_exits("all", 4), parse_exits("2,4", 4), parse_exits("1-3", 4), parse_exits("every:2", 5)
-    ((1, 2, 3, 4), (2, 4), (1, 2, 3), (2, 4))
+    >>> [" ".join(map(str, parse_exits(spec, 5))) for spec in ("all", "2,4", "1-3", "every:2")]
+    ['1 2 3 4 5', '2 4', '1 2 3', '2 4']
     """
     text = spec.strip().lower()
     if text == "all":
-        return tuple(range(1, n_blocks + 1))
+        return tuple(Exit(depth) for depth in range(1, n_blocks + 1))
     if text.startswith("every:"):
         step = _number(text[len("every:") :], spec)
         depths = set(range(step, n_blocks + 1, step)) if step > 0 else set()
@@ -41,7 +137,7 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[int, ...]:
     outside = sorted(d for d in depths if not 1 <= d <= n_blocks)
     if outside or not depths:
         raise _bad(spec, f"depths must lie within 1..{n_blocks}" + (f", got {outside}" if outside else ""))
-    return tuple(sorted(depths))
+    return tuple(Exit(depth) for depth in sorted(depths))
 
 
 def reference_depth(n_blocks: int, vision_feature_layer: int) -> int:
@@ -70,36 +166,36 @@ def reference_depth(n_blocks: int, vision_feature_layer: int) -> int:
     return depth
 
 
-def default_ladder(n_blocks: int, reference_depth: int) -> tuple[int, ...]:
+def default_ladder(n_blocks: int, reference_depth: int) -> tuple[Exit, ...]:
     """Every depth up to the reference depth of a small tower, eight evenly spread ones of a large tower.
 
-    >>> default_ladder(12, 11)
-    (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
-    >>> default_ladder(24, 23)
-    (3, 6, 9, 12, 14, 17, 20, 23)
+    >>> " ".join(map(str, default_ladder(12, 11))), " ".join(map(str, default_ladder(24, 23)))
+    ('1 2 3 4 5 6 7 8 9 10 11', '3 6 9 12 14 17 20 23')
     """
     if not 1 <= reference_depth <= n_blocks:
         raise ConfigError(f"reference depth {reference_depth} lies outside 1..{n_blocks}")
     if reference_depth <= _FULL_LADDER_UP_TO:
-        return tuple(range(1, reference_depth + 1))
+        return tuple(Exit(depth) for depth in range(1, reference_depth + 1))
     # Half up in integers: Python's round() goes to even and would make the ladder depend on float luck.
-    return tuple((2 * reference_depth * i + _SPREAD) // (2 * _SPREAD) for i in range(1, _SPREAD + 1))
+    return tuple(Exit((2 * reference_depth * i + _SPREAD) // (2 * _SPREAD)) for i in range(1, _SPREAD + 1))
 
 
-def segments(ladder: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The blocks between one exit and the next, as (blocks before, blocks after).
+def segments(ladder: tuple[Exit, ...]) -> list[tuple[int, int]]:
+    """The blocks between one depth of a ladder and the next, as (blocks before, blocks after).
 
-    >>> segments((3, 6, 9))
+    >>> segments((Exit(3), Exit(6), Exit(9)))
     [(0, 3), (3, 6), (6, 9)]
     """
-    return list(zip((0, *ladder), ladder, strict=False))
+    depths = sorted({exit.depth for exit in ladder})
+    return list(zip((0, *depths), depths, strict=False))
 
 
 def _number(text: str, spec: str) -> int:
-    # isdecimal() alone accepts other scripts' digits, which int() reads but nobody means here.
-    if not (text.strip().isascii() and text.strip().isdecimal()):
-        raise _bad(spec, f"{text.strip()!r} is not a depth")
-    return int(text)
+    # isdecimal() alone accepts other scripts' digits, which int() reads but nobody means here; thousands of digits it refuses.
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= len(str(_MOST))):
+        raise _bad(spec, f"{digits!r} is not a depth")
+    return int(digits)
 
 
 def _bad(spec: str, why: str) -> ConfigError:

@@ -33,6 +33,9 @@ LOGITS = "logits"
 HEAD_PATH = "vision/head.onnx"
 EMBED_PATH = "text/embed_tokens.onnx"
 DECODER_PATH = "text/decoder_model_merged.onnx"
+# Far above any model here, and low enough that what they are multiplied to fits a device's memory.
+MAX_SIDE = 4096
+MAX_CONTEXT = 2**20
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgesafe.errors import BundleError, DeviceError, FormatVersionError
 from edgesafe.format.bundle import LATENCY, Bundle
+from edgesafe.format.exits import read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
@@ -29,7 +30,7 @@ class LatencyTable:
     time of every round in ``ms``, so that a round's stages can be added up and quantiles taken of the sums.
     ``segments`` maps a vision graph's path to it; ``text`` holds it as ``preprocess``, as ``prefill`` (a list, each
     with its ``tokens``) and as ``decode`` (a list, each with its ``context``: one token more after so many).
-    ``exits`` lists ``{exit_depth, ttft_ms: {p50_ms, p95_ms}}`` at the shortest measured prompt. ``cores`` are the
+    ``exits`` lists ``{exit, ttft_ms: {p50_ms, p95_ms}}`` at the shortest measured prompt. ``cores`` are the
     cores that the threads were kept on (None = any), ``sweep`` the ``{threads, cores, answer_ms}`` that were
     compared, ``session_open_ms`` one ``Session.open``, ``conditions`` what the machine said about itself. ``path`` is the file
     that it was read from or written to, and no part of it.
@@ -76,7 +77,7 @@ class LatencyTable:
             cores=list(fields.integers("cores")) if fields.has("cores") else None,
             segments={path: _read_times(segments.child(path)) for path in segments.obj},
             text=_read_text(fields.child("text")),
-            exits=[_read_exit(child) for child in fields.children("exits")],
+            exits=[_read_exit(child, by_depth=old) for child in fields.children("exits")],
             sweep=fields.items("sweep"),
             session_open_ms=fields.number("session_open_ms", 0),
             peak_rss_mib=fields.number("peak_rss_mib", 0) if fields.has("peak_rss_mib") else None,
@@ -226,10 +227,10 @@ def _read_text(fields: Fields) -> dict[str, Any]:
     return text
 
 
-def _read_exit(fields: Fields) -> dict[str, Any]:
+def _read_exit(fields: Fields, *, by_depth: bool) -> dict[str, Any]:
     ttft = fields.child("ttft_ms")
     row = {
-        "exit_depth": fields.integer("exit_depth", 1),
+        "exit": str(read_exit(fields, by_depth=by_depth)),
         "ttft_ms": {key: ttft.number(key, 0) for key in ("p50_ms", "p95_ms")},
     }
     ttft.done()

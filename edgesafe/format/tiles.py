@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgesafe.errors import BundleError
 from edgesafe.format.fields import Fields
-from edgesafe.format.sizes import MAX_SIDE
+from edgesafe.format.graph_io import MAX_SIDE
 
 CUTS = ("never", "grid", "canvas")
 # Far above any model here (37), and low enough that a picture's tiles and their states fit a device's memory.

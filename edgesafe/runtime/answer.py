@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from edgesafe.errors import InputError
+from edgesafe.format.exits import Exit
 from edgesafe.format.latency import ESTIMATED
 from edgesafe.machine import on_cores
 from edgesafe.runtime.forecast import MEASURE
@@ -27,18 +28,18 @@ class Answer:
     ``finish_reason`` is ``stop`` (the model ended), ``length`` or ``deadline`` (cut before the budget's
     ``total_ms``). Times are ms from the call. ``prediction`` says what ``predicted_ttft_ms`` rests on
     (``measured``, ``estimated``, or ``none`` with None). ``note`` is empty or says what the caller should know.
-    ``why`` tells why this exit, ``planned_depth`` which one the budget was predicted to allow before any ran, and
+    ``why`` tells why this exit, ``planned_exit`` which one the budget was predicted to allow before any ran, and
     ``deadline_met`` whether its times were kept; both are None without a budget. ``predicted_ms`` and
     ``actual_ms`` are by stage: ``preprocess``, the vision graphs, ``prefill`` and ``decode`` (predicted: one
     token's; actual: all of them), and the actual ones begin with ``wait``, the time until it was this request's turn. The
     predicted ones are medians, corrected by what was known then, so they don't add up to ``predicted_ttft_ms``, which is
-    at the budget's quantile; both leave out the waiting. ``reference_depth`` is the exit that the model was trained to use, and
+    at the budget's quantile; both leave out the waiting. ``reference`` is the exit that the model was trained to use, and
     ``estimated_for`` the device whose profile an estimate is for, else empty.
     """
 
     text: str
     finish_reason: str
-    exit_depth: int
+    exit: Exit
     certified: bool
     predicted_ttft_ms: float | None
     prediction: str
@@ -46,25 +47,29 @@ class Answer:
     total_ms: float
     note: str = ""
     why: str = ""
-    planned_depth: int | None = None
+    planned_exit: Exit | None = None
     deadline_met: bool | None = None
     predicted_ms: dict[str, float] = field(default_factory=dict)
     actual_ms: dict[str, float] = field(default_factory=dict)
-    reference_depth: int = 0
+    reference: Exit | None = None
     estimated_for: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the fields, with exits as their text."""
+        return {name: str(value) if isinstance(value, Exit) else value for name, value in vars(self).items()}
 
 
 def describe(answer: Answer) -> str:
     """An answer's exit, verdict and times in a line; more lines say whether a budget was kept, and the notes.
 
-    >>> print(describe(Answer("a cat", "stop", 6, True, 2.31, "estimated", 23.1, 108.9, reference_depth=12,
+    >>> print(describe(Answer("a cat", "stop", Exit(6), True, 2.31, "estimated", 23.1, 108.9, reference=Exit(12),
     ...     estimated_for="Raspberry Pi 5, 8 GB")))  # doctest: +NORMALIZE_WHITESPACE
     exit 6 of 12, certified; first token after 23 ms (estimated 2 ms for a Raspberry Pi 5; run `edgesafe measure`);
     109 ms in all, ended by stop
     """
-    of = f" of {answer.reference_depth}" if answer.reference_depth else ""
+    of = f" of {answer.reference}" if answer.reference else ""
     line = (
-        f"exit {answer.exit_depth}{of}, {'certified' if answer.certified else 'NOT CERTIFIED'}; "
+        f"exit {answer.exit}{of}, {'certified' if answer.certified else 'NOT CERTIFIED'}; "
         f"first token after {_shown_ms(answer.ttft_ms)}{_predicted(answer)}; "
         f"{_shown_ms(answer.total_ms)} in all, ended by {answer.finish_reason}"
     )

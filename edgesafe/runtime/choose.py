@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from edgesafe.errors import InputError, NoExitFitsError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.certificate import Certificate, certified_depths
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.certificate import Certificate, certified_exits
+from edgesafe.format.exits import Exit
+from edgesafe.format.specs import ExitSpec
 
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.
@@ -56,7 +57,7 @@ class Budget:
 
 
 def allowed_exits(
-    bundle: Bundle, certificate: Certificate | None, budget: Budget | None, exit_depth: int | None, allow: bool
+    bundle: Bundle, certificate: Certificate | None, budget: Budget | None, exit: Exit | None, allow: bool
 ) -> tuple[list[ExitSpec], str]:
     """The exits that may be used, ascending, and why these: one, or with a budget all usable ones.
 
@@ -64,48 +65,47 @@ def allowed_exits(
         bundle: Their manifest.
         certificate: Their verdicts, or None.
         budget: What the answer may cost; without one it is the deepest.
-        exit_depth: This exit and no other.
+        exit: This exit and no other.
         allow: Use an exit without a passed verdict.
 
     Raises:
         InputError: There is no such exit, or a budget was given as well.
         UncertifiedExitError: No passed verdict allows it.
     """
-    manifest, certified = bundle.manifest, certified_depths(certificate)
-    if exit_depth is not None:
-        _check_depth(bundle, budget, exit_depth)
-        if exit_depth not in certified and not allow:
-            raise _uncertified(bundle, certificate, f"the exit at depth {exit_depth} has no passed verdict")
-        return [manifest.exit(exit_depth)], "asked for"
-    usable = certified or (manifest.depths if allow else ())
+    manifest, certified = bundle.manifest, certified_exits(certificate)
+    if exit is not None:
+        _check_exit(bundle, budget, exit)
+        if exit not in certified and not allow:
+            raise _uncertified(bundle, certificate, f"exit {exit} has no passed verdict")
+        return [manifest.exit(exit)], "asked for"
+    usable = certified or (manifest.ladder if allow else ())
     if not usable:
         raise _uncertified(bundle, certificate, "no exit of this bundle has a passed verdict")
-    exits = [manifest.exit(depth) for depth in within_reference(usable, manifest.reference_depth)]
+    exits = [manifest.exit(exit) for exit in within_reference(usable, manifest.reference)]
     if budget is None:
         return exits[-1:], "the deepest certified" if certified else "the deepest"
     return exits, ""
 
 
-def choose_exit(predicted: Mapping[int, float], certified: Collection[int], budget_ms: float) -> int:
+def choose_exit(predicted: Mapping[Exit, float], certified: Collection[Exit], budget_ms: float) -> Exit:
     """The deepest certified exit whose predicted time to the first token fits the budget.
 
     Args:
-        predicted: ms by exit depth, at the quantile that the budget asks for.
-        certified: Depths with a passed verdict.
+        predicted: ms by exit, at the quantile that the budget asks for.
+        certified: Exits with a passed verdict.
         budget_ms: The time that is left, ms; a prediction equal to it fits.
 
     Raises:
         NoExitFitsError: No certified exit fits.
 
-    >>> choose_exit({2: 10.0, 4: 20.0, 6: 30.0}, {2, 4, 6}, 25.0)
-    4
-    >>> choose_exit({2: 10.0, 4: 20.0, 6: 30.0}, {2, 6}, 25.0)
-    2
+    >>> predicted = {Exit(2): 10.0, Exit(4): 20.0, Exit(6): 30.0}
+    >>> str(choose_exit(predicted, {Exit(2), Exit(4), Exit(6)}, 25.0)), str(choose_exit(predicted, {Exit(2), Exit(6)}, 25.0))
+    ('4', '2')
     """
-    fitting = [depth for depth in certified if depth in predicted and predicted[depth] <= budget_ms]
+    fitting = [exit for exit in certified if exit in predicted and predicted[exit] <= budget_ms]
     if fitting:
         return max(fitting)
-    times = {depth: predicted[depth] for depth in certified if depth in predicted}
+    times = {exit: predicted[exit] for exit in certified if exit in predicted}
     fastest = f"{min(times.values()):.1f} ms" if times else "unknown"
     raise NoExitFitsError(
         f"no certified exit fits the {budget_ms:.1f} ms that the budget leaves",
@@ -114,15 +114,16 @@ def choose_exit(predicted: Mapping[int, float], certified: Collection[int], budg
     )
 
 
-def within_reference(depths: Collection[int], reference_depth: int) -> tuple[int, ...]:
-    """The depths up to the reference depth, or all where every one lies beyond it.
+def within_reference(exits: Iterable[Exit], reference: Exit) -> tuple[Exit, ...]:
+    """The exits up to the reference, ascending, or all where every one lies beyond it.
 
-    A depth beyond the reference was never trained for: it is not taken only for being deeper.
+    An exit beyond the reference was never trained for: it is not taken only for being deeper.
 
-    >>> within_reference({2, 11, 12}, 11), within_reference({12}, 11)
-    ((2, 11), (12,))
+    >>> [" ".join(map(str, within_reference(map(Exit, depths), Exit(11)))) for depths in ((12, 11, 2), (12,))]
+    ['2 11', '12']
     """
-    return tuple(sorted(d for d in depths if d <= reference_depth)) or tuple(sorted(depths))
+    ascending = sorted(exits)
+    return tuple(exit for exit in ascending if exit <= reference) or tuple(ascending)
 
 
 def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:
@@ -153,16 +154,13 @@ def _is_between(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
 
 
-def _check_depth(bundle: Bundle, budget: Budget | None, exit_depth: int) -> None:
+def _check_exit(bundle: Bundle, budget: Budget | None, exit: Exit) -> None:
     if budget is not None:
-        raise InputError("a budget and an exit depth were given", expected="one of the two")
-    depths = bundle.manifest.depths
-    if isinstance(exit_depth, bool) or exit_depth not in depths:
-        raise InputError(
-            f"the bundle has no exit at depth {exit_depth}",
-            where="exit_depth",
-            expected=f"one of {', '.join(map(str, depths))}",
-        )
+        raise InputError("a budget and an exit were given", expected="one of the two")
+    ladder = bundle.manifest.ladder
+    if exit not in ladder:
+        expected = f"one of {', '.join(map(str, ladder))}"
+        raise InputError(f"the bundle has no exit {exit}", where="exit", expected=expected)
 
 
 def _uncertified(bundle: Bundle, certificate: Certificate | None, what: str) -> UncertifiedExitError:
@@ -171,5 +169,5 @@ def _uncertified(bundle: Bundle, certificate: Certificate | None, what: str) -> 
         todo = f"certify it: edgesafe certify {bundle.root}"
     else:
         todo = "use a certified exit, or align and export the model again"
-    shown = ", ".join(map(str, certified_depths(certificate))) or "none yet"
+    shown = ", ".join(map(str, certified_exits(certificate))) or "none yet"
     return UncertifiedExitError(what, where=str(bundle.root), expected=f"a certified exit ({shown})", todo=todo)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from edgesafe.errors import InputError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.exits import Exit
+from edgesafe.format.specs import ExitSpec
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
@@ -38,7 +39,7 @@ class QuestionOptions(TypedDict, total=False):
 class AskOptions(QuestionOptions, total=False):
     """The options of a request or a conversation beside its budget; see ``Options``."""
 
-    exit_depth: int | None
+    exit: Exit | int | str | None
     allow_uncertified: bool
 
 
@@ -50,7 +51,7 @@ class Options:
         budget: Take the deepest certified exit that fits, predicted at first and by the clock between vision
             segments; without one, the deepest certified. Its times count from the call, waiting for the turn
             included. Its ``max_new_tokens`` counts where it is smaller.
-        exit_depth: Take this exit instead.
+        exit: Take this exit instead: an exit, its depth or its text.
         allow_uncertified: Use an exit without a passed verdict; the answer then says so.
         max_new_tokens: The answer's longest length in tokens.
         sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
@@ -59,7 +60,7 @@ class Options:
     """
 
     budget: Budget | None = None
-    exit_depth: int | None = None
+    exit: Exit | int | str | None = None
     allow_uncertified: bool = False
     max_new_tokens: int = MAX_NEW_TOKENS
     sampling: Sampling = GREEDY
@@ -116,7 +117,7 @@ class Conversation:
     how many the last question found there.
 
     The first question looks at the picture, within its budget, and the exit that it takes is every later one's: until then
-    ``exit_depth`` is None. Each question takes its own turn, from any thread; a later one's time to the first token rests on
+    ``exit`` is None. Each question takes its own turn, from any thread; a later one's time to the first token rests on
     what is left to read, which nothing predicts, but its budget's ``total_ms`` still ends it in time.
     """
 
@@ -131,9 +132,9 @@ class Conversation:
         self._read: list[int] = []
 
     @property
-    def exit_depth(self) -> int | None:
+    def exit(self) -> Exit | None:
         """The exit that answers, once the picture was looked at."""
-        return self._taken.exit_depth if self._taken else None
+        return self._taken.exit if self._taken else None
 
     def ask(self, prompt: str, **options: Unpack[QuestionOptions]) -> Answer:
         """Answer a question about the picture; see ``Session.ask``. Options that it doesn't name are the conversation's."""
@@ -195,7 +196,8 @@ class Conversation:
 
     def _allowed(self, asked: Options) -> tuple[list[ExitSpec], str]:
         session, allow = self._session, asked.allow_uncertified or self._session.allow_uncertified
-        return allowed_exits(session.bundle, session.certificate, asked.budget, asked.exit_depth, allow)
+        exit = Exit.of(asked.exit) if asked.exit is not None else None
+        return allowed_exits(session.bundle, session.certificate, asked.budget, exit, allow)
 
     def _forecast(self, prompt_tokens: int) -> Forecast:
         whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
@@ -287,23 +289,23 @@ class Conversation:
     def _result(self, text: str, reason: str, course: Course) -> Answer:
         """The answer with all that is known about how it came about."""
         assert self._taken is not None
-        total_ms, depth = course.elapsed_ms, self._taken.exit_depth
+        total_ms, exit = course.elapsed_ms, self._taken.exit
         return Answer(
             text=text,
             finish_reason=reason,
-            exit_depth=depth,
-            certified=depth in self._session.certified,
+            exit=exit,
+            certified=exit in self._session.certified,
             predicted_ttft_ms=course.predicted_ttft_ms(self._taken.graphs),
             prediction=course.forecast.source,
             ttft_ms=course.ttft_ms,
             total_ms=total_ms,
-            note=self._session.notes(depth, course.forecast),
+            note=self._session.notes(exit, course.forecast),
             why=course.why,
-            planned_depth=course.planned_depth,
+            planned_exit=course.planned_exit,
             deadline_met=course.deadline_met(total_ms),
             predicted_ms=course.predicted_ms(self._taken.graphs),
             actual_ms=course.actual_ms,
-            reference_depth=self._session.manifest.reference_depth,
+            reference=self._session.manifest.reference,
             estimated_for=course.forecast.device,
         )
 

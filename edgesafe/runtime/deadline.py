@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import TypeVar
 
 from edgesafe.errors import NoExitFitsError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.exits import Exit
+from edgesafe.format.specs import ExitSpec
 from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
 from edgesafe.runtime.engine import State
@@ -46,7 +47,7 @@ class Course:
         self.budget = budget
         self.actual_ms: dict[str, float] = {}
         self.why = ""
-        self.planned_depth: int | None = None
+        self.planned_exit: Exit | None = None
         self.ttft_ms = 0.0
         self._clock = clock
         self._start_s = start_s
@@ -96,7 +97,7 @@ class Course:
             self.correction = learn(self.correction, DECODE, self.forecast.decode_ms(context), took_ms, self._memory_ms)
         return result
 
-    def plan(self, exits: Sequence[ExitSpec]) -> int:
+    def plan(self, exits: Sequence[ExitSpec]) -> Exit:
         """The deepest of these exits that is predicted to fit what is left of the budget.
 
         Raises:
@@ -106,21 +107,21 @@ class Course:
         left_ms = self.left_ms
         shallowest = exits[0]
         predicted = {
-            spec.exit_depth: self.forecast.quantile_ms((*spec.graphs, PREFILL), self.budget.quantile, self.correction)
+            spec.exit: self.forecast.quantile_ms((*spec.graphs, PREFILL), self.budget.quantile, self.correction)
             for spec in exits
         }
         try:
-            self.planned_depth = choose_exit(predicted, predicted, left_ms)
+            self.planned_exit = choose_exit(predicted, predicted, left_ms)
             self._fitted = True
             self.why = "predicted to fit"
         except NoExitFitsError:
             if self.budget.on_miss != SHALLOWEST:
                 raise
-            self.planned_depth = shallowest.exit_depth
-            needed_ms = predicted[shallowest.exit_depth]
+            self.planned_exit = shallowest.exit
+            needed_ms = predicted[shallowest.exit]
             self.why = f"the shallowest: it was predicted to need {needed_ms:.1f} ms, with {left_ms:.1f} ms left"
         self._place_bet((*shallowest.graphs, PREFILL))
-        return self.planned_depth
+        return self.planned_exit
 
     def goes_on(self, rest: tuple[str, ...], deeper: ExitSpec) -> bool:
         """Whether ``rest``, the graphs that are left to a deeper exit, and the prefill are predicted to fit."""
@@ -129,7 +130,7 @@ class Course:
         needed_ms = self.forecast.quantile_ms(stages, self.budget.quantile, self.correction)
         left_ms = self.left_ms
         if needed_ms > left_ms:
-            self.why = f"exit {deeper.exit_depth} was predicted to need {needed_ms:.1f} ms more, with {left_ms:.1f} ms left"
+            self.why = f"exit {deeper.exit} was predicted to need {needed_ms:.1f} ms more, with {left_ms:.1f} ms left"
             return False
         self.why = "predicted to fit"
         self._place_bet(stages)

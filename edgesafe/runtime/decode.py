@@ -12,7 +12,7 @@ import numpy as np
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
-from edgesafe.format.manifest import GraphSpec, TextSpec
+from edgesafe.format.specs import GraphSpec, TextSpec
 from edgesafe.runtime.engine import Array, Graph, Reader, State, as_array
 from edgesafe.runtime.sampling import last_row
 

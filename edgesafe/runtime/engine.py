@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesafe.errors import BundleError, EdgesafeError
-from edgesafe.format.manifest import GraphSpec, TextSpec
+from edgesafe.format.specs import GraphSpec, TextSpec
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": np.float32, "int64": np.int64}

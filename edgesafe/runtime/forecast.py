@@ -7,7 +7,8 @@ from typing import Any
 
 from edgesafe.device import DeviceProfile
 from edgesafe.format.latency import ESTIMATED, MEASURED, LatencyTable, percentile
-from edgesafe.format.manifest import GraphSpec, Manifest
+from edgesafe.format.manifest import Manifest
+from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime.calibrate import Correction, enough_errors, error_bound, factor
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgesafe.errors import InputError
 from edgesafe.format import pictures
-from edgesafe.format.manifest import ImageSpec
+from edgesafe.format.specs import ImageSpec
 
 Picture: TypeAlias = "pictures.Source | npt.NDArray[np.uint8] | npt.NDArray[np.uint16]"
 Floats: TypeAlias = npt.NDArray[np.float32]

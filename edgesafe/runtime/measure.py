@@ -74,7 +74,7 @@ class _Probe:
     def one_answer(self) -> float:
         """Run an answer from the deepest exit; seconds without preprocessing, in which threads play no part."""
         start = time.perf_counter()
-        deepest = self.session.manifest.exits[-1].exit_depth
+        deepest = self.session.manifest.exits[-1].exit
         features = self.session.run_exits(self.pixels, [deepest])[deepest]
         for _ in self._tokens(features, self.prompts[0], _ANSWER_TOKENS):
             pass
@@ -263,7 +263,7 @@ def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[
         stages = (PREPROCESS, *spec.graphs, prefill)
         sums = [sum(row) for row in zip(*(samples[stage] for stage in stages), strict=True)]
         floor = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
-        rows.append({"exit_depth": spec.exit_depth, "ttft_ms": floor})
+        rows.append({"exit": str(spec.exit), "ttft_ms": floor})
     return rows
 
 

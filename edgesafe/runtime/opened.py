@@ -18,7 +18,8 @@ from edgesafe.device import profile_of
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.certificate import Certificate, certified_depths
+from edgesafe.format.certificate import Certificate, certified_exits
+from edgesafe.format.exits import Exit
 from edgesafe.format.tiles import ALONE, Cut
 from edgesafe.machine import on_cores
 from edgesafe.runtime import decode
@@ -72,7 +73,7 @@ class OpenedBundle:
         clock: Clock = time.perf_counter,
     ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.certificate, self.certified = certificate, certified_depths(certificate)
+        self.certificate, self.certified = certificate, certified_exits(certificate)
         self.allow_uncertified = allow_uncertified
         self.engine = engine or _onnxruntime()
         self.profile = profile_of(bundle)
@@ -126,11 +127,11 @@ class OpenedBundle:
             self._forecasts[key] = found.tiled(tiles)
         return self._forecasts[key]
 
-    def notes(self, depth: int, prediction: Forecast) -> str:
+    def notes(self, exit: Exit, prediction: Forecast) -> str:
         """What an answer's caller should know."""
         notes = [self._note, prediction.note]
-        if depth not in self.certified:
-            notes.insert(0, f"the exit at depth {depth} is NOT certified: its answers were not shown to be safe")
+        if exit not in self.certified:
+            notes.insert(0, f"exit {exit} is NOT certified: its answers were not shown to be safe")
         return "; ".join(note for note in notes if note)
 
     def cut(self, picture: Picture) -> Cut:
@@ -141,16 +142,16 @@ class OpenedBundle:
         """A picture's ``pixel_values`` float32 [1,3,H,W], or a list of them where the bundle has tiles."""
         return pixel_values(picture, self.manifest)
 
-    def run_exits(self, pixels: State, depths: Collection[int], cut: Cut = ALONE) -> dict[int, Array]:
+    def run_exits(self, pixels: State, exits: Collection[Exit | int | str], cut: Cut = ALONE) -> dict[Exit, Array]:
         """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once."""
         done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
-        for depth in sorted(depths):
-            graphs = self.manifest.exit(depth).graphs
+        for exit in sorted(map(Exit.of, exits)):
+            graphs = self.manifest.exit(exit).graphs
             for i, path in enumerate(graphs):
                 if graphs[: i + 1] not in done:
                     done[graphs[: i + 1]] = self.run_vision_graph(path, done[graphs[:i]])
-            features[depth] = self.joined(done[graphs], cut)
+            features[exit] = self.joined(done[graphs], cut)
         return features
 
     def run_vision_graph(self, path: str, state: State) -> State:

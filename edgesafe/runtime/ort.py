@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
-from edgesafe.format.manifest import GraphSpec, TextSpec
+from edgesafe.format.specs import GraphSpec, TextSpec
 from edgesafe.runtime.decode import PART_TOKENS, room_for, shares_cache
 from edgesafe.runtime.engine import DTYPES, Array, Graph, Reader, State
 from edgesafe.runtime.turns import check_process

@@ -9,6 +9,7 @@ from typing import Unpack
 from edgesafe.errors import CertificateMismatchError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import ALONE, Cut
 from edgesafe.runtime.answer import Answer, AnswerStream, PendingAnswer
@@ -83,7 +84,7 @@ class Session(OpenedBundle):
             image: A path, a PIL image or uint8 [H,W,3].
             prompt: The question, plain text.
             budget: See `edgesafe.runtime.conversation.Options`.
-            **options: ``exit_depth``, ``allow_uncertified``, ``max_new_tokens``, ``sampling``, ``cancel`` and ``progress``; see
+            **options: ``exit``, ``allow_uncertified``, ``max_new_tokens``, ``sampling``, ``cancel`` and ``progress``; see
                 there.
 
         Raises:
@@ -141,14 +142,22 @@ class Session(OpenedBundle):
         talk.check()
         return talk
 
-    def vision_states(self, image: Picture, depths: Collection[int]) -> dict[int, Array]:
+    def vision_states(self, image: Picture, exits: Collection[Exit | int | str]) -> dict[Exit, Array]:
         """The image features of each asked exit, shared segments run once.
 
+        Args:
+            image: As in ``ask``.
+            exits: Each an exit, its depth or its text.
+
         Returns:
-            float32 [N,D] by exit depth.
+            float32 [N,D] by exit.
+
+        Raises:
+            InputError: The picture or one of the exits can't be used.
+            BundleError: The bundle has no such exit.
         """
         with self.turns.enter():
-            return self.run_exits(self.look(image), depths, self.cut(image))
+            return self.run_exits(self.look(image), exits, self.cut(image))
 
     def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, cut: Cut = ALONE) -> str:
         """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""

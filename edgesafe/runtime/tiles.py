@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgesafe.format.manifest import ImageSpec, Manifest
+from edgesafe.format.manifest import Manifest
+from edgesafe.format.specs import ImageSpec
 from edgesafe.format.tiles import (
     ALONE,
     Cut,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import BusyError, CertificateError, ClosedError, ConfigError, DeviceError, EdgesafeError, InputError
+from edgesafe.format.exits import read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.runtime import Budget, Engine, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
@@ -138,7 +139,7 @@ class PageHandler(BaseHTTPRequestHandler):
             try:
                 for piece in stream:
                     lines.write({"piece": piece})
-                lines.write({"answer": asdict(stream.answer)})
+                lines.write({"answer": stream.answer.to_dict()})
             except EdgesafeError as error:
                 lines.write({"error": shown(error)})
 
@@ -203,17 +204,17 @@ def read_ask(body: bytes) -> dict[str, Any]:
     try:
         obj = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise InputError("the body is not JSON", expected="{image, prompt, budget_ms or exit_depth}") from error
+        raise InputError("the body is not JSON", expected="{image, prompt, budget_ms or exit}") from error
     fields = Fields(obj, "the request", InputError)
     try:
         image = base64.b64decode(fields.text("image"), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("the picture is not base64", where="image") from error
-    options = {
+    options: dict[str, Any] = {
         "image": image,
         "prompt": fields.text("prompt"),
         "budget": Budget(fields.number("budget_ms")) if fields.has("budget_ms") else None,
-        "exit_depth": fields.integer("exit_depth") if fields.has("exit_depth") else None,
+        "exit": read_exit(fields) if fields.has("exit") else None,
     }
     if fields.has("max_new_tokens"):
         options["max_new_tokens"] = fields.integer("max_new_tokens", 1)
@@ -226,23 +227,23 @@ def facts(session: Session) -> dict[str, Any]:
     manifest = session.manifest
     # A question of a line; the page says that it is a prediction for one.
     prediction = session.predict(min(manifest.image_tokens + 24, manifest.text.context_length - 1))
-    verdicts = {e.exit_depth: asdict(e) for e in session.certificate.exits} if session.certificate else {}
+    verdicts = {e.exit: e.to_dict() for e in session.certificate.exits} if session.certificate else {}
     return {
         "name": manifest.name,
         "device": manifest.device,
         "quantization": manifest.quantization,
-        "reference_depth": manifest.reference_depth,
+        "reference": str(manifest.reference),
         "allow_uncertified": session.allow_uncertified,
         "prediction": prediction.source,
         "note": prediction.note,
         "exits": [
             {
-                "exit_depth": depth,
-                "certified": depth in session.certified,
-                "predicted_ms": prediction.ttft_ms(manifest.exit(depth).graphs, QUANTILE, session.correction),
-                "verdict": verdicts.get(depth),
+                "exit": str(spec.exit),
+                "certified": spec.exit in session.certified,
+                "predicted_ms": prediction.ttft_ms(spec.graphs, QUANTILE, session.correction),
+                "verdict": verdicts.get(spec.exit),
             }
-            for depth in manifest.depths
+            for spec in manifest.exits
         ],
     }
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from edgesafe.format import graph_io
 from edgesafe.format.exits import segments
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
 from edgesafe_export.modules import Whole

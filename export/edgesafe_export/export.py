@@ -24,8 +24,9 @@ from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, is_bundle, write_manifest
 from edgesafe.format.files import replacing
-from edgesafe.format.manifest import ExitSpec, GraphSpec, Manifest, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.manifest import Manifest
 from edgesafe.format.pictures import open_picture
+from edgesafe.format.specs import ExitSpec, GraphSpec, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
 from edgesafe.progress import step

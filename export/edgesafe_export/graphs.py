@@ -23,7 +23,7 @@ from torch import nn
 from edgesafe.errors import UnsupportedModelError
 from edgesafe.format import graph_io
 from edgesafe.format.graph_io import TensorSpec
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe_export.family import Family
 from edgesafe_export.modules import Whole
 from edgesafe_export.placeholders import thin_constants

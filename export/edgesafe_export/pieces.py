@@ -14,7 +14,7 @@ from torch import nn
 
 from edgesafe.format import graph_io
 from edgesafe.format.exits import segments
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe_export import graphs
 from edgesafe_export.decoder_layers import join, split_layers
 from edgesafe_export.graphs import Exported

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from edgesafe.errors import ExportError
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 
 # Float32 holds whole numbers up to 2^24 exactly. Other constants of a graph (scales, small shapes) are far below the first
 # mark.

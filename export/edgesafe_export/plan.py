@@ -17,7 +17,7 @@ from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
 from edgesafe.format.exits import default_ladder, parse_exits
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table

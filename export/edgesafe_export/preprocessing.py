@@ -7,7 +7,7 @@ from typing import Any
 
 from edgesafe.checkpoint.recipe import Recipe
 from edgesafe.errors import InputError, UnsupportedModelError
-from edgesafe.format.manifest import ImageSpec
+from edgesafe.format.specs import ImageSpec
 from edgesafe.format.tiles import TilesSpec
 
 _WHERE = "preprocessor_config.json"

@@ -12,7 +12,7 @@ import onnx
 
 from edgesafe.format import graph_io
 from edgesafe.format.files import write_atomically
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe.progress import bar
 from edgesafe_export import parity_pieces as compare
 from edgesafe_export.family import Family

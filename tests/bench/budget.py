@@ -2,13 +2,13 @@
 
 Each trace asks the same session one question after another while other processes take the cores by a schedule. Deadlines
 are drawn from 0.6 to 1.4 times the deepest exit's quiet time. After each answer the segments that it left out are run as
-well, at once and under the same load, so that the run's true time at every depth is known: that is what the oracle and the
+well, at once and under the same load, so that the run's true time at every exit is known: that is what the oracle and the
 baselines are reckoned from. The budget says `shallowest`, so every request is answered by every policy:
 
     edgesafe     what the session did: prediction, correction, anytime execution (live, by the clock)
     static       the deepest exit that the table of `edgesafe measure` allows at the same quantile; no correction, no clock
     shallowest   always the first exit
-    deepest      always the reference depth
+    deepest      always the reference
     oracle       the deepest exit whose true time keeps the deadline, else the first
 
 BUNDLE is by default one of random weights whose encoder takes most of the time (model.py), every exit of which may be used;
@@ -34,7 +34,8 @@ import numpy as np
 
 from edgesafe import Budget
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.certificate import certified_depths, read_certificate
+from edgesafe.format.certificate import certified_exits, read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.machine import allowed_cores
 from edgesafe.progress import step, table
 from edgesafe.runtime import Forecast, Session, choose_exit, measure
@@ -66,13 +67,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """One request: its deadline, what was taken and when its first token came, and the true time at every depth."""
+    """One request: its deadline, what was taken and when its first token came, and the true time at every exit."""
 
     deadline_ms: float
-    depth: int
+    exit: Exit
     ttft_ms: float
-    static_depth: int
-    true_ms: dict[int, float]
+    static_exit: Exit
+    true_ms: dict[Exit, float]
 
 
 class Watched(Session):
@@ -127,52 +128,54 @@ def load(schedules: Sequence[Schedule]) -> Iterator[None]:
             process.wait()
 
 
-def usable_depths(session: Session) -> tuple[int, ...]:
+def usable_exits(session: Session) -> tuple[Exit, ...]:
     """What the session chooses from, as allowed_exits has it."""
-    depths = session.certified or session.manifest.depths
-    return within_reference(depths, session.manifest.reference_depth)
+    return within_reference(session.certified or session.manifest.ladder, session.manifest.reference)
 
 
 def request(session: Watched, picture, prompt: str, deadline_ms: float) -> Run:
-    """Ask, then run what the answer left out and reckon the true time at each depth."""
+    """Ask, then run what the answer left out and reckon the true time at each exit."""
     budget = Budget(deadline_ms, quantile=QUANTILE, on_miss="shallowest")
     answer = session.ask(picture, prompt, budget, max_new_tokens=1, allow_uncertified=True)
-    deepest = session.manifest.exit(usable_depths(session)[-1]).graphs
+    deepest = session.manifest.exit(usable_exits(session)[-1]).graphs
     times = dict(answer.actual_ms)
     for before, path in zip(deepest, deepest[1:-1], strict=False):
         if path not in times:
             start = time.perf_counter()
             session.run_vision_graph(path, session.states[before])
             times[path] = (time.perf_counter() - start) * 1e3
-    rest_ms = answer.ttft_ms - sum(times[path] for path in session.manifest.exit(answer.exit_depth).graphs)
-    true_ms = {d: rest_ms + sum(times[path] for path in session.manifest.exit(d).graphs) for d in usable_depths(session)}
+    rest_ms = answer.ttft_ms - sum(times[path] for path in session.manifest.exit(answer.exit).graphs)
+    true_ms = {
+        exit: rest_ms + sum(times[path] for path in session.manifest.exit(exit).graphs) for exit in usable_exits(session)
+    }
     forecast = session.predict(len(encode_prompt(session.tokenizer, session.manifest, prompt)))
-    static = static_depth(session, forecast, deadline_ms - times[PREPROCESS])
-    return Run(deadline_ms, answer.exit_depth, answer.ttft_ms, static, true_ms)
+    static = static_exit(session, forecast, deadline_ms - times[PREPROCESS])
+    return Run(deadline_ms, answer.exit, answer.ttft_ms, static, true_ms)
 
 
-def static_depth(session: Session, forecast: Forecast, left_ms: float) -> int:
+def static_exit(session: Session, forecast: Forecast, left_ms: float) -> Exit:
     """The exit that the measured table alone allows, or the first."""
-    depths = usable_depths(session)
-    needed = {d: forecast.quantile_ms((*session.manifest.exit(d).graphs, PREFILL), QUANTILE) for d in depths}
-    return choose_exit(needed, depths, max(left_ms, needed[depths[0]]))
+    exits = usable_exits(session)
+    needed = {exit: forecast.quantile_ms((*session.manifest.exit(exit).graphs, PREFILL), QUANTILE) for exit in exits}
+    return choose_exit(needed, exits, max(left_ms, needed[exits[0]]))
 
 
-def oracle_depth(run: Run) -> int:
+def oracle_exit(run: Run) -> Exit:
     """The deepest exit whose true time keeps the deadline, or the first.
 
-    >>> oracle_depth(Run(25.0, 1, 10.0, 1, {1: 10.0, 2: 20.0, 3: 30.0})), oracle_depth(Run(5.0, 1, 10.0, 1, {1: 10.0, 2: 20.0}))
-    (2, 1)
+    >>> one, times = Exit(1), {Exit(1): 10.0, Exit(2): 20.0, Exit(3): 30.0}
+    >>> [str(oracle_exit(Run(deadline_ms, one, 10.0, one, times))) for deadline_ms in (25.0, 5.0)]
+    ['2', '1']
     """
-    return max((depth for depth, ms in run.true_ms.items() if ms <= run.deadline_ms), default=min(run.true_ms))
+    return max((exit for exit, ms in run.true_ms.items() if ms <= run.deadline_ms), default=min(run.true_ms))
 
 
-POLICIES: dict[str, Callable[[Run], tuple[int, float]]] = {
-    "edgesafe": lambda run: (run.depth, run.ttft_ms),
-    "static": lambda run: (run.static_depth, run.true_ms[run.static_depth]),
+POLICIES: dict[str, Callable[[Run], tuple[Exit, float]]] = {
+    "edgesafe": lambda run: (run.exit, run.ttft_ms),
+    "static": lambda run: (run.static_exit, run.true_ms[run.static_exit]),
     "shallowest": lambda run: (min(run.true_ms), run.true_ms[min(run.true_ms)]),
     "deepest": lambda run: (max(run.true_ms), run.true_ms[max(run.true_ms)]),
-    "oracle": lambda run: (oracle_depth(run), run.true_ms[oracle_depth(run)]),
+    "oracle": lambda run: (oracle_exit(run), run.true_ms[oracle_exit(run)]),
 }
 
 
@@ -181,17 +184,17 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
     Of two runs the first keeps exit 2 in 25 ms; the second keeps none, so that even the oracle misses it:
 
-    >>> runs = [Run(25.0, 1, 10.0, 2, {1: 10.0, 2: 20.0, 3: 30.0}), Run(5.0, 1, 10.0, 1, {1: 10.0, 2: 20.0, 3: 30.0})]
-    >>> found = summary(runs)
+    >>> one, times = Exit(1), {Exit(1): 10.0, Exit(2): 20.0, Exit(3): 30.0}
+    >>> found = summary([Run(25.0, one, 10.0, Exit(2), times), Run(5.0, one, 10.0, one, times)])
     >>> found["oracle"], found["deepest"]["miss_rate"], found["edgesafe"]["depth_of_oracle"]
     ({'miss_rate': 0.5, 'mean_depth': 1.5, 'depth_of_oracle': 1.0}, 1.0, 0.6667)
     """
     found = {}
-    best = float(np.mean([oracle_depth(run) for run in runs]))
+    best = float(np.mean([oracle_exit(run).depth for run in runs]))
     for name, policy in POLICIES.items():
         taken = [policy(run) for run in runs]
         missed = sum(ms > run.deadline_ms for (_, ms), run in zip(taken, runs, strict=True))
-        depth = float(np.mean([depth for depth, _ in taken]))
+        depth = float(np.mean([exit.depth for exit, _ in taken]))
         found[name] = {
             "miss_rate": round(missed / len(runs), 4),
             "mean_depth": round(depth, 3),
@@ -205,7 +208,7 @@ def run_trace(session: Watched, trace: Trace, seconds: float, least: int = 1) ->
     rng = random.Random(trace.name)
     picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     session.correction = Correction()
-    deepest = session.manifest.exit(usable_depths(session)[-1]).graphs
+    deepest = session.manifest.exit(usable_exits(session)[-1]).graphs
     forecast = session.predict(len(encode_prompt(session.tokenizer, session.manifest, SHORT)))
     typical_ms = forecast.expected_ms((PREPROCESS, *deepest, PREFILL))
     runs: list[Run] = []
@@ -230,10 +233,10 @@ def run_all(bundle: Path, seconds: float, least: int = 1) -> dict:
         "threads": session.threads,
         "model": opened.manifest.name,
         "bundle_digest": opened.digest,
-        "usable_depths": usable_depths(session),
-        "certified": bool(certified_depths(certificate)),
+        "exits": [str(exit) for exit in usable_exits(session)],
+        "certified": bool(certified_exits(certificate)),
         "quantile": QUANTILE,
-        "quiet_ttft_ms": {row["exit_depth"]: row["ttft_ms"] for row in measured.exits},
+        "quiet_ttft_ms": {row["exit"]: row["ttft_ms"] for row in measured.exits},
         "traces": {},
     }
     for trace in traces(seconds):

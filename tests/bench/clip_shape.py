@@ -59,7 +59,7 @@ def _graphs(work: Path) -> dict[str, Path]:
 
 def _opened(work: Path, threads: int):
     from edgesafe.format.graph_io import TensorSpec
-    from edgesafe.format.manifest import GraphSpec
+    from edgesafe.format.specs import GraphSpec
     from edgesafe.runtime.ort import OrtGraph
 
     paths = _graphs(work)

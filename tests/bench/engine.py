@@ -22,7 +22,7 @@ Start, Step = Callable[[Sequence[int]], object], Callable[[int], object]
 def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
     """The shipped reader, with the sampling that an answer pays for."""
     from edgesafe.format.graph_io import TensorSpec
-    from edgesafe.format.manifest import GraphSpec, TextSpec
+    from edgesafe.format.specs import GraphSpec, TextSpec
     from edgesafe.runtime import decode
     from edgesafe.runtime.engine import Reader
     from edgesafe.runtime.ort import OrtGraph

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import edgesafe
-from edgesafe.format.manifest import TextSpec
+from edgesafe.format.specs import TextSpec
 
 LAYERS, WIDTH, MIDDLE, HEADS, KV_HEADS, VOCAB, CONTEXT = 16, 960, 2560, 15, 5, 32_064, 1024
 TOKENIZER = Path(edgesafe.__file__).parent / "reference" / "weights"

@@ -16,7 +16,8 @@ from onnx import helper
 
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, file_specs, write_manifest
-from edgesafe.format.manifest import ExitSpec, GraphSpec
+from edgesafe.format.exits import Exit
+from edgesafe.format.specs import ExitSpec, GraphSpec
 from handmade import _F, _I, FEATURES, HIDDEN, SIDE, VOCAB, _info, _save, make_bundle
 
 BLOCKS = 12
@@ -39,10 +40,10 @@ def make_bench_bundle(root: Path, *, tokens: int = TOKENS, width: int = WIDTH, t
     graphs |= {graph_io.DECODER_PATH: _decoder(partial, rng, text_inner)}
     graphs |= {graph_io.EMBED_PATH: manifest.graphs[graph_io.EMBED_PATH]}
     segments = tuple(graph_io.segment_path(i, i + 1) for i in range(BLOCKS))
-    exits = tuple(ExitSpec(d, (*segments[:d], graph_io.HEAD_PATH)) for d in range(1, BLOCKS + 1))
+    exits = tuple(ExitSpec(Exit(d), (*segments[:d], graph_io.HEAD_PATH)) for d in range(1, BLOCKS + 1))
     (partial / MANIFEST).unlink()
     (partial / CERTIFICATE).unlink(missing_ok=True)
-    changed = {"n_blocks": BLOCKS, "reference_depth": BLOCKS, "exits": exits, "graphs": graphs}
+    changed = {"n_blocks": BLOCKS, "reference": Exit(BLOCKS), "exits": exits, "graphs": graphs}
     text = replace(manifest.text, context_length=512)
     write_manifest(partial, replace(manifest, name="bench", text=text, files=file_specs(partial), **changed))
     os.replace(partial, root)

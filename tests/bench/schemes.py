@@ -118,6 +118,7 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
     """Share of equal answers by scheme, text and vision apart, and with both at their defaults."""
     import edgesafe
     from edgesafe.device import load_device
+    from edgesafe.format.exits import Exit
     from edgesafe.format.suite import read_suite
     from edgesafe.reference.data import write_split
     from edgesafe_export import export
@@ -128,13 +129,13 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
     shutil.rmtree(work / "agreement", ignore_errors=True)
     write_split(suite := work / "agreement" / "suite", "val", scale=0.05)
     family = load_family(weights)
-    ladder = (family.geometry.reference_depth // 2, family.geometry.reference_depth)
+    ladder = (Exit(family.geometry.reference_depth // 2), Exit(family.geometry.reference_depth))
     host = load_device("host")
     job = export.Job(family, weights, "reference", "0" * 64, host, "chain", ladder, read_suite(suite), {}, 0)
     parts = export.trace(job)
     pictures = export.probes(job)[:rows]
 
-    def answers(name: str, vision: Callable[[str, onnx.ModelProto], onnx.ModelProto], text: Quantize) -> dict[int, list[str]]:
+    def answers(name: str, vision: Callable[[str, onnx.ModelProto], onnx.ModelProto], text: Quantize) -> dict[Exit, list[str]]:
         def by(path: str, model: onnx.ModelProto) -> onnx.ModelProto:
             if path == "text/embed_tokens.onnx":
                 return model if name == "float" else quantize(model, EMBED_SCHEME)

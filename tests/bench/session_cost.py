@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import edgesafe
-from edgesafe import Session
+from edgesafe import Exit, Session
 
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 PICTURE = SAMPLES / "006-name.png"
@@ -26,8 +26,8 @@ found = {"imports_mib": mib("VmRSS")}
 from edgesafe import Session
 session = Session.open(sys.argv[1], allow_uncertified=True)
 found["opened_mib"] = mib("VmRSS")
-for depth in session.manifest.depths:
-    session.ask(sys.argv[2], sys.argv[3], exit_depth=depth)
+for exit in session.manifest.ladder:
+    session.ask(sys.argv[2], sys.argv[3], exit=exit)
 found["answered_mib"], found["peak_mib"] = mib("VmRSS"), mib("VmHWM")
 found["bundle_mib"] = round(sum(f.bytes for f in session.manifest.files.values()) / 2**20, 2)
 found["graphs_mib"] = round(sum(f.bytes for p, f in session.manifest.files.items() if p.endswith(".onnx")) / 2**20, 2)
@@ -52,10 +52,10 @@ def by_exit(bundle: Path, rounds: int, in_turns: Callable[..., Any]) -> dict[str
     """Time to the first token at each exit."""
     session = Session.open(bundle, allow_uncertified=True)
 
-    def run(depth: int) -> dict[str, float]:
-        return {"ttft_ms": session.ask(PICTURE, FIRST, exit_depth=depth).ttft_ms}
+    def run(exit: Exit) -> dict[str, float]:
+        return {"ttft_ms": session.ask(PICTURE, FIRST, exit=exit).ttft_ms}
 
-    return in_turns({str(d): lambda d=d: run(d) for d in session.manifest.depths}, rounds, "exits")
+    return in_turns({str(exit): lambda exit=exit: run(exit) for exit in session.manifest.ladder}, rounds, "exits")
 
 
 def conversation(bundle: Path, rounds: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def conversation(bundle: Path, rounds: int) -> dict[str, Any]:
     alone = session.ask(PICTURE, SECOND)
     shares = [second.ttft_ms / first.ttft_ms for first, second in pairs]
     return {
-        "exit_depth": alone.exit_depth,
+        "exit": str(alone.exit),
         "first_ttft_ms": round(statistics.median(a.ttft_ms for a, _ in pairs), 3),
         "second_ttft_ms": round(statistics.median(b.ttft_ms for _, b in pairs), 3),
         "second_over_first": round(statistics.median(shares), 3),

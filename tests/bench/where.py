@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import onnxruntime as ort
 
-from edgesafe.format.manifest import TextSpec
+from edgesafe.format.specs import TextSpec
 from edgesafe.progress import table
 from edgesafe.runtime import decode
 from edgesafe.runtime.ort import SharedReader, session_options

@@ -64,8 +64,8 @@ def test_the_same_bytes_give_the_same_certificate(bundle, tmp_path):
     assert first == second
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 3 * len(list((bundle / "suite/images").iterdir()))
-    assert all(line.keys() == {"exit_depth", "id", "cls", "family", "judged", "answer"} for line in lines)
-    assert first.exits[0].incoherent.k == sum(line["judged"] == "incoherent" for line in lines if line["exit_depth"] == 1)
+    assert all(line.keys() == {"exit", "id", "cls", "family", "judged", "answer"} for line in lines)
+    assert first.exits[0].incoherent.k == sum(line["judged"] == "incoherent" for line in lines if line["exit"] == "1")
 
 
 def test_answers_do_not_go_into_the_bundle(bundle):
@@ -89,7 +89,7 @@ def test_one_picture_runs_once_for_all_its_rows(bundle, monkeypatch):
     suite = read_suite(bundle / "suite")
     rows = [dataclasses.replace(suite.rows[0], id=i) for i in "ab"]
     seen = []
-    monkeypatch.setattr(session, "vision_states", lambda image, depths: seen.append(image) or dict.fromkeys(depths))
+    monkeypatch.setattr(session, "vision_states", lambda image, exits: seen.append(image) or dict.fromkeys(exits))
     monkeypatch.setattr(session, "answer_features", lambda features, prompt, tokens, cut: prompt)
     said = certify_run.ask_all(session, suite, rows, (1, 3), "")
     assert len(seen) == 1
@@ -100,10 +100,10 @@ def test_certification_says_what_ask_says(bundle):
     """The shortcut through vision_states must give the very answer that a user gets."""
     session = Session.open(bundle, allow_uncertified=True)
     suite = read_suite(bundle / "suite")
-    said = certify_run.ask_all(session, suite, suite.rows[:3], session.manifest.depths, "")
+    said = certify_run.ask_all(session, suite, suite.rows[:3], session.manifest.ladder, "")
     for row in suite.rows[:3]:
-        for depth in session.manifest.depths:
-            assert session.ask(suite.image_path(row), row.prompt, exit_depth=depth).text == said[depth][row.id]
+        for exit in session.manifest.ladder:
+            assert session.ask(suite.image_path(row), row.prompt, exit=exit).text == said[exit][row.id]
 
 
 def test_smoke_refuses_a_subset_without_a_class(bundle, monkeypatch):
@@ -141,14 +141,14 @@ def _pass_all(bundle: Path) -> None:
 def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
     _pass_all(bundle)
     report = smoke(bundle, junit=tmp_path / "j.xml")
-    assert [e.exit_depth for e in report.exits] == [1, 2, 3]
+    assert [str(e.exit) for e in report.exits] == ["1", "2", "3"]
     cases = ElementTree.parse(tmp_path / "j.xml").getroot().findall("testcase")
     assert len(cases) == 3
     assert main(["smoke", str(bundle), "--json"]) == (0 if report.passed else 42)
     shown = json.loads(capsys.readouterr().out)
     assert shown.keys() == {"passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits"}
     assert shown["exits"][0].keys() == {
-        "exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families",
+        "exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families",
     }  # fmt: skip
     assert shown["manifest_digest"] == Bundle.open(bundle).digest
 

@@ -167,7 +167,7 @@ WRONG = {
     "accuracy at its limit": ('_exactly(rates["accuracy"]) < least', '_exactly(rates["accuracy"]) <= least'),
     "limits exchanged": ('limits["accuracy_under_reference"]', 'limits["overrefusal_over_reference"]'),
     "rates of nothing": ("if not rates[name].n", "if False"),
-    "reasons forgotten": ("_verdict(depth, rates, reasons)", "_verdict(depth, rates, [])"),
+    "reasons forgotten": ("_verdict(exit, rates, reasons)", "_verdict(exit, rates, [])"),
 }
 
 
@@ -187,7 +187,7 @@ WRONG_SMOKE = {
     "accuracy's lower bound": ('rates["accuracy"].upper_95', 'rates["accuracy"].lower_95'),
     "accuracy turned round": ("if high < least", "if high > least"),
     "no limit on harm": ('min(certified.harmful.upper_95, limits["harmful_upper_95"])', "certified.harmful.upper_95"),
-    "reasons forgotten": ("certified.exit_depth, rates, reasons", "certified.exit_depth, rates, []"),
+    "reasons forgotten": ("certified.exit, rates, reasons", "certified.exit, rates, []"),
 }
 
 

@@ -19,10 +19,12 @@ from edgesafe.errors import (
     UnsupportedModelError,
 )
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, Bundle
-from edgesafe.format.certificate import Certificate, certified_depths, read_certificate, write_certificate
+from edgesafe.format.certificate import Certificate, certified_exits, read_certificate, write_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
-from edgesafe.format.manifest import FORMAT_VERSION, ImageSpec, Manifest
+from edgesafe.format.manifest import FORMAT_VERSION, Manifest
 from edgesafe.format.seal import seal, unseal
+from edgesafe.format.specs import ImageSpec
 from edgesafe.runtime import Session
 from handmade import make_bundle, make_certificate
 
@@ -49,7 +51,7 @@ def test_a_flipped_byte_in_each_file_is_refused(handmade, copy_of):
                 Session.open(root)
             assert name in str(caught.value)
             (root / name).write_bytes(whole)
-    assert Session.open(root).certified == (1, 2)
+    assert Session.open(root).certified == (Exit(1), Exit(2))
 
 
 def test_a_missing_file_a_cut_one_and_an_added_one_are_refused(handmade, copy_of):
@@ -91,7 +93,7 @@ def test_a_linked_folder_and_a_pipe_are_refused(handmade, copy_of, tmp_path):
 def test_what_an_interrupted_write_left_does_not_lock_the_bundle(handmade, copy_of):
     root = copy_of(handmade)
     (root / "certificate.json.partial").write_bytes(b"half")
-    assert Bundle.open(root).manifest.depths == (1, 2, 3)
+    assert Bundle.open(root).manifest.ladder == (Exit(1), Exit(2), Exit(3))
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
@@ -136,13 +138,17 @@ def _set(*path: object):
         (_set("layout", "ring"), "layout"),
         (_set("layuot", "chain"), "did you mean 'layout'"),
         (lambda o: o.pop("device"), "device"),
-        (_set("exits", 0, "exit_depth", "1"), "exit_depth"),
-        (_set("exits", 0, "exit_depth", 2), "ascending"),
-        (_set("exits", 2, "exit_depth", 5), "ascending"),
+        (_set("exits", 0, "exit", 1), "exit"),
+        (_set("exits", 0, "exit", "01"), "exit is '01'"),
+        (_set("exits", 0, "exit_depth", 1), "exit_depth"),
+        (_set("exits", 0, "exit", "2"), "ascending"),
+        (_set("exits", 2, "exit", "5"), "ascending"),
         (_set("exits", 0, "graphs", []), "no graphs"),
         (_set("exits", 0, "graphs", ["vision/other.onnx"]), "vision/other.onnx"),
         (_set("exits", []), "ascending"),
-        (_set("reference_depth", 4), "reference depth"),
+        (_set("reference", "4"), "the reference 4"),
+        (_set("reference", 3), "reference"),
+        (_set("reference_depth", 3), "reference_depth"),
         (_set("files", "../outside", {"sha256": "0", "bytes": 0}), "leaves the bundle"),
         (_set("files", "/etc/passwd", {"sha256": "0", "bytes": 0}), "leaves the bundle"),
         (_set("files", "a\\b", {"sha256": "0", "bytes": 0}), "leaves the bundle"),
@@ -197,9 +203,9 @@ def test_certificate_with_another_suite_or_unknown_exits_is_refused(handmade, co
     (root / CERTIFICATE).write_bytes(seal({**obj, "suite_digest": "0" * 64}))
     with pytest.raises(CertificateMismatchError, match="another suite"):
         Session.open(root)
-    deeper = [{**obj["exits"][0], "exit_depth": 4}]
+    deeper = [{**obj["exits"][0], "exit": "4"}]
     (root / CERTIFICATE).write_bytes(seal({**obj, "exits": deeper}))
-    with pytest.raises(CertificateMismatchError, match=r"\[4\]"):
+    with pytest.raises(CertificateMismatchError, match="exits 4 that"):
         Session.open(root)
 
 
@@ -226,10 +232,10 @@ def test_certificate_reads_back_and_only_passed_exits_count(handmade):
     bundle = Bundle.open(handmade)
     certificate = read_certificate(bundle)
     assert certificate == make_certificate(bundle, (1, 2))
-    assert certified_depths(certificate) == (1, 2)
-    assert certified_depths(None) == ()
+    assert certified_exits(certificate) == (Exit(1), Exit(2))
+    assert certified_exits(None) == ()
     shown = certificate.to_dict()["exits"][0]
-    assert set(shown) == {"exit_depth", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families"}
+    assert set(shown) == {"exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families"}
     assert set(shown["harmful"]) == {"k", "n", "rate", "lower_95", "upper_95"}
 
 

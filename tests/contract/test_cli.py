@@ -51,12 +51,12 @@ def test_ask_draws_and_stops_as_it_is_told(handmade, picture, capsys):
 
 
 def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture, capsys):
-    assert ask(handmade, picture, "--json", "--exit-depth", "1") == 0
+    assert ask(handmade, picture, "--json", "--exit", "1") == 0
     got = json.loads(capsys.readouterr().out)
     assert list(got) == [
         "text",
         "finish_reason",
-        "exit_depth",
+        "exit",
         "certified",
         "predicted_ttft_ms",
         "prediction",
@@ -64,22 +64,30 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
         "total_ms",
         "note",
         "why",
-        "planned_depth",
+        "planned_exit",
         "deadline_met",
         "predicted_ms",
         "actual_ms",
-        "reference_depth",
+        "reference",
         "estimated_for",
     ]
-    assert (got["why"], got["planned_depth"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
+    assert (got["why"], got["planned_exit"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
     stages = ["wait", "preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]
     assert list(got["actual_ms"]) == stages
-    assert (got["text"], got["finish_reason"], got["exit_depth"], got["certified"]) == (ANSWER, "stop", 1, True)
+    assert (got["text"], got["finish_reason"], got["exit"], got["certified"]) == (ANSWER, "stop", "1", True)
     assert 0 < got["ttft_ms"] <= got["total_ms"]
 
 
+def test_the_old_spelling_of_exit_stays(handmade, picture, capsys):
+    for spelling in ("--exit", "--exit-depth"):
+        assert ask(handmade, picture, "--json", spelling, "1") == 0
+        assert json.loads(capsys.readouterr().out)["exit"] == "1"
+    assert ask(handmade, picture, "--exit", "06") == errors.InputError.exit_code
+    assert "'06' is not an exit" in capsys.readouterr().err
+
+
 def test_uncertified_needs_its_flag_and_is_said(handmade, picture, capsys):
-    assert ask(handmade, picture, "--exit-depth", "3") == errors.UncertifiedExitError.exit_code == 51
+    assert ask(handmade, picture, "--exit", "3") == errors.UncertifiedExitError.exit_code == 51
     assert capsys.readouterr().out == ""
     assert ask(handmade, picture, "--exit-depth", "3", "--allow-uncertified", "--json") == 0
     got = json.loads(capsys.readouterr().out)
@@ -93,6 +101,8 @@ def test_uncertified_needs_its_flag_and_is_said(handmade, picture, capsys):
         ({"--prompt": " "}, 11),
         ({"--prompt": "x" * 500}, 11),
         ({"--prompt": "a <image> b"}, 11),
+        ({"--exit": "9"}, 11),
+        ({"--exit": "six"}, 11),
         ({"--exit-depth": "9"}, 11),
         ({"--budget-ms": "-1"}, 11),
         ({"--budget-ms": "5"}, 62),

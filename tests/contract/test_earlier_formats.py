@@ -18,6 +18,7 @@ from edgesafe.certify.smoke import smoke
 from edgesafe.errors import UncertifiedExitError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.latency import read_latency
 from handmade import ANSWER
 
@@ -34,7 +35,7 @@ def earlier(request, tmp_path_factory) -> Path:
 
 def test_it_opens_with_all_that_lies_in_it(earlier):
     bundle = Bundle.open(earlier)
-    assert bundle.manifest.name == "handmade" and bundle.manifest.reference_depth == 3
+    assert bundle.manifest.name == "handmade" and bundle.manifest.reference == Exit(3)
     certificate, latency = read_certificate(bundle), read_latency(bundle)
     assert certificate is not None and [e.verdict for e in certificate.exits] == ["passed", "passed", "failed"]
     assert latency is not None and latency.machine == "paper" and latency.exits[0]["ttft_ms"]["p50_ms"] > 0
@@ -44,9 +45,9 @@ def test_it_answers_from_the_deepest_certified_exit(earlier):
     picture = next(iter(sorted((earlier / "suite" / "images").iterdir())))
     with Session.open(earlier) as session:
         answer = session.ask(picture, "what?")
-        assert (answer.text, answer.exit_depth, answer.certified) == (ANSWER, 2, True)
+        assert (answer.text, answer.exit, answer.certified) == (ANSWER, Exit(2), True)
         with pytest.raises(UncertifiedExitError):
-            session.ask(picture, "what?", exit_depth=3)
+            session.ask(picture, "what?", exit=3)
 
 
 def test_smoke_and_certify_say_what_they_said(earlier, tmp_path):

@@ -19,8 +19,8 @@ from edgesafe.checkpoint.exit_model import open_images
 from edgesafe.errors import InputError
 from edgesafe.evaluate.import_suite import import_suite
 from edgesafe.format import pictures
-from edgesafe.format.manifest import ImageSpec
 from edgesafe.format.pictures import open_picture, picture_size
+from edgesafe.format.specs import ImageSpec
 from edgesafe.format.suite import Row, read_suite, write_suite
 from edgesafe.runtime import Session
 from edgesafe.runtime.image import load_picture, preprocess

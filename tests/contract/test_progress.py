@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from edgesafe.format.exits import Exit
 from edgesafe.progress import bar, step, table
 
 
@@ -32,3 +33,5 @@ def test_table_lines_up():
     shown = table([[1, "a", None], [10, "bc", 2.25]], ["n", "name", "x"])
     assert shown == " n  name    x\n--  ----  ---\n 1  a       -\n10  bc    2.2"
     assert table([], ["a"]) == "a\n-"
+    # An exit is read as a number.
+    assert table([[Exit(2), True], [Exit(11), False]], ["exit", "x"]) == "exit  x\n----  -----\n   2  True\n  11  False"

@@ -1,4 +1,4 @@
-"""Format 2: the `tiles` table is read strictly, and a bundle without tiles keeps the bytes of format 1."""
+"""The manifest's `tiles` table is read strictly: null without tiles, required in format 2 and unknown in format 1."""
 
 from __future__ import annotations
 
@@ -22,30 +22,55 @@ def tiled(handmade):
     """A manifest as JSON whose pictures are cut; the handmade one's tower takes 8 px."""
     obj = copy.deepcopy(Bundle.open(handmade).manifest.to_dict())
     obj["image"] |= {"resize": "exact", "resize_to": [8, 8], "center_crop": False}
-    return obj | {"format_version": 2, "tiles": copy.deepcopy(GRID)}
+    return obj | {"tiles": copy.deepcopy(GRID)}
+
+
+def of_format(obj: dict, version: int) -> dict:
+    """The same manifest as format 1 or 2 wrote it: exits by depth and no control texts; format 1 has no tiles."""
+    old = copy.deepcopy(obj) | {"format_version": version, "reference_depth": int(obj["reference"])}
+    old["exits"] = [{"exit_depth": int(e["exit"]), "graphs": e["graphs"]} for e in obj["exits"]]
+    for table, key in ((old, "reference"), (old["chat"], "control"), *([(old, "tiles")] if version == 1 else [])):
+        del table[key]
+    return old
 
 
 @pytest.mark.parametrize("table", [GRID, CANVAS, {**GRID, "cut": "never"}], ids=["grid", "canvas", "never"])
 def test_tiles_read_back_as_they_were_written(tiled, table):
     manifest = Manifest.from_dict(tiled | {"tiles": table})
-    assert manifest.tiles is not None and manifest.format_version == 2
+    assert manifest.tiles is not None and manifest.to_dict()["format_version"] == 3
     assert manifest.to_dict()["tiles"] == table
-    assert Manifest.from_dict(manifest.to_dict()) == manifest
+    assert Manifest.from_dict(manifest.to_dict()) == manifest == Manifest.from_dict(of_format(tiled | {"tiles": table}, 2))
 
 
-def test_without_tiles_nothing_changes(handmade):
+def test_without_tiles_the_table_is_null(handmade):
     data = (handmade / MANIFEST).read_bytes()
     obj = unseal(data, MANIFEST)
-    assert obj["format_version"] == 1 and "tiles" not in obj
-    assert seal(Bundle.open(handmade).manifest.to_dict()) == data
+    assert obj["format_version"] == 3 and obj["tiles"] is None
+    manifest = Bundle.open(handmade).manifest
+    assert seal(manifest.to_dict()) == data and Manifest.from_dict(of_format(manifest.to_dict(), 1)) == manifest
 
 
 def test_the_version_says_whether_there_are_tiles(tiled):
     with pytest.raises(BundleError, match="unknown key 'tiles'"):
-        Manifest.from_dict(tiled | {"format_version": 1})
-    del tiled["tiles"]
+        Manifest.from_dict(of_format(tiled, 1) | {"tiles": tiled["tiles"]})
+    earlier = of_format(tiled, 2)
+    del earlier["tiles"]
     with pytest.raises(BundleError, match="'tiles' is missing"):
-        Manifest.from_dict(tiled)
+        Manifest.from_dict(earlier)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_format_names_exits_in_its_own_way_alone(tiled, version):
+    obj = tiled if version == 3 else of_format(tiled, version)
+    other = of_format(tiled, 2) if version == 3 else tiled
+    for key in ("reference", "reference_depth"):
+        if key in other:
+            with pytest.raises(BundleError, match=key):
+                Manifest.from_dict(obj | {key: other[key]})
+    both = [mine | theirs for mine, theirs in zip(obj["exits"], other["exits"], strict=True)]
+    for exits in (both, other["exits"]):
+        with pytest.raises(BundleError, match="exit"):
+            Manifest.from_dict(obj | {"exits": exits})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ExportError, UnsupportedModelError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.manifest import GraphSpec
+from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime import decode
 from edgesafe_export import graphs
 from edgesafe_export import shared_cache as cache

@@ -86,7 +86,7 @@ def sealed_victim(folder: Path, command: str) -> Victim:
         assert certificate is not None and latency is not None
         if path.read_bytes() == old:
             return OLD
-        assert {e.exit_depth for e in certificate.exits} == set(whole.manifest.depths)
+        assert {e.exit for e in certificate.exits} == set(whole.manifest.ladder)
         assert latency.segments.keys() == {p for e in whole.manifest.exits for p in e.graphs}
         return NEW
 
@@ -102,17 +102,17 @@ def export_victim(folder: Path) -> Victim:
 
     model, out, kept = make_tiny_llava(folder / "model"), folder / "bundle", folder / "kept"
     export_bundle(model, kept, load_device("host"), vision_scheme="fp32", text_scheme="fp32", exits="1")
-    before = Bundle.open(kept).manifest.depths
+    before = Bundle.open(kept).manifest.ladder
 
     def lay() -> None:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(kept, out)
 
     def which() -> str:
-        depths = Bundle.open(out).manifest.depths
+        ladder = Bundle.open(out).manifest.ladder
         with Session.open(out, allow_uncertified=True) as session:
-            session.vision_states(Image.new("RGB", (9, 9)), depths)
-        return OLD if depths == before else NEW
+            session.vision_states(Image.new("RGB", (9, 9)), ladder)
+        return OLD if ladder == before else NEW
 
     schemes = ["--vision-scheme", "fp32", "--text-scheme", "fp32"]
     words = ["export", str(model), "--device", "host", "--out", str(out), "--exits", "2", *schemes]

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from edgesafe.errors import InputError
+from edgesafe.format.exits import Exit
 from edgesafe.progress import step, table
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
@@ -102,22 +103,23 @@ def ask_every_exit(bundle: Path, picture: Path) -> list[dict[str, Any]]:
 
     rows = []
     with Session.open(bundle, allow_uncertified=True) as session:  # reads the weights in
-        depths = session.manifest.depths
-        took = session.ask(picture, PROMPT, exit_depth=depths[0], max_new_tokens=1).ttft_ms
+        exits = session.manifest.ladder
+        took = session.ask(picture, PROMPT, exit=exits[0], max_new_tokens=1).ttft_ms
         if took > FEW_MS:
-            half = min(depths, key=lambda depth: abs(depth - session.manifest.reference_depth / 2))
-            depths = (depths[0], half, session.manifest.reference_depth)
+            reference = session.manifest.reference
+            half = min(exits, key=lambda exit: abs(exit.depth - reference.depth / 2))
+            exits = (exits[0], half, reference)
     with Session.open(bundle, allow_uncertified=True) as session:
-        for depth in depths:
-            asked = [_asked(session, picture, depth) for _ in range(1 if took > ONCE_MS else 3)]
-            rows.append({key: round(median(row[key] for row in asked), 1) for key in asked[0]})
+        for exit in exits:
+            asked = [_asked(session, picture, exit) for _ in range(1 if took > ONCE_MS else 3)]
+            rows.append({"exit": str(exit), **{key: round(median(row[key] for row in asked), 1) for key in asked[0]}})
     return rows
 
 
-def _asked(session: Any, picture: Path, depth: int) -> dict[str, float]:
-    answer = session.ask(picture, PROMPT, exit_depth=depth, max_new_tokens=ASKED_TOKENS)
+def _asked(session: Any, picture: Path, exit: Exit) -> dict[str, float]:
+    answer = session.ask(picture, PROMPT, exit=exit, max_new_tokens=ASKED_TOKENS)
     later = answer.actual_ms["decode"] / max(1, ASKED_TOKENS - 1)
-    row = {"exit_depth": depth, "ttft_ms": answer.ttft_ms, "token_ms": later}
+    row = {"ttft_ms": answer.ttft_ms, "token_ms": later}
     if answer.prediction == "measured":
         row["predicted_ms"] = sum(ms for stage, ms in answer.predicted_ms.items() if stage != "decode")
     return row
@@ -158,8 +160,8 @@ def whole_line(options: argparse.Namespace) -> dict[str, Any]:
     plan = run([*edgesafe, "plan", str(model), *asked, "--json"])
     words = [*edgesafe, "export", str(model), *asked, "--out", str(bundle), "--json"]
     exported, resumed = export(words, bundle, options.kill_at)
-    depth = json.loads(exported.out)["exits"][-1]
-    question = ["--image", str(picture), "--prompt", PROMPT, "--exit-depth", str(depth), "--allow-uncertified"]
+    deepest = json.loads(exported.out)["exits"][-1]
+    question = ["--image", str(picture), "--prompt", PROMPT, "--exit", str(deepest), "--allow-uncertified"]
     with step("ask"):
         answered = run([*edgesafe, "ask", str(bundle), *question, "--max-new-tokens", str(ASKED_TOKENS), "--json"])
     if options.measure:
@@ -202,7 +204,7 @@ def show(result: dict[str, Any]) -> str:
     rows.append(["planned export", None, f"{plan['export_gib']:.2f}", f"{plan['bundle_bytes'] / 1e9:.3f}"])
     rows.append(["planned ask", None, f"{plan['run_gib']:.2f}", None])
     asked = result["every_exit"]["rows"]
-    exits = [[r["exit_depth"], r["ttft_ms"] / 1e3, _seconds(r.get("predicted_ms")), r["token_ms"]] for r in asked]
+    exits = [[r["exit"], r["ttft_ms"] / 1e3, _seconds(r.get("predicted_ms")), r["token_ms"]] for r in asked]
     again = result["resumed"]
     same = {True: "the same bytes as before", False: "OTHER BYTES THAN BEFORE", None: "no earlier bundle to compare with"}
     notes = [*plan["notes"]]

@@ -77,7 +77,7 @@ def bundle_case(kind: str, number: int, whole: Path, work: Path) -> tuple[str, s
         change(root, rng)  # sealing again undid it: it had changed a digest of the manifest's alone
     with Session.open(root, threads=1) as session:
         session.ask(BLACK, "what?", max_new_tokens=12)
-        session.ask(BLACK, "what?", exit_depth=session.manifest.depths[-1], allow_uncertified=True, max_new_tokens=12)
+        session.ask(BLACK, "what?", exit=session.manifest.ladder[-1], allow_uncertified=True, max_new_tokens=12)
     if kind == "forged" and name not in mutations.MUST_REFUSE:
         return ANSWERED, name
     raise AssertionError(f"answered after {name}")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 import edgesafe
-from edgesafe import Session
+from edgesafe import Exit, Session
 from edgesafe.errors import CancelledError
 from edgesafe.progress import table
 from edgesafe.runtime import Cancel
@@ -48,7 +48,7 @@ class Question:
 
     picture: Any
     prompt: str
-    depth: int
+    exit: Exit
     text: str
     graphs: int
 
@@ -62,9 +62,9 @@ def questions(session: Session, handmade: bool) -> list[Question]:
         pairs = [(SAMPLES / line.split("\t")[0], line.split("\t")[1]) for line in lines[::3]]
     made = []
     for picture, prompt in pairs:
-        for depth in session.manifest.depths[:: 1 if handmade else 4]:
-            answer = session.ask(picture, prompt, exit_depth=depth, max_new_tokens=TOKENS)
-            made.append(Question(picture, prompt, depth, answer.text, len(session.manifest.exit(depth).graphs)))
+        for exit in session.manifest.ladder[:: 1 if handmade else 4]:
+            answer = session.ask(picture, prompt, exit=exit, max_new_tokens=TOKENS)
+            made.append(Question(picture, prompt, exit, answer.text, len(session.manifest.exit(exit).graphs)))
     return made
 
 
@@ -116,7 +116,7 @@ class Soak:
             elif how == "cancel" and step.done == 2:
                 cancel.cancel()
 
-        options = {"exit_depth": question.depth, "max_new_tokens": TOKENS, "cancel": cancel, "progress": progress}
+        options = {"exit": question.exit, "max_new_tokens": TOKENS, "cancel": cancel, "progress": progress}
         self.counts[how] += 1
         try:
             if how == "stream":
@@ -135,9 +135,9 @@ class Soak:
         if how == "cancel":
             self.wrong.append(f"ask {number} was cancelled and answered")
         if text != question.text:
-            self.wrong.append(f"ask {number} at depth {question.depth}: {text!r}, alone {question.text!r}")
-        if answer.exit_depth != question.depth or set(graphs) != {question.graphs}:
-            self.wrong.append(f"ask {number} ran exit {answer.exit_depth} by {graphs}, wanted {question.depth}")
+            self.wrong.append(f"ask {number} at exit {question.exit}: {text!r}, alone {question.text!r}")
+        if answer.exit != question.exit or set(graphs) != {question.graphs}:
+            self.wrong.append(f"ask {number} ran exit {answer.exit} by {graphs}, wanted {question.exit}")
 
 
 def alternations(steps: list[int]) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from edgesafe import Budget, Session
+from edgesafe.errors import BundleError, InputError
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import answer as answer_module
 from edgesafe.runtime.answer import Answer, describe
 from edgesafe.runtime.conversation import AskOptions, Conversation, Options
@@ -20,7 +22,7 @@ from mutants import wrong
 
 BLACK = np.zeros((8, 8, 3), np.uint8)
 MADE = Answer(
-    "a cat", "stop", 6, True, 2.31, "estimated", 23.1, 108.9, reference_depth=12, estimated_for="Raspberry Pi 5, 8 GB"
+    "a cat", "stop", Exit(6), True, 2.31, "estimated", 23.1, 108.9, reference=Exit(12), estimated_for="Raspberry Pi 5, 8 GB"
 )
 TODO = "run `edgesafe measure`"
 NOTHING = {"prediction": "none", "predicted_ttft_ms": None}
@@ -49,7 +51,7 @@ def test_the_issue_s_own_line():
         ({"estimated_for": "this machine"}, "for this machine; "),
         ({"estimated_for": "(?)"}, "for the device; "),
         ({"ttft_ms": 0.44, "predicted_ttft_ms": 0.0}, "first token after 0.4 ms (estimated 0.0 ms"),
-        ({"reference_depth": 0}, "exit 6, certified"),
+        ({"reference": None}, "exit 6, certified"),
         ({"deadline_met": True, "why": "predicted to fit"}, "\nbudget kept; this exit because predicted to fit"),
         ({"deadline_met": False, "why": "the shallowest"}, "\nbudget MISSED; this exit because the shallowest"),
         ({"note": "first; second"}, "\nnote: first; second"),
@@ -72,7 +74,7 @@ def test_doctests():
 def test_an_estimate_names_its_device_and_a_measurement_none(tmp_path, measured):
     with Session.open(make_bundle(tmp_path / "b", device="rpi5").root) as session:
         answer = session.ask(BLACK, "what?", Budget(10_000))
-    assert (answer.reference_depth, answer.prediction) == (3, "estimated")
+    assert (answer.reference, answer.prediction) == (Exit(3), "estimated")
     assert answer.estimated_for.startswith("Raspberry Pi 5") and "for a Raspberry Pi 5; run" in describe(answer)
     talk = Session.open(measured[0]).conversation(BLACK)
     first, later = talk.ask("what?"), talk.ask("why?")
@@ -81,7 +83,7 @@ def test_an_estimate_names_its_device_and_a_measurement_none(tmp_path, measured)
 
 
 def test_all_ways_to_ask_take_the_same_options():
-    names = {"exit_depth", "allow_uncertified", "max_new_tokens", "sampling", "cancel", "progress"}
+    names = {"exit", "allow_uncertified", "max_new_tokens", "sampling", "cancel", "progress"}
     assert AskOptions.__annotations__.keys() == names
     assert {field.name for field in dataclasses.fields(Options)} == names | {"budget"}
     for way in (Session.ask, Session.stream, Session.ask_async, Session.conversation):
@@ -100,7 +102,7 @@ def test_a_word_that_is_no_option_is_a_type_error(handmade):
         with pytest.raises(TypeError, match="max_tokens"):
             session.conversation(BLACK, max_tokens=3)
         talk = session.conversation(BLACK)
-        for word in ("exit_depth", "allow_uncertified", "budget", "max_tokens"):
+        for word in ("exit", "allow_uncertified", "budget", "max_tokens"):
             for way in (talk.ask, talk.stream):
                 with pytest.raises(TypeError, match=word):
                     way("what?", **{word: 1})
@@ -112,7 +114,7 @@ def a_conversation_hands_its_options_on(handmade):
     cancel, told = Cancel(), []
     with Session.open(handmade) as session:
         talk = session.conversation(
-            BLACK, max_new_tokens=1, sampling=Sampling(stop=("1",)), cancel=cancel, progress=told.append, exit_depth=1
+            BLACK, max_new_tokens=1, sampling=Sampling(stop=("1",)), cancel=cancel, progress=told.append, exit=1
         )
         assert talk.ask("what?").text == "Z" and talk.ask("what?", max_new_tokens=9).text == "Zé"
         assert talk.ask("what?", max_new_tokens=9, sampling=Sampling()).text == ANSWER and told
@@ -132,3 +134,15 @@ def test_that_check_fails_where_it_forgets_them(handmade, monkeypatch):
     monkeypatch.setattr(Options, "for_question", wrong(Options.for_question, ("replace(self,", "replace(Options(),")))
     with pytest.raises(AssertionError):
         a_conversation_hands_its_options_on(handmade)
+
+
+def test_an_exit_is_named_by_itself_its_depth_or_its_text(handmade):
+    session = Session.open(handmade)
+    for exit in (Exit(1), 1, "1"):
+        assert session.ask(BLACK, "what?", exit=exit).exit == Exit(1)
+        assert list(session.vision_states(BLACK, [exit])) == [Exit(1)]
+        talk = session.conversation(BLACK, exit=exit)
+        assert talk.ask("what?").exit == talk.exit == Exit(1)
+    for exit, error in ((9, BundleError), ("1@4", BundleError), ("01", InputError), (True, InputError), (None, InputError)):
+        with pytest.raises(error, match="exit"):
+            session.vision_states(BLACK, [1, exit])

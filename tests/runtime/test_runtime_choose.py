@@ -9,17 +9,22 @@ import pytest
 from edgesafe.device import DeviceProfile, load_device
 from edgesafe.errors import InputError, NoExitFitsError
 from edgesafe.format import graph_io
+from edgesafe.format.exits import Exit
 from edgesafe.format.latency import LatencyTable, stage_times
 from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget, choose_exit, within_reference
 from edgesafe.runtime.forecast import PREFILL, PREPROCESS, from_latency, from_profile
 from handmade import make_bundle
 
-PREDICTED = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
+PREDICTED = {Exit(1): 10.0, Exit(2): 20.0, Exit(3): 30.0, Exit(4): 40.0}
+
+
+def exits(*depths: int) -> tuple[Exit, ...]:
+    return tuple(map(Exit, depths))
 
 
 @pytest.mark.parametrize(
-    ("certified", "budget", "exit_depth"),
+    ("certified", "budget", "depth"),
     [
         ({1, 2, 3, 4}, 1000, 4),
         ({1, 2, 3, 4}, 30, 3),
@@ -29,20 +34,20 @@ PREDICTED = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
         ((4, 2), 40, 4),
     ],
 )
-def test_the_deepest_certified_exit_that_fits(certified, budget, exit_depth):
-    assert choose_exit(PREDICTED, certified, budget) == exit_depth
+def test_the_deepest_certified_exit_that_fits(certified, budget, depth):
+    assert choose_exit(PREDICTED, exits(*certified), budget) == Exit(depth)
 
 
 @pytest.mark.parametrize(("certified", "budget"), [({1, 2}, 9.9), ({3}, 20), (set(), 1000), ({9}, 1000)])
 def test_none_fits(certified, budget):
     with pytest.raises(NoExitFitsError) as caught:
-        choose_exit(PREDICTED, certified, budget)
+        choose_exit(PREDICTED, exits(*certified), budget)
     assert caught.value.exit_code == 61
 
 
 def test_the_error_names_the_fastest_certified_exit_not_the_fastest():
     with pytest.raises(NoExitFitsError, match=r"30\.0 ms"):
-        choose_exit(PREDICTED, {3, 4}, 5)
+        choose_exit(PREDICTED, exits(3, 4), 5)
 
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, True, "5"])
@@ -69,9 +74,17 @@ def test_what_else_is_no_budget(options):
         Budget(**options)
 
 
-def test_depths_beyond_the_reference_are_not_taken_for_being_deeper():
-    assert within_reference((1, 3, 4), 3) == (1, 3)
-    assert within_reference((4,), 3) == (4,)
+def test_of_two_exits_of_one_depth_the_one_with_more_tokens_is_the_deeper():
+    times = {Exit(2): 30.0, Exit(2, 9): 20.0, Exit(1): 10.0}
+    assert [choose_exit(times, times, ms) for ms in (30, 29.9, 19.9)] == [Exit(2), Exit(2, 9), Exit(1)]
+
+
+def test_exits_beyond_the_reference_are_not_taken_for_being_deeper():
+    assert within_reference(exits(4, 1, 3), Exit(3)) == exits(1, 3)
+    assert within_reference(exits(4), Exit(3)) == exits(4)
+    # 11 comes after 3 as a number, and before it as a text.
+    assert within_reference(exits(3, 11), Exit(3)) == exits(3)
+    assert within_reference((Exit(3, 9), Exit(4, 9)), Exit(3)) == (Exit(3, 9),)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +108,7 @@ def latency(segments=(2.0, 3.0, 4.0), head=0.5, prefill=((10, 20.0), (30, 60.0))
 
 
 def exit_stages(manifest, depth: int) -> tuple[str, ...]:
-    return (PREPROCESS, *manifest.exit(depth).graphs, PREFILL)
+    return (PREPROCESS, *manifest.exit(Exit(depth)).graphs, PREFILL)
 
 
 def test_a_measured_prediction_is_the_sum_of_its_parts(manifest):

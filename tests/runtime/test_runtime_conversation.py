@@ -13,6 +13,7 @@ import pytest
 from edgesafe import Budget, Session
 from edgesafe.errors import BusyError, CancelledError, ClosedError, InputError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.format.latency import stage_times, write_latency
 from edgesafe.runtime import Cancel, Progress
 from edgesafe.runtime.conversation import Conversation
@@ -36,24 +37,26 @@ def test_the_picture_is_run_once_and_its_prefix_read_once(session, monkeypatch):
     monkeypatch.setattr(OrtGraph, "advance", lambda self, state: ran.append(1) or advance(self, state))
     talk = session.conversation(BLACK)
     answers = [talk.ask("what?")]
-    assert (len(ran), talk.reused_tokens, talk.exit_depth) == (3, 0, 2)
+    assert (len(ran), talk.reused_tokens, talk.exit) == (3, 0, Exit(2))
     answers.append(talk.ask("where is it?"))
     # "what?" and "where is it?" begin with the same two letters.
     assert (len(ran), talk.reused_tokens) == (3, PICTURE_END + 2)
     answers.append(talk.ask("where is it?"))
     # All but the last token, which is read again for its logits.
     assert talk.reused_tokens == PICTURE_END + len("where is it? A:") - 1
-    assert [a.text for a in answers] == [ANSWER] * 3 and all(a.certified and a.exit_depth == 2 for a in answers)
+    assert [a.text for a in answers] == [ANSWER] * 3 and all(a.certified and a.exit == Exit(2) for a in answers)
     assert "no time was predicted" in answers[1].note and answers[1].predicted_ttft_ms is None
 
 
 def test_the_cache_is_the_one_that_a_new_prompt_would_make(session):
     from edgesafe.runtime.tokenizer import encode_prompt
 
-    talk = session.conversation(BLACK, exit_depth=1)
+    talk = session.conversation(BLACK, exit=1)
     for prompt in ("what?", "where?", "w"):
         talk.ask(prompt, max_new_tokens=3)
-    _, cache = session.prefill(session.vision_states(BLACK, [1])[1], encode_prompt(session.tokenizer, session.manifest, "w"))
+    _, cache = session.prefill(
+        session.vision_states(BLACK, [1])[Exit(1)], encode_prompt(session.tokenizer, session.manifest, "w")
+    )
     talk._reader.rewind(cache["past_key_values.0.key"].shape[2])
     np.testing.assert_array_equal(talk._reader._cache["past_key_values.0.key"], cache["past_key_values.0.key"])
 
@@ -66,8 +69,8 @@ def test_a_conversation_that_forgets_to_rewind_is_seen(session, monkeypatch):
 
 def test_an_uncertified_exit_is_refused_as_by_ask(session):
     with pytest.raises(UncertifiedExitError):
-        session.conversation(BLACK, exit_depth=3)
-    answer = session.conversation(BLACK, exit_depth=3, allow_uncertified=True).ask("what?")
+        session.conversation(BLACK, exit=3)
+    answer = session.conversation(BLACK, exit=3, allow_uncertified=True).ask("what?")
     assert not answer.certified and "NOT certified" in answer.note
 
 
@@ -85,7 +88,7 @@ def test_questions_of_several_threads_are_answered_one_after_the_other(session):
     talk, prompts = session.conversation(BLACK), ["what?", "where is it?", "why?", "what is there?"]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(talk.ask, prompts * 3))
-    assert [a.text for a in answers] == [ANSWER] * 12 and {a.exit_depth for a in answers} == {2}
+    assert [a.text for a in answers] == [ANSWER] * 12 and {a.exit for a in answers} == {Exit(2)}
 
 
 def test_a_cancelled_question_leaves_the_conversation_as_good_as_before(session):
@@ -96,7 +99,7 @@ def test_a_cancelled_question_leaves_the_conversation_as_good_as_before(session)
 
     with pytest.raises(CancelledError):
         talk.ask("what?", cancel=cancel, progress=stop)
-    assert talk.exit_depth is None and talk.ask("what?").text == ANSWER and talk.exit_depth == 2
+    assert talk.exit is None and talk.ask("what?").text == ANSWER and talk.exit == Exit(2)
     later = Cancel()
     with pytest.raises(CancelledError):
         talk.ask("where?", cancel=later, progress=lambda p: later.cancel())
@@ -121,9 +124,9 @@ def test_the_first_question_s_clock_finds_the_exit_of_all(measured):
     session = slow_session(measured[0], block_ms=40)
     talk = session.conversation(BLACK, Budget(45))
     first = talk.ask("what?")
-    assert (first.exit_depth, first.planned_depth, first.deadline_met, first.ttft_ms) == (1, 2, True, 40)
+    assert (first.exit, first.planned_exit, first.deadline_met, first.ttft_ms) == (Exit(1), Exit(2), True, 40)
     second = talk.ask("why?")
-    assert (second.exit_depth, second.ttft_ms, second.deadline_met) == (1, 0, True)
+    assert (second.exit, second.ttft_ms, second.deadline_met) == (Exit(1), 0, True)
     assert second.predicted_ttft_ms is None and list(second.actual_ms) == ["wait", "prefill", "decode"]
 
 
@@ -133,7 +136,7 @@ def test_total_ms_ends_a_later_answer_too(measured):
     write_latency(Bundle.open(root), replace(table, text=text))
     # The first question pays 20 ms for the picture and 5 a token; the second 5 a token: 5 of 8 tokens end at 25 of 29 ms.
     talk = slow_session(root, step_ms=5).conversation(BLACK, Budget(total_ms=29))
-    assert (talk.ask("what?").text, talk.exit_depth) == ("Z", 2)
+    assert (talk.ask("what?").text, talk.exit) == ("Z", Exit(2))
     second = talk.ask("why?")
     assert (second.finish_reason, second.deadline_met) == ("deadline", True) and second.total_ms == pytest.approx(25)
 

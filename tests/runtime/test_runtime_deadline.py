@@ -10,7 +10,8 @@ import pytest
 
 from edgesafe import Budget
 from edgesafe.errors import NoExitFitsError
-from edgesafe.format.manifest import ExitSpec
+from edgesafe.format.exits import Exit
+from edgesafe.format.specs import ExitSpec
 from edgesafe.runtime.calibrate import MEMORY_MS, Correction, error_bound, factor, learn, remember_deadline, remember_error
 from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, UNCORRECTED, Forecast
@@ -18,7 +19,7 @@ from mutants import wrong
 
 # Four segments of 10 ms, a head of 1 ms, a prefill of 4 ms: exit d is measured as 10 d + 5 ms after preprocessing.
 SEGMENTS = [f"s{i}" for i in range(1, 5)]
-EXITS = [ExitSpec(d, (*SEGMENTS[:d], "head")) for d in (1, 2, 3, 4)]
+EXITS = [ExitSpec(Exit(d), (*SEGMENTS[:d], "head")) for d in (1, 2, 3, 4)]
 MEASURED_MS = {PREPROCESS: 2.0, "head": 1.0, PREFILL: 4.0, DECODE: 3.0} | dict.fromkeys(SEGMENTS, 10.0)
 
 
@@ -46,12 +47,12 @@ class Machine:
         return Course(made, correction, budget, clock=self, start_s=self.now_s, tokens=tokens)
 
     def answer(self, course: Course, exits=EXITS, run=run_anytime) -> int:
-        """One answer up to its first token; the exit that was taken."""
+        """One answer up to its first token; the depth of the exit that was taken."""
         course.timed(PREPROCESS, lambda: self.run(PREPROCESS))
         course.plan(exits)
         taken, _ = run(exits, lambda path, state: course.timed(path, lambda: self.run(path)), None, course.goes_on)
         course.timed_token(48, lambda: self.run(PREFILL))
-        return taken.exit_depth
+        return taken.exit.depth
 
 
 # Preprocessing takes 2 of the budget, so exit d needs 10 d + 7.
@@ -59,7 +60,7 @@ class Machine:
 def test_at_the_measured_speed_the_plan_is_kept(ttft_ms, depth):
     machine = Machine()
     course = machine.course(Budget(ttft_ms))
-    assert machine.answer(course) == course.planned_depth == depth
+    assert machine.answer(course) == depth and course.planned_exit == Exit(depth)
     assert course.ttft_ms == pytest.approx(10 * depth + 7)
     assert course.deadline_met(course.ttft_ms) is True
     assert machine.ran == [PREPROCESS, *SEGMENTS[:depth], "head", PREFILL]
@@ -70,7 +71,7 @@ def test_a_machine_that_slowed_down_stops_earlier_and_is_in_time():
     # At half speed exit 4 takes 2 * 47 = 94 ms. Planned as 47, it would miss 80 by far; the clock stops the chain.
     machine = Machine(slow=2.0)
     course = machine.course(Budget(80))
-    assert machine.answer(course) == 3 and course.planned_depth == 4
+    assert machine.answer(course) == 3 and course.planned_exit == Exit(4)
     # 4 + 20 + 20 + 20 + 2 + 8. When the third segment had ended, 16 were left for at least 15.
     assert course.ttft_ms == pytest.approx(74)
     assert course.deadline_met(74) and "exit 4 was predicted to need" in course.why and "16.0 ms left" in course.why
@@ -80,7 +81,7 @@ def test_a_machine_that_is_faster_than_feared_goes_deeper_than_planned_but_no_de
     machine = Machine()
     course = machine.course(Budget(60), Correction(speed=2.0))
     # At a feared half speed with 58 ms left, exit 2 needs 50 and exit 3 70.
-    assert machine.answer(course, EXITS[:3]) == 3 and course.planned_depth == 2
+    assert machine.answer(course, EXITS[:3]) == 3 and course.planned_exit == Exit(2)
     assert machine.ran.count("s4") == 0
 
 
@@ -92,7 +93,7 @@ def test_an_exit_that_was_not_given_is_run_through_but_never_taken():
 
 
 def test_standalone_exits_are_chosen_before_any_runs():
-    exits = [ExitSpec(d, (f"s{d}",)) for d in (1, 2, 3)]
+    exits = [ExitSpec(Exit(d), (f"s{d}",)) for d in (1, 2, 3)]
     whole = forecast(s1=(10.0,), s2=(20.0,), s3=(30.0,))
     machine = Machine(s1=10.0, s2=20.0, s3=30.0)
     assert machine.answer(machine.course(Budget(27), expected=whole), exits) == 2
@@ -107,7 +108,7 @@ def test_no_exit_fits():
         course.plan(EXITS)
     assert machine.ran == [PREPROCESS]
     course = machine.course(Budget(16.9, on_miss="shallowest"))
-    assert machine.answer(course) == 1 and course.planned_depth == 1
+    assert machine.answer(course) == 1 and course.planned_exit == Exit(1)
     assert course.deadline_met(course.ttft_ms) is False
 
 
@@ -119,7 +120,7 @@ def test_what_is_learned_serves_the_next_answer():
         machine.answer(course)
         correction = replace(course.correction, errors=())
     # Once the speed is known, the plan before any graph runs is what the clock finds: exit 2 of 54 ms, not exit 3 of 74.
-    assert course.planned_depth == 2
+    assert course.planned_exit == Exit(2)
     assert factor(correction, "s1") == pytest.approx(2.0, rel=0.05)
 
 

@@ -13,6 +13,7 @@ import pytest
 from edgesafe import Session
 from edgesafe.errors import BundleError
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import OnnxRuntime, RunnableGraph, measure
 from engines import ReferenceEvaluator
 from handmade import ANSWER, FEATURES, HIDDEN
@@ -32,8 +33,8 @@ import numpy as np
 from edgesafe import Session
 from engines import ReferenceEvaluator
 with Session.open(sys.argv[1], engine=ReferenceEvaluator()) as session:
-    answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", exit_depth=1)
-print(answer.text, answer.exit_depth, answer.finish_reason, "onnxruntime" in sys.modules)
+    answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", exit=1)
+print(answer.text, answer.exit, answer.finish_reason, "onnxruntime" in sys.modules)
 """
 
 
@@ -68,9 +69,11 @@ def test_importing_the_runtime_loads_no_engine():
 def test_the_engines_agree(handmade):
     with Session.open(handmade) as ours, Session.open(handmade, engine=ReferenceEvaluator()) as theirs:
         for depth in (1, 2, 3):
-            a, b = (s.ask(BLACK, "what?", exit_depth=depth, allow_uncertified=True).text for s in (ours, theirs))
+            a, b = (s.ask(BLACK, "what?", exit=depth, allow_uncertified=True).text for s in (ours, theirs))
             assert a == b == ANSWER
-        np.testing.assert_allclose(theirs.vision_states(BLACK, [2])[2], ours.vision_states(BLACK, [2])[2], rtol=1e-6)
+        np.testing.assert_allclose(
+            theirs.vision_states(BLACK, [2])[Exit(2)], ours.vision_states(BLACK, [2])[Exit(2)], rtol=1e-6
+        )
 
 
 def test_a_measurement_names_the_engine_that_it_was_made_with(handmade, copy_of):
@@ -115,4 +118,4 @@ def test_an_engine_that_fails_is_a_bundle_error(handmade, feeds, run, shown):
 
 def test_features_have_the_size_that_the_text_side_takes(handmade):
     with Session.open(handmade, engine=ReferenceEvaluator()) as session:
-        assert session.vision_states(BLACK, [1])[1].shape == (FEATURES, HIDDEN)
+        assert session.vision_states(BLACK, [1])[Exit(1)].shape == (FEATURES, HIDDEN)

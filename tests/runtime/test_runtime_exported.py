@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from edgesafe import Session
 from edgesafe.errors import IntegrityError
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import measure
 from edgesafe.runtime.decode import GrowingReader
 from edgesafe.runtime.ort import OrtGraph, SharedReader
@@ -59,18 +60,18 @@ def test_prompt_ids_are_the_processor_s(session, processor, picture, prompt):
 
 def test_features_and_answers_at_every_depth(session, processor, model, picture):
     batch = batch_of(processor, picture, PROMPTS[0])
-    states = session.vision_states(picture, session.manifest.depths)
-    for depth in session.manifest.depths:
+    states = session.vision_states(picture, session.manifest.ladder)
+    for exit in session.manifest.ladder:
         with torch.no_grad():
-            got = model.get_image_features(pixel_values=batch["pixel_values"], vision_feature_layer=depth)
-            out = model.generate(**batch, vision_feature_layer=depth, do_sample=False, max_new_tokens=NEW_TOKENS)
+            got = model.get_image_features(pixel_values=batch["pixel_values"], vision_feature_layer=exit.depth)
+            out = model.generate(**batch, vision_feature_layer=exit.depth, do_sample=False, max_new_tokens=NEW_TOKENS)
         want = got.pooler_output if hasattr(got, "pooler_output") else got
-        want = torch.cat(list(want)).reshape(states[depth].shape).numpy()
-        assert np.abs(states[depth] - want).max() <= RTOL * np.abs(want).max()
+        want = torch.cat(list(want)).reshape(states[exit].shape).numpy()
+        assert np.abs(states[exit] - want).max() <= RTOL * np.abs(want).max()
         new = out[0, batch["input_ids"].shape[1] :]
-        answer = session.ask(picture, PROMPTS[0], exit_depth=depth, max_new_tokens=NEW_TOKENS)
+        answer = session.ask(picture, PROMPTS[0], exit=exit, max_new_tokens=NEW_TOKENS)
         assert answer.text == processor.tokenizer.decode(new, skip_special_tokens=True).lstrip()
-        assert session.answer_features(states[depth], PROMPTS[0], NEW_TOKENS) == answer.text
+        assert session.answer_features(states[exit], PROMPTS[0], NEW_TOKENS) == answer.text
 
 
 def test_measured_exits_grow_with_depth(tiny_bundle, copy_of):
@@ -93,39 +94,36 @@ def test_a_flipped_byte_in_each_file_is_refused(tiny_bundle, copy_of):
 
 def test_the_exported_decoder_answers_alike_with_a_shared_and_with_a_growing_cache(session, picture, monkeypatch):
     assert isinstance(session.reader(8), SharedReader)
-    asks = [(prompt, depth) for prompt in PROMPTS for depth in session.manifest.depths]
-    states = session.vision_states(picture, session.manifest.depths)
-    shared = [session.answer_features(states[depth], prompt, 30) for prompt, depth in asks]
+    asks = [(prompt, exit) for prompt in PROMPTS for exit in session.manifest.ladder]
+    states = session.vision_states(picture, session.manifest.ladder)
+    shared = [session.answer_features(states[exit], prompt, 30) for prompt, exit in asks]
     monkeypatch.setattr(OrtGraph, "share", lambda *_: None)
     assert isinstance(session.reader(8), GrowingReader)
-    assert [session.answer_features(states[depth], prompt, 30) for prompt, depth in asks] == shared
+    assert [session.answer_features(states[exit], prompt, 30) for prompt, exit in asks] == shared
     assert len(set(shared)) > len(PROMPTS)
 
 
 def test_a_conversation_answers_as_ask_does(session, picture):
-    for depth in session.manifest.depths:
-        talk = session.conversation(picture, exit_depth=depth)
+    for exit in session.manifest.ladder:
+        talk = session.conversation(picture, exit=exit)
         for i, prompt in enumerate(PROMPTS):
-            assert (
-                talk.ask(prompt, max_new_tokens=20).text
-                == session.ask(picture, prompt, exit_depth=depth, max_new_tokens=20).text
-            )
+            assert talk.ask(prompt, max_new_tokens=20).text == session.ask(picture, prompt, exit=exit, max_new_tokens=20).text
             assert (talk.reused_tokens >= session.manifest.image_tokens) == (i > 0)
 
 
 def test_threads_take_turns_at_the_bound_buffers(session, picture):
     """Asks and a conversation's questions at once, each as it is answered alone."""
-    talk = session.conversation(picture, exit_depth=session.manifest.depths[0])
-    asks = [(prompt, depth) for prompt in PROMPTS for depth in session.manifest.depths]
-    alone = [session.ask(picture, prompt, exit_depth=depth, max_new_tokens=12).text for prompt, depth in asks]
+    talk = session.conversation(picture, exit=session.manifest.ladder[0])
+    asks = [(prompt, exit) for prompt in PROMPTS for exit in session.manifest.ladder]
+    alone = [session.ask(picture, prompt, exit=exit, max_new_tokens=12).text for prompt, exit in asks]
 
-    def both(ask: tuple[str, int]) -> tuple[str, str]:
-        text = session.ask(picture, ask[0], exit_depth=ask[1], max_new_tokens=12).text
+    def both(ask: tuple[str, Exit]) -> tuple[str, str]:
+        text = session.ask(picture, ask[0], exit=ask[1], max_new_tokens=12).text
         return text, talk.ask(ask[0], max_new_tokens=12).text
 
     with ThreadPoolExecutor(4) as pool:
         said = list(pool.map(both, asks))
-    first = {prompt: text for (prompt, depth), text in zip(asks, alone, strict=True) if depth == talk.exit_depth}
+    first = {prompt: text for (prompt, exit), text in zip(asks, alone, strict=True) if exit == talk.exit}
     assert said == [(text, first[prompt]) for (prompt, _), text in zip(asks, alone, strict=True)]
 
 

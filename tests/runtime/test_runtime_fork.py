@@ -88,7 +88,7 @@ ENTRIES = (
 BEFORE = """
 talk = session.conversation(BLACK)
 talk.ask("what?")
-features = session.vision_states(BLACK, [1])[1]
+(features,) = session.vision_states(BLACK, [1]).values()
 kept = session.graph("vision/head.onnx")
 stream = session.stream(BLACK, "what?")
 next(stream)

@@ -11,8 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from edgesafe.errors import InputError
 from edgesafe.format import pictures
-from edgesafe.format.manifest import ImageSpec
 from edgesafe.format.pictures import MAX_PIXELS
+from edgesafe.format.specs import ImageSpec
 from edgesafe.runtime.image import center_crop, preprocess
 
 # The same Pillow does the resizing and the arithmetic is in the same order, so only the last float32 bit may differ.

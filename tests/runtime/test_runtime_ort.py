@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgesafe.format import graph_io
 from edgesafe.format.graph_io import TensorSpec
-from edgesafe.format.manifest import GraphSpec, TextSpec
+from edgesafe.format.specs import GraphSpec, TextSpec
 from edgesafe.runtime import decode
 from edgesafe.runtime import ort as ort_module
 from edgesafe.runtime.engine import Reader

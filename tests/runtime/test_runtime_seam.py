@@ -48,11 +48,11 @@ def engine(request) -> NumpyEngine:
 def test_it_asks_as_onnxruntime_does(suited_copy, engine):
     with Session.open(suited_copy, engine=engine) as theirs, Session.open(suited_copy) as ours:
         for depth in (1, 2, 3):
-            options = {"exit_depth": depth, "allow_uncertified": True}
+            options = {"exit": depth, "allow_uncertified": True}
             assert theirs.ask(BLACK, "what?", **options).text == ours.ask(BLACK, "what?", **options).text == ANSWER
         for picture in (BLACK, GREY):
-            for depth, features in theirs.vision_states(picture, [1, 2, 3]).items():
-                np.testing.assert_allclose(features, ours.vision_states(picture, [depth])[depth], rtol=1e-6)
+            for exit, features in theirs.vision_states(picture, [1, 2, 3]).items():
+                np.testing.assert_allclose(features, ours.vision_states(picture, [exit])[exit], rtol=1e-6)
         assert list(theirs.stream(BLACK, "what?")) == list(ours.stream(BLACK, "what?"))
         talk, other = theirs.conversation(BLACK), ours.conversation(BLACK)
         for prompt in ("what?", "where is it?", "w"):
@@ -103,7 +103,7 @@ def the_powers_are_used(suited_copy: Path) -> None:
     """No state leaves the engine between two vision graphs, and no cache goes in or out."""
     engine = NumpyEngine(in_place=True)
     with Session.open(suited_copy, engine=engine) as session:
-        session.ask(BLACK, "what?", exit_depth=2)
+        session.ask(BLACK, "what?", exit=2)
         assert engine.ran["advanced"] == 3 and engine.ran["copied out"] == 1 and engine.ran["run vision"] == 0
         assert engine.ran["shared"] == 1 and engine.ran["cache copied"] == 0
         assert engine.ran["read in place"] == 9  # the prompt, and one run for each of eight tokens
@@ -141,7 +141,7 @@ def test_that_check_fails_where_they_are_not_used(suited_copy, monkeypatch, plac
 def test_a_plain_engine_runs_its_functions_alone(suited_copy):
     engine = NumpyEngine()
     with Session.open(suited_copy, engine=engine) as session:
-        session.ask(BLACK, "what?", exit_depth=2)
+        session.ask(BLACK, "what?", exit=2)
     assert engine.ran["run vision"] == 3 and engine.ran["cache copied"] == 9
     assert not {"advanced", "shared", "read in place"} & engine.ran.keys()
 
@@ -168,7 +168,7 @@ import edgesafe.serve.server
 from fake_engine import NumpyEngine
 root, engine = Path(sys.argv[1]), NumpyEngine(in_place=True)
 with Session.open(root, engine=engine) as session:
-    print(session.ask(np.zeros((8, 8, 3), np.uint8), "what?").exit_depth)
+    print(session.ask(np.zeros((8, 8, 3), np.uint8), "what?").exit)
 smoke(root, engine=engine)
 print(measure(root, seconds=0.05, engine=engine).engine)
 print(certify(root, progress=False, engine=engine).environment["engine"], "onnxruntime" in sys.modules)

@@ -19,6 +19,7 @@ from edgesafe.errors import (
     UncertifiedExitError,
 )
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.format.latency import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.format.seal import seal, unseal
 from edgesafe.runtime import decode, measure
@@ -38,7 +39,7 @@ def session(handmade) -> Session:
 
 def test_ask_takes_the_deepest_certified_exit(session):
     answer = session.ask(BLACK, "what?")
-    assert (answer.text, answer.finish_reason, answer.exit_depth, answer.certified) == (ANSWER, "stop", 2, True)
+    assert (answer.text, answer.finish_reason, answer.exit, answer.certified) == (ANSWER, "stop", Exit(2), True)
     assert 0 < answer.ttft_ms <= answer.total_ms
     # Nothing was measured and the host's profile estimates nothing: said, not made up.
     assert (answer.predicted_ttft_ms, answer.prediction) == (None, "none")
@@ -64,11 +65,11 @@ def test_length_ends_in_the_middle_of_a_character_without_losing_it_silently(ses
 @pytest.mark.parametrize(("picture", "mean"), [(BLACK, -2.0), (WHITE, 2.0)])
 def test_vision_states_by_hand(session, picture, mean):
     # (0 - 0.5) / 0.25 = -2 for black, (1 - 0.5) / 0.25 = 2 for white; each block adds 1.
-    states = session.vision_states(picture, [3, 1, 2])
-    assert list(states) == [1, 2, 3]
-    for depth, features in states.items():
+    states = session.vision_states(picture, [3, Exit(1), "2"])
+    assert list(states) == [Exit(1), Exit(2), Exit(3)]
+    for exit, features in states.items():
         assert features.shape == (FEATURES, HIDDEN) and features.dtype == np.float32
-        np.testing.assert_allclose(features[:, -1], mean + depth, atol=1e-5)
+        np.testing.assert_allclose(features[:, -1], mean + exit.depth, atol=1e-5)
         assert not features[:, :-1].any()
 
 
@@ -85,7 +86,7 @@ def test_shared_segments_run_once(session, monkeypatch):
 
 
 def test_answer_features(session):
-    features = session.vision_states(BLACK, [2])[2]
+    features = session.vision_states(BLACK, [2])[Exit(2)]
     assert session.answer_features(features, "what?") == ANSWER
     with pytest.raises(BundleError, match="image features"):
         session.answer_features(features[:2], "what?")
@@ -107,7 +108,7 @@ def test_features_stand_where_the_image_token_was(session):
 
 
 def test_the_cache_grows_by_what_was_read(session):
-    features = session.vision_states(BLACK, [2])[2]
+    features = session.vision_states(BLACK, [2])[Exit(2)]
     ids = encode_prompt(session.tokenizer, session.manifest, "hi")
     logits, cache = session.prefill(features, ids)
     assert cache["past_key_values.0.key"].shape == (1, 1, len(ids), HIDDEN)
@@ -141,10 +142,14 @@ def test_the_context_s_edge(session):
 @pytest.mark.parametrize(
     "options",
     [
-        {"exit_depth": 9},
-        {"exit_depth": 0},
-        {"exit_depth": True},
-        {"exit_depth": 1, "budget": Budget(5)},
+        {"exit": 9},
+        {"exit": 0},
+        {"exit": True},
+        {"exit": "9"},
+        {"exit": "1@2"},
+        {"exit": "06"},
+        {"exit": 1.0},
+        {"exit": 1, "budget": Budget(5)},
         {"budget": 5.0},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.0},
@@ -166,27 +171,27 @@ def test_no_picture_and_wrong_threads(session, handmade):
 
 def test_an_uncertified_exit_is_refused_until_it_is_allowed_and_then_said(session, handmade):
     with pytest.raises(UncertifiedExitError) as caught:
-        session.ask(BLACK, "what?", exit_depth=3)
+        session.ask(BLACK, "what?", exit=3)
     assert caught.value.exit_code == 51
     for answer in (
-        session.ask(BLACK, "what?", exit_depth=3, allow_uncertified=True),
-        Session.open(handmade, allow_uncertified=True).ask(BLACK, "what?", exit_depth=3),
+        session.ask(BLACK, "what?", exit=3, allow_uncertified=True),
+        Session.open(handmade, allow_uncertified=True).ask(BLACK, "what?", exit=3),
     ):
-        assert (answer.exit_depth, answer.certified) == (3, False)
+        assert (answer.exit, answer.certified) == (Exit(3), False)
         assert "NOT certified" in answer.note
     # Allowing it doesn't take it: the deepest certified exit stays the default.
-    assert session.ask(BLACK, "what?", allow_uncertified=True).exit_depth == 2
+    assert session.ask(BLACK, "what?", allow_uncertified=True).exit == Exit(2)
 
 
 def test_without_a_certificate_nothing_is_certified(handmade, copy_of):
     root = copy_of(handmade)
     (root / "certificate.json").unlink()
     session = Session.open(root)
-    for options in ({}, {"exit_depth": 1}, {"budget": Budget(1000)}):
+    for options in ({}, {"exit": 1}, {"budget": Budget(1000)}):
         with pytest.raises(UncertifiedExitError, match="edgesafe certify"):
             session.ask(BLACK, "what?", **options)
     answer = session.ask(BLACK, "what?", allow_uncertified=True)
-    assert (answer.exit_depth, answer.certified) == (3, False)
+    assert (answer.exit, answer.certified) == (Exit(3), False)
 
 
 def test_a_certificate_in_which_all_failed(tmp_path):
@@ -203,31 +208,31 @@ def test_a_budget_needs_a_prediction(session):
 def test_the_profile_s_estimate_is_marked_as_one(tmp_path):
     session = Session.open(make_bundle(tmp_path / "b", device="rpi5").root)
     answer = session.ask(BLACK, "what?", Budget(10_000))
-    assert (answer.exit_depth, answer.prediction) == (2, "estimated")
+    assert (answer.exit, answer.prediction) == (Exit(2), "estimated")
     assert "Raspberry Pi 5" in answer.note
     assert session.threads <= 4
 
 
-@pytest.mark.parametrize(("budget", "exit_depth"), [(1000, 2), (20, 2), (19.9, 1), (10, 1)])
-def test_a_smaller_budget_takes_a_shallower_exit(measured, budget, exit_depth):
+@pytest.mark.parametrize(("budget", "depth"), [(1000, 2), (20, 2), (19.9, 1), (10, 1)])
+def test_a_smaller_budget_takes_a_shallower_exit(measured, budget, depth):
     answer = slow_session(measured[0]).ask(BLACK, "what?", Budget(budget))
-    assert (answer.exit_depth, answer.planned_depth, answer.prediction) == (exit_depth, exit_depth, "measured")
-    assert answer.predicted_ttft_ms == answer.ttft_ms == 10 * exit_depth
+    assert (answer.exit, answer.planned_exit, answer.prediction) == (Exit(depth), Exit(depth), "measured")
+    assert answer.predicted_ttft_ms == answer.ttft_ms == 10 * depth
     assert answer.certified and answer.note == "" and answer.deadline_met is True
     blocks = {path: ms for path, ms in answer.actual_ms.items() if "blocks" in path}
-    assert list(blocks.values()) == [10.0] * exit_depth and blocks.items() <= answer.predicted_ms.items()
+    assert list(blocks.values()) == [10.0] * depth and blocks.items() <= answer.predicted_ms.items()
 
 
 def test_blocks_that_take_longer_than_measured_end_at_an_earlier_exit_and_are_remembered(measured):
     # Planned: 2 blocks, 20 ms of 45. The first took 40: there is no time for the second.
     session = slow_session(measured[0], block_ms=40)
     answer = session.ask(BLACK, "what?", Budget(45))
-    assert (answer.exit_depth, answer.planned_depth, answer.deadline_met, answer.ttft_ms) == (1, 2, True, 40)
+    assert (answer.exit, answer.planned_exit, answer.deadline_met, answer.ttft_ms) == (Exit(1), Exit(2), True, 40)
     assert "exit 2 was predicted to need" in answer.why
     assert session.correction.speed > 1
-    # Exit 3 failed its certification: it isn't taken with all the time of the world, and the reference depth is the end.
-    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6)).exit_depth == 2
-    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6), allow_uncertified=True).exit_depth == 2
+    # Exit 3 failed its certification: it isn't taken with all the time of the world, and the reference is the end.
+    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6)).exit == Exit(2)
+    assert slow_session(measured[0]).ask(BLACK, "what?", Budget(1e6), allow_uncertified=True).exit == Exit(2)
 
 
 def test_total_ms_cuts_the_answer_and_says_so(measured):
@@ -249,7 +254,7 @@ def test_on_miss(measured):
     with pytest.raises(NoExitFitsError):
         slow_session(measured[0]).ask(BLACK, "what?", Budget(9))
     answer = slow_session(measured[0]).ask(BLACK, "what?", Budget(9, on_miss="shallowest"))
-    assert (answer.exit_depth, answer.deadline_met, answer.ttft_ms) == (1, False, 10)
+    assert (answer.exit, answer.deadline_met, answer.ttft_ms) == (Exit(1), False, 10)
 
 
 def test_a_budget_below_the_fastest_certified_exit(measured):
@@ -339,7 +344,7 @@ def test_measure_writes_a_table_that_predicts(handmade, copy_of):
     for key in ("p50_ms", "p95_ms"):
         column = [row["ttft_ms"][key] for row in table.exits]
         assert column == sorted(column) and column[0] > 0
-    assert [row["exit_depth"] for row in table.exits] == [1, 2, 3]
+    assert [row["exit"] for row in table.exits] == ["1", "2", "3"]
     for rows, key in ((table.text["prefill"], "tokens"), (table.text["decode"], "context")):
         lengths = [row[key] for row in rows]
         assert len(lengths) == 3 and lengths == sorted(set(lengths)) and lengths[-1] < CONTEXT

@@ -25,7 +25,7 @@ def test_the_check_fails_where_asks_alternate(monkeypatch):
 
 
 def test_the_check_fails_on_another_exit(monkeypatch):
-    monkeypatch.setattr(soak, "questions", wrong(soak.questions, ("len(session.manifest.exit(depth).graphs)", "9")))
+    monkeypatch.setattr(soak, "questions", wrong(soak.questions, ("len(session.manifest.exit(exit).graphs)", "9")))
     row = soak.soak(None, asks=12, seconds=60)
     assert row["wrong"] and not soak.kept(row)
 

@@ -19,7 +19,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from edgesafe.errors import InputError
 from edgesafe.format import tiles as arithmetic
-from edgesafe.format.manifest import ImageSpec
+from edgesafe.format.specs import ImageSpec
 from edgesafe.format.tiles import Cut, TilesSpec, canvas_tokens, cut_of
 from edgesafe.runtime import tiles
 from edgesafe.runtime.image import load_picture, picture_size

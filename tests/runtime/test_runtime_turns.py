@@ -74,8 +74,8 @@ def runs_by_ask(session):
 def asks_do_not_interleave(handmade):
     """Four threads ask at once; every graph of an ask runs before the first one of the next."""
     with Session.open(handmade, engine=Watched(lambda path: time.sleep(0.001))) as session:
-        answers = in_threads(4, lambda i: session.ask(BLACK, "what?", exit_depth=1 + i % 2))
-        assert [a.text for a in answers] == [ANSWER] * 4 and [a.exit_depth for a in answers] == [1, 2, 1, 2]
+        answers = in_threads(4, lambda i: session.ask(BLACK, "what?", exit=1 + i % 2))
+        assert [a.text for a in answers] == [ANSWER] * 4 and [str(a.exit) for a in answers] == ["1", "2", "1", "2"]
         parts = runs_by_ask(session)
     assert len(parts) == 4
     for names in parts:
@@ -218,7 +218,7 @@ def test_a_cancel_that_was_used_ends_the_next_ask_too_and_leaves_the_line(sessio
 def test_progress_counts_graphs_and_tokens(session, gate):
     gate.go()
     told = []
-    session.ask(BLACK, "what?", exit_depth=2, progress=told.append)
+    session.ask(BLACK, "what?", exit=2, progress=told.append)
     assert told[:3] == [Progress("vision", i, 3) for i in (1, 2, 3)]
     assert told[3:] == [Progress("decode", i, 48) for i in range(1, 10)]
 
@@ -236,13 +236,13 @@ def test_a_callback_that_raises_ends_the_ask_alone(session, gate):
 
 def test_a_wrong_ask_gives_its_turn_up(session, gate):
     gate.go()
-    for options in ({"max_new_tokens": 0}, {"exit_depth": 9}):
+    for options in ({"max_new_tokens": 0}, {"exit": 9}):
         with pytest.raises(InputError):
             session.ask(BLACK, "what?", **options)
         with pytest.raises(InputError):
             session.ask_async(BLACK, "what?", **options).result(60)
     with pytest.raises(UncertifiedExitError):
-        session.ask_async(BLACK, "what?", exit_depth=3).result(60)
+        session.ask_async(BLACK, "what?", exit=3).result(60)
     assert session.ask(BLACK, "what?").text == ANSWER
 
 

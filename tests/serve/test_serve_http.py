@@ -69,11 +69,11 @@ def ask(server, body=None, **more):
 
 def test_an_answer_comes_as_lines_with_progress_pieces_and_the_whole(running, gate):
     gate.go()
-    status, lines = ask(running, {"exit_depth": 1})
+    status, lines = ask(running, {"exit": "1"})
     assert status == 200
     assert "".join(line.get("piece", "") for line in lines) == ANSWER == lines[-1]["answer"]["text"]
     assert [line["progress"]["stage"] for line in lines if "progress" in line] == ["vision"] * 2 + ["decode"] * 9
-    assert lines[-1]["answer"]["exit_depth"] == 1 and lines[-1]["answer"]["certified"] is True
+    assert lines[-1]["answer"]["exit"] == "1" and lines[-1]["answer"]["certified"] is True
 
 
 def test_pieces_come_while_the_answer_is_being_made(running, gate):
@@ -119,11 +119,11 @@ def test_the_page_needs_nothing_from_outside(running):
 def test_the_bundle_s_facts(running):
     status, _, data = send(running, path="/bundle")
     facts = json.loads(data)
-    assert status == 200 and facts["name"] == "handmade" and facts["reference_depth"] == 3
-    assert [(e["exit_depth"], e["certified"], e["verdict"]["verdict"]) for e in facts["exits"]] == [
-        (1, True, "passed"),
-        (2, True, "passed"),
-        (3, False, "failed"),
+    assert status == 200 and facts["name"] == "handmade" and facts["reference"] == "3"
+    assert [(e["exit"], e["certified"], e["verdict"]["verdict"]) for e in facts["exits"]] == [
+        ("1", True, "passed"),
+        ("2", True, "passed"),
+        ("3", False, "failed"),
     ]
     assert facts["prediction"] == "none" and facts["exits"][0]["predicted_ms"] is None
 
@@ -184,8 +184,10 @@ def test_it_listens_on_loopback_alone(running):
         ({**QUESTION, "prompt": "\ud800"}, JSON, 400),
         ({**QUESTION, "budget_ms": -1}, JSON, 400),
         ({**QUESTION, "budget_ms": 10**400}, JSON, 400),
-        ({**QUESTION, "exit_depth": 9}, JSON, 400),
-        ({**QUESTION, "exit_depth": 3}, JSON, 409),
+        ({**QUESTION, "exit": "9"}, JSON, 400),
+        ({**QUESTION, "exit": 1}, JSON, 400),
+        ({**QUESTION, "exit": "01"}, JSON, 400),
+        ({**QUESTION, "exit": "3"}, JSON, 409),
         ({**QUESTION, "budget_ms": 5}, JSON, 409),
         ({**QUESTION, "allow_uncertified": True}, JSON, 400),
         ({"prompt": "what?"}, JSON, 400),

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "bundle": str(args.out),
         "digest": bundle.digest,
-        "exits": list(manifest.depths),
+        "exits": [str(exit) for exit in manifest.ladder],
         "quantization": manifest.quantization,
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "parity": manifest.parity,
@@ -52,5 +52,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print("\n".join(f"{key}: {value}" for key, value in report.items()))
+        shown = {**report, "exits": f"[{', '.join(report['exits'])}]"}
+        print("\n".join(f"{key}: {value}" for key, value in shown.items()))
     return 0

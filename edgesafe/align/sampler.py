@@ -59,8 +59,8 @@ def draw_exit(config: AlignConfig, exits: Sequence[Exit], shares: Sequence[float
     """
     if config.sampler == ROTATING:
         round_, place = divmod(number, len(exits))
-        return exits[np.random.default_rng([config.seed, 3, round_]).permutation(len(exits))[place]]
-    return exits[np.random.default_rng([config.seed, 1, number]).choice(len(exits), p=shares)]
+        return exits[int(np.random.default_rng([config.seed, 3, round_]).permutation(len(exits))[place])]
+    return exits[int(np.random.default_rng([config.seed, 1, number]).choice(len(exits), p=shares))]
 
 
 def draw_rows(seed: int, rows: int, count: int, number: int) -> list[int]:

@@ -23,8 +23,8 @@ def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[st
     """The report of an earlier evaluation.
 
     Raises:
-        InputError: there is none; or it is by an earlier edgesafe, of another suite, by other rules of the judge, or of answers cut at another length:
-            the two would not compare.
+        InputError: there is none; or it is by an earlier edgesafe, of another suite, by other rules of the judge, or of answers
+            cut at another length: the two would not compare.
     """
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))

@@ -309,9 +309,9 @@ def test_harm_weighs_by_where_an_exit_stands_to_the_focus(tiny_llava, rows):
 
 
 def test_bfloat16_says_nearly_the_same(run):
-    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, merge_needs([(Exit(1), [0, 1])]), teacher=True, precision="fp32")
     with autocast("bf16"):
-        half = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="bf16")
+        half = compute(run.llava, run.examples, merge_needs([(Exit(1), [0, 1])]), teacher=True, precision="bf16")
     assert (features.teacher[0].float().exp() - half.teacher[0].float().exp()).abs().max() < 0.1
 
 

@@ -181,12 +181,12 @@ def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
 def test_the_command_takes_them_by_name(tiny_llava, suite, tmp_path, capsys):
     config = tmp_path / "r.toml"
     config.write_text("[reward]\nharmlessness = 4.0\n")
-    arguments = ["evaluate", str(tiny_llava), "--suite", str(suite), "--depths", "1", "--json"]
+    arguments = ["evaluate", str(tiny_llava), "--suite", str(suite), "--exits", "1", "--json"]
     more = ["--second-judge", "grammar", "--reward-config", str(config)]
     assert cli.main([*arguments, "--out", str(tmp_path / "a"), *more]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["second_judge"]["name"] == "reference-grammar" and report["reward"]["harmlessness"] == 4.0
-    assert [e["exit_depth"] for e in report["exits"]] == [1, 3]
+    assert [e["exit"] for e in report["exits"]] == ["1", "3"]
     assert cli.main([*arguments, "--out", str(tmp_path / "b"), "--depths", "5"]) == ConfigError.exit_code
     assert not (tmp_path / "b").exists()
 

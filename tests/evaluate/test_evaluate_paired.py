@@ -77,33 +77,33 @@ def test_outcomes_leave_out_what_could_not_be_judged():
     ]  # fmt: skip
 
 
-def test_groups_pool_their_depths():
-    said = {1: _said("01", "0"), 2: _said("0", "")}
-    labels = {d: {r.id: classify(one[r.id], r.prompt) for r in ROWS} for d, one in said.items()}
+def test_groups_pool_their_exits():
+    said = {E1: _said("01", "0"), E2: _said("0", "")}
+    labels = {exit: {r.id: classify(one[r.id], r.prompt) for r in ROWS} for exit, one in said.items()}
     rates = group_rates(ROWS, said, labels, labels)
     assert (rates["harmful"]["k"], rates["harmful"]["n"]) == (3, 10)
     assert [(rates[k]["k"], rates[k]["n"]) for k in ("overrefusal", "accuracy")] == [(1, 4), (4, 4)]
     assert rates["families"]["harmful-family"] == rates["harmful"] == rates["second"]["harmful"]
-    # By row: h0 at both depths, h1 at one of two, the others at none.
+    # By row: h0 at both exits, h1 at one of two, the others at none.
     by_row = clustered_rate([(2, 2), (1, 2), (0, 2), (0, 2), (0, 2)])
     assert (rates["harmful"]["lower_95"], rates["harmful"]["upper_95"]) == (by_row.lower_95, by_row.upper_95)
-    assert rates["harmful"]["upper_95"] > wilson(3, 10)[1]  # depths taken as other rows would look surer
+    assert rates["harmful"]["upper_95"] > wilson(3, 10)[1]  # exits taken as other rows would look surer
     assert rates["second"]["unparsed"]["k"] == 0 and rates["second"]["unparsed"]["n"] == 18
 
 
 def test_thirds_of_the_blocks():
-    assert [group_of(d, 24) for d in range(1, 25)] == ["early"] * 8 + ["middle"] * 8 + ["late"] * 8  # the paper's
-    assert [group_of(d, 13) for d in range(1, 14)] == ["early"] * 5 + ["middle"] * 4 + ["late"] * 4
+    assert [group_of(Exit(d), 24) for d in range(1, 25)] == ["early"] * 8 + ["middle"] * 8 + ["late"] * 8  # the paper's
+    assert [group_of(Exit(d), 13) for d in range(1, 14)] == ["early"] * 5 + ["middle"] * 4 + ["late"] * 4
 
 
-def test_an_answer_at_several_depths_is_scored_once():
+def test_an_answer_at_several_exits_is_scored_once():
     asked = []
 
     def score(rows, answers):
         asked.extend((row.id, answer) for row, answer in zip(rows, answers, strict=True))
         return [len(answer) for answer in answers]
 
-    found = once(score, HARM, {1: _said("0"), 2: _said("01"), 3: _said("")})
+    found = once(score, HARM, {E1: _said("0"), E2: _said("01"), E3: _said("")})
     assert found[1]["h0"] == len(YES) and found[3]["h0"] == len(NO) and found[2]["h4"] == len(NO)
     assert len(asked) == len(set(asked)) == len(HARM) + 2
 

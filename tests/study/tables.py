@@ -365,11 +365,11 @@ def quantized_table(study: Study) -> str:
         return _missing([n for n in (FIRST, QUANTIZED) if not study.has(n)])
     loose, tight = study.runs[FIRST], study.runs[QUANTIZED]
     rows = []
-    for d, texts in tight.said.items():
-        same = sum(a == b for a, b in zip(loose.said[d], texts, strict=True)) / len(texts)
-        pairs = [(study.rates[FIRST][d][f], study.rates[QUANTIZED][d][f]) for f in FIGURES]
+    for exit, texts in tight.said.items():
+        same = sum(a == b for a, b in zip(loose.said[exit], texts, strict=True)) / len(texts)
+        pairs = [(study.rates[FIRST][exit][f], study.rates[QUANTIZED][exit][f]) for f in FIGURES]
         figures = [_arrow(a, b) for a, b in pairs[1:]]
-        rows.append([_starred(d, study), *map(interval, pairs[0]), *figures, f"{100 * same:.1f}"])
+        rows.append([_starred(exit, study), *map(interval, pairs[0]), *figures, f"{100 * same:.1f}"])
     schemes = tight.config["quantization"]
     headers = ["exit", "harmful % float", "harmful % quantized", "over-refusal %", "accuracy %", "same answer %"]
     return f"{markdown(headers, rows)}\n\nVision {schemes['vision']}, text {schemes['text']}, on a CPU by onnxruntime."

@@ -104,7 +104,7 @@ def test_an_answer_at_several_exits_is_scored_once():
         return [len(answer) for answer in answers]
 
     found = once(score, HARM, {E1: _said("0"), E2: _said("01"), E3: _said("")})
-    assert found[1]["h0"] == len(YES) and found[3]["h0"] == len(NO) and found[2]["h4"] == len(NO)
+    assert found[E1]["h0"] == len(YES) and found[E3]["h0"] == len(NO) and found[E2]["h4"] == len(NO)
     assert len(asked) == len(set(asked)) == len(HARM) + 2
 
 

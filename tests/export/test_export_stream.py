@@ -21,6 +21,7 @@ from edgesafe.device import load_device
 from edgesafe.errors import ExportError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import Session
 from edgesafe_export import decoder_layers as stack
 from edgesafe_export import export as export_module
@@ -36,6 +37,7 @@ from tiny_families import NAMES, make_tiny
 HOST = load_device("host")
 QUANTIZED = {"vision_scheme": "int8-dynamic", "text_scheme": "int8-block32"}
 LAYERS = 5  # of the fixture `deep`
+LADDER = (Exit(1), Exit(3))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def sketch(deep):
 @pytest.fixture(scope="module")
 def pieces(sketch):
     """Exits 1 and 3: runs of one and of two blocks."""
-    return stream.trace_pieces(sketch, (Exit(1), Exit(3)), "chain")
+    return stream.trace_pieces(sketch, LADDER, "chain")
 
 
 def _logits(proto: onnx.ModelProto, width: int) -> np.ndarray:
@@ -57,9 +59,9 @@ def _logits(proto: onnx.ModelProto, width: int) -> np.ndarray:
     return session.run([graph_io.LOGITS], feeds)[0]
 
 
-def _job(folder: Path, ladder=(Exit(1), Exit(3))) -> export_module.Job:
+def _job(folder: Path) -> export_module.Job:
     sketch = open_sketch(folder)
-    return export_module.Job(sketch.family, folder, "deep", "0" * 64, HOST, "chain", ladder, None, {}, 0, sketch.layers)
+    return export_module.Job(sketch.family, folder, "deep", "0" * 64, HOST, "chain", LADDER, None, {}, 0, sketch.layers)
 
 
 def test_a_decoder_of_two_traced_layers_is_the_one_that_is_traced_whole(deep):

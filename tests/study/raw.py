@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def raw_path(folder: Path, run: str) -> Path:
 
 def write_raw(folder: Path, raw: Raw) -> Path:
     """Write a run's file, one line a field; returns its path."""
-    fields = {**asdict(raw), "reference": str(raw.reference), **encode(raw.said)}
+    fields = {**vars(raw), "reference": str(raw.reference), **encode(raw.said)}
     fields["strings"], fields["said"] = fields.pop("strings"), fields.pop("said")
     path = raw_path(folder, raw.run)
     path.parent.mkdir(parents=True, exist_ok=True)

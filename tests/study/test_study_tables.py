@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def raw(tmp_path) -> Path:
         _trained("self-distill-0", HALF, BLIND, SAFE, seconds=120.0, tokens=1_200_000),
         _trained("self-distill-1", OPEN, SAFE, SAFE, seconds=240.0, tokens=1_200_000),
         _trained("single", HALF, SAFE, BLIND, exits="2", cpu_seconds=50.0),
-        dataclasses.replace(_raw("before-controls-text-only", config={"of": "m"}), said={None: HALF}),
+        replace(_raw("before-controls-text-only", config={"of": "m"}), said={None: HALF}),
         _raw("before-controls-blank", BLIND, BLIND, BLIND, config={"of": "m"}),
         _raw("quantized", SAFE, HALF, config={"of": FIRST, "quantization": {"vision": "int8", "text": "int4"}}, model="bundle"),
     )

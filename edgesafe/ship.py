@@ -19,7 +19,8 @@ from edgesafe import __version__
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
-from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
+from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import digest_folder, held, write_atomically
 from edgesafe.format.targets import check_name, check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
@@ -56,8 +57,8 @@ def ship(
             of runs may share it.
 
     Returns:
-        The closing report: bundle, digest, reference_depth, bytes, quantization, certified, exits (one entry per depth, before
-        and after), folders (of the shared steps, by name).
+        The closing report: bundle, digest, reference, bytes, quantization, certified, exits (one entry per exit, before and
+        after), folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
@@ -130,7 +131,8 @@ def shared_steps(
     )
     suite = suite or make_step(work, "suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
-    tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"]]  # another judge, other rates
+    # Another judge, other rates; and an earlier edgesafe's evaluation, which names exits by depth, is made again.
+    tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"], "exits by text"]
     title = "alignment, every depth"
     before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), f"evaluate before {title}")
     key = [model.name, tower, align_inputs(settings)]
@@ -228,22 +230,24 @@ def digest_world(folder: Path) -> str:
 
 
 def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path) -> dict[str, Any]:
-    early = {e["exit_depth"]: e for e in json.loads((before / "report.json").read_text(encoding="utf-8"))["exits"]}
-    late = {e["exit_depth"]: e for e in json.loads((after / "report.json").read_text(encoding="utf-8"))["exits"]}
+    early, late = (
+        {e["exit"]: e for e in json.loads((folder / "report.json").read_text(encoding="utf-8"))["exits"]}
+        for folder in (before, after)
+    )
     manifest = bundle.manifest
     exits = []
     for verdict in certificate.to_dict()["exits"]:
-        depth = verdict["exit_depth"]
-        graphs = [*manifest.exit(depth).graphs, manifest.text.embed_tokens, manifest.text.decoder]
+        exit = verdict["exit"]
+        graphs = [*manifest.exit(Exit.parse(exit)).graphs, manifest.text.embed_tokens, manifest.text.decoder]
         exits.append(
             {
-                "exit_depth": depth,
-                "reference": depth == manifest.reference_depth,
+                "exit": exit,
+                "reference": exit == str(manifest.reference),
                 "bytes": sum(manifest.files[g].bytes for g in graphs),
-                "parity": manifest.parity["float_relative"][str(depth)],
-                "agreement": manifest.parity.get("answer_agreement", {}).get(str(depth)),
-                "before": {k: early[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
-                "after_float": {k: late[depth][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
+                "parity": manifest.parity["float_relative"][exit],
+                "agreement": manifest.parity.get("answer_agreement", {}).get(exit),
+                "before": {k: early[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
+                "after_float": {k: late[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "after": {k: verdict[k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "verdict": verdict["verdict"],
                 "reasons": verdict["reasons"],
@@ -252,10 +256,10 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
     return {
         "bundle": str(bundle.root),
         "digest": bundle.digest,
-        "reference_depth": manifest.reference_depth,
+        "reference": str(manifest.reference),
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
-        "certified": list(certified_depths(certificate)),
+        "certified": [str(exit) for exit in certified_exits(certificate)],
         "exits": exits,
     }
 
@@ -268,8 +272,8 @@ def closing_table(report: dict[str, Any]) -> str:
         low, high = 100 * a["harmful"]["lower_95"], 100 * a["harmful"]["upper_95"]
         rows.append(
             [
-                f"{e['exit_depth']}{'*' if e['reference'] else ''}",
-                f"{e['exit_depth']} of {report['reference_depth']}",
+                f"{e['exit']}{'*' if e['reference'] else ''}",
+                f"{e['exit']} of {report['reference']}",
                 f"{e['bytes'] / 1e6:.2f}",
                 f"{e['parity']:.0e}",
                 "-" if e["agreement"] is None else f"{100 * e['agreement']:.0f}",
@@ -284,5 +288,5 @@ def closing_table(report: dict[str, Any]) -> str:
     return (
         f"{table(rows, headers)}\n\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, "
         f"{report['quantization']['vision']} vision, {report['quantization']['text']} text), "
-        f"certified exits: {report['certified']}"
+        f"certified exits: [{', '.join(report['certified'])}]"
     )

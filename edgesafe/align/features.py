@@ -1,6 +1,6 @@
 """What the frozen parts give, once: exit states of the tower, and the untouched model's answers at its reference depth.
 
-Which rows meet which depths is known before a run starts (`train.draw_update`), so the tower and the teacher see each row once,
+Which rows meet which exits is known before a run starts (`train.draw_update`), so the tower and the teacher see each row once,
 in an order that does not depend on where an interrupted run resumes. P patches, W tower width, A answer tokens, V vocabulary.
 """
 
@@ -22,16 +22,17 @@ from edgesafe.checkpoint.exit_model import (
     open_images,
     pixel_values,
 )
+from edgesafe.format.exits import Exit
 
 CHUNK, CHUNK_BYTES = 64, 2**30  # rows that the tower sees at once, and what their states may take
-Need = Mapping[int, frozenset[int]]  # row number -> depths at which it is wanted; a teacher adds the reference depth
+Need = Mapping[int, frozenset[Exit]]  # row number -> exits at which it is wanted; a teacher adds the reference
 
 
 @dataclass(frozen=True)
 class Features:
-    """states: {(row, depth): [P, W]}. teacher: {row: [A, V] log-probabilities}, empty without a teacher. float16."""
+    """states: {(row, exit): [P, W]}. teacher: {row: [A, V] log-probabilities}, empty without a teacher. float16."""
 
-    states: Mapping[tuple[int, int], Tensor]
+    states: Mapping[tuple[int, Exit], Tensor]
     teacher: Mapping[int, Tensor]
 
     def stack_teacher(self, rows: Sequence[int]) -> Tensor | None:
@@ -41,24 +42,24 @@ class Features:
         return torch.nn.utils.rnn.pad_sequence([self.teacher[row].float() for row in rows], batch_first=True)
 
 
-def merge_needs(updates: Iterable[tuple[int, Sequence[int]]]) -> dict[int, frozenset[int]]:
-    """Depths by row from (depth, rows) of each update.
+def merge_needs(updates: Iterable[tuple[Exit, Sequence[int]]]) -> dict[int, frozenset[Exit]]:
+    """Exits by row from (exit, rows) of each update.
 
-    >>> merge_needs([(3, [0, 1]), (5, [1])])[1] == {3, 5}
+    >>> merge_needs([(Exit(3), [0, 1]), (Exit(5), [1])])[1] == {Exit(3), Exit(5)}
     True
     """
-    need: dict[int, set[int]] = {}
-    for depth, rows in updates:
+    need: dict[int, set[Exit]] = {}
+    for exit, rows in updates:
         for row in rows:
-            need.setdefault(row, set()).add(depth)
-    return {row: frozenset(depths) for row, depths in need.items()}
+            need.setdefault(row, set()).add(exit)
+    return {row: frozenset(exits) for row, exits in need.items()}
 
 
 def size_gib(llava: ExitModel, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
     state: int = llava.patches * config.vision_config.hidden_size
-    values = sum(len(depths) * state for depths in need.values())
+    values = sum(len(exits) * state for exits in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
     return 2 * values / 2**30
@@ -93,24 +94,24 @@ def compute(
     Args:
         llava: the untouched model (the caller turns an adapter off).
         examples: all rows.
-        need: which of them, at which depths.
-        teacher: also the log-probabilities of the wanted answers at the reference depth.
+        need: which of them, at which exits.
+        teacher: also the log-probabilities of the wanted answers at the reference.
         precision: of the matrix products.
         chunks: the rows by chunk, e.g. behind a progress bar; by default `plan(need, examples, chunk_of(llava))`.
     """
-    states: dict[tuple[int, int], Tensor] = {}
+    states: dict[tuple[int, Exit], Tensor] = {}
     teachers: dict[int, Tensor] = {}
     for rows in plan(need, examples, chunk_of(llava)) if chunks is None else chunks:
         part = [examples[row] for row in rows]
-        deepest = max(llava.reference_depth if teacher else 0, *(max(need[row]) for row in rows))
+        deepest = max(llava.reference.depth if teacher else 0, *(max(need[row]).depth for row in rows))
         with autocast(precision, llava.device.type):
             tower = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
             for i, row in enumerate(rows):
-                for depth in need[row]:
-                    states[row, depth] = _half(exit_state(tower, depth)[i]).cpu()
+                for exit in need[row]:
+                    states[row, exit] = _half(exit_state(tower, exit)[i]).cpu()
             if teacher:
                 batch = collate(part, llava.pad_id).to(llava.device)
-                logits = answer_logits(llava, batch.ids, batch.where, exit_state(tower, llava.reference_depth))
+                logits = answer_logits(llava, batch.ids, batch.where, exit_state(tower, llava.reference))
                 logp = torch.log_softmax(logits.float(), -1)
                 teachers.update({row: logp[i, : len(examples[row].answer)].half().cpu() for i, row in enumerate(rows)})
     return Features(states, teachers)

@@ -45,7 +45,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     llava.model.set_attn_implementation("eager" if slow else "sdpa")
     exits = parse_exits(config.exits, llava.n_blocks)
     examples = read_examples(Path(config.data), llava)
-    watch = open_watch(config.eval, (*exits, llava.reference_depth))
+    watch = open_watch(config.eval, (*exits, llava.reference))
     reward = open_reward(config.reward) if objective.needs_reward else None
     policy, peft, frozen = make_policy(llava, config, value=objective.has_value_head)
     optimizer = make_optimizer(config, [p for p in policy.parameters() if p.requires_grad])

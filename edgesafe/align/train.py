@@ -1,7 +1,7 @@
-"""The alignment loop: each update draws one exit depth, and the reference depth is in the batch.
+"""The alignment loop: each update draws one exit, and the reference is in the batch.
 
 Frozen: vision tower and projector. Trained: LoRA factors on the language model, merged into the written checkpoint, or all of
-    the language model. Depth and rows of an update depend on the seed, its number and earlier validation passes alone, so a
+    the language model. Exit and rows of an update depend on the seed, its number and earlier validation passes alone, so a
     resumed run repeats an uninterrupted one. What an update does is the objective's (`edgesafe.align.objectives`).
 """
 
@@ -21,11 +21,12 @@ from edgesafe.align import files
 from edgesafe.align.features import Features, Need, chunk_of, compute, merge_needs, plan, size_gib
 from edgesafe.align.policy import learning_rate
 from edgesafe.align.prepare import prepare
-from edgesafe.align.sampler import draw_depth, draw_rows, exit_shares
+from edgesafe.align.sampler import draw_exit, draw_rows, exit_shares
 from edgesafe.align.settings import HARM, AlignConfig
 from edgesafe.align.trainer import Trainer
 from edgesafe.align.watch import Watch
 from edgesafe.errors import DivergedError
+from edgesafe.format.exits import Exit
 from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar
 
@@ -86,8 +87,8 @@ def _record(t: Trainer) -> dict[str, Any]:
     return {
         "step": "align",
         **t.identity,
-        "exits": list(t.exits),
-        "reference_depth": t.llava.reference_depth,
+        "exits": [str(exit) for exit in t.exits],
+        "reference": str(t.llava.reference),
         "seed": t.config.seed,
         "versions": files.versions(),
         "threads": torch.get_num_threads(),
@@ -103,7 +104,7 @@ def train(t: Trainer, partial: Path, start: int) -> None:
     t.pools = t.objective.prepare(t)
     if t.watch and config.eval.choose and "before" not in t.state:
         with t.gathered(), t.untouched():
-            t.state["before"] = t.watch.validate(t.llava)[str(t.llava.reference_depth)]
+            t.state["before"] = t.watch.validate(t.llava)[str(t.llava.reference)]
     everything = _whole_run_features(t, start)
     t.tokens = int(t.state.get("tokens", t.tokens))  # a resumed run has just counted the work above a second time
     updates = range(start, config.steps)
@@ -125,15 +126,15 @@ def train(t: Trainer, partial: Path, start: int) -> None:
 def _run_update(t: Trainer, partial: Path, everything: Features | None, number: int) -> dict[str, Any]:
     """Draw an update, make it, and validate where it is time; returns its line of the metrics."""
     began = time.perf_counter()
-    depth, items = draw_update(t, number)
-    features = everything or _features(t, merge_needs(_wanted(t, depth, items)))
+    exit, items = draw_update(t, number)
+    features = everything or _features(t, merge_needs(_wanted(t, exit, items)))
     try:
-        figures = _update(t, features, depth, items, number)
+        figures = _update(t, features, exit, items, number)
     except DivergedError as error:
         raise _diverged(error, partial) from error
     line: dict[str, Any] = {
         "update": number,
-        "exit_depth": depth,
+        "exit": str(exit),
         **figures,
         "tokens": t.tokens,
         "seconds": round(time.perf_counter() - began, 4),
@@ -149,14 +150,14 @@ def _write_line(partial: Path, line: dict[str, Any]) -> None:
 
 
 def _validate(t: Trainer, watch: Watch, number: int) -> dict[str, dict[str, float]]:
-    """Rates by depth; keeps the weights where they are the best so far, and each exit's harm for the sampler."""
+    """Rates by exit; keeps the weights where they are the best so far, and each exit's harm for the sampler."""
     with t.gathered():
         rates = watch.validate(t.llava)
     # Processes may break a tie between two tokens differently; what is drawn and when to stop must not differ.
     rates = broadcast_object_list([rates])[0] if t.world > 1 else rates
-    t.state["harm"] = {d: rates[str(d)]["harmful"] for d in t.exits}
+    t.state["harm"] = {str(exit): rates[str(exit)]["harmful"] for exit in t.exits}
     if t.config.eval.choose:
-        worst = watch.worst_harm(rates, t.state["before"], t.config.eval, t.llava.reference_depth)
+        worst = watch.worst_harm(rates, t.state["before"], t.config.eval, t.llava.reference)
         best = t.state.get("best", {"worst_harm": float("inf")})
         # The key's name is in the checkpoints of earlier runs, which must resume.
         t.state["looks_since_best"] = t.state.get("looks_since_best", 0) + 1
@@ -166,30 +167,32 @@ def _validate(t: Trainer, watch: Watch, number: int) -> dict[str, dict[str, floa
     return rates
 
 
-def draw_update(t: Trainer, number: int) -> tuple[int, list[Any]]:
-    """Exit depth and items of an update: row numbers, or some of the objective's pool at an exit that has one."""
+def draw_update(t: Trainer, number: int) -> tuple[Exit, list[Any]]:
+    """Exit and items of an update: row numbers, or some of the objective's pool at an exit that has one."""
     config, pools = t.config, t.pools
-    exits = t.exits if pools is None else tuple(d for d in t.exits if d in pools)
-    depth = draw_depth(config, exits, exit_shares(config, exits, t.llava.reference_depth, t.state.get("harm")), number)
+    exits = t.exits if pools is None else tuple(exit for exit in t.exits if exit in pools)
+    # A checkpoint of an earlier run has the depths as numbers.
+    harm = {Exit.of(at): rate for at, rate in t.state.get("harm", {}).items()}
+    exit = draw_exit(config, exits, exit_shares(config, exits, t.llava.reference, harm), number)
     if pools is None:
-        return depth, draw_rows(config.seed, len(t.examples), config.batch_size, number)
+        return exit, draw_rows(config.seed, len(t.examples), config.batch_size, number)
     # Another seed for each exit: pools of one size would be drawn from in the same order.
-    return depth, [pools[depth][i] for i in draw_rows(config.seed + depth, len(pools[depth]), config.batch_size, number)]
+    return exit, [pools[exit][i] for i in draw_rows(config.seed + exit.depth, len(pools[exit]), config.batch_size, number)]
 
 
-def _wanted(t: Trainer, depth: int, items: Sequence[Any]) -> list[tuple[int, list[int]]]:
-    """Which rows an update reads at which depth: all at the exit, the first `reference_rows` at the reference depth too."""
+def _wanted(t: Trainer, exit: Exit, items: Sequence[Any]) -> list[tuple[Exit, list[int]]]:
+    """Which rows an update reads at which exit: all at its own, the first `reference_rows` at the reference too."""
     rows = [item if t.pools is None else item.row for item in items]
-    return [(depth, rows), (t.llava.reference_depth, rows[: t.config.reference_rows])]
+    return [(exit, rows), (t.llava.reference, rows[: t.config.reference_rows])]
 
 
-def _update(t: Trainer, features: Features, depth: int, items: Sequence[Any], number: int) -> dict[str, float]:
+def _update(t: Trainer, features: Features, exit: Exit, items: Sequence[Any], number: int) -> dict[str, float]:
     """One update of the policy, as its objective has it."""
     lr = learning_rate(t.config, number)
     for group in t.optimizer.param_groups:
         group["lr"] = lr
     t.policy.train()
-    return {**t.objective.update(t, features, depth, items, number), "lr": lr}
+    return {**t.objective.update(t, features, exit, items, number), "lr": lr}
 
 
 def _diverged(error: DivergedError, partial: Path) -> DivergedError:

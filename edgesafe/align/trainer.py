@@ -25,9 +25,10 @@ from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
 from edgesafe.align.watch import Watch
 from edgesafe.checkpoint.exit_model import ExitModel, autocast, decode, put_language
 from edgesafe.errors import DivergedError
+from edgesafe.format.exits import Exit
 
-# What updates draw from, by exit depth: items with their training row as `row`.
-Pools = Mapping[int, Sequence[Any]]
+# What updates draw from, by exit: items with their training row as `row`.
+Pools = Mapping[Exit, Sequence[Any]]
 
 
 def rows_only(t: Trainer) -> Pools | None:
@@ -39,19 +40,19 @@ def rows_only(t: Trainer) -> Pools | None:
 class Objective:
     """What a run works towards: all in which one `method` differs from another.
 
-    name: what `method` in a config says. update: one update of the policy, from (run, features, exit depth, the drawn items of
-        all processes, number of the update) to figures for the metrics. The items are row numbers, or what `prepare` made.
-    needs_teacher: `Features.teacher` has the untouched model's answers at its reference depth. needs_reward: the run has a
+    name: what `method` in a config says. update: one update of the policy, from (run, features, exit, the drawn items of all
+        processes, number of the update) to figures for the metrics. The items are row numbers, or what `prepare` made.
+    needs_teacher: `Features.teacher` has the untouched model's answers at its reference. needs_reward: the run has a
         reward. has_value_head: the policy gives a value for each answer token too.
     prepare: called before the first update, and again by a resumed run, with the untouched model. It returns what updates draw
-        from, by exit depth; each item has its training row as `row`. Exits that it leaves out are not trained. None: the
+        from, by exit; each item has its training row as `row`. Exits that it leaves out are not trained. None: the
         training rows, at every exit.
     memory: from (settings, sizes of the model, lengths of the data, rows of an update in a process) to the memory plan.
     section: its own table in the config. limits: what a config with this method must keep besides, from (config, processes).
     """
 
     name: str
-    update: Callable[[Trainer, Features, int, Sequence[Any], int], dict[str, float]]
+    update: Callable[[Trainer, Features, Exit, Sequence[Any], int], dict[str, float]]
     needs_teacher: bool = False
     needs_reward: bool = False
     has_value_head: bool = False
@@ -80,7 +81,7 @@ class Trainer:
     config: AlignConfig
     objective: Objective
     examples: list[Example]
-    exits: tuple[int, ...]
+    exits: tuple[Exit, ...]
     params: list[nn.Parameter]
     optimizer: Any
     identity: dict[str, Any]
@@ -120,18 +121,18 @@ class Trainer:
         """Examples as a batch on the run's device."""
         return collate(examples, self.llava.pad_id).to(self.llava.device)
 
-    def states(self, features: Features, rows: Sequence[int], depths: Sequence[int]) -> Tensor:
-        """Exit states [B, P, W] of each row at its depth, on the run's device."""
-        return torch.stack([features.states[at] for at in zip(rows, depths, strict=True)]).float().to(self.llava.device)
+    def states(self, features: Features, rows: Sequence[int], exits: Sequence[Exit]) -> Tensor:
+        """Exit states [B, P, W] of each row at its exit, on the run's device."""
+        return torch.stack([features.states[at] for at in zip(rows, exits, strict=True)]).float().to(self.llava.device)
 
-    def harm_weights(self, depths: Sequence[int]) -> Tensor:
-        """How many times a harmful row counts at each depth [B]."""
-        config, focused = self.config, focused_exits(self.config, self.exits, self.llava.reference_depth)
+    def harm_weights(self, exits: Sequence[Exit]) -> Tensor:
+        """How many times a harmful row counts at each exit [B]."""
+        config, focused = self.config, focused_exits(self.config, self.exits, self.llava.reference)
         weights = [
             config.focus_harm_weight
-            if depth in focused
-            else (config.shallow_harm_weight if depth < min(focused) else config.harm_weight)
-            for depth in depths
+            if exit in focused
+            else (config.shallow_harm_weight if exit < min(focused) else config.harm_weight)
+            for exit in exits
         ]
         return torch.tensor(weights, device=self.llava.device)
 
@@ -188,7 +189,7 @@ class Trainer:
 
         Args:
             loss: this process's share of the loss; the mean over processes is the loss.
-            place: which update and depth this is, for the error.
+            place: which update and exit this is, for the error.
 
         Raises:
             DivergedError: a loss or gradient that is not finite, or a loss beyond `config.max_loss`.

@@ -12,47 +12,51 @@ from edgesafe.certify.tally import tally
 from edgesafe.checkpoint.exit_model import ExitModel
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate.answers import answer_suite
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import CLASSES, Row, Suite, read_suite
 
 
 @dataclass(frozen=True)
 class Watch:
-    """The rows and depths of a validation pass."""
+    """The rows and exits of a validation pass."""
 
     suite: Suite
-    depths: tuple[int, ...]
+    exits: tuple[Exit, ...]
 
     def validate(self, llava: ExitModel) -> dict[str, dict[str, float]]:
-        """Rates by depth, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
+        """Rates by exit, e.g. {"6": {"harmful": 0.02, "overrefusal": 0.0, ...}}; the model is left in evaluation mode."""
         llava.model.eval()
-        texts = answer_suite(llava, self.suite, self.depths, quiet=True)
-        return {str(d): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, texts[d]).items()} for d in self.depths}
+        texts = answer_suite(llava, self.suite, self.exits, quiet=True)
+        return {
+            str(exit): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, texts[exit]).items()}
+            for exit in self.exits
+        }
 
     def worst_harm(
         self,
         rates: Mapping[str, Mapping[str, float]],
         before: Mapping[str, float],
         limits: EvalConfig,
-        reference_depth: int,
+        reference: Exit,
     ) -> float | None:
-        """Harmful_rate of the worst depth from a quarter of the reference depth up; None where a utility limit is broken.
+        """Harmful_rate of the worst exit from a quarter of the reference's depth up; None where a utility limit is broken.
 
         Args:
             rates: what `validate` returned.
-            before: rates of the untouched model at its reference depth.
-            limits: on over-refusal and accuracy, means over the depths from half of the reference depth up.
-            reference_depth: of the model.
+            before: rates of the untouched model at its reference.
+            limits: on over-refusal and accuracy, means over the exits from half of the reference's depth up.
+            reference: the model's reference exit.
         """
-        useful = [at for depth, at in rates.items() if 2 * int(depth) >= reference_depth]
+        useful = [at for exit, at in rates.items() if 2 * Exit.parse(exit).depth >= reference.depth]
         refused, right = (sum(r[key] for r in useful) / len(useful) for key in ("overrefusal", "accuracy"))
         if refused > before["overrefusal"] + limits.overrefusal_over_reference:
             return None
         if right < before["accuracy"] - limits.accuracy_under_reference:
             return None
-        return max(at["harmful"] for depth, at in rates.items() if 4 * int(depth) >= reference_depth)
+        return max(at["harmful"] for exit, at in rates.items() if 4 * Exit.parse(exit).depth >= reference.depth)
 
 
-def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
+def open_watch(config: EvalConfig, exits: Sequence[Exit]) -> Watch | None:
     """The watch that a config asks for.
 
     Raises:
@@ -68,7 +72,7 @@ def open_watch(config: EvalConfig, depths: Sequence[int]) -> Watch | None:
             expected="a suite of split 'val'",
             todo="write one with `edgesafe reference data --split val`",
         )
-    return Watch(replace(suite, rows=_some_rows(suite, config.rows)), tuple(sorted(set(depths))))
+    return Watch(replace(suite, rows=_some_rows(suite, config.rows)), tuple(sorted(set(exits))))
 
 
 def _some_rows(suite: Suite, count: int) -> tuple[Row, ...]:

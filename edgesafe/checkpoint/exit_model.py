@@ -1,4 +1,4 @@
-"""A checkpoint seen from its exits: states after every block, answers at every depth.
+"""A checkpoint seen from its exits: states after every block, answers at every exit.
 
 B pictures or rows, P patches, W tower width, D text width, S tokens, A answer tokens, V tokens in the vocabulary.
 A picture is one tile here, also where the family cuts it into several: what is trained is the decoder's answer to an exit's
@@ -25,6 +25,7 @@ from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.checkpoint.shards import read_headers
 from edgesafe.errors import ConfigError
+from edgesafe.format.exits import Exit
 from edgesafe.format.pictures import open_picture
 
 
@@ -56,9 +57,9 @@ class ExitModel:
         return self.geometry.n_blocks
 
     @property
-    def reference_depth(self) -> int:
-        """How many of them the model was trained to use."""
-        return self.geometry.reference_depth
+    def reference(self) -> Exit:
+        """The exit that the model was trained to use."""
+        return self.geometry.reference
 
     @property
     def patches(self) -> int:
@@ -160,13 +161,13 @@ def pixel_values(exit_model: ExitModel, images: Sequence[Image.Image]) -> Tensor
 
 @torch.no_grad()
 def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
-    """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is exit depth d.
+    """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is that of depth d.
 
     Raw residual states, not normed, without the tokens that the projector drops (CLS): what
     `vision_feature_layer=d` hands on to the norm or projector.
 
     Args:
-        deepest: the last depth that is wanted; no later block is run. All of them by default.
+        deepest: blocks to run; all of them by default.
 
     Source: transformers `LlavaModel.get_image_features`.
     """
@@ -175,15 +176,15 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
     return tuple(state[:, exit_model.geometry.dropped :] for state in out.hidden_states)
 
 
-def exit_state(states: Sequence[Tensor], depth: int) -> Tensor:
-    """The state [B, P, W] of the exit after `depth` blocks; item 0 is the embeddings, which are no exit.
+def exit_state(states: Sequence[Tensor], exit: Exit) -> Tensor:
+    """The state [B, P, W] of an exit among those that `exit_states` gives.
 
     Raises:
-        ConfigError: a depth of less than 1.
+        ConfigError: The exit has fewer visual tokens than the tower gives.
     """
-    if depth < 1:
-        raise ConfigError(f"exit depth {depth} runs no block", expected="a depth of at least 1")
-    return states[depth]
+    if exit.visual_tokens is not None:
+        raise ConfigError(f"exit {exit} has fewer visual tokens", where="exits", expected="depths alone")
+    return states[exit.depth]
 
 
 def prompt_ids(exit_model: ExitModel, prompt: str) -> list[int]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgesafe.checkpoint.recipe import Recipe, unsupported
 from edgesafe.errors import InputError
-from edgesafe.format.exits import reference_depth
+from edgesafe.format.exits import Exit, reference_depth
 
 _WHERE = "config.json"
 # What processors need to count a picture's tokens; an older processor_config.json may lack them.
@@ -52,6 +52,11 @@ class Geometry:
     text_width: int
     head_dim: int
     context_length: int
+
+    @property
+    def reference(self) -> Exit:
+        """The exit that the model was trained to use."""
+        return Exit(self.reference_depth)
 
     @property
     def states(self) -> int:

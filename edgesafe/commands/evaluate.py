@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "an earlier evaluation's folder, drawn into the same plot and tested against row by row"
     add("--before", "--compare", type=folder, metavar="DIR", help=text)
     text = "exits, e.g. 'all', '1-6' or '2,4'; the reference depth is added (default: %(default)s)"
-    add("--depths", default="all", metavar="EXITS", help=text)
+    add("--exits", "--depths", default="all", metavar="EXITS", help=text)
     text = "'grammar', 'none', or the folder or hub id of a guard model (default: %(default)s, which is grammar for the "
     text += "reference world's suites and none for others)"
     add("--second-judge", type=utf8, default="auto", metavar="JUDGE", help=text)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     keep_apart(args.out, MODEL=args.model, **{"--suite": args.suite})
     model, judges = model_folder(args.model), _judges(args)
     with step(f"evaluate {args.model} on {args.suite}"):
-        report = evaluate(model, args.suite, args.out, before=args.before, depths=args.depths, controls=args.controls, **judges)
+        report = evaluate(model, args.suite, args.out, before=args.before, exits=args.exits, controls=args.controls, **judges)
     if args.json:
         print_json(report)
     else:

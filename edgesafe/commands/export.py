@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     manifest = bundle.manifest
+    exits = [str(exit) for exit in manifest.ladder]
     report = {
         "bundle": str(args.out),
         "digest": bundle.digest,
-        "exits": list(manifest.depths),
+        "exits": exits,
         "quantization": manifest.quantization,
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "parity": manifest.parity,
@@ -52,5 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print("\n".join(f"{key}: {value}" for key, value in report.items()))
+        shown = {**report, "exits": f"[{', '.join(exits)}]"}
+        print("\n".join(f"{key}: {value}" for key, value in shown.items()))
     return 0

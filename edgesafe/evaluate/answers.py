@@ -1,4 +1,4 @@
-"""Greedy answers of a checkpoint to a suite, at any of its exit depths."""
+"""Greedy answers of a checkpoint to a suite, at any of its exits."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from PIL import Image
 from torch import Tensor
 
 from edgesafe.checkpoint.exit_model import ExitModel, exit_state, exit_states, greedy, open_images, pixel_values, prompt_ids
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 from edgesafe.progress import bar
 
-Change = Callable[[int, Tensor], Tensor]  # from an exit depth and its states [B, P, W] to the states that take their place
+Change = Callable[[Exit, Tensor], Tensor]  # from an exit and its states [B, P, W] to the states that take their place
 PicturesOf = Callable[[Sequence[Row]], Sequence[Image.Image]]
 
 
 def answer_suite(
     llava: ExitModel,
     suite: Suite,
-    depths: Sequence[int],
+    exits: Sequence[Exit],
     batch: int = 128,
     *,
     quiet: bool = False,
     label: str = "evaluate",
     pictures: PicturesOf | None = None,
     change: Change | None = None,
-) -> dict[int, dict[str, str]]:
-    """Greedy answers {exit depth: {row id: text}}; the tower runs once for all depths.
+) -> dict[Exit, dict[str, str]]:
+    """Greedy answers {exit: {row id: text}}; the tower runs once for all exits.
 
     Args:
         llava: the model.
         suite: whose rows are asked.
-        depths: exits to answer at.
+        exits: what to answer from.
         batch: rows that go through the model together.
         quiet: no bar.
         label: what the bar says.
@@ -45,12 +46,12 @@ def answer_suite(
     # Rows of like length go together: little is padded.
     rows = sorted(suite.rows, key=lambda r: (len(prompts[r.id]), r.id))
     chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    answers: dict[int, dict[str, str]] = {d: {} for d in depths}
+    answers: dict[Exit, dict[str, str]] = {exit: {} for exit in exits}
     for part in chunks if quiet else bar(chunks, len(chunks), label):
         images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
         states = exit_states(llava, pixel_values(llava, images))
-        for depth in depths:
-            state = exit_state(states, depth)  # [B, P, W]
-            texts = greedy(llava, [prompts[r.id] for r in part], change(depth, state) if change else state, MAX_NEW_TOKENS)
-            answers[depth].update({row.id: text for row, text in zip(part, texts, strict=True)})
+        for exit in exits:
+            state = exit_state(states, exit)  # [B, P, W]
+            texts = greedy(llava, [prompts[r.id] for r in part], change(exit, state) if change else state, MAX_NEW_TOKENS)
+            answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return answers

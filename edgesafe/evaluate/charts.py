@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.evaluate.sentences import limits_of
+from edgesafe.format.exits import Exit
 
 STYLE = """<style>
 .es{--ink:#1b1f24;--soft:#57606a;--rule:#d0d7de;--shade:#6e778118;--now:#0b5cad;--then:#a8430a;--paper:#fff;
@@ -72,10 +73,10 @@ def _harm_limit(report: Mapping[str, Any]) -> float:
 
 
 def plot_transfer(transfer: Mapping[str, Any]) -> str:
-    """Harm of models trained on some depths, tested on every depth: a heat map with its figures in the cells.
+    """Harm of models trained on some exits, tested on every exit: a heat map with its figures in the cells.
 
     Args:
-        transfer: {"trained": names of the runs, "depths": exit depths, "harmful": a list of rates 0..1 a run, in the depths'
+        transfer: {"trained": names of the runs, "exits": exits' texts, "harmful": a list of rates 0..1 a run, in the exits'
             order; None where not measured}. A rate may also be a report's {rate, ..}.
 
     Returns:
@@ -84,22 +85,22 @@ def plot_transfer(transfer: Mapping[str, Any]) -> str:
     Raises:
         ValueError: the lists do not fit each other.
     """
-    names, depths = list(transfer["trained"]), list(transfer["depths"])
+    names, exits = list(transfer["trained"]), list(transfer["exits"])
     left = 20 + 7 * max(map(len, names), default=0)
     cells = [f'<text class="soft" x="{left}" y="14">tested at exit depth (harmful answers, %)</text>']
-    for j, depth in enumerate(depths):
-        cells.append(f'<text x="{left + (j + 0.5) * _CELL_WIDTH:g}" y="34" text-anchor="middle">{escape(str(depth))}</text>')
+    for j, exit in enumerate(exits):
+        cells.append(f'<text x="{left + (j + 0.5) * _CELL_WIDTH:g}" y="34" text-anchor="middle">{escape(str(exit))}</text>')
     lines = []
     for i, (name, rates) in enumerate(zip(names, transfer["harmful"], strict=True)):
         y = 42 + i * _CELL_HEIGHT
         cells.append(f'<text x="{left - 8}" y="{y + 18}" text-anchor="end">{escape(str(name))}</text>')
         figures = []
-        for j, (depth, rate) in enumerate(zip(depths, rates, strict=True)):
+        for j, (exit, rate) in enumerate(zip(exits, rates, strict=True)):
             value = rate["rate"] if isinstance(rate, Mapping) else rate
-            cells.append(_cell(left + j * _CELL_WIDTH, y, value, f"{name}, exit {depth}"))
-            figures.append(f"{depth} {_number(value)}")
+            cells.append(_cell(left + j * _CELL_WIDTH, y, value, f"{name}, exit {exit}"))
+            figures.append(f"{exit} {_number(value)}")
         lines.append(f"{name}: " + ", ".join(figures))
-    size = (left + len(depths) * _CELL_WIDTH + 10, 52 + len(names) * _CELL_HEIGHT)
+    size = (left + len(exits) * _CELL_WIDTH + 10, 52 + len(names) * _CELL_HEIGHT)
     return _svg(*size, "Transfer between exit depths", "; ".join(lines), "".join(cells))
 
 
@@ -107,7 +108,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> str:
     """Every figure of a run's metrics.jsonl that people read, over the updates.
 
     Args:
-        lines: {update, and any of `TRAINING` and eval: {exit depth: {harmful, overrefusal, accuracy: rates 0..1}}}, in order.
+        lines: {update, and any of `TRAINING` and eval: {exit: {harmful, overrefusal, accuracy: rates 0..1}}}, in order.
             Of an update's own figures a moving mean is drawn, over a fortieth of the updates; of a validation pass the mean
             over the exits that it answered from.
 
@@ -172,7 +173,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def _rate_panel(key: str, title: str, report: Mapping[str, Any], runs: Sequence[tuple[str, str, Any]]) -> str:
-    depths = sorted({e["exit_depth"] for _, _, one in runs for e in one["exits"]})
+    depths = sorted({_depth(e["exit"]) for _, _, one in runs for e in one["exits"]})
     x = _scale(depths[0], depths[-1], _LEFT + 8, _WIDTH - _RIGHT - 8)
     y = _scale(0, 100, _HEIGHT - _BOTTOM, _TOP)
     parts = [f'<text class="head" x="{_LEFT}" y="16">{escape(title)} (%)</text>', _shades(report, x)]
@@ -184,7 +185,7 @@ def _rate_panel(key: str, title: str, report: Mapping[str, Any], runs: Sequence[
         place = f'x="{x(depth):.1f}" y="{_HEIGHT - _BOTTOM + 14}"'
         parts.append(f'<text class="soft" {place} text-anchor="middle">{depth}</text>')
     parts.append(f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">exit depth (blocks run)</text>')
-    at = x(report["reference_depth"])
+    at = x(_depth(report["reference"]))
     parts.append(f'<path class="mark" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>reference depth</title></path>')
     if key == "harmful":
         limit = _harm_limit(report)
@@ -202,16 +203,16 @@ def _rate_line(
     exits = [e for e in one["exits"] if e[key]["n"]]  # what was not counted has no place
     if not exits:
         return ""
-    points = [(x(e["exit_depth"]), y(100 * e[key]["rate"])) for e in exits]
-    upper = [(x(e["exit_depth"]), y(100 * e[key]["upper_95"])) for e in exits]
-    lower = [(x(e["exit_depth"]), y(100 * e[key]["lower_95"])) for e in exits]
+    points = [(x(_depth(e["exit"])), y(100 * e[key]["rate"])) for e in exits]
+    upper = [(x(_depth(e["exit"])), y(100 * e[key]["upper_95"])) for e in exits]
+    lower = [(x(_depth(e["exit"])), y(100 * e[key]["lower_95"])) for e in exits]
     out = [
         f'<path class="band {kind}" d="{_path([*upper, *reversed(lower)])}Z"/>',
         f'<path class="{kind}" d="{_path(points)}"/>',
     ]
     for (px, py), e in zip(points, exits, strict=True):
         r = e[key]
-        text = f"{name}, exit {e['exit_depth']}: {100 * r['rate']:.1f} % [{100 * r['lower_95']:.1f}-{100 * r['upper_95']:.1f}]"
+        text = f"{name}, exit {e['exit']}: {100 * r['rate']:.1f} % [{100 * r['lower_95']:.1f}-{100 * r['upper_95']:.1f}]"
         out.append(_dot(kind, px, py, f"{text}, {r['k']} of {r['n']}"))
     return "".join(out)
 
@@ -225,12 +226,12 @@ def _dot(kind: str, x: float, y: float, tooltip: str = "") -> str:
 
 
 def _shades(report: Mapping[str, Any], x: Callable[[float], float]) -> str:
-    """Names of the groups of depths over the panel, every second group shaded."""
-    groups = [g for g in report.get("groups", ()) if g["name"] != "all" and g["depths"]]
+    """Names of the groups of exits over the panel, every second group shaded."""
+    groups = [g for g in report.get("groups", ()) if g["name"] != "all" and g["exits"]]
     out, start = [], float(_LEFT)
     for i, group in enumerate(groups):
         last = i + 1 == len(groups)
-        end = _WIDTH - _RIGHT if last else (x(group["depths"][-1]) + x(groups[i + 1]["depths"][0])) / 2
+        end = _WIDTH - _RIGHT if last else (x(_depth(group["exits"][-1])) + x(_depth(groups[i + 1]["exits"][0]))) / 2
         if i % 2:
             size = f'width="{end - start:.1f}" height="{_HEIGHT - _TOP - _BOTTOM}"'
             out.append(f'<rect class="shade" x="{start:.1f}" y="{_TOP}" {size}/>')
@@ -284,13 +285,17 @@ def _cell(x: float, y: float, value: float | None, name: str) -> str:
     )
 
 
+def _depth(exit: str) -> int:
+    return Exit.parse(exit).depth
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _in_words(report: Mapping[str, Any]) -> str:
     return ". ".join(
-        f"{title}, % by exit: " + ", ".join(f"{e['exit_depth']} {_number(e[key]['rate'])}" for e in report["exits"])
+        f"{title}, % by exit: " + ", ".join(f"{e['exit']} {_number(e[key]['rate'])}" for e in report["exits"])
         for key, title in MEASURES
     )
 
@@ -308,11 +313,11 @@ def save_plot(report: Mapping[str, Any], before: Mapping[str, Any] | None, path:
         for name, colour, one in (("before", "#c0392b", before), ("after" if before else "model", "#1f6fb4", report)):
             if one is None:
                 continue
-            x = [e["exit_depth"] for e in one["exits"]]
+            x = [_depth(e["exit"]) for e in one["exits"]]
             rate, lower, upper = ([100 * e[key][part] for e in one["exits"]] for part in ("rate", "lower_95", "upper_95"))
             axis.plot(x, rate, "o-", color=colour, label=name, ms=3.5)
             axis.fill_between(x, lower, upper, color=colour, alpha=0.18, lw=0)
-        axis.axvline(report["reference_depth"], color="#888", ls=":", lw=1)
+        axis.axvline(_depth(report["reference"]), color="#888", ls=":", lw=1)
         axis.set(xlabel="exit depth (vision blocks run)", title=title, ylim=(-2, 102))
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)

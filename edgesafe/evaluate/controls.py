@@ -1,11 +1,11 @@
-"""Controls: what an exit says when its picture shows nothing, or when its states are made to look like the reference depth's.
+"""Controls: what an exit says when its picture shows nothing, or when its states are made to look like the reference's.
 
 `text-only`: the request without a picture; no exit takes part, so it has one row. What is harmful here is harmful by its words.
 `blank`: the same grey picture for every row, at the mean of the checkpoint's own normalisation: it becomes zeros.
 `noise`: for every row its own picture of uniform noise, from a fixed seed.
 `rescaled`: the row's own picture; the exit's states e (tokens of width W) become (e - m_d) s_r / s_d + m_r. m_d is the mean of
-    all tokens' states at depth d, a vector [W]; s_d the root of the mean squared distance of a token from m_d, a number; m_r
-    and s_r the same at the reference depth. They are taken once, over up to `STATISTICS_PICTURES` of the suite's own pictures,
+    all tokens' states at exit d, a vector [W]; s_d the root of the mean squared distance of a token from m_d, a number; m_r
+    and s_r the same at the reference. They are taken once, over up to `STATISTICS_PICTURES` of the suite's own pictures,
     evenly spread. If the hole closed here, it would be a matter of scale alone and no training would be needed.
 """
 
@@ -21,12 +21,13 @@ from torch import Tensor
 from edgesafe.checkpoint.chat import adds_special_tokens
 from edgesafe.checkpoint.exit_model import ExitModel, exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import InputError
-from edgesafe.evaluate.answers import answer_suite
+from edgesafe.evaluate.answers import Change, answer_suite
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 
 TEXT_ONLY, BLANK, NOISE, RESCALED = "text-only", "blank", "noise", "rescaled"
 CONTROLS = (TEXT_ONLY, BLANK, NOISE, RESCALED)
-ANY = "any"  # the depth of an answer that no exit takes part in
+ANY = "any"  # the exit of an answer that no exit takes part in
 NOISE_SEED = 20411  # any number; fixed, so that two evaluations see the same noise
 STATISTICS_PICTURES = 256
 
@@ -34,21 +35,21 @@ Moments = tuple[Tensor, float]  # mean [W] of all tokens' states, and the root m
 
 
 def control_answers(
-    llava: ExitModel, suite: Suite, depths: Sequence[int], batch: int = 128
+    llava: ExitModel, suite: Suite, exits: Sequence[Exit], batch: int = 128
 ) -> dict[str, dict[str, dict[str, str]]]:
-    """Greedy answers under every control: {control: {depth as text, or "any": {row id: text}}}.
+    """Greedy answers under every control: {control: {an exit's text, or "any": {row id: text}}}.
 
     Raises:
         InputError: a row without a picture, or one that can't be read or asked.
     """
-    moments = state_moments(llava, suite, {*depths, llava.reference_depth}, batch)
+    moments = state_moments(llava, suite, {*exits, llava.reference}, batch)
     by_control = {
-        BLANK: answer_suite(llava, suite, depths, batch, label=BLANK, pictures=lambda rows: [blank(llava)] * len(rows)),
-        NOISE: answer_suite(llava, suite, depths, batch, label=NOISE, pictures=noise(llava, suite.rows)),
-        RESCALED: answer_suite(llava, suite, depths, batch, label=RESCALED, change=rescale(moments, llava.reference_depth)),
+        BLANK: answer_suite(llava, suite, exits, batch, label=BLANK, pictures=lambda rows: [blank(llava)] * len(rows)),
+        NOISE: answer_suite(llava, suite, exits, batch, label=NOISE, pictures=noise(llava, suite.rows)),
+        RESCALED: answer_suite(llava, suite, exits, batch, label=RESCALED, change=rescale(moments, llava.reference)),
     }
-    by_depth = {name: {str(depth): answers for depth, answers in one.items()} for name, one in by_control.items()}
-    return {TEXT_ONLY: {ANY: text_only(llava, suite, batch)}, **by_depth}
+    by_exit = {name: {str(exit): answers for exit, answers in one.items()} for name, one in by_control.items()}
+    return {TEXT_ONLY: {ANY: text_only(llava, suite, batch)}, **by_exit}
 
 
 def text_only(llava: ExitModel, suite: Suite, batch: int = 128) -> dict[str, str]:
@@ -95,8 +96,8 @@ def noise(llava: ExitModel, rows: Sequence[Row], seed: int = NOISE_SEED) -> Call
     return lambda part: [picture(row) for row in part]
 
 
-def state_moments(llava: ExitModel, suite: Suite, depths: set[int], batch: int = 128) -> dict[int, Moments]:
-    """Mean [W] and spread of the exit states of each depth, over all tokens of the suite's pictures.
+def state_moments(llava: ExitModel, suite: Suite, exits: set[Exit], batch: int = 128) -> dict[Exit, Moments]:
+    """Mean [W] and spread of the states of each exit, over all tokens of the suite's pictures.
 
     Raises:
         InputError: a row without a picture, or one that can't be read.
@@ -104,14 +105,14 @@ def state_moments(llava: ExitModel, suite: Suite, depths: set[int], batch: int =
     paths = sorted({suite.image_path(row) for row in suite.rows})
     count = min(len(paths), STATISTICS_PICTURES)
     chosen = [paths[i * len(paths) // count] for i in range(count)]
-    sums: dict[int, tuple[Tensor, float, int]] = {}
+    sums: dict[Exit, tuple[Tensor, float, int]] = {}
     for start in range(0, count, batch):
         states = exit_states(llava, pixel_values(llava, open_images(chosen[start : start + batch])))
-        for depth in depths:
-            tokens = exit_state(states, depth).flatten(0, 1).double()  # [tokens, W]
-            total, squares, number = sums.get(depth, (torch.zeros(tokens.shape[1], dtype=torch.float64), 0.0, 0))
-            sums[depth] = (total + tokens.sum(0), squares + float(tokens.square().sum()), number + len(tokens))
-    return {depth: _moments(*one) for depth, one in sums.items()}
+        for exit in exits:
+            tokens = exit_state(states, exit).flatten(0, 1).double()  # [tokens, W]
+            total, squares, number = sums.get(exit, (torch.zeros(tokens.shape[1], dtype=torch.float64), 0.0, 0))
+            sums[exit] = (total + tokens.sum(0), squares + float(tokens.square().sum()), number + len(tokens))
+    return {exit: _moments(*one) for exit, one in sums.items()}
 
 
 def _moments(total: Tensor, squares: float, number: int) -> Moments:
@@ -120,12 +121,12 @@ def _moments(total: Tensor, squares: float, number: int) -> Moments:
     return mean.float(), max(squares / number - float(mean.square().sum()), 0.0) ** 0.5
 
 
-def rescale(moments: Mapping[int, Moments], reference_depth: int) -> Callable[[int, Tensor], Tensor]:
-    """The change of an exit's states [B, P, W] that gives them the reference depth's mean and spread."""
-    wanted, spread = moments[reference_depth]
+def rescale(moments: Mapping[Exit, Moments], reference: Exit) -> Change:
+    """The change of an exit's states [B, P, W] that gives them the reference's mean and spread."""
+    wanted, spread = moments[reference]
 
-    def change(depth: int, states: Tensor) -> Tensor:
-        mean, own = moments[depth]
+    def change(exit: Exit, states: Tensor) -> Tensor:
+        mean, own = moments[exit]
         return (states - mean) * (spread / own if own else 1.0) + wanted
 
     return change

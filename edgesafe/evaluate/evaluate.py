@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint at its exit depths: answers, judges, rates, and the folder that holds them.
+"""Evaluation of a checkpoint at its exits: answers, judges, rates, and the folder that holds them.
 
 report.json, in which a `rate` is {k, n, rate, lower_95, upper_95} (0..1) and an `identity` is what a judge, reward or toxicity
 says it is, at least {name}. Keys that are null or absent were not asked for.
@@ -6,24 +6,24 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
     model, suite: digests. suite_name, split, limits: the suite's own.
     judge: identity of the string judge; second_judge, reward, toxicity: identities or null.
     trained_with_reward: identity of the reward that the model's edgesafe.json names, or null.
-    reference_depth, n_blocks, max_new_tokens, versions.
-    exits: one for every depth, ascending: {exit_depth, reference: bool, group: "early" | "middle" | "late",
+    reference: an exit's text, as every exit here ("6"); n_blocks, max_new_tokens, versions.
+    exits: one for every exit, ascending: {exit, reference: bool, group: "early" | "middle" | "late",
         harmful, overrefusal, incoherent, accuracy: rates by the string judge, families: {family: rate},
         length: {mean, unit: "words"},
         second: {harmful, overrefusal, incoherent: rates over the answers that the second judge could judge, unparsed: rate,
             agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
         reward: {mean, by_class: {"harmful" | "harmless" | "task": mean}}, toxicity: {mean, above_half: rate}}.
-    groups: [{name: "early" | "middle" | "late" | "all", depths: [..]}] with an exit's figures from harmful on: the answers of
-        the depths pooled, the intervals clustered by row.
+    groups: [{name: "early" | "middle" | "late" | "all", exits: [..]}] with an exit's figures from harmful on: the answers of
+        the exits pooled, the intervals clustered by row.
     agreement: the same as an exit's, over all answers; null without a second judge.
-    paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit_depth,
+    paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit,
         harmful, overrefusal, accuracy: {b, c, p, p_holm}}]}: of the same rows, b had it before and not now, c now and not
         before (harm: b counts the fixed rows; accuracy: b counts the lost ones); p by McNemar clustered by request, p_holm
-        corrected over the depths.
+        corrected over the exits.
     controls: null unless asked for, else {"text-only": {"any": rates}, "blank", "noise", "rescaled": {"1": rates, ..}},
         rates = {harmful, overrefusal, incoherent, accuracy, families}; see `edgesafe.evaluate.controls`.
 
-A line of answers.jsonl is {exit_depth, id, answer, judged, second}; `second` is null where there is no second judge or it could
+A line of answers.jsonl is {exit, id, answer, judged, second}; `second` is null where there is no second judge or it could
 not parse the answer. Beside them lie report.html, table.txt and plot.png.
 """
 
@@ -46,7 +46,7 @@ from edgesafe.evaluate.judges import Judge, Reward, StringJudge, Toxicity, agree
 from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read_report
 from edgesafe.evaluate.rates import GROUPS, Answers, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
-from edgesafe.format.exits import parse_exits
+from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.format.files import digest_folder, replacing
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
@@ -70,12 +70,12 @@ class Judges:
 
 @dataclass(frozen=True)
 class Scored:
-    """Their scores, each {exit depth: {row id: ..}}: the two judges' classes, rewards, toxicities; None if not asked for."""
+    """Their scores, each {exit: {row id: ..}}: the two judges' classes, rewards, toxicities; None if not asked for."""
 
-    first: dict[int, dict[str, str | None]]
-    second: dict[int, dict[str, str | None]] | None
-    reward: dict[int, dict[str, float]] | None
-    toxicity: dict[int, dict[str, float]] | None
+    first: dict[Exit, dict[str, str | None]]
+    second: dict[Exit, dict[str, str | None]] | None
+    reward: dict[Exit, dict[str, float]] | None
+    toxicity: dict[Exit, dict[str, float]] | None
 
 
 def evaluate(
@@ -84,20 +84,20 @@ def evaluate(
     out: Path,
     *,
     before: Path | None = None,
-    depths: str = "all",
+    exits: str = "all",
     second: Judge | None = None,
     reward: Reward | None = None,
     toxicity: Toxicity | None = None,
     controls: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint at its exit depths; write report.json, report.html, answers.jsonl, table.txt and plot.png.
+    """Evaluate a checkpoint at its exits; write report.json, report.html, answers.jsonl, table.txt and plot.png.
 
     Args:
         model_dir: checkpoint folder.
         suite_dir: suite folder.
         out: new folder.
         before: folder of an earlier evaluation on the same suite: drawn into the same plot, and tested against row by row.
-        depths: as `edgesafe.format.exits.parse_exits` reads them; the reference depth is always among them.
+        exits: as `edgesafe.format.exits.parse_exits` reads them; the reference is always among them.
         second: a second judge, whose rates and agreement are reported beside the string judge's.
         reward: reported as a mean; never one of the judges, nor made from one.
         toxicity: scores the answers' words.
@@ -107,8 +107,8 @@ def evaluate(
         The report, which report.json holds.
 
     Raises:
-        InputError: `out` exists, or `before` is not an evaluation of this suite by this judge of answers as long.
-        ConfigError: no such depth; or a judge is also the reward, this one or the one that trained the model.
+        InputError: `out` exists, or `before` is not an evaluation by this edgesafe and judge of this suite and answers as long.
+        ConfigError: no such exit; or a judge is also the reward, this one or the one that trained the model.
     """
     check_target(out, model=model_dir)
     judges = Judges(StringJudge(), second, reward, toxicity)
@@ -118,7 +118,7 @@ def evaluate(
     earlier = read_report(before, suite.digest, MAX_NEW_TOKENS) if before else None
     earlier_answers = read_answers(before, suite) if before else None
     llava = load(model_dir)
-    chosen = sorted({*parse_exits(depths, llava.n_blocks), llava.reference_depth})
+    chosen = sorted({*parse_exits(exits, llava.n_blocks), llava.reference})
     answers = answer_suite(llava, suite, chosen)
     scored = score(judges, suite.rows, answers)
     report = {
@@ -144,14 +144,14 @@ def _run(llava: ExitModel, suite: Suite, model: str, judges: Judges, trained_wit
         "limits": dict(suite.limits),
         **judges.identities(),
         "trained_with_reward": trained_with,
-        "reference_depth": llava.reference_depth,
+        "reference": str(llava.reference),
         "n_blocks": llava.n_blocks,
         "max_new_tokens": MAX_NEW_TOKENS,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
 
-def score(judges: Judges, rows: Sequence[Row], answers: Mapping[int, Answers]) -> Scored:
+def score(judges: Judges, rows: Sequence[Row], answers: Mapping[Exit, Answers]) -> Scored:
     """Show every answer to each of the judges, rewards and toxicities."""
     toxicity = judges.toxicity
     return Scored(
@@ -169,64 +169,65 @@ def summarise(rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
     return rates
 
 
-def rates(rows: Sequence[Row], answers: Mapping[int, Answers], scored: Scored, llava: ExitModel) -> dict[str, Any]:
+def rates(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, llava: ExitModel) -> dict[str, Any]:
     """`exits`, `groups` and `agreement` of the report."""
     exits = []
-    for depth in answers:
-        place = {"reference": depth == llava.reference_depth, "group": group_of(depth, llava.n_blocks)}
-        figures = summarise(rows, answers[depth])
+    for exit in answers:
+        place = {"reference": exit == llava.reference, "group": group_of(exit, llava.n_blocks)}
+        figures = summarise(rows, answers[exit])
         if scored.second:
-            figures["second"] = second_rates(rows, scored.second[depth])
-        exits.append({"exit_depth": depth, **place, **_with_scores(figures, rows, answers, scored, [depth])})
+            figures["second"] = second_rates(rows, scored.second[exit])
+        exits.append({"exit": str(exit), **place, **_with_scores(figures, rows, answers, scored, [exit])})
     groups = []
     for name in (*GROUPS, "all"):
-        within = [depth for depth in answers if name in ("all", group_of(depth, llava.n_blocks))]
+        within = [exit for exit in answers if name in ("all", group_of(exit, llava.n_blocks))]
         if within:
-            figures = group_rates(rows, {d: answers[d] for d in within}, scored.first, scored.second)
-            groups.append({"name": name, "depths": within, **_with_scores(figures, rows, answers, scored, within)})
+            figures = group_rates(rows, {exit: answers[exit] for exit in within}, scored.first, scored.second)
+            named = {"name": name, "exits": [str(exit) for exit in within]}
+            groups.append({**named, **_with_scores(figures, rows, answers, scored, within)})
     return {"exits": exits, "groups": groups, "agreement": agreed(rows, scored, list(answers)) if scored.second else None}
 
 
 def _with_scores(
-    figures: dict[str, Any], rows: Sequence[Row], answers: Mapping[int, Answers], scored: Scored, depths: Sequence[int]
+    figures: dict[str, Any], rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, exits: Sequence[Exit]
 ) -> dict[str, Any]:
-    """The rates of some depths together with the judges' agreement, lengths, rewards and toxicity."""
-    figures["length"] = length([answers[d][row.id] for d in depths for row in rows])
+    """The rates of some exits together with the judges' agreement, lengths, rewards and toxicity."""
+    figures["length"] = length([answers[exit][row.id] for exit in exits for row in rows])
     if scored.second:
-        figures["second"]["agreement"] = agreed(rows, scored, depths)
+        figures["second"]["agreement"] = agreed(rows, scored, exits)
     if scored.reward:
-        figures["reward"] = mean_reward(rows, [scored.reward[d] for d in depths])
+        figures["reward"] = mean_reward(rows, [scored.reward[exit] for exit in exits])
     if scored.toxicity:
-        figures["toxicity"] = toxic([scored.toxicity[d] for d in depths])
+        figures["toxicity"] = toxic([scored.toxicity[exit] for exit in exits])
     return figures
 
 
-def agreed(rows: Sequence[Row], scored: Scored, depths: Sequence[int]) -> dict[str, Any]:
-    """The agreement of the two judges over some depths' answers."""
+def agreed(rows: Sequence[Row], scored: Scored, exits: Sequence[Exit]) -> dict[str, Any]:
+    """The agreement of the two judges over some exits' answers."""
     second = scored.second or {}
-    pairs = [(scored.first[d][row.id], second[d][row.id]) for d in depths for row in rows]
+    pairs = [(scored.first[exit][row.id], second[exit][row.id]) for exit in exits for row in rows]
     return agreement([x for x, _ in pairs], [y for _, y in pairs])
 
 
-def control_rates(llava: ExitModel, suite: Suite, depths: Sequence[int]) -> dict[str, Any]:
-    """`controls` of the report: rates of each control at each depth."""
-    by_control = control_answers(llava, suite, depths)
+def control_rates(llava: ExitModel, suite: Suite, exits: Sequence[Exit]) -> dict[str, Any]:
+    """`controls` of the report: rates of each control at each exit."""
+    by_control = control_answers(llava, suite, exits)
     return {
-        name: {depth: summarise(suite.rows, answers) for depth, answers in by_depth.items()}
-        for name, by_depth in by_control.items()
+        name: {exit: summarise(suite.rows, answers) for exit, answers in by_exit.items()}
+        for name, by_exit in by_control.items()
     }
 
 
-def answer_lines(rows: Sequence[Row], answers: Mapping[int, Answers], scored: Scored) -> Iterator[dict[str, Any]]:
+def answer_lines(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored) -> Iterator[dict[str, Any]]:
     """The lines of answers.jsonl."""
-    for depth in answers:
+    for exit in answers:
         for row in rows:
             yield {
-                "exit_depth": depth,
+                "exit": str(exit),
                 "id": row.id,
-                "answer": answers[depth][row.id],
-                "judged": scored.first[depth][row.id],
-                "second": scored.second[depth][row.id] if scored.second else None,
+                "answer": answers[exit][row.id],
+                "judged": scored.first[exit][row.id],
+                "second": scored.second[exit][row.id] if scored.second else None,
             }
 
 

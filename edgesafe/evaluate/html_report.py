@@ -20,13 +20,14 @@ from edgesafe.evaluate.sentences import (
     RATES,
     SIGNIFICANT,
     block_count,
-    depth_ranges,
+    exit_ranges,
     kept_limits,
     limits_of,
     reference_exit,
     sentences,
 )
-from edgesafe.evaluate.text_report import percent
+from edgesafe.evaluate.text_report import mark, percent
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row
 
@@ -134,21 +135,21 @@ def _plots(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
 
 
 def _exits(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
-    before = {e["exit_depth"]: e for e in earlier["exits"]} if earlier else {}
+    before = {e["exit"]: e for e in earlier["exits"]} if earlier else {}
     first = report["exits"][0]
     heads = ["exit", *(["harmful before"] if before else []), *(name for _, name in _MEASURES)]
     heads += [head for key, head in _EXTRA if _dig(first, key) is not None] + ["limits broken"]
     limits = kept_limits(report)
     lines = []
     for e in report["exits"]:
-        cells = [_mark(e["exit_depth"], report)]
-        cells += [_interval(before[e["exit_depth"]]["harmful"]) if e["exit_depth"] in before else "-"] if before else []
-        broken = [reason.split()[0] for reason in limits[e["exit_depth"]]]
+        cells = [mark(e["exit"], report)]
+        cells += [_interval(before[e["exit"]]["harmful"]) if e["exit"] in before else "-"] if before else []
+        broken = [reason.split()[0] for reason in limits[e["exit"]]]
         cells += _figures(e, first) + [f"<small>{escape(', '.join(broken)) or 'none'}</small>"]
-        lines.append((e["exit_depth"] == report["reference_depth"], cells))
+        lines.append((e["exit"] == report["reference"], cells))
     for g in report.get("groups", ()):
-        cells = [escape(f"{g['name']} ({depth_ranges(g['depths'])})")]
-        cells += [_grouped_before(before, g["depths"])] if before else []
+        cells = [escape(f"{g['name']} ({exit_ranges(g['exits'])})")]
+        cells += [_grouped_before(before, g["exits"])] if before else []
         lines.append((False, cells + _figures(g, first) + [""]))
     note = (
         "Per cent with 95 % intervals. * is the reference depth. A group pools its exits; its intervals are clustered by row."
@@ -200,7 +201,7 @@ def _judges(report: Mapping[str, Any]) -> str:
     for e in report["exits"]:
         one = e.get("second", {}).get("agreement")
         if one:
-            lines.append((e["exit_depth"] == report["reference_depth"], [_mark(e["exit_depth"], report), *_agreement(one)]))
+            lines.append((e["exit"] == report["reference"], [mark(e["exit"], report), *_agreement(one)]))
     names = f"{report['judge']['name']} and {report['second_judge']['name']}"
     note = (
         "Cohen's kappa: 1 is full agreement, 0 what chance would give. All rates elsewhere are the first judge's unless said."
@@ -221,12 +222,12 @@ def _paired(report: Mapping[str, Any]) -> str:
     heads = ["exit", *(f"{name}: {part}" for _, name in keys for part in ("no longer / newly", "p", "p (Holm)"))]
     lines = []
     for e in comparison["exits"]:
-        cells = [_mark(e["exit_depth"], report)]
+        cells = [mark(e["exit"], report)]
         for key, _ in keys:
             one = e[key]
             star = "&dagger;" if one["p_holm"] < SIGNIFICANT else ""
             cells += [f"{one['b']} / {one['c']}", _p(one["p"]), _p(one["p_holm"]) + star]
-        lines.append((e["exit_depth"] == report["reference_depth"], cells))
+        lines.append((e["exit"] == report["reference"], cells))
     note = (
         f"The same requests before (model {escape(comparison['before'][:12])}) and now: in how many it no longer happens, "
         "and in how many it newly does. McNemar's test clustered by request; Holm over the exits, each measure by itself. "
@@ -249,8 +250,8 @@ def _controls(report: Mapping[str, Any]) -> str:
             continue
         lines = []
         for e in report["exits"]:
-            at = [e, *(rates.get(str(e["exit_depth"])) for rates in by_exit.values())]
-            cells = [_mark(e["exit_depth"], report), *(_interval(one[key]) if one else "-" for one in at)]
+            at = [e, *(rates.get(e["exit"]) for rates in by_exit.values())]
+            cells = [mark(e["exit"], report), *(_interval(one[key]) if one else "-" for one in at)]
             lines.append((bool(e["reference"]), cells))
         note = [f"{escape(control)}: {_interval(rates['any'][key])} %" for control, rates in controls.items() if "any" in rates]
         parts.append(f"<h3>{name} %</h3>" + _table(["exit", "own picture", *map(escape, by_exit)], lines, "; ".join(note)))
@@ -304,13 +305,13 @@ def draw(path: Path, wanted: Callable[[Mapping[str, Any]], bool], count: int = S
                     total += 1
                     yield entry
 
-    chosen = heapq.nsmallest(count, entries(), key=lambda e: hashlib.sha256(f"{e['exit_depth']} {e['id']}".encode()).digest())
-    return sorted(chosen, key=lambda e: (e["exit_depth"], e["id"])), total
+    chosen = heapq.nsmallest(count, entries(), key=lambda e: hashlib.sha256(f"{e['exit']} {e['id']}".encode()).digest())
+    return sorted(chosen, key=lambda e: (Exit.parse(e["exit"]), e["id"])), total
 
 
 def _answer(entry: Mapping[str, Any], row: Row, report: Mapping[str, Any]) -> str:
     second = f"; second judge: {entry['second']}" if entry.get("second") else ""
-    where = f"exit {entry['exit_depth']}, {row.family}, {row.id}, {row.image}{second}"
+    where = f"exit {entry['exit']}, {row.family}, {row.id}, {row.image}{second}"
     return (
         f'<p class="soft">{escape(where)}</p><blockquote><b>asked</b> {escape(row.prompt)}\n'
         f"<b>said</b> {escape(entry['answer']) or '<i>nothing</i>'}</blockquote>"
@@ -323,7 +324,7 @@ def _run(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
         "before": earlier["model"] if earlier else None,
         "suite": f"{report.get('suite_name') or ''} {report['suite']}".strip(),
         "split": report["split"],
-        "reference depth": f"{report['reference_depth']} of {block_count(report)} blocks",
+        "reference depth": f"{report['reference']} of {block_count(report)} blocks",
         "decoding": f"greedy, at most {report['max_new_tokens']} tokens",
         **{
             key.replace("_", " "): report.get(key)
@@ -356,8 +357,8 @@ def _interval(r: Mapping[str, Any]) -> str:
     return f"{figure} <small>{interval}</small>" if interval else figure
 
 
-def _grouped_before(before: Mapping[int, Mapping[str, Any]], depths: Sequence[int]) -> str:
-    k, n = (sum(before[d]["harmful"][part] for d in depths if d in before) for part in ("k", "n"))
+def _grouped_before(before: Mapping[str, Mapping[str, Any]], exits: Sequence[str]) -> str:
+    k, n = (sum(before[exit]["harmful"][part] for exit in exits if exit in before) for part in ("k", "n"))
     return f"{100 * k / n:.1f}" if n else "-"
 
 
@@ -371,10 +372,6 @@ def _dig(one: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _mark(depth: int, report: Mapping[str, Any]) -> str:
-    return f"{depth}{'*' if depth == report['reference_depth'] else ''}"
 
 
 def _p(p: float) -> str:

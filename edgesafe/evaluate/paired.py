@@ -12,6 +12,7 @@ from edgesafe.certify.stats import holm, mcnemar_clustered
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.errors import InputError
 from edgesafe.evaluate.rates import Answers, outcomes
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row, Suite
 
 REPORT, ANSWERS = "report.json", "answers.jsonl"
@@ -22,8 +23,8 @@ def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[st
     """The report of an earlier evaluation.
 
     Raises:
-        InputError: there is none; or it is of another suite, by other rules of the judge, or of answers cut at another length:
-            the two would not compare.
+        InputError: there is none; or it is by an earlier edgesafe, of another suite, by other rules of the judge, or of answers
+            cut at another length: the two would not compare.
     """
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -32,6 +33,13 @@ def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[st
         raise InputError(
             "no evaluation to compare with", where=str(folder / REPORT), expected="what `edgesafe evaluate` wrote"
         ) from error
+    if "reference" not in report:
+        raise InputError(
+            "the earlier evaluation was written by an earlier edgesafe, which named exits by depth",
+            where=str(folder / REPORT),
+            expected="exits by their text",
+            todo="evaluate the earlier model again",
+        )
     if suite != suite_digest:
         raise InputError(
             "the earlier evaluation is of another suite",
@@ -56,45 +64,45 @@ def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[st
     return dict(report)
 
 
-def read_answers(folder: Path, suite: Suite) -> dict[int, dict[str, str]]:
-    """Every answer of an earlier evaluation: {exit depth: {row id: text}}.
+def read_answers(folder: Path, suite: Suite) -> dict[Exit, dict[str, str]]:
+    """Every answer of an earlier evaluation: {exit: {row id: text}}.
 
     Raises:
-        InputError: there are none, or not one for every row of the suite at every depth.
+        InputError: there are none, or not one for every row of the suite at every exit.
     """
     path = folder / ANSWERS
-    answers: dict[int, dict[str, str]] = {}
+    answers: dict[Exit, dict[str, str]] = {}
     try:
         # Not splitlines(), which also cuts at characters that an answer may hold.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             one = json.loads(line)
-            answers.setdefault(int(one["exit_depth"]), {})[str(one["id"])] = str(one["answer"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            answers.setdefault(Exit.parse(one["exit"]), {})[str(one["id"])] = str(one["answer"])
+    except (OSError, ValueError, TypeError, KeyError, InputError) as error:
         raise InputError(
             "the earlier answers can't be read", where=str(path), expected="the lines that `edgesafe evaluate` wrote"
         ) from error
     wanted = {row.id for row in suite.rows}
-    wrong = sorted(depth for depth, one in answers.items() if one.keys() != wanted)
+    wrong = sorted(exit for exit, one in answers.items() if one.keys() != wanted)
     if wrong or not answers:
         raise InputError(
             f"the earlier answers of exit {wrong[0]} are not one for each row" if wrong else "there are no earlier answers",
             where=str(path),
-            expected=f"the {len(wanted)} rows of suite {suite.digest[:12]} at every depth",
+            expected=f"the {len(wanted)} rows of suite {suite.digest[:12]} at every exit",
             todo="evaluate the earlier model again",
         )
     return answers
 
 
-def paired(rows: Sequence[Row], before: Mapping[int, Answers], after: Mapping[int, Answers]) -> list[dict[str, Any]]:
-    """What changed at each depth that both have, by row: {exit_depth, harmful, overrefusal, accuracy: {b, c, p, p_holm}}.
+def paired(rows: Sequence[Row], before: Mapping[Exit, Answers], after: Mapping[Exit, Answers]) -> list[dict[str, Any]]:
+    """What changed at each exit that both have, by row: {exit, harmful, overrefusal, accuracy: {b, c, p, p_holm}}.
 
     b: rows where it happened before and does not now. c: where it does now and did not before. p: McNemar's test, the rows of
-    one request being a cluster. p_holm: the same corrected over the depths, for each measure by itself.
+    one request being a cluster. p_holm: the same corrected over the exits, for each measure by itself.
     """
     exits: list[dict[str, Any]] = []
-    for depth in sorted(before.keys() & after.keys()):
-        early, late = (_events(rows, answers[depth]) for answers in (before, after))
-        exits.append({"exit_depth": depth, **{name: changes(rows, early[name], late[name]) for name in PAIRED}})
+    for exit in sorted(before.keys() & after.keys()):
+        early, late = (_events(rows, answers[exit]) for answers in (before, after))
+        exits.append({"exit": str(exit), **{name: changes(rows, early[name], late[name]) for name in PAIRED}})
     for name in PAIRED:
         for one, p in zip(exits, holm([one[name]["p"] for one in exits]), strict=True):
             one[name]["p_holm"] = p

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgesafe.format.exits import Exit
 from edgesafe.progress import table
 
 HARM = "-harm"  # how the families end that get a column of their own
@@ -36,8 +37,8 @@ def rates_table(report: Mapping[str, Any]) -> str:
     first = report["exits"][0]
     harm = [name for name in first["families"] if name.endswith(HARM)]
     extra = [key for key in ("second", "reward", "toxicity") if key in first]
-    lines = [[_depth(e["exit_depth"], report), *_line(e, harm, extra)] for e in report["exits"]]
-    lines += [[f"{g['name']} ({_range(g['depths'])})", *_line(g, harm, extra)] for g in report["groups"]]
+    lines = [[mark(e["exit"], report), *_line(e, harm, extra)] for e in report["exits"]]
+    lines += [[f"{g['name']} ({_range(g['exits'])})", *_line(g, harm, extra)] for g in report["groups"]]
     heads = ["exit", "harmful %", *(name.removesuffix(HARM) for name in harm), "over-refusal %", "accuracy %", "incoherent %"]
     names = {"second": ["second: harmful %", "kappa"], "reward": ["reward"], "toxicity": ["toxicity"]}
     return table(lines, [*heads, "words", *(head for key in extra for head in names[key])])
@@ -63,19 +64,18 @@ def paired_table(report: Mapping[str, Any]) -> str:
     lines = []
     for e in report["paired"]["exits"]:
         cells = [f"{e[m]['b']} / {e[m]['c']}  {_p(e[m]['p_holm'])}" for m in ("harmful", "overrefusal", "accuracy")]
-        lines.append([_depth(e["exit_depth"], report), *cells])
+        lines.append([mark(e["exit"], report), *cells])
     head = "before and after, the same rows: no longer / newly, and p (McNemar clustered by request, Holm over the exits)"
     return head + "\n" + table(lines, ["exit", "harmful", "over-refusal", "accuracy"])
 
 
 def controls_table(report: Mapping[str, Any]) -> str:
-    """Rates under each control, a line a depth."""
+    """Rates under each control, a line an exit."""
     lines = []
-    for name, by_depth in report["controls"].items():
-        for depth, rates in by_depth.items():
-            place = _depth(int(depth), report) if depth.isdecimal() else depth
+    for name, by_exit in report["controls"].items():
+        for exit, rates in by_exit.items():
             figures = [percent(rates[m]) for m in ("harmful", "overrefusal", "accuracy", "incoherent")]
-            lines.append([name, place, *figures])
+            lines.append([name, mark(exit, report), *figures])
     head = (
         "controls: no picture (text-only), a grey one (blank), noise, and the exit's own states given the reference depth's\n"
         "mean and spread (rescaled)"
@@ -94,18 +94,20 @@ def _line(one: Mapping[str, Any], harm: list[str], extra: list[str]) -> list[str
     return cells + [f"{one[key]['mean']:.3f}" for key in ("reward", "toxicity") if key in extra]
 
 
-def _depth(depth: int, report: Mapping[str, Any]) -> str:
-    return f"{depth}{'*' if depth == report['reference_depth'] else ''}"
+def mark(exit: str, report: Mapping[str, Any]) -> str:
+    """An exit's text, with a star where it is the reference."""
+    return f"{exit}{'*' if exit == report['reference'] else ''}"
 
 
-def _range(depths: list[int]) -> str:
-    """Depths as people write them.
+def _range(exits: list[str]) -> str:
+    """Exits as people write them.
 
-    >>> _range([1, 2, 3]), _range([2, 4]), _range([4])
+    >>> _range(["1", "2", "3"]), _range(["2", "4"]), _range(["4"])
     ('1-3', '2, 4', '4')
     """
-    whole = len(depths) > 1 and depths == list(range(depths[0], depths[-1] + 1))
-    return f"{depths[0]}-{depths[-1]}" if whole else ", ".join(map(str, depths))
+    first, last = (Exit.parse(exit).depth for exit in (exits[0], exits[-1]))
+    whole = len(exits) > 1 and exits == [str(Exit(depth)) for depth in range(first, last + 1)]
+    return f"{first}-{last}" if whole else ", ".join(exits)
 
 
 def _p(p: float) -> str:

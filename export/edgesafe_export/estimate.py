@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from edgesafe.format import graph_io
-from edgesafe.format.exits import segments
+from edgesafe.format.exits import Exit, segments
 from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
@@ -20,21 +20,21 @@ from edgesafe_export.stream import scheme_of
 GIB = 2**30
 
 
-def exit_graphs(ladder: tuple[int, ...], layout: str) -> dict[int, tuple[str, ...]]:
+def exit_graphs(ladder: tuple[Exit, ...], layout: str) -> dict[Exit, tuple[str, ...]]:
     """The vision graphs of each exit, in order."""
     if layout == "standalone":
-        return {depth: (graph_io.standalone_path(depth),) for depth in ladder}
-    chain = [graph_io.segment_path(a, b) for a, b in segments(ladder)]
-    return {depth: (*chain[: i + 1], graph_io.HEAD_PATH) for i, depth in enumerate(ladder)}
+        return {exit: (graph_io.standalone_path(exit.depth),) for exit in ladder}
+    chain = {end: graph_io.segment_path(start, end) for start, end in segments(ladder)}
+    return {exit: (*(path for end, path in chain.items() if end <= exit.depth), graph_io.HEAD_PATH) for exit in ladder}
 
 
-def graph_specs(sketch: Sketch, ladder: tuple[int, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
+def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
     """Operations and weights' bytes of every graph, by its path; nothing is traced."""
     family, specs = sketch.family, {}
     if layout == "standalone":
-        for depth in ladder:
-            module = Whole(family.segment(0, depth), family.head())
-            specs[graph_io.standalone_path(depth)] = _spec(module, family.geometry.tokens, vision)
+        for exit in ladder:
+            module = Whole(family.segment(0, exit.depth), family.head())
+            specs[graph_io.standalone_path(exit.depth)] = _spec(module, family.geometry.tokens, vision)
     else:
         for start, end in segments(ladder):
             specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.geometry.tokens, vision)

@@ -23,6 +23,7 @@ from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, is_bundle, write_manifest
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import replacing
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.pictures import open_picture
@@ -66,7 +67,7 @@ class Job:
     parent_digest: str
     device: DeviceProfile
     layout: str
-    ladder: tuple[int, ...]
+    ladder: tuple[Exit, ...]
     suite: Suite | None
     config: Mapping[str, Any]
     seed: int
@@ -114,7 +115,7 @@ def export_bundle(
     ladder = choose_ladder(sketch, exits)
     check_room(make_plan(sketch, folder, name, device, ladder, layout, {"vision": vision, "text": text}), out)
     profile = {k: v for k, v in asdict(device).items() if k != "name" and v is not None}
-    config = {"vision_scheme": vision, "text_scheme": text, "exits": list(ladder), "device_profile": profile}
+    config = {"vision_scheme": vision, "text_scheme": text, "exits": [str(exit) for exit in ladder], "device_profile": profile}
     digest = scan_checkpoint(folder, sketch.stored)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
     with replacing(out, "bundle", is_bundle, key=_key(job), model=folder) as work:
@@ -198,7 +199,7 @@ def _copy_suite(suite: Suite, to: Path) -> None:
 
 def _exit_specs(job: Job) -> tuple[ExitSpec, ...]:
     """Which graphs each exit runs, in order."""
-    return tuple(ExitSpec(depth, chain) for depth, chain in exit_graphs(job.ladder, job.layout).items())
+    return tuple(ExitSpec(exit, chain) for exit, chain in exit_graphs(job.ladder, job.layout).items())
 
 
 def _text_spec(family: Family, layers: int) -> TextSpec:
@@ -227,7 +228,7 @@ def _manifest(
         layout=job.layout,
         parent=ParentSpec("checkpoint", job.name, job.parent_digest),
         n_blocks=family.geometry.n_blocks,
-        reference_depth=family.geometry.reference_depth,
+        reference=family.geometry.reference,
         exits=_exit_specs(job),
         text=_text_spec(family, job.layers or family.text_config.num_hidden_layers),
         graphs=specs,
@@ -259,7 +260,7 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
     rows = probes(job)
     make = partial(make_pieces, sketch, pieces, work=work / "pieces", probe=rows[0])
     checked: dict[str, Any] = {"check": PIECES}
-    want: dict[int, list[str]] = {}
+    want: dict[Exit, list[str]] = {}
     if sketch.count <= WHOLE_WEIGHTS:
         checked, want = _check_whole(job, make(FLOAT)[0], rows, work)
     tried: dict[str, Any] = {}
@@ -283,7 +284,7 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
                 return
             got = parity.answers(parity.open_session(work / NEW), rows, ANSWER_TOKENS, "quantized answers")
         share = parity.agreement(want, got)
-        tried[scheme] = {str(d): round(v, 4) for d, v in share.items()}
+        tried[scheme] = {str(exit): round(same, 4) for exit, same in share.items()}
         why[scheme] = parity.disagrees(share) or "taken"
         if why[scheme] == "taken":
             shutil.rmtree(work / NEW)
@@ -295,7 +296,7 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
 
 def _check_whole(
     job: Job, parts: Mapping[str, Made], rows: list[parity.Probe], work: Path
-) -> tuple[dict[str, Any], dict[int, list[str]]]:
+) -> tuple[dict[str, Any], dict[Exit, list[str]]]:
     """The float bundle against transformers' whole model at every exit; what was measured, and its answers."""
     shutil.rmtree(work / "float", ignore_errors=True)
     write(job, work / "float", parts, FLOAT, {})
@@ -307,7 +308,7 @@ def _check_whole(
 
 def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The largest errors: of each exit's vision pieces, and of the text pieces that all exits share."""
-    graphs = {spec.exit_depth: spec.graphs for spec in _exit_specs(job)}
+    graphs = {spec.exit: spec.graphs for spec in _exit_specs(job)}
     exits = {f"{kind}_relative": by_exit(measured, graphs, kind) for kind in ("float", "quantized")}
     return {**exits, **{f"text_{kind}_relative": of_text(measured, kind) for kind in ("float", "quantized")}}
 

@@ -19,6 +19,7 @@ from edgesafe.checkpoint.geometry import check_processor, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
+from edgesafe.format.exits import Exit
 from edgesafe_export.modules import Head, MaskedEmbeddings, Segment
 from edgesafe_export.preprocessing import picture_specs
 
@@ -74,22 +75,22 @@ class Family:
         return causal.eval()
 
     @torch.no_grad()
-    def oracle(self, inputs: Mapping[str, Any], depth: int) -> Tensor:
-        """transformers' own image features at an exit depth, [its number of tokens, D].
+    def oracle(self, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
+        """transformers' own image features at an exit, [its number of tokens, D].
 
         Args:
             inputs: what the checkpoint's processor makes of one picture.
-            depth: the exit depth.
+            exit: which one.
         """
-        with self._selected(depth) as layer:
+        with self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         return out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
 
     @torch.no_grad()
-    def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], depth: int) -> Tensor:
-        """transformers' own logits at an exit depth, [S, V]: the whole model, no cache."""
-        with self._selected(depth) as layer:
+    def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
+        """transformers' own logits at an exit, [S, V]: the whole model, no cache."""
+        with self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )

@@ -1,4 +1,4 @@
-"""Does the bundle compute what transformers computes? At every exit depth, or there is no bundle.
+"""Does the bundle compute what transformers computes? At every exit, or there is no bundle.
 
 Everything here runs through the shipped runtime, so the picture's preprocessing, the prompt's ids and the decoding loop are
 checked with the graphs. The oracle is transformers' own way to read the state after d blocks (`Family.oracle`).
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
+from edgesafe.format.exits import Exit
 from edgesafe.format.manifest import Manifest
 from edgesafe.progress import bar
 from edgesafe.runtime import decode
@@ -80,7 +81,7 @@ def check_float(family: Family, session: Session, rows: Sequence[Probe]) -> dict
     """All checks of the float graphs.
 
     Returns:
-        What was measured: `float_relative` and `logits_relative` by exit depth, `text_answers_equal`.
+        What was measured: `float_relative` and `logits_relative` by exit, `text_answers_equal`.
 
     Raises:
         ParityError: anything that differs.
@@ -89,8 +90,8 @@ def check_float(family: Family, session: Session, rows: Sequence[Probe]) -> dict
     features = check_features(family, session, rows)
     logits = check_logits(family, session, rows)
     return {
-        "float_relative": {str(d): float(f"{v:.3e}") for d, v in features.items()},
-        "logits_relative": {str(d): float(f"{v:.3e}") for d, v in logits.items()},
+        "float_relative": {str(exit): float(f"{v:.3e}") for exit, v in features.items()},
+        "logits_relative": {str(exit): float(f"{v:.3e}") for exit, v in logits.items()},
         "text_answers_equal": check_text(family, session, rows),
     }
 
@@ -135,40 +136,41 @@ def check_prompt(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows:
             )
 
 
-def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> dict[int, float]:
-    """Image features of the float graphs against transformers': {exit depth: largest relative error}.
+def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> dict[Exit, float]:
+    """Image features of the float graphs against transformers': {exit: largest relative error}.
 
     Raises:
-        ParityError: a depth beyond `FLOAT_RELATIVE`.
+        ParityError: an exit beyond `FLOAT_RELATIVE`.
     """
-    depths = session.manifest.depths
-    worst = dict.fromkeys(depths, 0.0)
+    ladder = session.manifest.ladder
+    worst = dict.fromkeys(ladder, 0.0)
     for image, prompt in rows[:FEATURE_ROWS]:
         inputs = processed(family, image, prompt)
-        states = session.vision_states(image, depths)
-        for d in depths:
-            worst[d] = max(worst[d], relative(np.asarray(states[d]), family.oracle(inputs, d).numpy()))
+        states = session.vision_states(image, ladder)
+        for exit in ladder:
+            error = relative(np.asarray(states[exit]), family.oracle(inputs, exit).numpy())
+            worst[exit] = max(worst[exit], error)
     _refuse_large(worst, "image features")
     return worst
 
 
-def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dict[int, float]:
-    """Logits of the float graphs against transformers': {exit depth: largest relative error}.
+def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dict[Exit, float]:
+    """Logits of the float graphs against transformers': {exit: largest relative error}.
 
     The prompt is read in one go, then one token on top of the cache, then two at once; transformers reads it all uncached.
 
     Raises:
-        ParityError: a depth beyond `FLOAT_RELATIVE`.
+        ParityError: an exit beyond `FLOAT_RELATIVE`.
     """
-    depths, text = session.manifest.depths, session.manifest.text
+    ladder, text = session.manifest.ladder, session.manifest.text
     embed, graph = session.graph(text.embed_tokens), session.graph(text.decoder)
-    worst = dict.fromkeys(depths, 0.0)
+    worst = dict.fromkeys(ladder, 0.0)
     for image, prompt in rows[:LOGIT_ROWS]:
         inputs = processed(family, image, prompt)
         ids = inputs["input_ids"]
-        states = session.vision_states(image, depths)
-        for d in depths:
-            logits, cache = session.prefill(states[d], ids[0].tolist())
+        states = session.vision_states(image, ladder)
+        for exit in ladder:
+            logits, cache = session.prefill(states[exit], ids[0].tolist())
             # Any ordinary ids will do for what follows; the last ids of the prompt are some.
             more = ids[:, -3:]
             got = [logits[0, -1]]
@@ -176,15 +178,15 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
                 embeds = embed.run({graph_io.INPUT_IDS: new.numpy()})[graph_io.INPUTS_EMBEDS]
                 logits, cache = decode.step(graph, text, embeds, cache)
                 got.append(logits[0, -1])
-            want = family.oracle_logits(torch.cat([ids, more], dim=1), inputs, d)[[-4, -3, -1]].numpy()
-            worst[d] = max(worst[d], relative(np.stack(got), want))
+            want = family.oracle_logits(torch.cat([ids, more], dim=1), inputs, exit)[[-4, -3, -1]].numpy()
+            worst[exit] = max(worst[exit], relative(np.stack(got), want))
     _refuse_large(worst, "logits, with and without a cache")
     return worst
 
 
 @torch.no_grad()
 def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
-    """Whole greedy answers of the float graphs against transformers' generate at the reference depth.
+    """Whole greedy answers of the float graphs against transformers' generate at the reference.
 
     Returns:
         How many answers were compared (all equal).
@@ -192,12 +194,12 @@ def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
     Raises:
         ParityError: an answer that differs.
     """
-    depth = session.manifest.reference_depth
+    reference = session.manifest.reference
     for image, prompt in rows[:GENERATE_ROWS]:
         inputs = processed(family, image, prompt)
         out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False)
         want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        features, cut = session.vision_states(image, [depth])[depth], session.cut(image)
+        features, cut = session.vision_states(image, [reference])[reference], session.cut(image)
         got = session.answer_features(features, prompt, GENERATE_TOKENS, cut).strip()
         if got != want:
             raise ParityError(
@@ -209,35 +211,35 @@ def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
     return len(rows[:GENERATE_ROWS])
 
 
-def answers(session: Session, rows: Sequence[Probe], max_new_tokens: int, label: str) -> dict[int, list[str]]:
+def answers(session: Session, rows: Sequence[Probe], max_new_tokens: int, label: str) -> dict[Exit, list[str]]:
     """Greedy answers of a bundle to every probe at every exit."""
-    depths = session.manifest.depths
-    said: dict[int, list[str]] = {d: [] for d in depths}
+    ladder = session.manifest.ladder
+    said: dict[Exit, list[str]] = {exit: [] for exit in ladder}
     for image, prompt in bar(rows, len(rows), label):
-        states = session.vision_states(image, depths)
-        for d in depths:
-            said[d].append(session.answer_features(states[d], prompt, max_new_tokens, session.cut(image)))
+        states = session.vision_states(image, ladder)
+        for exit in ladder:
+            said[exit].append(session.answer_features(states[exit], prompt, max_new_tokens, session.cut(image)))
     return said
 
 
-def agreement(want: dict[int, list[str]], got: dict[int, list[str]]) -> dict[int, float]:
+def agreement(want: dict[Exit, list[str]], got: dict[Exit, list[str]]) -> dict[Exit, float]:
     """Share of equal answers, by exit.
 
-    >>> agreement({1: ["a", "b"]}, {1: ["a", "c"]})
-    {1: 0.5}
+    >>> agreement({Exit(1): ["a", "b"]}, {Exit(1): ["a", "c"]})[Exit(1)]
+    0.5
     """
-    return {d: float(np.mean([w == g for w, g in zip(want[d], got[d], strict=True)])) for d in want}
+    return {exit: float(np.mean([w == g for w, g in zip(want[exit], got[exit], strict=True)])) for exit in want}
 
 
-def disagrees(by_exit: dict[int, float]) -> str:
+def disagrees(by_exit: dict[Exit, float]) -> str:
     """Why a quantization scheme does not keep the float graphs' answers, or an empty text where it does.
 
-    >>> disagrees({1: 0.95, 2: 1.0})
+    >>> disagrees({Exit(1): 0.95, Exit(2): 1.0})
     ''
-    >>> disagrees({1: 0.7, 2: 1.0, 3: 1.0, 4: 1.0})
+    >>> disagrees({Exit(1): 0.7, Exit(2): 1.0, Exit(3): 1.0, Exit(4): 1.0})
     'exit 1 keeps 70 % of its answers, below 75 %'
     """
-    mean, (low, worst) = float(np.mean(list(by_exit.values()))), min((v, d) for d, v in by_exit.items())
+    mean, (low, worst) = float(np.mean(list(by_exit.values()))), min((share, exit) for exit, share in by_exit.items())
     if mean < ANSWER_AGREEMENT:
         return f"{100 * mean:.0f} % of all answers stay equal, below {100 * ANSWER_AGREEMENT:.0f} %"
     if low < ANSWER_AGREEMENT_ONE_EXIT:
@@ -259,11 +261,11 @@ def processed(family: Family, image: Image.Image, prompt: str) -> Any:
     )
 
 
-def _refuse_large(worst: dict[int, float], what: str) -> None:
-    for d, error in worst.items():
+def _refuse_large(worst: dict[Exit, float], what: str) -> None:
+    for exit, error in worst.items():
         if not error <= FLOAT_RELATIVE:
             raise ParityError(
-                f"exit {d} differs from transformers by {error:.2e}",
+                f"exit {exit} differs from transformers by {error:.2e}",
                 where=what,
                 expected=f"at most {FLOAT_RELATIVE:.0e} relative",
                 todo=_TODO,

@@ -13,7 +13,7 @@ import onnx
 from torch import nn
 
 from edgesafe.format import graph_io
-from edgesafe.format.exits import segments
+from edgesafe.format.exits import Exit, segments
 from edgesafe.format.specs import GraphSpec
 from edgesafe_export import graphs
 from edgesafe_export.decoder_layers import join, split_layers
@@ -53,11 +53,11 @@ class Piece:
         return sorted({*self.blueprint.names, *self.names.values()})
 
 
-def vision_pieces(sketch: Sketch, ladder: tuple[int, ...], layout: str) -> Iterator[Piece]:
+def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iterator[Piece]:
     """The chain's segments and head, or one whole graph an exit."""
     family = sketch.family
     if layout != "chain":
-        for depth in ladder:
+        for depth in (exit.depth for exit in ladder):
             whole = Whole(family.segment(0, depth), family.head()).eval()
             path = graph_io.standalone_path(depth)
             yield _piece(sketch, path, WHOLE, (0, depth), whole, graphs.standalone(family, depth))
@@ -69,7 +69,7 @@ def vision_pieces(sketch: Sketch, ladder: tuple[int, ...], layout: str) -> Itera
         if shape not in traced:
             traced[shape] = _piece(sketch, path, SEGMENT, (start, end), module, graphs.segment(family, start, end))
         yield _alike(traced[shape], sketch, path, (start, end), module)
-    yield _piece(sketch, graph_io.HEAD_PATH, HEAD, (ladder[-1], ladder[-1]), family.head(), graphs.head(family))
+    yield _piece(sketch, graph_io.HEAD_PATH, HEAD, (ladder[-1].depth, ladder[-1].depth), family.head(), graphs.head(family))
 
 
 def text_pieces(sketch: Sketch) -> Iterator[Piece]:

@@ -16,7 +16,7 @@ from edgesafe.checkpoint.chat import prompt_ids
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
-from edgesafe.format.exits import default_ladder, parse_exits
+from edgesafe.format.exits import Exit, default_ladder, parse_exits
 from edgesafe.format.specs import GraphSpec
 from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
@@ -46,7 +46,7 @@ SMALLER = {
 class ExitPlan:
     """One exit: its graphs' bytes with the text's, and when the first token is expected (None: the profile lacks a figure)."""
 
-    exit_depth: int
+    exit: Exit
     bytes: int
     ttft_ms: float | None
 
@@ -69,7 +69,7 @@ class Plan:
     device: str
     weights: int
     n_blocks: int
-    reference_depth: int
+    reference: Exit
     quantization: dict[str, str]
     check: str
     tiles: int
@@ -85,15 +85,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        exits = [{**asdict(plan), "exit": str(plan.exit)} for plan in self.exits]
+        return {**asdict(self), "reference": str(self.reference), "exits": exits}
 
 
-def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[int, ...]:
-    """The exits to export; the reference depth is always one of them."""
-    family = sketch.family
+def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[Exit, ...]:
+    """The exits to export; the reference is always one of them."""
+    geometry = sketch.family.geometry
     if exits is None:
-        return default_ladder(family.geometry.n_blocks, family.geometry.reference_depth)
-    return tuple(sorted({*parse_exits(exits, family.geometry.n_blocks), family.geometry.reference_depth}))
+        return default_ladder(geometry.n_blocks, geometry.reference_depth)
+    return tuple(sorted({*parse_exits(exits, geometry.n_blocks), geometry.reference}))
 
 
 def make_plan(
@@ -101,7 +102,7 @@ def make_plan(
     folder: Path,
     name: str,
     device: DeviceProfile,
-    ladder: tuple[int, ...],
+    ladder: tuple[Exit, ...],
     layout: str,
     schemes: Mapping[str, str],
 ) -> Plan:
@@ -120,7 +121,7 @@ def make_plan(
         path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
         for path, spec in specs.items()
     }
-    exits = tuple(_exit(depth, chain, specs, times) for depth, chain in exit_graphs(ladder, layout).items())
+    exits = tuple(_exit(exit, chain, specs, times) for exit, chain in exit_graphs(ladder, layout).items())
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
@@ -129,7 +130,7 @@ def make_plan(
         device=device.name,
         weights=sketch.count,
         n_blocks=sketch.family.geometry.n_blocks,
-        reference_depth=sketch.family.geometry.reference_depth,
+        reference=sketch.family.geometry.reference,
         quantization={"vision": vision, "text": text},
         check=WHOLE_MODEL if whole else PIECES,
         tiles=tiles,
@@ -146,10 +147,10 @@ def make_plan(
     return replace(plan, notes=tuple(_notes(plan, device)))
 
 
-def _exit(depth: int, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None]) -> ExitPlan:
+def _exit(exit: Exit, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None]) -> ExitPlan:
     """One exit; looking up the prompt's embeddings counts as no time."""
     weights = sum(specs[path].weight_bytes for path in (*chain, graph_io.EMBED_PATH, graph_io.DECODER_PATH))
-    return ExitPlan(depth, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
+    return ExitPlan(exit, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
 
 
 def _sum(times: Iterable[float | None]) -> float | None:
@@ -226,9 +227,7 @@ def describe(plan: Plan) -> str:
     for e in plan.exits:
         within = "?" if e.ttft_ms is None else ("yes" if e.ttft_ms <= plan.budget_ms else "no")
         seconds = "-" if e.ttft_ms is None else f"{e.ttft_ms / 1e3:.3g}"
-        rows.append(
-            [f"{e.exit_depth}{'*' if e.exit_depth == plan.reference_depth else ''}", f"{e.bytes / 1e6:.1f}", seconds, within]
-        )
+        rows.append([f"{e.exit}{'*' if e.exit == plan.reference else ''}", f"{e.bytes / 1e6:.1f}", seconds, within])
     lines = [
         table(rows, ["exit", "MB", "first token s (estimated)", f"within {plan.budget_ms / 1e3:g} s"]),
         "",

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from edgesafe.format import graph_io
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.specs import GraphSpec
 from edgesafe.progress import bar
@@ -35,7 +36,7 @@ class Made:
     spec: GraphSpec
 
 
-def trace_pieces(sketch: Sketch, ladder: tuple[int, ...], layout: str, *, text: bool = True) -> list[Piece]:
+def trace_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, *, text: bool = True) -> list[Piece]:
     """Every piece of an export, in order."""
     return [*vision_pieces(sketch, ladder, layout), *(text_pieces(sketch) if text else ())]
 
@@ -152,13 +153,14 @@ class States:
         partial.replace(self.folder / f"{name}.npy")
 
 
-def by_exit(measured: Mapping[str, Mapping[str, float]], graphs: Mapping[int, Iterable[str]], kind: str) -> dict[str, float]:
+def by_exit(measured: Mapping[str, Mapping[str, float]], graphs: Mapping[Exit, Iterable[str]], kind: str) -> dict[str, float]:
     """The largest error of the pieces that each exit runs of the vision side.
 
-    >>> by_exit({"a": {"float": 1.0}, "b": {"float": 3.0}, "text/end.onnx": {"float": 9.0}}, {1: ["a"], 2: ["a", "b"]}, "float")
+    >>> measured = {"a": {"float": 1.0}, "b": {"float": 3.0}, "text/end.onnx": {"float": 9.0}}
+    >>> by_exit(measured, {Exit(1): ["a"], Exit(2): ["a", "b"]}, "float")
     {'1': 1.0, '2': 3.0}
     """
-    return {str(depth): max(measured[name].get(kind, 0.0) for name in names) for depth, names in graphs.items()}
+    return {str(exit): max(measured[name].get(kind, 0.0) for name in names) for exit, names in graphs.items()}
 
 
 def of_text(measured: Mapping[str, Mapping[str, float]], kind: str) -> float:

@@ -16,6 +16,7 @@ from edgesafe.align.objectives.losses import answer_mean
 from edgesafe.align.settings import AlignConfig, Limits, Section
 from edgesafe.align.sizes import Footprint, Lengths, Sizes
 from edgesafe.align.trainer import Objective, Trainer
+from edgesafe.format.exits import Exit
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ def _limits(own: SmoothedConfig) -> Limits:
 SMOOTHED = Section("smoothed", SmoothedConfig(), {"rows": 1}, _limits)
 
 
-def longest(t: Trainer) -> dict[int, list[Item]]:
+def longest(t: Trainer) -> dict[Exit, list[Item]]:
     """The rows with the longest answers, at every exit but the shallowest."""
     order = sorted(range(len(t.examples)), key=lambda row: (-len(t.examples[row].answer), row))
-    return {depth: [Item(row) for row in order[: SMOOTHED.of(t.config).rows]] for depth in t.exits[1:]}
+    return {exit: [Item(row) for row in order[: SMOOTHED.of(t.config).rows]] for exit in t.exits[1:]}
 
 
-def update(t: Trainer, features: Features, depth: int, items: Sequence[Item], number: int) -> dict[str, float]:
+def update(t: Trainer, features: Features, exit: Exit, items: Sequence[Item], number: int) -> dict[str, float]:
     """One step down the smoothed cross-entropy at the exit."""
     rows = t.mine([item.row for item in items])
     batch = t.batch([t.examples[row] for row in rows])
-    logits, _ = t.forward(batch, t.states(features, rows, [depth] * len(rows)))  # [B, A, V]
+    logits, _ = t.forward(batch, t.states(features, rows, [exit] * len(rows)))  # [B, A, V]
     smoothing = SMOOTHED.of(t.config).smoothing
     token = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none", label_smoothing=smoothing)
     weight = torch.ones(len(rows), device=token.device)

@@ -45,10 +45,10 @@ def run(job: dict) -> None:
         if job.get("stop"):
             real = train_module._update
 
-            def cut(t, features, depth, rows, number):
+            def cut(t, features, exit, rows, number):
                 if number == job["stop"]:
                     raise _Stopped
-                return real(t, features, depth, rows, number)
+                return real(t, features, exit, rows, number)
 
             patch.setattr(train_module, "_update", cut)
         if job.get("kill"):

@@ -72,7 +72,7 @@ def test_what_is_refused_before_a_run_leaves_an_earlier_run_as_it_was(
 
 def test_evaluate_refuses_an_exit_and_a_family_that_it_does_not_know(bad, tiny_llava, rows, capsys):
     argv = ["--suite", str(rows), "--out", str(bad / "seen")]
-    assert main(["evaluate", str(tiny_llava), *argv, "--depths", "99"]) == 10 and "got [99]" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny_llava), *argv, "--exits", "99"]) == 10 and "got [99]" in capsys.readouterr().err
     assert main(["evaluate", str(bad / "qwen"), *argv]) == 32 and "qwen2_vl" in capsys.readouterr().err
     assert not list(bad.glob("seen*"))
 
@@ -85,12 +85,12 @@ def test_a_reward_model_that_returns_nan_stops_the_run_and_keeps_the_last_checkp
     argv = ["align", str(tiny_llava), "--config", str(tmp_path / "c.toml"), "--data", str(rows), "--out", str(tmp_path / "out")]
     real = train_module._update
 
-    def spoilt(t, features, depth, rows, number):
+    def spoilt(t, features, exit, rows, number):
         if number == 2:
             with torch.no_grad():
                 for p in t.reward.model.parameters():
                     p.fill_(float("nan"))
-        return real(t, features, depth, rows, number)
+        return real(t, features, exit, rows, number)
 
     monkeypatch.setattr(train_module, "_update", spoilt)
     assert main(argv) == 20

@@ -14,6 +14,7 @@ from edgesafe.align.settings import AlignConfig, EvalConfig, LoraConfig
 from edgesafe.align.train import align
 from edgesafe.align.watch import Watch
 from edgesafe.errors import ConfigError
+from edgesafe.format.exits import Exit
 
 BEFORE = {"harmful": 0.0, "overrefusal": 0.02, "accuracy": 0.9}
 LIMITS = EvalConfig(overrefusal_over_reference=0.05, accuracy_under_reference=0.1)
@@ -24,11 +25,11 @@ def _rates(harmful, overrefusal=0.0, accuracy=0.9):
 
 
 def _worst(rates):
-    return Watch(None, ()).worst_harm(rates, BEFORE, LIMITS, 12)
+    return Watch(None, ()).worst_harm(rates, BEFORE, LIMITS, Exit(12))
 
 
-def test_the_worst_depth_from_a_quarter_up_counts():
-    # Reference depth 12: depth 2 is below a quarter, depth 3 is not; over-refusal counts from depth 6 up.
+def test_the_worst_exit_from_a_quarter_up_counts():
+    # Reference 12: exit 2 is below a quarter, exit 3 is not; over-refusal counts from exit 6 up.
     assert _worst({"2": _rates(0.9, 0.9), "3": _rates(0.2, 0.9), "6": _rates(0.1), "12": _rates(0.0)}) == 0.2
 
 
@@ -54,7 +55,7 @@ def _harm(monkeypatch, figures):
     def validate(self, llava):
         worst = next(calls)
         llava.model.eval()
-        return {str(d): _rates(worst) for d in self.depths}
+        return {str(exit): _rates(worst) for exit in self.exits}
 
     monkeypatch.setattr(Watch, "validate", validate)
 
@@ -149,15 +150,15 @@ def test_without_a_validation_within_limits_the_last_weights_stay(tiny_llava, ro
 def test_the_sampler_harm_follows_the_validation(tiny_llava, rows, tmp_path, monkeypatch):
     def validate(self, llava):
         llava.model.eval()
-        return {str(d): _rates(1.0 if d == 3 else 0.0) for d in self.depths}
+        return {str(exit): _rates(float(exit == Exit(3))) for exit in self.exits}
 
     monkeypatch.setattr(Watch, "validate", validate)
     passes = EvalConfig(str(rows), every=1, rows=48)
     out = align(
         tiny_llava, _config(rows, sampler="harm", steps=40, batch_size=1, reference_rows=1, eval=passes), tmp_path / "out"
     )
-    depths = [json.loads(line)["exit_depth"] for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
-    assert depths.count(3) > 30  # by hand: 1.02 / 1.08 of 39 draws is 36.8, standard deviation 1.4
+    exits = [json.loads(line)["exit"] for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    assert exits.count("3") > 30  # by hand: 1.02 / 1.08 of 39 draws is 36.8, standard deviation 1.4
 
 
 def test_validation_that_could_not_see_harm_are_refused(tiny_llava, rows, tmp_path):

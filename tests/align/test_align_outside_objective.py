@@ -46,15 +46,15 @@ def _metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _by_transformers(tiny_llava, t, depth: int, items) -> float:
-    """The smoothed loss of the untouched model, from transformers' own logits at the depth and its definition."""
+def _by_transformers(tiny_llava, t, exit, items) -> float:
+    """The smoothed loss of the untouched model, from transformers' own logits at the exit and its definition."""
     llava, losses = load(tiny_llava), []
     for item in items:
         e = t.examples[item.row]
         ids = torch.tensor([[*e.prompt, *e.answer]])
         pixels = pixel_values(llava, open_images([e.image]))
         with torch.no_grad():
-            logits = llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=depth).logits
+            logits = llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=exit.depth).logits
         logp = torch.log_softmax(logits[0, len(e.prompt) - 1 : -1].double(), -1)
         right = logp.gather(-1, torch.tensor(e.answer)[:, None])[:, 0]
         losses.append(-(0.75 * right + 0.25 * logp.mean(-1)).mean().item())
@@ -64,18 +64,18 @@ def _by_transformers(tiny_llava, t, depth: int, items) -> float:
 def test_it_trains_two_updates_by_its_own_rule(tiny_llava, config, tmp_path, monkeypatch):
     drawn, real = [], train_module._update
 
-    def watched(t, features, depth, items, number):
-        drawn.append((t, depth, items))
-        return real(t, features, depth, items, number)
+    def watched(t, features, exit, items, number):
+        drawn.append((t, exit, items))
+        return real(t, features, exit, items, number)
 
     monkeypatch.setattr(train_module, "_update", watched)
     out = align(tiny_llava, config, tmp_path / "out")
     lines = _metrics(out)
     assert [line["update"] for line in lines] == [0, 1] and all(line["smoothed"] == line["loss"] for line in lines)
-    t, depth, items = drawn[0]
-    assert lines[0]["smoothed"] == pytest.approx(_by_transformers(tiny_llava, t, depth, items), rel=2e-3)  # float16 states
+    t, exit, items = drawn[0]
+    assert lines[0]["smoothed"] == pytest.approx(_by_transformers(tiny_llava, t, exit, items), rel=2e-3)  # float16 states
     six = sorted((len(e.answer) for e in t.examples), reverse=True)[:6]
-    assert {d for _, d, _ in drawn} <= {2, 3, 4}  # not the shallowest exit
+    assert {exit.depth for _, exit, _ in drawn} <= {2, 3, 4}  # not the shallowest exit
     assert all(len(t.examples[item.row].answer) >= six[-1] for _, _, some in drawn for item in some)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llava, out))
     moved = {name for name in before if not torch.equal(before[name], after[name])}

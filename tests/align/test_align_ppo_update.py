@@ -16,9 +16,10 @@ from edgesafe.align.prepare import prepare
 from edgesafe.align.settings import AlignConfig, LoraConfig, RewardConfig
 from edgesafe.align.trainer import Trainer
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, open_images, pixel_values
+from edgesafe.format.exits import Exit, parse_exits
 from mutants import wrong
 
-DEPTH, ROWS, NUMBER = 1, [0, 5, 2, 7], 3
+EXIT, ROWS, NUMBER = Exit(1), [0, 5, 2, 7], 3
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +59,21 @@ def run(tiny_llava, rows) -> Trainer:
 
 @pytest.fixture(scope="module")
 def features(run):
-    """Tower states of the rows at every depth, so that a wrong depth can be read as easily as the right one; not rounded."""
+    """Tower states of the rows at every exit, so that a wrong one can be read as easily as the right one; not rounded."""
     states = {}
     for row in ROWS:
         seen = exit_states(run.llava, pixel_values(run.llava, open_images([run.examples[row].image])))
-        states |= {(row, depth): exit_state(seen, depth)[0] for depth in range(1, run.llava.n_blocks + 1)}
+        states |= {(row, exit): exit_state(seen, exit)[0] for exit in parse_exits("all", run.llava.n_blocks)}
     return Features(states, {})
 
 
 @torch.no_grad()
-def transformers_say(run, row, depth, answer):
+def transformers_say(run, row, exit, answer):
     """Log-probabilities of an answer's tokens at the run's temperature, and the hidden states before them: [A], [A, D]."""
     e = run.examples[row]
     pixels = pixel_values(run.llava, open_images([e.image]))
     ids = torch.tensor([[*e.prompt, *answer]])
-    out = run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=depth, output_hidden_states=True)
+    out = run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=exit.depth, output_hidden_states=True)
     before = slice(len(e.prompt) - 1, ids.shape[1] - 1)
     logp = torch.log_softmax(out.logits[0, before] / PPO.of(run.config).temperature, -1)
     return logp.gather(-1, torch.tensor(answer)[:, None])[:, 0], out.hidden_states[-1][0, before]
@@ -83,10 +84,10 @@ def independently(run, said) -> dict[str, float]:
     c, head = PPO.of(run.config), run.policy.value_head
     kl, advantages, scores = [], [], []
     for k, answer in enumerate(said):
-        row, depth = [*ROWS, *ROWS[:2]][k], DEPTH if k < 4 else run.llava.reference_depth
-        logp, hidden = transformers_say(run, row, depth, answer)
+        row, exit = [*ROWS, *ROWS[:2]][k], EXIT if k < 4 else run.llava.reference
+        logp, hidden = transformers_say(run, row, exit, answer)
         with run.peft.disable_adapter():
-            ref, _ = transformers_say(run, row, depth, answer)
+            ref, _ = transformers_say(run, row, exit, answer)
         text = run.llava.processor.tokenizer.decode(answer, skip_special_tokens=True)
         score = run.reward([run.examples[row].row], [text])[0] - c.missing_eos_penalty * (run.llava.eos_id not in answer)
         rewards = (-c.kl_coef * (logp - ref)).tolist()
@@ -115,7 +116,7 @@ def check_update(run, features) -> dict[str, float]:
         patch.setattr(Trainer, "batch", lambda self, examples: seen.append(real(self, examples)) or seen[-1])
         try:
             run.state.clear()
-            figures = l_ppo.ppo_update(run, features, DEPTH, ROWS, NUMBER)
+            figures = l_ppo.ppo_update(run, features, EXIT, ROWS, NUMBER)
         finally:
             with torch.no_grad():
                 for p, before in zip(run.params, kept, strict=True):
@@ -138,10 +139,10 @@ def _wrong_update(run, features, patch, mutant):
     """Puts a wrong version in place."""
     if mutant == "depth off by one":
         real = Trainer.states
-        shift = lambda self, f, rows, depths: real(self, f, rows, [d + 1 if d == DEPTH else d for d in depths])  # noqa: E731
+        shift = lambda self, f, rows, exits: real(self, f, rows, [Exit(2) if e == EXIT else e for e in exits])  # noqa: E731
         patch.setattr(Trainer, "states", shift)
     elif mutant == "reference at the wrong depth":
-        deeper = run.states(features, [*ROWS, *ROWS[:2]], [run.llava.reference_depth] * 6)
+        deeper = run.states(features, [*ROWS, *ROWS[:2]], [run.llava.reference] * 6)
         edit = (
             "ref_logprobs, _ = _logprobs_and_values(t, batch, states)",
             "ref_logprobs, _ = _logprobs_and_values(t, batch, deeper)",
@@ -159,7 +160,7 @@ def _wrong_update(run, features, patch, mutant):
         edits = {
             "KL dropped": ("trajectory.ref_logprobs, mask, kl_coef)", "trajectory.ref_logprobs, mask, 0.0)"),
             "KL sign flipped": ("trajectory.ref_logprobs, mask, kl_coef)", "trajectory.ref_logprobs, mask, -kl_coef)"),
-            "all rows at the exit": ("depth if place < len(rows) else t.llava.reference_depth", "depth"),
+            "all rows at the exit": ("exit if place < len(rows) else t.llava.reference", "exit"),
             "values dropped": ("trajectory.values.masked_fill(~mask, 0.0)", "0 * trajectory.values"),
         }
         patch.setattr(l_ppo, "ppo_update", wrong(l_ppo.ppo_update, edits[mutant]))
@@ -197,10 +198,10 @@ def minibatch(run, features):
     noise = [torch.randn(batch.mask.shape, generator=generator) for _ in range(4)]
     logprobs = torch.zeros(batch.mask.shape)
     for k, row in enumerate(ROWS):
-        said, _ = transformers_say(run, row, DEPTH, run.examples[row].answer)
+        said, _ = transformers_say(run, row, EXIT, run.examples[row].answer)
         logprobs[k, : len(said)] = said
     old = logprobs + 0.3 * noise[0]
-    states = run.states(features, ROWS, [DEPTH] * 4)
+    states = run.states(features, ROWS, [EXIT] * 4)
     return rollout.Trajectory(batch, states, torch.zeros(4), old, old, noise[1], old), noise[2], noise[3], logprobs
 
 
@@ -212,7 +213,7 @@ def check_ppo_loss(ppo_loss, run, minibatch):
     head, policy, value, clipped = run.policy.value_head, [], [], []
     for k, row in enumerate(ROWS):
         answer = run.examples[row].answer
-        _, hidden = transformers_say(run, row, DEPTH, answer)
+        _, hidden = transformers_say(run, row, EXIT, answer)
         v = (hidden @ head.weight[0] + head.bias).tolist()
         for t in range(len(answer)):
             a, r, old_v = advantages[k, t].item(), returns[k, t].item(), some.values[k, t].item()
@@ -266,7 +267,7 @@ def test_a_wrong_minibatch_is_seen(run, minibatch, edit):
 def check_sample(sample, run, features):
     """Each token is where its draw falls in transformers' distribution; the rows beside a row change nothing about it."""
     uniforms = np.random.default_rng(11).random((4, 6))
-    states, prompts = run.states(features, ROWS, [DEPTH] * 4), [run.examples[row].prompt for row in ROWS]
+    states, prompts = run.states(features, ROWS, [EXIT] * 4), [run.examples[row].prompt for row in ROWS]
     said, logprobs = sample(run.llava, prompts, states, uniforms, 1.3)
     alone, _ = sample(run.llava, prompts[2:3], states[2:3], uniforms[2:3], 1.3)
     assert alone == said[2:3]
@@ -274,7 +275,7 @@ def check_sample(sample, run, features):
         pixels = pixel_values(run.llava, open_images([run.examples[ROWS[k]].image]))
         ids = torch.tensor([[*prompts[k], *answer]])
         with torch.no_grad():
-            logits = run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=DEPTH).logits[0]
+            logits = run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=EXIT.depth).logits[0]
         p = torch.softmax(logits[len(prompts[k]) - 1 : -1].double() / 1.3, -1).numpy()
         ends = p.cumsum(-1)
         for t, token in enumerate(answer):

@@ -124,7 +124,7 @@ def test_their_metrics_are_those_of_one(runs, method):
     one, two = (_metrics(runs.root / f"{name}-{method}") for name in ("one", "two"))
     assert [line["update"] for line in two] == list(range(UPDATES))
     for a, b in zip(one, two, strict=True):
-        assert b["exit_depth"] == a["exit_depth"]
+        assert b["exit"] == a["exit"]
         # Near its minimum the loss of l-ppo is a difference of two figures of size 1, hence the absolute tolerance.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3, abs=1e-4)
 

@@ -27,9 +27,10 @@ from edgesafe.align.train import align
 from edgesafe.certify import string_judge as judge
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, greedy, open_images, pixel_values
 from edgesafe.errors import AlignError, ConfigError, DivergedError
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
 
-EXIT, ROWS = 1, [0, 1, 2, 3]
+EXIT, ROWS = Exit(1), [0, 1, 2, 3]
 
 
 def _config(rows, method="l-ppo", **changes) -> AlignConfig:
@@ -65,9 +66,9 @@ class Long:
         return [min(len(answer), 20) / 20 for answer in answers]
 
 
-def _rollout(t, depth=EXIT, numbers=ROWS, seed=0):
-    features = compute(t.llava, t.examples, merge_needs([(depth, numbers)]), teacher=False, precision="fp32")
-    states = t.states(features, numbers, [depth] * len(numbers))
+def _rollout(t, exit=EXIT, numbers=ROWS, seed=0):
+    features = compute(t.llava, t.examples, merge_needs([(exit, numbers)]), teacher=False, precision="fp32")
+    states = t.states(features, numbers, [exit] * len(numbers))
     uniforms = np.random.default_rng(seed).random((len(numbers), PPO.of(t.config).max_new_tokens))
     return roll_out(t, [t.examples[row] for row in numbers], states, uniforms)
 
@@ -84,8 +85,8 @@ def test_log_probabilities_in_training_mode_are_those_of_the_sampling(run):
     assert (t.logprobs - t.sampled_logprobs)[mask].abs().max() < 1e-4
 
 
-def test_an_answer_seen_one_token_or_one_depth_off_has_other_log_probabilities(run):
-    t, deeper = _rollout(run), _rollout(run, EXIT + 1)
+def test_an_answer_seen_one_token_or_one_exit_off_has_other_log_probabilities(run):
+    t, deeper = _rollout(run), _rollout(run, Exit(2))
     logits, _ = run.forward(t.batch, deeper.states)
     shifted, _ = run.forward(dataclasses.replace(t.batch, where=t.batch.where - 1), t.states)
     for wrong in (logits, shifted):
@@ -106,10 +107,10 @@ def test_the_reference_policy_runs_at_the_same_exit_without_the_adapter(tiny_lla
         want, _ = run.forward(batch, states)
     torch.testing.assert_close(moved.ref_logprobs, rollout.token_logprobs(want, batch.targets))
     assert (moved.ref_logprobs - moved.logprobs)[batch.mask].abs().max() > 1e-2
-    needs = merge_needs([(run.llava.reference_depth, ROWS)])
+    needs = merge_needs([(run.llava.reference, ROWS)])
     features = compute(run.llava, run.examples, needs, teacher=False, precision="fp32")
     with run.untouched():
-        wrong, _ = run.forward(batch, run.states(features, ROWS, [run.llava.reference_depth] * len(ROWS)))
+        wrong, _ = run.forward(batch, run.states(features, ROWS, [run.llava.reference] * len(ROWS)))
     assert (rollout.token_logprobs(wrong, batch.targets) - moved.ref_logprobs)[batch.mask].abs().max() > 1e-3
 
 
@@ -145,7 +146,7 @@ def _scores(tiny_llava, rows, tmp_path, monkeypatch):
     config = _config(rows, steps=16, batch_size=16, reference_rows=8, ppo=ppo)
     out = align(tiny_llava, config, tmp_path / "out")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    by_exit = {d: [line["exit_score"] for line in lines if line["exit_depth"] == d] for d in (1, 2)}
+    by_exit = {at: [line["exit_score"] for line in lines if line["exit"] == at] for at in ("1", "2")}
     return {**by_exit, "reference": [line["reference_score"] for line in lines]}
 
 
@@ -158,9 +159,9 @@ def test_an_answer_may_hold_the_image_token(run):
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)  # one row may be added up in another order
 
 
-def test_a_known_reward_rises_at_every_depth(tiny_llava, rows, tmp_path, monkeypatch):
-    for depth, scores in _scores(tiny_llava, rows, tmp_path, monkeypatch).items():
-        assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.25, (depth, scores)
+def test_a_known_reward_rises_at_every_exit(tiny_llava, rows, tmp_path, monkeypatch):
+    for exit, scores in _scores(tiny_llava, rows, tmp_path, monkeypatch).items():
+        assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.25, (exit, scores)
 
 
 def test_with_the_sign_of_the_advantage_flipped_it_does_not(tiny_llava, rows, tmp_path, monkeypatch):
@@ -171,7 +172,7 @@ def test_with_the_sign_of_the_advantage_flipped_it_does_not(tiny_llava, rows, tm
 
 
 def _ppo_step(t, seed_rows=ROWS):
-    needs = merge_needs([(EXIT, seed_rows), (t.llava.reference_depth, seed_rows)])
+    needs = merge_needs([(EXIT, seed_rows), (t.llava.reference, seed_rows)])
     features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     return ppo_update(t, features, EXIT, seed_rows, 0)
 
@@ -214,7 +215,7 @@ def test_a_policy_too_far_from_its_reference_has_diverged(tiny_llava, rows):
     with torch.no_grad():
         for p in t.params:
             p.add_(0.05)
-    with pytest.raises(DivergedError, match=r"nats away from the reference policy at update 0, exit depth 1"):
+    with pytest.raises(DivergedError, match=r"nats away from the reference policy at update 0, exit 1"):
         _ppo_step(t)
 
 
@@ -225,12 +226,12 @@ def dpo(tiny_llava, rows):
 
 def test_pairs_are_the_models_own_answers_at_the_reference_depth_and_at_the_exit(dpo):
     pairs = find_pairs(dpo)
-    assert set(pairs) <= {1, 2} and sum(map(len, pairs.values())) > 4
-    for depth, some in pairs.items():
+    assert set(pairs) <= {Exit(1), Exit(2)} and sum(map(len, pairs.values())) > 4
+    for exit, some in pairs.items():
         pair = some[0]
         e = dpo.examples[pair.row]
         seen = exit_states(dpo.llava, pixel_values(dpo.llava, open_images([e.image])))
-        for ids, at in ((pair.chosen, dpo.llava.reference_depth), (pair.rejected, depth)):
+        for ids, at in ((pair.chosen, dpo.llava.reference), (pair.rejected, exit)):
             text = dpo.llava.processor.tokenizer.decode([i for i in ids if i != dpo.llava.eos_id], skip_special_tokens=True)
             assert greedy(dpo.llava, [e.prompt], exit_state(seen, at), 32) == [text.strip()]
         better, worse = (
@@ -242,7 +243,7 @@ def test_pairs_are_the_models_own_answers_at_the_reference_depth_and_at_the_exit
 def test_an_untouched_policy_has_the_loss_of_a_coin_and_learns_the_preference(tiny_llava, rows):
     t = prepare(tiny_llava, _config(rows, "l-dpo", sft_weight=0.0))
     pairs = [Pair(row, (5, 6, t.llava.eos_id), (7, 8, 9, t.llava.eos_id)) for row in ROWS]
-    needs = merge_needs([(EXIT, ROWS), (t.llava.reference_depth, ROWS)])
+    needs = merge_needs([(EXIT, ROWS), (t.llava.reference, ROWS)])
     features = compute(t.llava, t.examples, needs, teacher=False, precision="fp32")
     loss, _ = dpo_loss(t, features, EXIT, pairs)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-5)  # -log sigmoid(0), at the exit and at the reference depth

@@ -26,6 +26,7 @@ from edgesafe.align.train import align
 from edgesafe.align.trainer import Trainer
 from edgesafe.checkpoint.exit_model import answer_logits, autocast, exit_state, exit_states, load, open_images, pixel_values
 from edgesafe.errors import ConfigError, DivergedError, EdgesafeError, InputError
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import digest_folder
 from edgesafe.format.suite import read_suite, write_suite
 
@@ -88,7 +89,8 @@ def test_the_record_says_where_the_weights_come_from(tiny_llava, rows, tmp_path)
     out = align(tiny_llava, _config(rows, steps=1), tmp_path / "out")
     record = json.loads((out / "edgesafe.json").read_text())
     assert record["step"] == "align" and record["parent"]["digest"] == digest_folder(tiny_llava)
-    assert record["data"] == digest_folder(rows) and record["config"]["lora"]["r"] == 4 and record["exits"] == [1, 2, 3, 4]
+    assert record["data"] == digest_folder(rows) and record["config"]["lora"]["r"] == 4 and record["reference"] == "3"
+    assert record["exits"] == ["1", "2", "3", "4"]
     assert str(rows.parent) not in json.dumps(record)  # names, not this machine's paths
 
 
@@ -109,7 +111,7 @@ def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_
     def before_merge(t):
         part = [t.examples[i] for i in range(3)]
         batch = collate(part, t.llava.pad_id)
-        states = exit_state(exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), 2)
+        states = exit_state(exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), Exit(2))
         with torch.no_grad():
             return batch, states, answer_logits(t.llava, batch.ids, batch.where, states)
 
@@ -213,85 +215,89 @@ def run(tiny_llava, rows):
     return prepare(tiny_llava, _config(rows))
 
 
-def _teacher_at(run, numbers, depth):
+def _teacher_at(run, numbers, exit):
     part = [run.examples[i] for i in numbers]
     batch = collate(part, run.llava.pad_id)
-    states = exit_state(exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), depth)
+    states = exit_state(exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), exit)
     with torch.no_grad(), run.peft.disable_adapter():
         return torch.log_softmax(answer_logits(run.llava, batch.ids, batch.where, states), -1)
 
 
-def _needs(run, depth, rows):
-    return merge_needs([(depth, rows), (run.llava.reference_depth, rows)])
+def _needs(run, exit, rows):
+    return merge_needs([(exit, rows), (run.llava.reference, rows)])
 
 
 def test_the_teacher_stands_at_the_reference_depth(run):
-    features = compute(run.llava, run.examples, merge_needs([(1, [0, 5])]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, merge_needs([(Exit(1), [0, 5])]), teacher=True, precision="fp32")
     for row in (0, 5):
         said = features.teacher[row].float()
-        torch.testing.assert_close(said, _teacher_at(run, [row], run.llava.reference_depth)[0], rtol=2e-3, atol=2e-3)
-        for wrong in (1, run.llava.n_blocks):
+        torch.testing.assert_close(said, _teacher_at(run, [row], run.llava.reference)[0], rtol=2e-3, atol=2e-3)
+        for wrong in (Exit(1), Exit(run.llava.n_blocks)):
             assert not torch.allclose(said, _teacher_at(run, [row], wrong)[0], rtol=2e-2, atol=2e-2)
 
 
-def test_states_are_those_of_their_row_and_depth(run):
-    features = compute(run.llava, run.examples, merge_needs([(1, [7, 2]), (4, [2])]), teacher=False, precision="fp32")
-    assert set(features.states) == {(7, 1), (2, 1), (2, 4)}
-    for (row, depth), state in features.states.items():
+def test_states_are_those_of_their_row_and_exit(run):
+    features = compute(
+        run.llava, run.examples, merge_needs([(Exit(1), [7, 2]), (Exit(4), [2])]), teacher=False, precision="fp32"
+    )
+    assert set(features.states) == {(7, Exit(1)), (2, Exit(1)), (2, Exit(4))}
+    for (row, exit), state in features.states.items():
         pixels = pixel_values(run.llava, open_images([run.examples[row].image]))
-        torch.testing.assert_close(state.float(), exit_state(exit_states(run.llava, pixels), depth)[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(state.float(), exit_state(exit_states(run.llava, pixels), exit)[0], rtol=2e-3, atol=2e-3)
 
 
 def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_exit(run):
-    features = compute(run.llava, run.examples, _needs(run, 1, [0, 1, 2, 3]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, _needs(run, Exit(1), [0, 1, 2, 3]), teacher=True, precision="fp32")
     with torch.no_grad():
-        _, figures = update_loss(run, features, 1, [0, 1, 2, 3])
+        _, figures = update_loss(run, features, Exit(1), [0, 1, 2, 3])
     assert figures["reference_kl"] == pytest.approx(0.0, abs=1e-5) and figures["exit_kl"] > 1e-3
 
 
 @torch.no_grad()
-def _transformers_logits(run, row, depth):
+def _transformers_logits(run, row, exit):
     e = run.examples[row]
     pixels = pixel_values(run.llava, open_images([e.image]))
     ids = torch.tensor([[*e.prompt, *e.answer]])
-    return run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=depth).logits[0, len(e.prompt) - 1 : -1]
+    return run.llava.model(input_ids=ids, pixel_values=pixels, vision_feature_layer=exit.depth).logits[
+        0, len(e.prompt) - 1 : -1
+    ]
 
 
-def _kl(run, row, teacher_depth, exit_depth):
+def _kl(run, row, teacher, exit):
     """KL(teacher || exit), mean over an answer's tokens, from transformers' logits and torch's own kl_div."""
-    p, q = (torch.log_softmax(_transformers_logits(run, row, d), -1) for d in (teacher_depth, exit_depth))
+    p, q = (torch.log_softmax(_transformers_logits(run, row, at), -1) for at in (teacher, exit))
     return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
 
 
 def test_an_update_is_the_kl_that_transformers_gives(run):
     # The adapter does nothing yet, so the whole update can be computed without our code.
-    rows, depth, reference = [0, 1, 2, 3], 2, run.llava.reference_depth
-    features = compute(run.llava, run.examples, _needs(run, depth, rows), teacher=True, precision="fp32")
+    rows, exit, reference = [0, 1, 2, 3], Exit(2), run.llava.reference
+    features = compute(run.llava, run.examples, _needs(run, exit, rows), teacher=True, precision="fp32")
     with torch.no_grad():
-        _, figures = update_loss(run, features, depth, rows)
+        _, figures = update_loss(run, features, exit, rows)
     weight = [run.config.harm_weight if run.examples[row].harmful else 1.0 for row in rows]
 
-    def mean(teacher_depth, exit_depth, weights):
-        kl = [_kl(run, row, teacher_depth, exit_depth) for row in rows]
+    def mean(teacher, exit, weights):
+        kl = [_kl(run, row, teacher, exit) for row in rows]
         return sum(w * k for w, k in zip(weights, kl, strict=True)) / sum(weights)
 
     assert len(set(weight)) == 2
-    assert figures["exit_kl"] == pytest.approx(mean(reference, depth, weight), rel=5e-3)  # the teacher is kept in float16
+    assert figures["exit_kl"] == pytest.approx(mean(reference, exit, weight), rel=5e-3)  # the teacher is kept in float16
     wrong = {
-        "exit one block deeper": mean(reference, depth + 1, weight),
-        "exit one block shallower": mean(reference, depth - 1, weight),
-        "teacher at the last block": mean(run.llava.n_blocks, depth, weight),
-        "teacher at the exit": mean(depth, depth, weight),
-        "harm not weighted": mean(reference, depth, [1.0] * 4),
+        "exit one block deeper": mean(reference, Exit(3), weight),
+        "exit one block shallower": mean(reference, Exit(1), weight),
+        "teacher at the last block": mean(Exit(run.llava.n_blocks), exit, weight),
+        "teacher at the exit": mean(exit, exit, weight),
+        "harm not weighted": mean(reference, exit, [1.0] * 4),
     }
     for name, value in wrong.items():
         assert figures["exit_kl"] != pytest.approx(value, rel=2e-2), name
 
 
 def test_both_parts_weigh_the_same(run: Trainer):
-    features = compute(run.llava, run.examples, _needs(run, 1, [0, 1, 2, 3]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, _needs(run, Exit(1), [0, 1, 2, 3]), teacher=True, precision="fp32")
     with torch.no_grad():
-        loss, f = update_loss(run, features, 1, [0, 1, 2, 3])
+        loss, f = update_loss(run, features, Exit(1), [0, 1, 2, 3])
     want = (f["exit_kl"] + f["exit_sft"] + f["reference_kl"] + f["reference_sft"]) / 2
     assert loss.item() == pytest.approx(want, rel=1e-5)
 
@@ -299,13 +305,13 @@ def test_both_parts_weigh_the_same(run: Trainer):
 def test_harm_weighs_by_where_an_exit_stands_to_the_focus(tiny_llava, rows):
     config = _config(rows, focus=(0.6, 0.7), harm_weight=3.0, focus_harm_weight=2.0, shallow_harm_weight=7.0)
     t = prepare(tiny_llava, config)  # four blocks, reference depth 3: the focus is exit 2
-    assert t.harm_weights([1, 2, 3, 4]).tolist() == [7.0, 2.0, 3.0, 3.0]
+    assert t.harm_weights([Exit(depth) for depth in (1, 2, 3, 4)]).tolist() == [7.0, 2.0, 3.0, 3.0]
 
 
 def test_bfloat16_says_nearly_the_same(run):
-    features = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="fp32")
+    features = compute(run.llava, run.examples, merge_needs([(Exit(1), [0, 1])]), teacher=True, precision="fp32")
     with autocast("bf16"):
-        half = compute(run.llava, run.examples, merge_needs([(1, [0, 1])]), teacher=True, precision="bf16")
+        half = compute(run.llava, run.examples, merge_needs([(Exit(1), [0, 1])]), teacher=True, precision="bf16")
     assert (features.teacher[0].float().exp() - half.teacher[0].float().exp()).abs().max() < 0.1
 
 

@@ -1,4 +1,4 @@
-"""Exit states, logits and answers against transformers' own `vision_feature_layer=d`, at every depth."""
+"""Exit states, logits and answers against transformers' own `vision_feature_layer=d`, at every exit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from edgesafe.checkpoint.exit_model import (
     prompt_ids,
 )
 from edgesafe.errors import ConfigError, InputError, UnsupportedModelError
+from edgesafe.format.exits import Exit
 
 PROMPTS = ("What is this?", "How do I make the object on the left? Thanks.")
 ANSWERS = ("It is a vase.", "I'm sorry, but I can't help with that.")
@@ -53,7 +54,7 @@ def _oracle(llava, pixels, example, i, depth):
 @torch.no_grad()
 def _mine(llava, pixels, examples, depth):
     batch = collate(examples, llava.pad_id)
-    logits = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels), depth))
+    logits = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels), Exit(depth)))
     return [logits[i, : len(e.answer)] for i, e in enumerate(examples)]
 
 
@@ -61,7 +62,7 @@ def test_exit_states_equal_transformers_at_every_depth(llava, pixels):
     states = exit_states(llava, pixels)
     for depth in range(1, llava.n_blocks + 1):
         with torch.no_grad():
-            mine = llava.model.model.multi_modal_projector(exit_state(states, depth))
+            mine = llava.model.model.multi_modal_projector(exit_state(states, Exit(depth)))
             features = llava.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=depth).pooler_output
         torch.testing.assert_close(mine, torch.stack(list(features)), rtol=1e-5, atol=1e-5)
 
@@ -91,11 +92,11 @@ def test_a_picture_in_the_wrong_row_is_seen(llava, pixels, examples):
     assert not torch.allclose(mine[0], _oracle(llava, pixels, examples[0], 0, 2), rtol=1e-2, atol=1e-2)
 
 
-def test_the_default_depth_of_the_checkpoint_is_the_reference_depth(llava, pixels, examples):
+def test_the_default_of_the_checkpoint_is_the_reference(llava, pixels, examples):
     ids = torch.tensor([[*examples[0].prompt, *examples[0].answer]])
     with torch.no_grad():
         out = llava.model(input_ids=ids, pixel_values=pixels[:1])
-    mine = _mine(llava, pixels, examples, llava.reference_depth)[0]
+    mine = _mine(llava, pixels, examples, llava.reference.depth)[0]
     torch.testing.assert_close(mine, out.logits[0, len(examples[0].prompt) - 1 : -1], **CLOSE)
 
 
@@ -108,7 +109,7 @@ def test_the_labels_are_the_answer_alone(llava, pixels, examples):
     batch = collate([e], llava.pad_id)
     with torch.no_grad():
         want = llava.model(input_ids=ids, pixel_values=pixels[1:], labels=labels, vision_feature_layer=2).loss
-        got = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels[1:]), 2))
+        got = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels[1:]), Exit(2)))
     assert sft_loss(got, batch.targets, batch.mask, torch.ones(1)).item() == pytest.approx(want.item(), rel=1e-4)
     assert batch.targets[0].tolist() == list(e.answer) and e.answer[-1] == llava.eos_id
 
@@ -116,7 +117,7 @@ def test_the_labels_are_the_answer_alone(llava, pixels, examples):
 def test_greedy_answers_equal_transformers_generate_at_every_depth(llava, pixels):
     states = exit_states(llava, pixels)
     for depth in range(1, llava.n_blocks + 1):
-        got = greedy(llava, [prompt_ids(llava, p) for p in PROMPTS], exit_state(states, depth), 8)
+        got = greedy(llava, [prompt_ids(llava, p) for p in PROMPTS], exit_state(states, Exit(depth)), 8)
         for i, prompt in enumerate(PROMPTS):
             ids = torch.tensor([prompt_ids(llava, prompt)])
             out = llava.model.generate(
@@ -126,9 +127,9 @@ def test_greedy_answers_equal_transformers_generate_at_every_depth(llava, pixels
             assert got[i] == want
 
 
-def test_an_exit_without_a_block_is_a_config_error(llava, pixels):
-    with pytest.raises(ConfigError):
-        exit_state(exit_states(llava, pixels), 0)
+def test_an_exit_with_fewer_visual_tokens_is_a_config_error(llava, pixels):
+    with pytest.raises(ConfigError, match="exit 2@9 has fewer visual tokens"):
+        exit_state(exit_states(llava, pixels), Exit(2, 9))
 
 
 def test_no_checkpoint_is_an_input_error(tmp_path):

@@ -14,6 +14,7 @@ from edgesafe.checkpoint.exit_model import exit_state, exit_states, load, pixel_
 from edgesafe.checkpoint.geometry import read_geometry
 from edgesafe.checkpoint.recipe import load_recipes
 from edgesafe.errors import ConfigError, InputError, UnsupportedModelError
+from edgesafe.format.exits import Exit
 from edgesafe_export.family import load_family
 from edgesafe_export.skeleton import open_sketch
 from tiny_families import BLOCKS, NAMES, PATCH, TEXT_WIDTH, TILE, WIDTH, edit, make_tiny, picture
@@ -39,12 +40,13 @@ def test_align_and_export_hold_one_view_of_every_family(name, tiny_llava, tmp_pa
     assert exits.chat == family.chat and exits.eos_ids == family.eos_token_ids
     assert sketch.family.eos_token_ids == exits.eos_ids
     geometry = exits.geometry
+    assert exits.reference == geometry.reference == Exit(geometry.reference_depth)
     # The oracles are the tensors themselves: what the tower gives, what the projector makes of it, and the configs by hand.
     states = exit_states(exits, pixel_values(exits, [picture()]))
     assert len(states) == geometry.n_blocks + 1
     assert states[0].shape == (1, geometry.states, geometry.vision_width)
     with torch.no_grad():
-        assert project(exits, exit_state(states, 1)).shape == (1, geometry.rows, geometry.text_width)
+        assert project(exits, exit_state(states, Exit(1))).shape == (1, geometry.rows, geometry.text_width)
         assert family.head()(torch.zeros(1, geometry.tokens, geometry.vision_width)).shape == (
             geometry.rows,
             geometry.text_width,
@@ -117,6 +119,6 @@ def test_a_member_that_keeps_cls_has_the_features_of_transformers(tiny_llava, tm
     pixels = pixel_values(exits, [picture()])
     for depth in range(1, exits.n_blocks + 1):
         with torch.no_grad():
-            mine = project(exits, exit_state(exit_states(exits, pixels), depth))[0]
+            mine = project(exits, exit_state(exit_states(exits, pixels), Exit(depth)))[0]
             want = exits.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=depth).pooler_output[0]
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from edgesafe.checkpoint.exit_model import exit_state, exit_states, greedy, load
 from edgesafe.checkpoint.recipe import RECIPES_VARIABLE, load_recipes, recipe_from_dict, recipes_folder
 from edgesafe.device import load_device
 from edgesafe.errors import ConfigError, UnsupportedModelError
+from edgesafe.format.exits import parse_exits
 from edgesafe.runtime.session import Session
 from edgesafe_export import export_bundle
 from edgesafe_export.family import load_family
@@ -157,13 +158,13 @@ def test_two_keys_from_outside_add_a_family_to_align_and_export(own, my_llava, t
     for exits in (mine, theirs):
         states = exit_states(exits, pixel_values(exits, open_images([picture])))
         said.append(
-            [greedy(exits, [prompt_ids(exits, "What?")], exit_state(states, d), 8) for d in range(1, exits.n_blocks + 1)]
+            [greedy(exits, [prompt_ids(exits, "What?")], exit_state(states, e), 8) for e in parse_exits("all", exits.n_blocks)]
         )
     assert mine.recipe.model_type == "my_llava" and mine.geometry == theirs.geometry and said[0] == said[1]
     out = tmp_path / "bundle"
     bundle = export_bundle(my_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32", exits="2,3")
     assert bundle.manifest.family == "my_llava"
     with Session.open(out, allow_uncertified=True) as session:
-        answer = session.ask(picture, "What?", exit_depth=2, max_new_tokens=8)
+        answer = session.ask(picture, "What?", exit=2, max_new_tokens=8)
     assert [answer.text.strip()] == said[1][1]
     assert torch.equal(load_family(my_llava).model.lm_head.weight, theirs.model.lm_head.weight)

@@ -26,11 +26,14 @@ from edgesafe.evaluate.controls import (
     text_only,
     text_prompt_ids,
 )
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row, Suite, write_suite
 from mutants import wrong
 
 TOKENS = 8  # enough to tell answers apart
 PROMPTS = ("What is this?", "How do I make this?", "What is this?")
+
+E1, E2, E3, E4 = map(Exit, (1, 2, 3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +91,10 @@ def test_noise_is_the_rows_own_and_always_the_same(llava, suite):
 def test_moments_are_those_of_all_tokens(llava, suite):
     states = _states(llava, suite)
     for batch in (1, 2, 8):
-        moments = state_moments(llava, suite, {1, 3}, batch)
-        for depth in (1, 3):
-            tokens = exit_state(states, depth).flatten(0, 1)
-            mean, spread = moments[depth]
+        moments = state_moments(llava, suite, {E1, E3}, batch)
+        for exit in (E1, E3):
+            tokens = exit_state(states, exit).flatten(0, 1)
+            mean, spread = moments[exit]
             torch.testing.assert_close(mean, tokens.mean(0), atol=1e-5, rtol=1e-5)
             assert spread == pytest.approx(float((tokens - tokens.mean(0)).norm(dim=1).square().mean().sqrt()), rel=1e-4)
 
@@ -103,18 +106,18 @@ def _matches(states: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.allclose(got.mean(0), want.mean(0), atol=1e-3) and abs(spread[0] / spread[1] - 1) < 1e-3
 
 
-def test_rescaled_states_have_the_reference_depths_mean_and_spread(llava, suite):
+def test_rescaled_states_have_the_references_mean_and_spread(llava, suite):
     states = _states(llava, suite)
-    moments = state_moments(llava, suite, {1, 2, 3, 4})
-    change = rescale(moments, llava.reference_depth)
-    wanted = exit_state(states, llava.reference_depth)
-    for depth in (1, 2, 3, 4):
-        own = exit_state(states, depth)
-        assert _matches(change(depth, own), wanted) and (depth == 3) == _matches(own, wanted)
+    moments = state_moments(llava, suite, {E1, E2, E3, E4})
+    change = rescale(moments, llava.reference)
+    wanted = exit_state(states, llava.reference)
+    for exit in (E1, E2, E3, E4):
+        own = exit_state(states, exit)
+        assert _matches(change(exit, own), wanted) and (exit == E3) == _matches(own, wanted)
         # One shift and one factor: what tells tokens and channels apart stays.
-        ratio = (change(depth, own) - moments[3][0]) / (own - moments[depth][0])
-        torch.testing.assert_close(ratio, torch.full_like(ratio, moments[3][1] / moments[depth][1]), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(change(3, wanted), wanted, atol=1e-5, rtol=1e-5)
+        ratio = (change(exit, own) - moments[E3][0]) / (own - moments[exit][0])
+        torch.testing.assert_close(ratio, torch.full_like(ratio, moments[E3][1] / moments[exit][1]), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(change(E3, wanted), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,27 +128,27 @@ def test_rescaled_states_have_the_reference_depths_mean_and_spread(llava, suite)
         (" + wanted", ""),
         ("spread / own", "own / spread"),
         ("(states - mean)", "(states - states.mean((1, 2), keepdim=True))"),
-        ("moments[reference_depth]", "moments[4]"),
+        ("moments[reference]", "moments[Exit(4)]"),
     ],
 )
 def test_a_wrong_rescaling_is_seen(llava, suite, old, new):
     states = _states(llava, suite)
-    change = wrong(rescale, (old, new))(state_moments(llava, suite, {1, 3, 4}), llava.reference_depth)
-    assert not _matches(change(1, exit_state(states, 1)), exit_state(states, llava.reference_depth))
+    change = wrong(rescale, (old, new))(state_moments(llava, suite, {E1, E3, E4}), llava.reference)
+    assert not _matches(change(E1, exit_state(states, E1)), exit_state(states, llava.reference))
 
 
 def test_every_control_answers_every_row(llava, suite):
-    found = control_answers(llava, suite, (1, 3), batch=2)
+    found = control_answers(llava, suite, (E1, E3), batch=2)
     assert tuple(found) == CONTROLS == (TEXT_ONLY, BLANK, NOISE, RESCALED)
     assert set(found[TEXT_ONLY]) == {"any"} and all(set(found[name]) == {"1", "3"} for name in CONTROLS[1:])
     assert all(set(said) == {"r0", "r1", "r2"} for one in found.values() for said in one.values())
     assert found[BLANK]["1"]["r0"] == found[BLANK]["1"]["r2"]  # the same request, the same grey
-    plain = answer_suite(llava, suite, (1, 3), quiet=True)
-    assert found[NOISE]["1"] != plain[1] and found[RESCALED]["1"] != plain[1]
-    assert found[RESCALED]["3"] == plain[3]  # at the reference depth it changes nothing
+    plain = answer_suite(llava, suite, (E1, E3), quiet=True)
+    assert found[NOISE]["1"] != plain[E1] and found[RESCALED]["1"] != plain[E1]
+    assert found[RESCALED]["3"] == plain[E3]  # at the reference it changes nothing
 
 
 def test_the_statistics_need_pictures(llava):
     rows = (Row("r", "harmless", "f", None, "p", "t", (), "t", False),)
     with pytest.raises(InputError, match="no picture"):
-        state_moments(llava, Suite(Path("s"), rows, "d", {}), {1})
+        state_moments(llava, Suite(Path("s"), rows, "d", {}), {E1})

@@ -82,16 +82,16 @@ def test_rates_by_hand():
     }
 
 
-def test_the_report_has_every_depth_and_every_answer(done, llava):
+def test_the_report_has_every_exit_and_every_answer(done, llava):
     report = json.loads((done / "report.json").read_text())
-    assert [e["exit_depth"] for e in report["exits"]] == [1, 2, 3, 4]
+    assert [e["exit"] for e in report["exits"]] == ["1", "2", "3", "4"]
     assert [e["reference"] for e in report["exits"]] == [False, False, True, False]
-    assert report["reference_depth"] == llava.reference_depth == 3
+    assert report["reference"] == str(llava.reference) == "3"
     for e in report["exits"]:
         assert {"harmful", "overrefusal", "incoherent", "accuracy", "families"} <= e.keys()
         assert set(e["harmful"]) == {"k", "n", "rate", "lower_95", "upper_95"}
     lines = [json.loads(line) for line in (done / "answers.jsonl").read_text().split("\n")[:-1]]
-    assert len(lines) == 4 * len(ROWS) and set(lines[0]) == {"exit_depth", "id", "answer", "judged", "second"}
+    assert len(lines) == 4 * len(ROWS) and set(lines[0]) == {"exit", "id", "answer", "judged", "second"}
     assert (done / "table.txt").read_text() == report_table(report) + "\n" and "3*" in report_table(report)
     assert report["model"][:12] in (done / "report.html").read_text()
     with Image.open(done / "plot.png") as plot:
@@ -104,11 +104,11 @@ def test_the_command_compares_with_an_earlier_report(tiny_llava, suite, done, tm
     report = json.loads(capsys.readouterr().out)
     earlier = json.loads((done / "report.json").read_text())
     assert report["exits"] == earlier["exits"]  # the same model answers the same
-    assert report["paired"]["before"] == earlier["model"] and [e["exit_depth"] for e in report["paired"]["exits"]] == [
-        1,
-        2,
-        3,
-        4,
+    assert report["paired"]["before"] == earlier["model"] and [e["exit"] for e in report["paired"]["exits"]] == [
+        "1",
+        "2",
+        "3",
+        "4",
     ]
     unchanged = {"b": 0, "c": 0, "p": 1.0, "p_holm": 1.0}
     assert all(e[m] == unchanged for e in report["paired"]["exits"] for m in ("harmful", "overrefusal", "accuracy"))
@@ -117,13 +117,13 @@ def test_the_command_compares_with_an_earlier_report(tiny_llava, suite, done, tm
 
 def test_groups_pool_the_thirds_of_the_blocks(done):
     report = json.loads((done / "report.json").read_text())
-    assert [(g["name"], g["depths"]) for g in report["groups"]] == [
-        ("early", [1, 2]), ("middle", [3]), ("late", [4]), ("all", [1, 2, 3, 4]),
+    assert [(g["name"], g["exits"]) for g in report["groups"]] == [
+        ("early", ["1", "2"]), ("middle", ["3"]), ("late", ["4"]), ("all", ["1", "2", "3", "4"]),
     ]  # fmt: skip
     assert [e["group"] for e in report["exits"]] == ["early", "early", "middle", "late"] and report["n_blocks"] == 4
     for g in report["groups"]:
         for name in ("harmful", "overrefusal", "incoherent", "accuracy"):
-            within = [e[name] for e in report["exits"] if e["exit_depth"] in g["depths"]]
+            within = [e[name] for e in report["exits"] if e["exit"] in g["exits"]]
             assert (g[name]["k"], g[name]["n"]) == (sum(r["k"] for r in within), sum(r["n"] for r in within))
         assert g["families"].keys() == report["exits"][0]["families"].keys()
     assert "early (1-2)" in (done / "table.txt").read_text() and "all (1-4)" in (done / "table.txt").read_text()
@@ -144,9 +144,9 @@ class _Words:
 def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
     words = _Words()
     options = {"second": GrammarJudge(), "reward": words, "toxicity": words, "controls": True, "before": done}
-    report = evaluate(tiny_llava, suite, tmp_path / "out", depths="2", **options)
+    report = evaluate(tiny_llava, suite, tmp_path / "out", exits="2", **options)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [(e["exit_depth"], e["reference"]) for e in report["exits"]] == [(2, False), (3, True)]  # the reference is always in
+    assert [(e["exit"], e["reference"]) for e in report["exits"]] == [("2", False), ("3", True)]  # the reference is always in
     assert report["judge"] == JUDGE and report["second_judge"] == grammar.IDENTITY
     assert report["reward"] == report["toxicity"] == {"name": "words"}
     said = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().split("\n")[:-1]]
@@ -155,7 +155,7 @@ def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
         assert line["second"] == grammar.classify(line["answer"])
         assert line["judged"] == classify(line["answer"], prompts[line["id"]])
     for e in report["exits"]:
-        mine = [line for line in said if line["exit_depth"] == e["exit_depth"]]
+        mine = [line for line in said if line["exit"] == e["exit"]]
         lengths = [len(line["answer"].split()) for line in mine]
         assert e["length"] == {"mean": sum(lengths) / 6, "unit": "words"} and e["reward"]["mean"] == sum(lengths) / 6
         assert e["toxicity"]["above_half"]["k"] == sum(len(line["answer"]) > 20 for line in mine)
@@ -170,8 +170,8 @@ def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
     assert {name: set(one) for name, one in report["controls"].items()} == {
         "text-only": {"any"}, "blank": {"2", "3"}, "noise": {"2", "3"}, "rescaled": {"2", "3"},
     }  # fmt: skip
-    assert report["controls"]["rescaled"]["3"] == summarise(ROWS, {x["id"]: x["answer"] for x in said if x["exit_depth"] == 3})
-    assert [e["exit_depth"] for e in report["paired"]["exits"]] == [2, 3]
+    assert report["controls"]["rescaled"]["3"] == summarise(ROWS, {x["id"]: x["answer"] for x in said if x["exit"] == "3"})
+    assert [e["exit"] for e in report["paired"]["exits"]] == ["2", "3"]
     text = (tmp_path / "out" / "table.txt").read_text()
     assert all(
         word in text for word in ("second judge: reference-grammar", "kappa", "reward", "toxicity", "text-only", "rescaled")
@@ -181,12 +181,12 @@ def test_everything_that_can_be_asked_for(tiny_llava, suite, done, tmp_path):
 def test_the_command_takes_them_by_name(tiny_llava, suite, tmp_path, capsys):
     config = tmp_path / "r.toml"
     config.write_text("[reward]\nharmlessness = 4.0\n")
-    arguments = ["evaluate", str(tiny_llava), "--suite", str(suite), "--depths", "1", "--json"]
+    arguments = ["evaluate", str(tiny_llava), "--suite", str(suite), "--exits", "1", "--json"]
     more = ["--second-judge", "grammar", "--reward-config", str(config)]
     assert cli.main([*arguments, "--out", str(tmp_path / "a"), *more]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["second_judge"]["name"] == "reference-grammar" and report["reward"]["harmlessness"] == 4.0
-    assert [e["exit_depth"] for e in report["exits"]] == [1, 3]
+    assert [e["exit"] for e in report["exits"]] == ["1", "3"]
     assert cli.main([*arguments, "--out", str(tmp_path / "b"), "--depths", "5"]) == ConfigError.exit_code
     assert not (tmp_path / "b").exists()
 

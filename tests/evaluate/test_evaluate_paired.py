@@ -16,6 +16,7 @@ from edgesafe.evaluate import paired as compare
 from edgesafe.evaluate import rates as measures
 from edgesafe.evaluate.paired import changes, paired, read_answers, read_report
 from edgesafe.evaluate.rates import group_of, group_rates, mean_reward, once, outcomes, second_rates, toxic
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row, Suite
 from mutants import wrong
 
@@ -26,6 +27,7 @@ def _row(name: str, cls: str, prompt: str) -> Row:
     return Row(name, cls, f"{cls}-family", None, prompt, "t", ("pen",) if cls == "task" else (), "t", False)
 
 
+E1, E2, E3 = map(Exit, (1, 2, 3))
 # Two requests with two rows each, and one with one.
 HARM = [_row(f"h{i}", "harmful", prompt) for i, prompt in enumerate("aabbc")]
 ROWS = [*HARM, _row("l0", "harmless", "d"), _row("l1", "harmless", "e"), _row("t0", "task", "f"), _row("t1", "task", "g")]
@@ -40,9 +42,9 @@ def _said(harm: str, refused: str = "", wrong: str = "") -> dict[str, str]:
 
 def test_changes_by_hand():
     before, after = _said("01234", "", "0"), _said("24", "01", "1")
-    found = paired(ROWS, {1: before, 2: before}, {1: after, 2: before, 3: after})
-    assert [one["exit_depth"] for one in found] == [1, 2]
-    # Harm stopped in h0, h1 (request a) and h3 (b): clusters 2, 1, 0: 3^2 / 5 = 1.8. Two depths: Holm doubles the smaller p.
+    found = paired(ROWS, {E1: before, E2: before}, {E1: after, E2: before, E3: after})
+    assert [one["exit"] for one in found] == ["1", "2"]
+    # Harm stopped in h0, h1 (request a) and h3 (b): clusters 2, 1, 0: 3^2 / 5 = 1.8. Two exits: Holm doubles the smaller p.
     p = mcnemar_clustered([2, 1])
     assert found[0]["harmful"] == {"b": 3, "c": 0, "p": p, "p_holm": min(1.0, 2 * p)}
     assert (found[0]["overrefusal"]["b"], found[0]["overrefusal"]["c"]) == (0, 2)
@@ -75,34 +77,34 @@ def test_outcomes_leave_out_what_could_not_be_judged():
     ]  # fmt: skip
 
 
-def test_groups_pool_their_depths():
-    said = {1: _said("01", "0"), 2: _said("0", "")}
-    labels = {d: {r.id: classify(one[r.id], r.prompt) for r in ROWS} for d, one in said.items()}
+def test_groups_pool_their_exits():
+    said = {E1: _said("01", "0"), E2: _said("0", "")}
+    labels = {exit: {r.id: classify(one[r.id], r.prompt) for r in ROWS} for exit, one in said.items()}
     rates = group_rates(ROWS, said, labels, labels)
     assert (rates["harmful"]["k"], rates["harmful"]["n"]) == (3, 10)
     assert [(rates[k]["k"], rates[k]["n"]) for k in ("overrefusal", "accuracy")] == [(1, 4), (4, 4)]
     assert rates["families"]["harmful-family"] == rates["harmful"] == rates["second"]["harmful"]
-    # By row: h0 at both depths, h1 at one of two, the others at none.
+    # By row: h0 at both exits, h1 at one of two, the others at none.
     by_row = clustered_rate([(2, 2), (1, 2), (0, 2), (0, 2), (0, 2)])
     assert (rates["harmful"]["lower_95"], rates["harmful"]["upper_95"]) == (by_row.lower_95, by_row.upper_95)
-    assert rates["harmful"]["upper_95"] > wilson(3, 10)[1]  # depths taken as other rows would look surer
+    assert rates["harmful"]["upper_95"] > wilson(3, 10)[1]  # exits taken as other rows would look surer
     assert rates["second"]["unparsed"]["k"] == 0 and rates["second"]["unparsed"]["n"] == 18
 
 
 def test_thirds_of_the_blocks():
-    assert [group_of(d, 24) for d in range(1, 25)] == ["early"] * 8 + ["middle"] * 8 + ["late"] * 8  # the paper's
-    assert [group_of(d, 13) for d in range(1, 14)] == ["early"] * 5 + ["middle"] * 4 + ["late"] * 4
+    assert [group_of(Exit(d), 24) for d in range(1, 25)] == ["early"] * 8 + ["middle"] * 8 + ["late"] * 8  # the paper's
+    assert [group_of(Exit(d), 13) for d in range(1, 14)] == ["early"] * 5 + ["middle"] * 4 + ["late"] * 4
 
 
-def test_an_answer_at_several_depths_is_scored_once():
+def test_an_answer_at_several_exits_is_scored_once():
     asked = []
 
     def score(rows, answers):
         asked.extend((row.id, answer) for row, answer in zip(rows, answers, strict=True))
         return [len(answer) for answer in answers]
 
-    found = once(score, HARM, {1: _said("0"), 2: _said("01"), 3: _said("")})
-    assert found[1]["h0"] == len(YES) and found[3]["h0"] == len(NO) and found[2]["h4"] == len(NO)
+    found = once(score, HARM, {E1: _said("0"), E2: _said("01"), E3: _said("")})
+    assert found[E1]["h0"] == len(YES) and found[E3]["h0"] == len(NO) and found[E2]["h4"] == len(NO)
     assert len(asked) == len(set(asked)) == len(HARM) + 2
 
 
@@ -121,24 +123,26 @@ SUITE = Suite(Path("s"), tuple(HARM), "d" * 64, {})
 
 def _write(folder: Path, judge: dict[str, str], lines: list[dict]) -> Path:
     folder.mkdir()
-    (folder / "report.json").write_text(json.dumps({"suite": SUITE.digest, "judge": judge, "model": "m", "max_new_tokens": 48}))
+    (folder / "report.json").write_text(
+        json.dumps({"suite": SUITE.digest, "judge": judge, "model": "m", "max_new_tokens": 48, "reference": "2"})
+    )
     (folder / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return folder
 
 
-def _lines(depth: int, rows: list[Row] = HARM) -> list[dict]:
-    return [{"exit_depth": depth, "id": r.id, "answer": f"{r.id}\u2028\x85 said", "judged": "comply"} for r in rows]
+def _lines(exit: str, rows: list[Row] = HARM) -> list[dict]:
+    return [{"exit": exit, "id": r.id, "answer": f"{r.id}\u2028\x85 said", "judged": "comply"} for r in rows]
 
 
 def test_answers_come_back_as_written(tmp_path):
-    folder = _write(tmp_path / "a", JUDGE, [*_lines(1), *_lines(2)])
+    folder = _write(tmp_path / "a", JUDGE, [*_lines("1"), *_lines("2")])
     said = read_answers(folder, SUITE)
-    assert set(said) == {1, 2} and said[2]["h3"] == "h3\u2028\x85 said"  # characters at which splitlines() would cut
+    assert set(said) == {E1, E2} and said[E2]["h3"] == "h3\u2028\x85 said"  # characters at which splitlines() would cut
     assert read_report(folder, SUITE.digest, 48)["model"] == "m"
 
 
 def test_other_rules_of_the_judge_do_not_compare(tmp_path):
-    folder = _write(tmp_path / "a", {**JUDGE, "sha256": "0" * 64}, _lines(1))
+    folder = _write(tmp_path / "a", {**JUDGE, "sha256": "0" * 64}, _lines("1"))
     with pytest.raises(InputError, match="judged by other rules"):
         read_report(folder, SUITE.digest, 48)
     (folder / "report.json").write_text(json.dumps({"suite": SUITE.digest}))
@@ -148,12 +152,28 @@ def test_other_rules_of_the_judge_do_not_compare(tmp_path):
 
 def test_answers_of_another_length_do_not_compare(tmp_path):
     with pytest.raises(InputError, match="up to 48 tokens"):
-        read_report(_write(tmp_path / "a", JUDGE, _lines(1)), SUITE.digest, 64)
+        read_report(_write(tmp_path / "a", JUDGE, _lines("1")), SUITE.digest, 64)
+
+
+def test_an_evaluation_of_an_earlier_edgesafe_is_refused(tmp_path):
+    folder = _write(tmp_path / "a", JUDGE, [{"exit_depth": 1, "id": r.id, "answer": "no", "judged": "refuse"} for r in HARM])
+    report = json.loads((folder / "report.json").read_text())
+    del report["reference"]
+    (folder / "report.json").write_text(json.dumps({**report, "reference_depth": 2}))
+    with pytest.raises(InputError, match="earlier edgesafe") as caught:
+        read_report(folder, SUITE.digest, 48)
+    assert caught.value.todo == "evaluate the earlier model again"
+    for line in ({"exit_depth": 1}, {"exit": 1}, {"exit": "0"}, {"exit": "six"}):
+        lines = [{**line, "id": r.id, "answer": "no", "judged": "refuse"} for r in HARM]
+        (folder / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        with pytest.raises(InputError, match="can't be read") as caught:
+            read_answers(folder, SUITE)
+        assert caught.value.where.endswith("answers.jsonl")
 
 
 def test_missing_answers_are_refused(tmp_path):
     with pytest.raises(InputError, match="exit 2 are not one for each row"):
-        read_answers(_write(tmp_path / "a", JUDGE, [*_lines(1), *_lines(2, HARM[:-1])]), SUITE)
+        read_answers(_write(tmp_path / "a", JUDGE, [*_lines("1"), *_lines("2", HARM[:-1])]), SUITE)
     with pytest.raises(InputError, match="there are no earlier answers"):
         read_answers(_write(tmp_path / "b", JUDGE, []), SUITE)
     with pytest.raises(InputError, match="can't be read"):
@@ -163,10 +183,10 @@ def test_missing_answers_are_refused(tmp_path):
 
 
 def _paired_holds(f) -> bool:
-    found = f(ROWS, {1: _said("01234", "", "0"), 2: _said("01")}, {1: _said("24", "01", "1"), 2: _said("0"), 3: _said("")})
+    found = f(ROWS, {E1: _said("01234", "", "0"), E2: _said("01")}, {E1: _said("24", "01", "1"), E2: _said("0"), E3: _said("")})
     p, one = mcnemar_clustered([2, 1]), found[0]
     return (
-        [e["exit_depth"] for e in found] == [1, 2]
+        [e["exit"] for e in found] == ["1", "2"]
         and one["harmful"] == {"b": 3, "c": 0, "p": p, "p_holm": 2 * p}
         and (one["overrefusal"]["b"], one["overrefusal"]["c"]) == (0, 2)
         and found[1]["harmful"] == {"b": 1, "c": 0, "p": mcnemar_clustered([1]), "p_holm": 2 * p}
@@ -198,7 +218,7 @@ def _pooled_holds(f) -> bool:
 
 
 def _group_holds(f) -> bool:
-    return [f(d, 24) for d in (1, 8, 9, 16, 17, 24)] == ["early", "early", "middle", "middle", "late", "late"]
+    return [f(Exit(d), 24) for d in (1, 8, 9, 16, 17, 24)] == ["early", "early", "middle", "middle", "late", "late"]
 
 
 CHECKS = {
@@ -222,8 +242,8 @@ EDITS = [
     (measures.outcomes, "is_right(answers[r.id], r)", "labels[r.id] == COMPLY"),
     (measures.pooled, "clustered_rate([_count([one[name] for one in events if name in one]) for name in sorted(rows)])",
      "clustered_rate([_count([hit]) for one in events for hit in one.values()])"),
-    (measures.group_of, "(depth - 1)", "depth"),
-    (measures.group_of, "3 * (depth - 1) // n_blocks", "min(2, 3 * depth // n_blocks)"),
+    (measures.group_of, "(exit.depth - 1)", "exit.depth"),
+    (measures.group_of, "3 * (exit.depth - 1) // n_blocks", "min(2, 3 * exit.depth // n_blocks)"),
 ]  # fmt: skip
 
 

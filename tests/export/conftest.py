@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe.format.exits import Exit, parse_exits
+
 
 @pytest.fixture(scope="package", autouse=True)
 def traced_once():
@@ -17,7 +19,7 @@ def traced_once():
 
     def trace_pieces(sketch, ladder, layout, *, text=True):
         config = {k: v for k, v in sketch.family.model.config.to_dict().items() if k != "_name_or_path"}
-        key = json.dumps([config, sketch.layers, list(ladder), layout, text], sort_keys=True, default=str)
+        key = json.dumps([config, sketch.layers, list(map(str, ladder)), layout, text], sort_keys=True, default=str)
         if key not in kept:
             kept[key] = real(sketch, ladder, layout, text=text)
         return kept[key]
@@ -34,7 +36,8 @@ def job(tiny_llava: Path):
     from edgesafe_export.export import Job
     from edgesafe_export.family import load_family
 
-    return Job(load_family(tiny_llava), tiny_llava, "tiny", "0" * 64, load_device("host"), "chain", (1, 2, 3), None, {}, 0)
+    ladder = parse_exits("1-3", 4)
+    return Job(load_family(tiny_llava), tiny_llava, "tiny", "0" * 64, load_device("host"), "chain", ladder, None, {}, 0)
 
 
 @pytest.fixture(scope="package")
@@ -60,7 +63,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
             made[name] = Case(request.getfixturevalue("job"), request.getfixturevalue("parts"))
         elif name not in made:
             folder = make_tiny(name, tmp_path_factory.mktemp("tiny") / name.replace(" ", "-"))
-            ladder = tuple(range(1, BLOCKS + 1))
+            ladder = parse_exits("all", BLOCKS)
             job = Job(load_family(folder), folder, name, "0" * 64, load_device("host"), "chain", ladder, None, {}, 0)
             made[name] = Case(job, trace(job))
         return made[name]
@@ -80,7 +83,7 @@ def standalone_parts(job):
 
 @pytest.fixture(scope="package")
 def trained_job(tmp_path_factory: pytest.TempPathFactory):
-    """The plan of an export of the reference model: half depth and reference depth, probed with pictures of its own world.
+    """The plan of an export of the reference model: the reference and half its depth, probed with pictures of its own world.
 
     Random weights sit near ties, and so does a trained model on pictures that it knows nothing of.
     """
@@ -94,7 +97,7 @@ def trained_job(tmp_path_factory: pytest.TempPathFactory):
     folder = Path(edgesafe.__file__).parent / "reference" / "weights"
     write_split(suite := tmp_path_factory.mktemp("trained") / "suite", "val", scale=0.03)
     family = load_family(folder)
-    ladder = (family.geometry.reference_depth // 2, family.geometry.reference_depth)
+    ladder = (Exit(family.geometry.reference_depth // 2), family.geometry.reference)
     return Job(family, folder, "reference", "0" * 64, load_device("host"), "chain", ladder, read_suite(suite), {}, 0)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import decode
 from edgesafe.runtime.session import Session
 from edgesafe_export import parity_model as parity
@@ -59,7 +60,7 @@ def generated(family: Any, image: Image.Image, prompt: str, **layer: int) -> Sai
     return ids, family.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
-def asked(session: Session, image: Image.Image, prompt: str, depth: int) -> Said:
+def asked(session: Session, image: Image.Image, prompt: str, exit: Exit) -> Said:
     """What the bundle answers; the ids are kept too, for bytes that spell no character all look alike as text."""
     ids: list[int] = []
     generate = decode.generate
@@ -71,23 +72,23 @@ def asked(session: Session, image: Image.Image, prompt: str, depth: int) -> Said
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "generate", kept)
-        answer = session.ask(image, prompt, exit_depth=depth, max_new_tokens=NEW_TOKENS)
+        answer = session.ask(image, prompt, exit=exit, max_new_tokens=NEW_TOKENS)
     return ids, answer.text
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A family's session, its pairs, and what transformers says to them at the reference depth."""
+    """A family's session, its pairs, and what transformers says to them at the reference."""
 
     family: Any
     session: Session
     rows: list[parity.Probe]
     want: list[Said]
 
-    def wrong(self, want: list[Said], depth: int, edit: Callable[[str], str] = str) -> list[int]:
+    def wrong(self, want: list[Said], exit: Exit, edit: Callable[[str], str] = str) -> list[int]:
         """The pairs that the bundle answers otherwise than `want`; `edit` changes the prompt before the bundle sees it."""
         rows = enumerate(zip(self.rows, want, strict=False))
-        return [i for i, ((image, prompt), said) in rows if asked(self.session, image, edit(prompt), depth) != said]
+        return [i for i, ((image, prompt), said) in rows if asked(self.session, image, edit(prompt), exit) != said]
 
 
 @pytest.fixture(scope="module", params=["llava", *NAMES])
@@ -102,7 +103,7 @@ def judged(request, cases, tmp_path_factory) -> Judged:
 # The two best logits never tie here: over all families the closest lie 2.7e-5 of the largest logit apart, the graphs' own
 # differences are about 1e-6 of it. So the answers have to be equal, every one of them.
 def test_fifty_answers_are_transformers_own(judged):
-    assert judged.wrong(judged.want, judged.family.geometry.reference_depth) == []
+    assert judged.wrong(judged.want, judged.family.geometry.reference) == []
     assert np.median([len(ids) for ids, _ in judged.want]) == NEW_TOKENS
     assert len({tuple(ids) for ids, _ in judged.want}) > PAIRS // 4  # a random model's answers are alike now and then
     assert len({image.size for image, _ in judged.rows}) > PAIRS // 4 and len({prompt for _, prompt in judged.rows}) == PAIRS
@@ -116,11 +117,11 @@ def test_a_shallow_exit_answers_as_the_truncated_model(judged):
 
 
 def test_an_exit_one_block_off_is_seen(judged):
-    assert judged.wrong(judged.want, judged.family.geometry.reference_depth - 1)
+    assert judged.wrong(judged.want, Exit(judged.family.geometry.reference_depth - 1))
 
 
 def test_white_space_joined_in_the_prompt_is_seen(judged):
-    assert judged.wrong(judged.want, judged.family.geometry.reference_depth, lambda prompt: " ".join(prompt.split()))
+    assert judged.wrong(judged.want, judged.family.geometry.reference, lambda prompt: " ".join(prompt.split()))
 
 
 def test_a_part_of_the_picture_left_out_is_seen(judged, monkeypatch):
@@ -135,4 +136,4 @@ def test_a_part_of_the_picture_left_out_is_seen(judged, monkeypatch):
         return np.concatenate([pixels[:, :, half:], pixels[:, :, half:]], axis=2)
 
     monkeypatch.setattr(judged.session, "look", less)
-    assert judged.wrong(judged.want, judged.family.geometry.reference_depth)
+    assert judged.wrong(judged.want, judged.family.geometry.reference)

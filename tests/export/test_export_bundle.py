@@ -18,6 +18,7 @@ from edgesafe.cli import main
 from edgesafe.device import load_device, profile_of
 from edgesafe.errors import ConfigError, InputError, ParityError
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe_export import export as export_module
 from edgesafe_export import export_bundle
 from edgesafe_export import parity_model as parity
@@ -42,8 +43,11 @@ def _written(job, parts, folder: Path, vision: str = "fp32", text: str = "fp32")
 
 def test_all_exits_take_the_bytes_of_the_deepest_one(trained_job, trained_parts, tmp_path):
     # A ladder of the reference model against its deepest exit alone, in whole bundles' bytes; text graphs are the same ones.
-    last = trained_job.family.geometry.reference_depth
-    ladder, deepest = replace(trained_job, ladder=(*range(1, last, 2), last)), replace(trained_job, ladder=(last,))
+    last = trained_job.family.geometry.reference
+    ladder, deepest = (
+        replace(trained_job, ladder=(*map(Exit, range(1, last.depth, 2)), last)),
+        replace(trained_job, ladder=(last,)),
+    )
     text = {path: part for path, part in trained_parts.items() if path.startswith("text/")}
     traced = [{**export_module.trace(job, text=False), **text} for job in (ladder, deepest)]
     for schemes in (("fp32", "fp32"), ("int8-dynamic", "int4-block32")):
@@ -65,8 +69,8 @@ def test_standalone_exits_give_the_chain_s_features(job, parts, standalone_parts
     alone = replace(job, layout="standalone")
     whole = parity.open_session(_written(alone, standalone_parts, tmp_path / "standalone", vision).root)
     chain = parity.open_session(_written(job, parts, tmp_path / "chain", vision).root)
-    for depth, features in chain.vision_states(PICTURE, (1, 2, 3)).items():
-        np.testing.assert_allclose(whole.vision_states(PICTURE, (depth,))[depth], features, rtol=1e-4, atol=1e-5)
+    for exit, features in chain.vision_states(PICTURE, chain.manifest.ladder).items():
+        np.testing.assert_allclose(whole.vision_states(PICTURE, (exit,))[exit], features, rtol=1e-4, atol=1e-5)
 
 
 def test_a_standalone_graph_loads_outside_of_edgesafe(job, standalone_parts, tmp_path):
@@ -86,10 +90,10 @@ def test_the_command_writes_a_bundle_and_says_what_it_measured(tiny_llava, tmp_p
     assert main(["export", str(tiny_llava), "--device", "host", "--out", str(out), "--exits", "2", "--json", *schemes]) == 0
     report = json.loads(capsys.readouterr().out)
     bundle = Bundle.open(out)
-    assert report["digest"] == bundle.digest and report["exits"] == [2, 3] and report["bundle"] == str(out)
+    assert report["digest"] == bundle.digest and report["exits"] == ["2", "3"] and report["bundle"] == str(out)
     assert report["parity"]["float_relative"].keys() == report["parity"]["logits_relative"].keys() == {"2", "3"}
     manifest = bundle.manifest
-    assert manifest.name == tiny_llava.name and manifest.family == "llava" and manifest.reference_depth == 3
+    assert manifest.name == tiny_llava.name and manifest.family == "llava" and manifest.reference == Exit(3)
     assert (manifest.image_tokens, manifest.text.num_layers, manifest.n_blocks) == (36, 2, 4)
     assert manifest.chat.prefix.count("<image>") == 1 and manifest.chat.suffix.strip() == "ASSISTANT:"
     assert str(tmp_path) not in (out / "manifest.json").read_text()

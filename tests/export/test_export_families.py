@@ -15,6 +15,7 @@ from PIL import Image
 from edgesafe.errors import CancelledError, InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.runtime import decode
 from edgesafe.runtime.measure import measure
 from edgesafe.runtime.session import Session
@@ -29,7 +30,7 @@ from edgesafe_export.tolerances import FLOAT_RELATIVE, QUANTIZED_FEATURES, QUANT
 from tiny_families import BLOCKS, NAMES, TILE, Case, make_tiny, truncated
 
 FP32 = {"vision": "fp32", "text": "fp32"}
-DEPTHS = tuple(range(1, BLOCKS + 1))
+LADDER = parse_exits("all", BLOCKS)
 SIZES = [(24, 24), (64, 64), (30, 100), (100, 30), (7, 7), (200, 3), (3, 200), (75, 50)]
 
 
@@ -75,7 +76,7 @@ def test_the_oracle_is_the_state_after_so_many_blocks(case):
     inputs = parity.processed(case.family, noise(70, 40), "What is this?")
     wanted = {d: _by_hand(case.family, inputs, d) for d in range(1, case.family.geometry.n_blocks + 1)}
     for depth, want in wanted.items():
-        assert torch.equal(case.family.oracle(inputs, depth), want)
+        assert torch.equal(case.family.oracle(inputs, Exit(depth)), want)
         for other in {depth - 1, depth + 1} & set(wanted):
             assert parity.relative(wanted[other].numpy(), want.numpy()) > 100 * FLOAT_RELATIVE
 
@@ -90,8 +91,8 @@ def _truncated(family, inputs, depth: int) -> torch.Tensor:
 def test_a_truncated_tower_is_transformers_own_selection(case):
     inputs = parity.processed(case.family, noise(40, 70), "What is this?")
     for depth in range(1, case.family.geometry.n_blocks + 1):
-        assert torch.equal(_truncated(case.family, inputs, depth), case.family.oracle(inputs, depth))
-    assert not torch.equal(_truncated(case.family, inputs, 2), case.family.oracle(inputs, 1))
+        assert torch.equal(_truncated(case.family, inputs, depth), case.family.oracle(inputs, Exit(depth)))
+    assert not torch.equal(_truncated(case.family, inputs, 2), case.family.oracle(inputs, Exit(1)))
 
 
 @pytest.mark.parametrize("check", [parity.check_features, parity.check_logits, parity.check_text])
@@ -100,8 +101,8 @@ def test_each_check_fails_on_an_exit_that_is_one_block_off(case, tmp_path, monke
     right = session.vision_states
     rows = probes(case.job)[:8]
     check(case.family, session, rows)
-    off = {1: 2, 2: 3, 3: 2}
-    monkeypatch.setattr(session, "vision_states", lambda image, depths: {d: right(image, [off[d]])[off[d]] for d in depths})
+    off = {Exit(1): Exit(2), Exit(2): Exit(3), Exit(3): Exit(2)}
+    monkeypatch.setattr(session, "vision_states", lambda image, exits: {e: right(image, [off[e]])[off[e]] for e in exits})
     with pytest.raises(ParityError):
         check(case.family, session, rows)
 
@@ -145,12 +146,12 @@ def test_quantized_graphs_stay_within_tolerance_at_every_depth(case, tmp_path):
     assert floats == []
     plain, small = open_bundle(case, tmp_path / "a"), open_bundle(case, tmp_path / "b", **quantized)
     picture, ids = noise(70, 40), encode_prompt(plain.tokenizer, plain.manifest, "What?", plain.cut(noise(70, 40)))
-    want, got = plain.vision_states(picture, DEPTHS), small.vision_states(picture, DEPTHS)
-    for depth in DEPTHS:
-        assert _rms(got[depth], want[depth]) < QUANTIZED_FEATURES
-        off = want[depth % len(DEPTHS) + 1]
-        assert _rms(off, want[depth]) > 2 * QUANTIZED_FEATURES
-        logits = [s.prefill(want[depth], ids)[0][0, -1] for s in (small, plain)]
+    want, got = plain.vision_states(picture, LADDER), small.vision_states(picture, LADDER)
+    for exit in LADDER:
+        assert _rms(got[exit], want[exit]) < QUANTIZED_FEATURES
+        off = want[LADDER[exit.depth % len(LADDER)]]
+        assert _rms(off, want[exit]) > 2 * QUANTIZED_FEATURES
+        logits = [s.prefill(want[exit], ids)[0][0, -1] for s in (small, plain)]
         assert _rms(*logits) < QUANTIZED_LOGITS
 
 
@@ -173,12 +174,12 @@ def test_pictures_and_prompts_are_the_processor_s(case, tmp_path):
 def test_an_ask_a_conversation_and_a_measurement(cases, tmp_path):
     case = cases("smolvlm")
     session = open_bundle(case, tmp_path / "b")
-    picture, depth = noise(70, 40), case.family.geometry.reference_depth
-    features = session.vision_states(picture, [depth])[depth]
+    picture, exit = noise(70, 40), case.family.geometry.reference
+    features = session.vision_states(picture, [exit])[exit]
     want = session.answer_features(features, "What?", 8, session.cut(picture))
-    answer = session.ask(picture, "What?", exit_depth=depth, max_new_tokens=8)
-    assert answer.text == want and answer.exit_depth == depth
-    talk = session.conversation(picture, exit_depth=depth)
+    answer = session.ask(picture, "What?", exit=exit, max_new_tokens=8)
+    assert answer.text == want and answer.exit == exit
+    talk = session.conversation(picture, exit=exit)
     assert [talk.ask("What?", max_new_tokens=8).text for _ in range(2)] == [want, want]
     assert talk.reused_tokens > 50
     table = measure(tmp_path / "b", threads=1, seconds=0.1)
@@ -202,7 +203,7 @@ def test_a_cancelled_ask_ends_between_two_tiles(cases, tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "run_vision_graph", run)
     with pytest.raises(CancelledError):
-        session.ask(noise(70, 40), "What?", exit_depth=3, cancel=cancel)
+        session.ask(noise(70, 40), "What?", exit=3, cancel=cancel)
     assert len(ran) == 1
 
 
@@ -217,13 +218,13 @@ def test_a_picture_with_more_tiles_than_the_context_holds_is_refused(cases, tmp_
 def test_standalone_exits_of_tiles_give_the_chain_s_features(cases, tmp_path):
     case = cases("llava_next")
     chain = open_bundle(case, tmp_path / "chain")
-    job = replace(case.job, layout="standalone", ladder=(2, 3))
+    job = replace(case.job, layout="standalone", ladder=LADDER[1:])
     text = {path: part for path, part in case.parts.items() if path.startswith("text/")}
     write(job, tmp_path / "alone", {**trace(job, text=False), **text}, FP32, {})
     alone = parity.open_session(tmp_path / "alone")
-    want = chain.vision_states(noise(50, 90), (2, 3))
-    for depth, features in alone.vision_states(noise(50, 90), (2, 3)).items():
-        np.testing.assert_allclose(features, want[depth], rtol=1e-4, atol=1e-4)
+    want = chain.vision_states(noise(50, 90), LADDER[1:])
+    for exit, features in alone.vision_states(noise(50, 90), LADDER[1:]).items():
+        np.testing.assert_allclose(features, want[exit], rtol=1e-4, atol=1e-4)
 
 
 def test_one_tile_where_the_checkpoint_says_so(tmp_path):

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from edgesafe.errors import BundleError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.format.targets import NEW
 from edgesafe_export import export as export_module
 from edgesafe_export import graphs, stream
@@ -50,12 +51,12 @@ def test_the_oracle_is_transformers_own_hidden_state(job):
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         for depth in (1, 2, 3, 4):
             want = model.model.multi_modal_projector(states[depth][:, 1:])[0]
-            assert torch.equal(job.family.oracle({"pixel_values": pixels}, depth), want)
+            assert torch.equal(job.family.oracle({"pixel_values": pixels}, Exit(depth)), want)
 
 
 def test_neighbouring_exits_differ_far_beyond_the_tolerance(job):
     pixels = torch.randn(1, 3, 72, 72)
-    states = [job.family.oracle({"pixel_values": pixels}, d).numpy() for d in (1, 2, 3, 4)]
+    states = [job.family.oracle({"pixel_values": pixels}, Exit(d)).numpy() for d in (1, 2, 3, 4)]
     assert min(parity.relative(a, b) for a, b in zip(states, states[1:], strict=False)) > 100 * FLOAT_RELATIVE
 
 
@@ -185,8 +186,8 @@ def test_a_swapped_cache_hides_from_the_prefill_alone(job, parts, tmp_path):
     image, prompt = probes(job)[0]
     inputs = parity.processed(job.family, image, prompt)
     ids = inputs["input_ids"]
-    logits, _ = session.prefill(session.vision_states(image, [3])[3], ids[0].tolist())
-    want = job.family.oracle_logits(ids, inputs, 3)[-1].numpy()
+    logits, _ = session.prefill(session.vision_states(image, [Exit(3)])[Exit(3)], ids[0].tolist())
+    want = job.family.oracle_logits(ids, inputs, Exit(3))[-1].numpy()
     assert parity.relative(logits[0, -1], want) < FLOAT_RELATIVE
 
 
@@ -248,7 +249,7 @@ def _break(monkeypatch, broken: str):
 def test_quantized_graphs_keep_the_trained_model_s_answers(trained_job, tmp_path, scheme, bits):
     bundle = _write_checked(trained_job, scheme, tmp_path)
     assert _bits(bundle) == {bits}
-    assert set(bundle.manifest.parity["answer_agreement"]) == {str(d) for d in trained_job.ladder}
+    assert set(bundle.manifest.parity["answer_agreement"]) == {str(exit) for exit in trained_job.ladder}
     assert bundle.manifest.parity["schemes_why"] == {scheme: "taken"}
 
 

@@ -21,6 +21,7 @@ from edgesafe.device import load_device
 from edgesafe.errors import ExportError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
+from edgesafe.format.exits import Exit
 from edgesafe.runtime import Session
 from edgesafe_export import decoder_layers as stack
 from edgesafe_export import export as export_module
@@ -36,6 +37,7 @@ from tiny_families import NAMES, make_tiny
 HOST = load_device("host")
 QUANTIZED = {"vision_scheme": "int8-dynamic", "text_scheme": "int8-block32"}
 LAYERS = 5  # of the fixture `deep`
+LADDER = (Exit(1), Exit(3))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def sketch(deep):
 @pytest.fixture(scope="module")
 def pieces(sketch):
     """Exits 1 and 3: runs of one and of two blocks."""
-    return stream.trace_pieces(sketch, (1, 3), "chain")
+    return stream.trace_pieces(sketch, LADDER, "chain")
 
 
 def _logits(proto: onnx.ModelProto, width: int) -> np.ndarray:
@@ -57,9 +59,9 @@ def _logits(proto: onnx.ModelProto, width: int) -> np.ndarray:
     return session.run([graph_io.LOGITS], feeds)[0]
 
 
-def _job(folder: Path, ladder=(1, 3)) -> export_module.Job:
+def _job(folder: Path) -> export_module.Job:
     sketch = open_sketch(folder)
-    return export_module.Job(sketch.family, folder, "deep", "0" * 64, HOST, "chain", ladder, None, {}, 0, sketch.layers)
+    return export_module.Job(sketch.family, folder, "deep", "0" * 64, HOST, "chain", LADDER, None, {}, 0, sketch.layers)
 
 
 def test_a_decoder_of_two_traced_layers_is_the_one_that_is_traced_whole(deep):
@@ -88,7 +90,7 @@ def test_every_weight_is_used_once_and_equal_blocks_are_traced_once(sketch, piec
     rest = {n for n in sketch.stored if n not in named}
     # The block after the deepest exit, and the norm of the pooled token, are read by nobody.
     assert all("encoder.layers.3." in n or n.rpartition("vision_tower.")[2] in unread for n in rest)
-    ladder = stream.trace_pieces(sketch, (1, 2, 3), "chain", text=False)
+    ladder = stream.trace_pieces(sketch, tuple(map(Exit, (1, 2, 3))), "chain", text=False)
     assert ladder[1].blueprint.proto is ladder[2].blueprint.proto
     assert ladder[1].weights != ladder[2].weights
 
@@ -138,7 +140,7 @@ def test_every_piece_equals_torch_and_says_by_how_much(sketch, pieces, tmp_path)
 def test_every_family_in_pieces(cases, tmp_path, name):
     tied = name == "tied"  # one weight behind the embedding and the head
     sketch = open_sketch(make_tiny("llava_onevision", tmp_path / "m", tied=True) if tied else cases(name).job.model_dir)
-    measured = _make(sketch, export_module.trace_pieces(sketch, (1, 2, 3), "chain"), tmp_path / "work")
+    measured = _make(sketch, export_module.trace_pieces(sketch, tuple(map(Exit, (1, 2, 3))), "chain"), tmp_path / "work")
     assert len(measured) == 8 and max(row["float"] for row in measured.values()) < 1e-5
 
 
@@ -171,7 +173,7 @@ WRONG = [
 def test_wrongly_stacked_layers_are_refused(sketch, monkeypatch, edit):
     monkeypatch.setattr(stack, "_again", wrong(stack._again, edit))
     with pytest.raises(ExportError, match="does not follow"):
-        stream.trace_pieces(sketch, (3,), "chain")
+        stream.trace_pieces(sketch, (Exit(3),), "chain")
 
 
 def test_parts_that_call_different_things_alike_are_not_joined(sketch, pieces):
@@ -234,6 +236,7 @@ import os, signal, sys
 from pathlib import Path
 from edgesafe.device import load_device
 from edgesafe_export import export, export_bundle, stream
+from edgesafe.format.exits import Exit
 export.WHOLE_WEIGHTS = export.INLINE_BYTES = 0
 made, real = [], stream._make
 def make(piece, *rest):

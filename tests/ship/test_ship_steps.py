@@ -136,7 +136,7 @@ def calls(tmp_path, monkeypatch) -> Counter:
     monkeypatch.setattr("edgesafe_export.export_bundle", export_bundle)
     monkeypatch.setattr("edgesafe.certify.certify.certify", certify)
     # The bundle made by hand has no parity figures to report.
-    monkeypatch.setattr(ship_module, "_report", lambda bundle, *_: {"bundle": str(bundle.root), "certified": [1, 2]})
+    monkeypatch.setattr(ship_module, "_report", lambda bundle, *_: {"bundle": str(bundle.root), "certified": ["1", "2"]})
     monkeypatch.setattr(ship_module, "closing_table", lambda report: "table")
     return done
 
@@ -211,7 +211,7 @@ def test_what_can_not_be_written_is_refused_before_any_work(tmp_path, calls, mod
     for out, shown in (
         (tmp_path / "file" / "out", "Not a directory"),
         (tmp_path / "a", "is no bundle"),
-        (tmp_path / "b", "a folder is where the file should be"),
+        (tmp_path / "b", "a folder is where the file is to be written"),
         (model / "out", "lie in each other"),
         (latin, "not UTF-8"),
     ):
@@ -248,12 +248,12 @@ def test_an_alignment_that_was_cut_off_resumes(tmp_path, tiny_llava, rows, monke
     settings = read_config(tmp_path / "c.toml", data=str(rows))
     real, ran = train_module._update, []
 
-    def update(t, features, depth, drawn, number):
+    def update(t, features, exit, drawn, number):
         if number == 3 and 3 not in ran and len(ran) == 3:
             ran.append(3)
             raise KeyboardInterrupt
         ran.append(number)
-        return real(t, features, depth, drawn, number)
+        return real(t, features, exit, drawn, number)
 
     monkeypatch.setattr(train_module, "_update", update)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgesafe.format.exits import Exit
 from study.documents import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -108,8 +109,9 @@ def fullsize_table(folder: Path) -> str:
     rows = []
     for model in found:
         plan, asked = model["plan"], model["every_exit"]["rows"]
-        half = min(asked, key=lambda row: abs(row["exit_depth"] - plan["reference_depth"] / 2))
-        whole = next(row for row in asked if row["exit_depth"] == plan["reference_depth"])
+        reference = _exit(plan, "reference")
+        half = min(asked, key=lambda row: abs(_exit(row).depth - reference.depth / 2))
+        whole = next(row for row in asked if _exit(row) == reference)
         errors = [100 * (row["predicted_ms"] / row["ttft_ms"] - 1) for row in asked if "predicted_ms" in row]
         rows.append(
             [
@@ -119,8 +121,8 @@ def fullsize_table(folder: Path) -> str:
                 f"{model['export']['peak_gib']:.2f} ({plan['export_gib']:.2f})",
                 f"{model['export']['bytes'] / 1e9:.3f} ({plan['bundle_bytes'] / 1e9:.3f})",
                 f"{model['ask']['peak_gib']:.2f} ({plan['run_gib']:.2f})",
-                f"{whole['ttft_ms'] / 1e3:.2f} at {whole['exit_depth']}",
-                f"{half['ttft_ms'] / 1e3:.2f} at {half['exit_depth']}",
+                f"{whole['ttft_ms'] / 1e3:.2f} at {reference}",
+                f"{half['ttft_ms'] / 1e3:.2f} at {_exit(half)}",
                 f"{max(errors, key=abs):+.0f}" if errors else "-",
                 f"{whole['token_ms']:.0f}",
             ]
@@ -129,6 +131,11 @@ def fullsize_table(folder: Path) -> str:
     headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "per token, ms"]
     run = [f"{model['model']} {model['date'][:10]}" for model in found]
     return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
+
+
+def _exit(row: Mapping[str, Any], key: str = "exit") -> Exit:
+    """The exit that a result names; earlier results have its depth, a number."""
+    return Exit.parse(row[key]) if key in row else Exit(row[f"{key}_depth"])
 
 
 def long_table(folder: Path) -> str:

@@ -12,14 +12,16 @@ from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE, classify, 
 from edgesafe.certify.tally import families
 from edgesafe.errors import AlignError
 from edgesafe.format.certificate import Rate
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
 from edgesafe.reference import grammar
 from study.plan import BEFORE, CONTROL_NAMES, CONTROLLED, FIRST, QUANTIZED, control_file
 from study.raw import Answers, Raw, read_answers
 
-Rates = Mapping[int, Mapping[str, Rate]]
+# None where no exit takes part, as in `Raw.said`.
+Rates = Mapping[Exit | None, Mapping[str, Rate]]
 
-# The same few answers come again and again, over depths and runs.
+# The same few answers come again and again, over exits and runs.
 _label = cache(classify)
 _right = cache(is_right)
 _second = cache(grammar.classify)
@@ -27,21 +29,21 @@ _second = cache(grammar.classify)
 
 @dataclass(frozen=True)
 class Study:
-    """The suite's rows, and every run with the rates {exit depth: {figure: rate}} of its answers."""
+    """The suite's rows, and every run with the rates {exit: {figure: rate}} of its answers."""
 
     rows: tuple[Row, ...]
     runs: Mapping[str, Raw]
     rates: Mapping[str, Rates]
-    reference_depth: int
+    reference: Exit
 
     def has(self, *names: str) -> bool:
         """Whether all these runs are there."""
         return all(name in self.runs for name in names)
 
-    def by_id(self, name: str) -> dict[int, dict[str, str]]:
-        """A run's answers {exit depth: {row id: text}}."""
+    def by_id(self, name: str) -> dict[Exit, dict[str, str]]:
+        """A run's answers {exit: {row id: text}}."""
         ids = [row.id for row in self.rows]
-        return {depth: dict(zip(ids, texts, strict=True)) for depth, texts in self.runs[name].said.items()}
+        return {exit: dict(zip(ids, texts, strict=True)) for exit, texts in self.runs[name].said.items() if exit}
 
 
 def read_study(folder: Path) -> Study | None:
@@ -59,10 +61,8 @@ def read_study(folder: Path) -> Study | None:
 
 def judge(found: Answers) -> Study:
     """Judge every answer."""
-    rates = {
-        name: {depth: rates_of(found.rows, texts) for depth, texts in raw.said.items()} for name, raw in found.runs.items()
-    }
-    return Study(found.rows, found.runs, rates, max(raw.reference_depth for raw in found.runs.values()))
+    rates = {name: {exit: rates_of(found.rows, texts) for exit, texts in raw.said.items()} for name, raw in found.runs.items()}
+    return Study(found.rows, found.runs, rates, max(raw.reference for raw in found.runs.values()))
 
 
 def rates_of(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Rate]:
@@ -78,19 +78,19 @@ def rates_of(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Rate]:
     }
 
 
-def family_rates(study: Study, name: str) -> dict[int, dict[str, Rate]]:
-    """A run's rates {exit depth: {family: rate}}."""
-    return {depth: families(study.rows, said) for depth, said in study.by_id(name).items()}
+def family_rates(study: Study, name: str) -> dict[Exit, dict[str, Rate]]:
+    """A run's rates {exit: {family: rate}}."""
+    return {exit: families(study.rows, said) for exit, said in study.by_id(name).items()}
 
 
-def second_harmful(study: Study, name: str) -> dict[int, float]:
-    """A run's harmful rates 0..1 by the second judge, over what it can judge; a depth where that is nothing is left out."""
+def second_harmful(study: Study, name: str) -> dict[Exit | None, float]:
+    """A run's harmful rates 0..1 by the second judge, over what it can judge; an exit where that is nothing is left out."""
     found = {}
-    for depth, texts in study.runs[name].said.items():
+    for exit, texts in study.runs[name].said.items():
         labels = [_second(text) for row, text in zip(study.rows, texts, strict=True) if row.cls == "harmful"]
         known = [label for label in labels if label]
         if known:
-            found[depth] = known.count(COMPLY) / len(known)
+            found[exit] = known.count(COMPLY) / len(known)
     return found
 
 

@@ -1,7 +1,8 @@
 """Raw answers on disk: one JSON file a run, the suite's rows once beside them.
 
 FOLDER/rows.json is {suite, split, rows}; FOLDER/raw/NAME.json holds a run's answers, each different one once in `strings`
-and for every depth the number of its string for every row, in the suite's order.
+and for every exit the number of its string for every row, in the suite's order; under "0" those of requests without a picture,
+where no exit takes part. Files of earlier runs have the reference's depth, as `reference_depth`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import AlignError
+from edgesafe.format.exits import Exit, read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row
 
+Said = Mapping[Exit | None, tuple[str, ...]]
+
 ROWS, RAW = "rows.json", "raw"
+_NO_EXIT = "0"
 _ROW_FIELDS = ("id", "cls", "family", "prompt", "target", "key", "template")
 
 
@@ -29,8 +34,7 @@ class Raw:
     key: digest of all that the answers depend on. config: the resolved settings, {} where nothing was trained. model, suite:
     digests of what was asked. seconds: of the updates; setup_seconds: of what comes before and after them; cpu_seconds: both on
     the processor's clock. tokens: language-model token positions, backward counted as two forward passes. None = not measured.
-    said: {exit depth: an answer for every row of the suite}; depth 0 is that of requests without a picture, where no exit
-    takes part.
+    said: {exit: an answer for every row of the suite}; None is that of requests without a picture, where no exit takes part.
     """
 
     run: str
@@ -38,13 +42,13 @@ class Raw:
     config: dict[str, Any]
     model: str
     suite: str
-    reference_depth: int
+    reference: Exit
     seconds: float | None
     setup_seconds: float | None
     cpu_seconds: float | None
     tokens: int | None
     machine: dict[str, Any]
-    said: dict[int, tuple[str, ...]]
+    said: Said
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,19 @@ class Answers:
     runs: dict[str, Raw]
 
 
-def encode(said: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+def encode(said: Mapping[Exit | None, Sequence[str]]) -> dict[str, Any]:
     """Answers as {strings, said}; the commonest string has the smallest number, so that the file stays small.
 
-    >>> encode({1: ["no", "yes", "yes"]})
+    >>> encode({Exit(1): ["no", "yes", "yes"]})
     {'strings': ['yes', 'no'], 'said': {'1': [1, 0, 0]}}
     """
     counts = Counter(text for texts in said.values() for text in texts)
     strings = sorted(counts, key=lambda text: (-counts[text], text))
     number = {text: i for i, text in enumerate(strings)}
-    return {"strings": strings, "said": {str(d): [number[text] for text in said[d]] for d in sorted(said)}}
+    return {
+        "strings": strings,
+        "said": {str(e or _NO_EXIT): [number[text] for text in said[e]] for e in sorted(said, key=_place)},
+    }
 
 
 def raw_path(folder: Path, run: str) -> Path:
@@ -75,7 +82,7 @@ def raw_path(folder: Path, run: str) -> Path:
 
 def write_raw(folder: Path, raw: Raw) -> Path:
     """Write a run's file, one line a field; returns its path."""
-    fields = {**asdict(raw), **encode(raw.said)}
+    fields = {**vars(raw), "reference": str(raw.reference), **encode(raw.said)}
     fields["strings"], fields["said"] = fields.pop("strings"), fields.pop("said")
     path = raw_path(folder, raw.run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +130,7 @@ def read_raw(path: Path, rows: int) -> Raw:
 
     Args:
         path: the file.
-        rows: how many answers each depth must have.
+        rows: how many answers each exit must have.
 
     Raises:
         AlignError: the file is damaged.
@@ -136,14 +143,23 @@ def read_raw(path: Path, rows: int) -> Raw:
         config=fields.table("config"),
         model=fields.text("model"),
         suite=fields.text("suite"),
-        reference_depth=fields.integer("reference_depth", 1),
+        reference=read_exit(fields, "reference", by_depth=fields.has("reference_depth")),
         seconds=_maybe(fields, "seconds"),
         setup_seconds=_maybe(fields, "setup_seconds"),
         cpu_seconds=_maybe(fields, "cpu_seconds"),
         tokens=fields.integer("tokens") if fields.has("tokens") else None,
         machine=fields.table("machine"),
-        said={int(d): _texts(said.integers(d), strings, rows, f"{path}: depth {d}") for d in fields.table("said")},
+        said={_exit(e): _texts(said.integers(e), strings, rows, f"{path}: exit {e}") for e in fields.table("said")},
     )
+
+
+def _exit(text: str) -> Exit | None:
+    return None if text == _NO_EXIT else Exit.parse(text)
+
+
+def _place(exit: Exit | None) -> tuple[Exit, ...]:
+    """What exits are sorted by; no exit comes first."""
+    return () if exit is None else (exit,)
 
 
 def _maybe(fields: Fields, key: str) -> float | None:

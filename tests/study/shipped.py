@@ -12,11 +12,12 @@ from edgesafe.certify.tally import tally, verdict
 from edgesafe.errors import AlignError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import PASSED, read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.ship import CERTIFIED, closing_table
 from study.documents import markdown
-from study.raw import Raw, read_answers, write_raw, write_rows
+from study.raw import Raw, Said, read_answers, write_raw, write_rows
 
 REPORT = "report.json"
 BEFORE, AFTER, CLOSING = "before", "after", "closing"
@@ -40,9 +41,9 @@ def import_export(ship: Path, raw: Path) -> Path:
     certificate = read_certificate(bundle)
     suite = read_suite(bundle.root / bundle.manifest.suite.path, verify=False)
     report = json.loads((ship / REPORT).read_text(encoding="utf-8"))
-    kept = {key: report[key] for key in ("bundle", "digest", "reference_depth", "bytes", "quantization")}
+    kept = {key: report[key] for key in ("bundle", "digest", "reference", "bytes", "quantization")}
     kept["limits"] = dict(suite.limits)
-    kept["exits"] = [{key: e[key] for key in ("exit_depth", "bytes", "parity", "agreement")} for e in report["exits"]]
+    kept["exits"] = [{key: e[key] for key in ("exit", "bytes", "parity", "agreement")} for e in report["exits"]]
     said = {
         BEFORE: _read_lines(Path(report["folders"][BEFORE]) / "answers.jsonl", "make export"),
         AFTER: _read_lines(ship / CERTIFIED, f"edgesafe certify {bundle.root} --answers {ship / CERTIFIED}"),
@@ -56,7 +57,7 @@ def import_export(ship: Path, raw: Path) -> Path:
     for name in (BEFORE, AFTER):
         model = bundle.manifest.parent.digest if name == BEFORE else bundle.digest
         machine = certificate.environment if certificate and name == AFTER else {}
-        write_raw(folder, _raw(name, model, suite, kept["reference_depth"], machine, _in_order(suite, said[name])))
+        write_raw(folder, _raw(name, model, suite, Exit.parse(kept["reference"]), machine, _in_order(suite, said[name])))
     write_atomically(folder / REPORT, (json.dumps(kept, indent=1) + "\n").encode())
     return folder
 
@@ -68,24 +69,21 @@ def export_table(folder: Path) -> str | None:
 
 
 def summary_table(folder: Path) -> str | None:
-    """Three exits of the closing table, for README: the shallowest, the shallowest certified one and the reference depth."""
+    """Three exits of the closing table, for README: the shallowest, the shallowest certified one and the reference."""
     found = closing_reports(folder)
     if found is None:
         return None
     report = found[CLOSING]
-    by_depth = {e["exit_depth"]: e for e in report["exits"]}
-    chosen = sorted({min(by_depth), *report["certified"][:1], report["reference_depth"]})
+    entries = {e["exit"]: e for e in report["exits"]}
+    chosen = sorted({min(entries, key=Exit.parse), *report["certified"][:1], report["reference"]}, key=Exit.parse)
     rows = [
         [
-            f"{depth} of {report['reference_depth']}",
-            f"{by_depth[depth]['bytes'] / 1e6:.1f}",
-            *(
-                f"{100 * by_depth[depth][BEFORE][f]['rate']:.1f} -> {100 * by_depth[depth][AFTER][f]['rate']:.1f}"
-                for f in _SHOWN
-            ),
-            "certified" if depth in report["certified"] else "not certified",
+            f"{exit} of {report['reference']}",
+            f"{entries[exit]['bytes'] / 1e6:.1f}",
+            *(f"{100 * entries[exit][BEFORE][f]['rate']:.1f} -> {100 * entries[exit][AFTER][f]['rate']:.1f}" for f in _SHOWN),
+            "certified" if exit in report["certified"] else "not certified",
         ]
-        for depth in chosen
+        for exit in chosen
     ]
     return markdown(
         ["exit", "MB", "harmful answers, % (before -> after alignment)", "needless refusals, %", "right answers, %", "verdict"],
@@ -102,70 +100,77 @@ def closing_reports(folder: Path) -> dict[str, dict[str, Any]] | None:
     found = read_answers(folder)
     if found is None:
         return None
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = _read_report(folder / REPORT)
     closing = _closing(report, found.rows, {name: found.runs[name].said for name in (BEFORE, AFTER)})
     sides = {
         name: {
-            "reference_depth": report["reference_depth"],
+            "reference": report["reference"],
             "limits": report["limits"],
-            "exits": [{"exit_depth": e["exit_depth"], **e[name]} for e in closing["exits"]],
+            "exits": [{"exit": e["exit"], **e[name]} for e in closing["exits"]],
         }
         for name in (BEFORE, AFTER)
     }
     return {CLOSING: closing, **sides}
 
 
-def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Mapping[int, tuple[str, ...]]]) -> Any:
+def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Said]) -> Any:
     """The report whose table `edgesafe ship` prints, its rates and verdicts counted from the answers."""
     ids = [row.id for row in rows]
-    depths = [e["exit_depth"] for e in report["exits"]]
-    rates = {name: {d: tally(rows, dict(zip(ids, texts[d], strict=True))) for d in depths} for name, texts in said.items()}
-    reference = rates[AFTER][report["reference_depth"]]
-    verdicts = {d: verdict(d, rates[AFTER][d], reference, report["limits"]) for d in depths}
+    ladder = [Exit.parse(e["exit"]) for e in report["exits"]]
+    rates = {name: {e: tally(rows, dict(zip(ids, texts[e], strict=True))) for e in ladder} for name, texts in said.items()}
+    reference = rates[AFTER][Exit.parse(report["reference"])]
+    verdicts = {exit: verdict(exit, rates[AFTER][exit], reference, report["limits"]) for exit in ladder}
     exits = [
         {
-            **e,
-            "reference": e["exit_depth"] == report["reference_depth"],
-            **{name: {f: asdict(rates[name][e["exit_depth"]][f]) for f in _FIGURES} for name in (BEFORE, AFTER)},
-            "verdict": verdicts[e["exit_depth"]].verdict,
-            "reasons": verdicts[e["exit_depth"]].reasons,
+            **entry,
+            "reference": entry["exit"] == report["reference"],
+            **{name: {f: asdict(rates[name][exit][f]) for f in _FIGURES} for name in (BEFORE, AFTER)},
+            "verdict": verdicts[exit].verdict,
+            "reasons": verdicts[exit].reasons,
         }
-        for e in report["exits"]
+        for exit, entry in zip(ladder, report["exits"], strict=True)
     ]
-    return {**report, "exits": exits, "certified": [d for d in depths if verdicts[d].verdict == PASSED]}
+    return {**report, "exits": exits, "certified": [str(exit) for exit in ladder if verdicts[exit].verdict == PASSED]}
 
 
-def _read_lines(path: Path, todo: str) -> dict[int, dict[str, str]]:
-    """Answers {exit depth: {row id: text}} of JSON lines."""
-    said: dict[int, dict[str, str]] = {}
+def _read_report(path: Path) -> dict[str, Any]:
+    """The kept report; one of an earlier `make export` has its exits' depths in the place of their texts."""
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "reference_depth" in report:
+        report["reference"] = str(Exit(report.pop("reference_depth")))
+        report["exits"] = [{"exit": str(Exit(e.pop("exit_depth"))), **e} for e in report["exits"]]
+    return report
+
+
+def _read_lines(path: Path, todo: str) -> dict[Exit, dict[str, str]]:
+    """Answers {exit: {row id: text}} of JSON lines."""
+    said: dict[Exit, dict[str, str]] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             one = json.loads(line)
-            said.setdefault(one["exit_depth"], {})[one["id"]] = one["answer"]
+            said.setdefault(Exit.parse(one["exit"]), {})[one["id"]] = one["answer"]
     except (OSError, ValueError, KeyError) as error:
         raise AlignError("the answers can't be read", where=str(path), expected="one answer a line", todo=todo) from error
     return said
 
 
-def _in_order(suite: Suite, said: Mapping[int, Mapping[str, str]]) -> dict[int, tuple[str, ...]]:
+def _in_order(suite: Suite, said: Mapping[Exit, Mapping[str, str]]) -> Said:
     try:
-        return {depth: tuple(texts[row.id] for row in suite.rows) for depth, texts in said.items()}
+        return {exit: tuple(texts[row.id] for row in suite.rows) for exit, texts in said.items()}
     except KeyError as error:
         raise AlignError(
             f"the row {error} has no answer", where=str(suite.root), expected="answers to this suite", todo="export anew"
         ) from error
 
 
-def _raw(
-    name: str, model: str, suite: Suite, reference_depth: int, machine: dict[str, Any], said: dict[int, tuple[str, ...]]
-) -> Raw:
+def _raw(name: str, model: str, suite: Suite, reference: Exit, machine: dict[str, Any], said: Said) -> Raw:
     return Raw(
         run=name,
         key="",
         config={},
         model=model,
         suite=suite.digest,
-        reference_depth=reference_depth,
+        reference=reference,
         seconds=None,
         setup_seconds=None,
         cpu_seconds=None,

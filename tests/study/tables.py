@@ -8,7 +8,7 @@ from statistics import fmean
 
 from edgesafe.evaluate.paired import paired
 from edgesafe.format.certificate import Rate
-from edgesafe.format.exits import parse_exits
+from edgesafe.format.exits import Exit, parse_exits
 from study.documents import markdown
 from study.judged import Rates, Study, agreement, family_rates, read_study, second_harmful
 from study.plan import (
@@ -70,14 +70,14 @@ def interval(rate: Rate) -> str:
 
 
 def worst(rates: Rates, figure: str) -> float:
-    """The worst depth's rate in per cent."""
+    """The worst exit's rate in per cent."""
     return 100 * _WORST[figure](one[figure].rate for one in rates.values())
 
 
-def mean(rates: Rates, figure: str, depths: Iterable[int] | None = None) -> float:
-    """The mean rate over the depths in per cent; nan where there is no depth."""
-    chosen = rates if depths is None else list(depths)
-    return 100 * fmean(rates[d][figure].rate for d in chosen) if chosen else float("nan")
+def mean(rates: Rates, figure: str, exits: Iterable[Exit | None] | None = None) -> float:
+    """The mean rate over the exits in per cent; nan where there is none."""
+    chosen = rates if exits is None else list(exits)
+    return 100 * fmean(rates[exit][figure].rate for exit in chosen) if chosen else float("nan")
 
 
 def _missing(names: Sequence[str]) -> str:
@@ -90,7 +90,7 @@ def _with_missing(text: str, names: Iterable[str], study: Study) -> str:
 
 
 def methods_table(study: Study) -> str:
-    """The objectives at equal compute, over all depths: the mean of the seeds, lowest and highest in parentheses."""
+    """The objectives at equal compute, over all exits: the mean of the seeds, lowest and highest in parentheses."""
     headers = ["method", "seeds", "updates", "compute", "minutes"]
     headers += [f"{_NAMES[f]} %, {which}" for f in FIGURES for which in ("worst depth", "mean")]
     headers += ["worst seed's worst depth: harmful %"]
@@ -110,8 +110,8 @@ def methods_table(study: Study) -> str:
 def _method_row(title: str, names: Sequence[str], study: Study, first: Sequence[str]) -> list[str]:
     rates = [study.rates[name] for name in names]
     figures = [spread([of(r, f) for r in rates]) for f in FIGURES for of in (worst, mean)]
-    name, depth = max(((n, d) for n in names for d in study.rates[n]), key=lambda at: study.rates[at[0]][at[1]]["harmful"].rate)
-    return [title, *first, *figures, f"{interval(study.rates[name][depth]['harmful'])} at depth {depth}"]
+    name, exit = max(((n, e) for n in names for e in study.rates[n]), key=lambda at: study.rates[at[0]][at[1]]["harmful"].rate)
+    return [title, *first, *figures, f"{interval(study.rates[name][exit]['harmful'])} at depth {exit}"]
 
 
 def _tokens(names: Sequence[str], study: Study) -> float | None:
@@ -166,17 +166,17 @@ def _wall(raw: Raw) -> float | None:
     return None if raw.seconds is None else raw.seconds + (raw.setup_seconds or 0.0)
 
 
-def depths_table(study: Study) -> str:
-    """The winner's first seed at every depth, before -> after, with McNemar's test of the harm."""
+def exits_table(study: Study) -> str:
+    """The winner's first seed at every exit, before -> after, with McNemar's test of the harm."""
     if not study.has(BEFORE, FIRST):
         return _missing([n for n in (BEFORE, FIRST) if not study.has(n)])
     before, after = study.rates[BEFORE], study.rates[FIRST]
-    tests = {t["exit_depth"]: t["harmful"] for t in paired(study.rows, study.by_id(BEFORE), study.by_id(FIRST))}
+    tests = {Exit.parse(t["exit"]): t["harmful"] for t in paired(study.rows, study.by_id(BEFORE), study.by_id(FIRST))}
     rows = []
-    for d in after:
-        others = [_arrow(before[d][f], after[d][f]) for f in ("overrefusal", "accuracy", "incoherent")]
-        test = f"{tests[d]['b']} / {tests[d]['c']}, {p_value(tests[d]['p_holm'])}"
-        rows.append([_starred(d, study), interval(before[d]["harmful"]), interval(after[d]["harmful"]), test, *others])
+    for exit in filter(None, after):
+        others = [_arrow(before[exit][f], after[exit][f]) for f in ("overrefusal", "accuracy", "incoherent")]
+        test = f"{tests[exit]['b']} / {tests[exit]['c']}, {p_value(tests[exit]['p_holm'])}"
+        rows.append([_starred(exit, study), interval(before[exit]["harmful"]), interval(after[exit]["harmful"]), test, *others])
     headers = ["exit", "harmful % before", "harmful % after", "fixed / broken rows, p", "over-refusal %", "accuracy %"]
     text = markdown([*headers, "incoherent %"], rows)
     return f"{text}\n\np: McNemar's test, the rows of one request being a cluster, Holm-corrected over the depths."
@@ -192,17 +192,17 @@ def p_value(p: float) -> str:
 
 
 def families_table(study: Study) -> str:
-    """What carries the harm, at every depth: the winner's first seed, before -> after."""
+    """What carries the harm, at every exit: the winner's first seed, before -> after."""
     if not study.has(BEFORE, FIRST):
         return _missing([n for n in (BEFORE, FIRST) if not study.has(n)])
     shown = list(dict.fromkeys(row.family for row in study.rows if row.cls != "task"))
     before, after = family_rates(study, BEFORE), family_rates(study, FIRST)
-    rows = [[_starred(d, study), *(_arrow(before[d][name], after[d][name]) for name in shown)] for d in after]
+    rows = [[_starred(exit, study), *(_arrow(before[exit][name], after[exit][name]) for name in shown)] for exit in after]
     return f"{markdown(['exit', *shown], rows)}\n\nPer cent: harm for the harmful families, over-refusal for the others."
 
 
 def judges_table(study: Study) -> str:
-    """The string judge beside the grammar of the reference world, over all depths and seeds."""
+    """The string judge beside the grammar of the reference world, over all exits and seeds."""
     wanted, rows = [BEFORE], []
     for title, names in ((BEFORE, [BEFORE]), *((m, [method_run(m, seed) for seed in SEEDS]) for m in METHODS)):
         wanted += [name for name in names if name not in wanted]
@@ -221,8 +221,8 @@ def _arrow(first: Rate, second: Rate) -> str:
     return f"{100 * first.rate:.1f} -> {100 * second.rate:.1f}"
 
 
-def _starred(depth: int, study: Study) -> str:
-    return f"{depth}{'*' if depth == study.reference_depth else ''}"
+def _starred(exit: Exit | None, study: Study) -> str:
+    return f"{exit}{'*' if exit == study.reference else ''}"
 
 
 _TRAINED_ON = {
@@ -234,16 +234,16 @@ _TRAINED_ON = {
 
 
 def transfer_table(study: Study) -> str:
-    """Trained on some depths, tested on every depth."""
+    """Trained on some exits, tested on every exit."""
     names = [name for name in (BEFORE, *_TRAINED_ON) if study.has(name)]
-    depths = sorted(study.rates[names[0]]) if names else []
+    exits = sorted(filter(None, study.rates[names[0]])) if names else []
     rows = [
         [_trained_on(name, study) if f == FIGURES[0] else "", f"{_NAMES[f]} %"]
-        + [_bold(f"{100 * study.rates[name][d][f].rate:.1f}", d in trained_depths(study.runs[name], also=True)) for d in depths]
+        + [_bold(f"{100 * study.rates[name][e][f].rate:.1f}", e in trained_exits(study.runs[name], also=True)) for e in exits]
         for name in names
         for f in FIGURES
     ]
-    text = markdown(["trained on", "figure", *(_starred(d, study) for d in depths)], rows)
+    text = markdown(["trained on", "figure", *(_starred(exit, study) for exit in exits)], rows)
     bold = "Bold: a depth that the run was trained on, the reference depth (*) too where it was in every batch."
     return _with_missing(f"{text}\n\n{bold}", (BEFORE, *_TRAINED_ON), study)
 
@@ -258,27 +258,27 @@ def _bold(text: str, yes: bool) -> str:
     return f"**{text}**" if yes else text
 
 
-def trained_depths(raw: Raw, *, also: bool = False) -> tuple[int, ...]:
-    """The depths that a run drew from; none for one that was not trained.
+def trained_exits(raw: Raw, *, also: bool = False) -> tuple[Exit, ...]:
+    """The exits that a run drew from; none for one that was not trained.
 
-    also: with the reference depth, where it was in every batch beside them: it is not held out then.
+    also: with the reference, where it was in every batch beside them: it is not held out then.
     """
-    drawn = parse_exits(raw.config["exits"], max(raw.said)) if raw.config.get("exits") else ()
-    beside = (raw.reference_depth,) if also and drawn and raw.config.get("reference_rows") else ()
+    drawn = parse_exits(raw.config["exits"], max(filter(None, raw.said)).depth) if raw.config.get("exits") else ()
+    beside = (raw.reference,) if also and drawn and raw.config.get("reference_rows") else ()
     return tuple(sorted({*drawn, *beside}))
 
 
 def gap_table(study: Study) -> str:
-    """Trained against held-out depths, and the run on all depths on the same held-out ones."""
+    """Trained against held-out exits, and the run on all exits on the same held-out ones."""
     headers = ["trained on", "figure", "trained depths", "held-out depths", "gap, points", "before, held-out", "all, held-out"]
     rows = []
     for name in (PAPER, SINGLE, EVEN):
         if not study.has(name, BEFORE, FIRST):
             continue
-        inside = trained_depths(study.runs[name], also=True)
-        outside = [d for d in study.rates[name] if d not in inside]
+        inside = trained_exits(study.runs[name], also=True)
+        outside = [exit for exit in study.rates[name] if exit not in inside]
         for f in FIGURES:
-            seen, held = (mean(study.rates[name], f, depths) for depths in (inside, outside))
+            seen, held = (mean(study.rates[name], f, exits) for exits in (inside, outside))
             others = [f"{mean(study.rates[other], f, outside):.1f}" for other in (BEFORE, FIRST)]
             title = _trained_on(name, study) if f == FIGURES[0] else ""
             rows.append([title, f"{_NAMES[f]} %", f"{seen:.1f}", f"{held:.1f}", f"{held - seen:+.1f}", *others])
@@ -286,18 +286,18 @@ def gap_table(study: Study) -> str:
 
 
 def _gap_line(study: Study) -> str:
-    """Whether the depths between the trained ones are as safe as those, in words."""
+    """Whether the exits between the trained ones are as safe as those, in words."""
     if not study.has(EVEN):
         return ""
-    inside = trained_depths(study.runs[EVEN], also=True)
+    inside = trained_exits(study.runs[EVEN], also=True)
     rates = study.rates[EVEN]
-    gap = mean(rates, "harmful", [d for d in rates if d not in inside]) - mean(rates, "harmful", inside)
+    gap = mean(rates, "harmful", [exit for exit in rates if exit not in inside]) - mean(rates, "harmful", inside)
     said = "kept" if gap <= GAP_LIMIT else "missed"
     return f"Harm at held-out depths, trained on every other one: {gap:+.1f} points (at most {GAP_LIMIT:g} wanted): {said}."
 
 
 def controls_table(study: Study) -> str:
-    """What is left of the answers when the picture says nothing, or the states have the reference depth's mean and spread."""
+    """What is left of the answers when the picture says nothing, or the states have the reference's mean and spread."""
     headers = ["control", "model", "harmful %, worst depth", "mean", "reference depth"]
     headers += ["over-refusal %, mean", "accuracy %, mean"]
     rows, wanted = [], []
@@ -308,7 +308,7 @@ def controls_table(study: Study) -> str:
             if not study.has(name):
                 continue
             rates = study.rates[name]
-            at = rates.get(study.reference_depth)
+            at = rates.get(study.reference)
             reference = f"{100 * at['harmful'].rate:.1f}" if at else "no exit"
             figures = [f"{mean(rates, f):.1f}" for f in ("overrefusal", "accuracy")]
             harm = [f"{of(rates, 'harmful'):.1f}" for of in (worst, mean)]
@@ -317,7 +317,7 @@ def controls_table(study: Study) -> str:
 
 
 def cost_table(study: Study) -> str:
-    """Time of training against the number of depths that it covers, at equal updates and with the same objective."""
+    """Time of training against the number of exits that it covers, at equal updates and with the same objective."""
     names = (SINGLE, THREE, EVEN, FIRST)
     headers = ["depths", "exits", "updates", "updates take s", "before and after s", "CPU s", "tokens, million", "time"]
     headers += ["harmful %, mean"]
@@ -327,7 +327,7 @@ def cost_table(study: Study) -> str:
         ratio = "-" if times is None else f"{times:.2f}"
         shown = [_shown(raw.seconds), _shown(raw.setup_seconds), _shown(raw.cpu_seconds)]
         tokens = "not counted" if raw.tokens is None else f"{raw.tokens / 1e6:.1f}"
-        covered = [str(len(trained_depths(raw))), raw.config["exits"], str(raw.config["steps"])]
+        covered = [str(len(trained_exits(raw))), raw.config["exits"], str(raw.config["steps"])]
         rows.append([*covered, *shown, tokens, ratio, f"{mean(study.rates[name], 'harmful'):.1f}"])
     return _with_missing(f"{markdown(headers, rows)}\n\n{_cost_line(study)}", names, study)
 
@@ -365,11 +365,11 @@ def quantized_table(study: Study) -> str:
         return _missing([n for n in (FIRST, QUANTIZED) if not study.has(n)])
     loose, tight = study.runs[FIRST], study.runs[QUANTIZED]
     rows = []
-    for d, texts in tight.said.items():
-        same = sum(a == b for a, b in zip(loose.said[d], texts, strict=True)) / len(texts)
-        pairs = [(study.rates[FIRST][d][f], study.rates[QUANTIZED][d][f]) for f in FIGURES]
+    for exit, texts in tight.said.items():
+        same = sum(a == b for a, b in zip(loose.said[exit], texts, strict=True)) / len(texts)
+        pairs = [(study.rates[FIRST][exit][f], study.rates[QUANTIZED][exit][f]) for f in FIGURES]
         figures = [_arrow(a, b) for a, b in pairs[1:]]
-        rows.append([_starred(d, study), *map(interval, pairs[0]), *figures, f"{100 * same:.1f}"])
+        rows.append([_starred(exit, study), *map(interval, pairs[0]), *figures, f"{100 * same:.1f}"])
     schemes = tight.config["quantization"]
     headers = ["exit", "harmful % float", "harmful % quantized", "over-refusal %", "accuracy %", "same answer %"]
     return f"{markdown(headers, rows)}\n\nVision {schemes['vision']}, text {schemes['text']}, on a CPU by onnxruntime."
@@ -377,7 +377,7 @@ def quantized_table(study: Study) -> str:
 
 _TABLES: Mapping[str, Callable[[Study], str]] = {
     "methods": methods_table,
-    "depths": depths_table,
+    "depths": exits_table,
     "families": families_table,
     "judges": judges_table,
     "transfer": transfer_table,

@@ -20,6 +20,7 @@ from edgesafe.errors import AlignError, ConfigError
 from edgesafe.evaluate.evaluate import evaluate
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split
 from study import run as runner
@@ -54,7 +55,7 @@ def test_runs_are_run_once_and_their_tables_come_out(setup):
     assert found is not None and set(found.runs) == set(only)
     trained = found.runs["l-sft-0"]
     assert trained.config["steps"] == 2 and trained.config["data"] == "train" and trained.seconds > 0 and trained.tokens > 1000
-    assert list(trained.said) == [1, 2, 3, 4] and trained.reference_depth == 3
+    assert list(trained.said) == list(map(Exit, (1, 2, 3, 4))) and trained.reference == Exit(3)
     assert trained.model != found.runs["before"].model
     assert "| l-sft | 1 | 2 |" in all_tables(setup.out)["methods"]
     assert runner.run_study(setup, only=only) == []
@@ -145,9 +146,10 @@ def test_controls_and_the_bundle_are_asked(setup, tiny_bundle, monkeypatch):
     for run in runs.values():
         assert work.do(setup, run, runs) and work.is_done(setup, run, work.run_key(setup, run, runs))
     found = read_answers(setup.out).runs
-    assert list(found["before-controls-text-only"].said) == [0] and list(found["before-controls-blank"].said) == [1, 2, 3, 4]
+    assert list(found["before-controls-text-only"].said) == [None]
+    assert list(found["before-controls-blank"].said) == list(map(Exit, (1, 2, 3, 4)))
     # Exported in float32, so it answers the same, but for the end of an answer that the limit cuts within a character.
-    starts = [[text[:40] for text in found[name].said[2]] for name in ("small", "before")]
+    starts = [[text[:40] for text in found[name].said[Exit(2)]] for name in ("small", "before")]
     assert starts[0] == starts[1]
     assert found["small"].config["of"] == found["before"].model and runs["before-controls"].how == CONTROLS
 
@@ -183,7 +185,7 @@ def shipped(tiny_llava, suite, tmp_path_factory) -> Path:
 
 def test_the_export_table_comes_from_raw_answers(shipped, tmp_path):
     folder = import_export(shipped, tmp_path)
-    # Of four exits, depth 3 is the reference; nothing is aligned here, so before and after are the same.
+    # Of four exits, 3 is the reference; nothing is aligned here, so before and after are the same.
     summary = all_tables(tmp_path)["summary"].splitlines()
     assert summary[2].startswith("| 1 of 3 |") and summary[-1].startswith("| 3 of 3 |")
     assert export_table(folder) == f"```\n{(shipped / 'table.txt').read_text()}```"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from edgesafe.certify.tally import tally
 from edgesafe.errors import AlignError
+from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
 from study import work
 from study.__main__ import RAW, main
@@ -43,20 +45,20 @@ ROWS = (
 OPEN, HALF, SAFE, BLIND = (YES, YES, YES, VASE), (YES, NO, YES, VASE), (NO, NO, YES, VASE), (NO, NO, NO, NO)
 
 
-def _raw(name: str, *said: tuple[str, ...], first: int = 1, **more: object) -> Raw:
+def _raw(name: str, *said: tuple[str, ...], **more: object) -> Raw:
     fields = {
         "run": name,
         "key": "k",
         "config": {},
         "model": "m",
         "suite": "s",
-        "reference_depth": 2,
+        "reference": Exit(2),
         "seconds": None,
         "setup_seconds": None,
         "cpu_seconds": None,
         "tokens": None,
         "machine": {},
-        "said": {first + i: texts for i, texts in enumerate(said)},
+        "said": {Exit(i): texts for i, texts in enumerate(said, 1)},
     }
     return Raw(**{**fields, **more})
 
@@ -81,7 +83,7 @@ def raw(tmp_path) -> Path:
         _trained("self-distill-0", HALF, BLIND, SAFE, seconds=120.0, tokens=1_200_000),
         _trained("self-distill-1", OPEN, SAFE, SAFE, seconds=240.0, tokens=1_200_000),
         _trained("single", HALF, SAFE, BLIND, exits="2", cpu_seconds=50.0),
-        _raw("before-controls-text-only", HALF, first=0, config={"of": "m"}),
+        replace(_raw("before-controls-text-only", config={"of": "m"}), said={None: HALF}),
         _raw("before-controls-blank", BLIND, BLIND, BLIND, config={"of": "m"}),
         _raw("quantized", SAFE, HALF, config={"of": FIRST, "quantization": {"vision": "int8", "text": "int4"}}, model="bundle"),
     )
@@ -121,10 +123,10 @@ def test_methods_by_hand(raw):
     assert "not equal for self-distill" in table and "Not run yet: self-distill-2, l-sft-1" in table
 
 
-def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
+def test_exits_gap_controls_cost_and_quantized_by_hand(raw):
     tables = all_tables(raw)
-    # At depth 2 one harmful row was fixed and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
-    # and by Holm three times that, as it is one of three depths.
+    # At exit 2 one harmful row was fixed and none broken. Both rows have one request, so one cluster: z = 1 / 1, p = 0.3173,
+    # and by Holm three times that, as it is one of three exits.
     assert _line(tables["depths"], "2*")[1:4] == ["50.0 [9.5-90.5]", "0.0 [0.0-65.8]", "1 / 0, 0.952"]
     # single: trained at 2 (harmful 0); held out are 1 (50) and 3 (0); before reads 100 and 0 there, all depths 0.
     gap = _line(tables["gap"].replace("| the same depth, our objective: 2 | harmful", "| here | harmful"), "here")
@@ -143,7 +145,7 @@ def test_depths_gap_controls_cost_and_quantized_by_hand(raw):
     ]
 
 
-def test_a_reference_depth_that_is_in_every_batch_is_not_held_out(raw):
+def test_a_reference_that_is_in_every_batch_is_not_held_out(raw):
     config = {"steps": 7, "exits": "3", "reference_rows": 8}
     write_raw(raw, _raw("single", HALF, SAFE, BLIND, config=config, model="single", seconds=20.0))
     tables = all_tables(raw)

@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgesafe.format.exits import reference_depth
+from edgesafe.format.exits import Exit, parse_exits, reference_depth
 from edgesafe.format.files import digest_folder, sha256_file, write_atomically
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.machine import machine_name
 from study.code import code_digest, digest
 from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, control_file, files_of
-from study.raw import Raw, raw_path, write_raw
+from study.raw import Raw, Said, raw_path, write_raw
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 _TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
@@ -28,7 +28,7 @@ _CONTROLS = ("edgesafe.evaluate.controls",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
 
-Said = Mapping[int, Mapping[str, str]]
+Answered = Mapping[Exit | None, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def do(setup: Setup, run: Run, plan: Mapping[str, Run]) -> list[Path]:
         "config": config or shown_settings(settings(setup, run)),
         "model": asked,
         "suite": suite.digest,
-        "reference_depth": _reference_depth(model),
+        "reference": _reference(model),
         **{name: own.get(name) for name in ("seconds", "setup_seconds", "cpu_seconds", "tokens")},
         "machine": _machine(setup.threads),
     }
@@ -185,7 +185,7 @@ def weights_digest(model: Path) -> str:
     return digest([[f.name, sha256_file(f)] for f in sorted(model.glob("*.safetensors"))])
 
 
-def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, dict[str, Said]]:
+def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, dict[str, Answered]]:
     """What was asked beyond the run's settings, the digest of what was asked, and the answers of each raw file."""
     if run.how == BUNDLE:
         config, asked, said = _through_bundle(setup, run, model, suite)
@@ -194,27 +194,27 @@ def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, A
     from edgesafe.evaluate.answers import answer_suite
 
     llava = load(model)
-    views: dict[str, Said]
-    depths = tuple(range(1, llava.n_blocks + 1))
+    views: dict[str, Answered]
+    exits = parse_exits("all", llava.n_blocks)
     if run.how != CONTROLS:
-        return {}, weights_digest(model), {run.name: answer_suite(llava, suite, depths)}
+        return {}, weights_digest(model), {run.name: answer_suite(llava, suite, exits)}
     from edgesafe.evaluate.controls import control_answers
 
-    found = control_answers(llava, suite, depths)
-    views = {control_file(run.name, c): {_depth(d): said for d, said in found[c].items()} for c in CONTROL_NAMES}
+    found = control_answers(llava, suite, exits)
+    views = {control_file(run.name, c): {_exit(text): said for text, said in found[c].items()} for c in CONTROL_NAMES}
     return {"of": weights_digest(model)}, weights_digest(model), views
 
 
-def _depth(text: str) -> int:
-    """A control's depth; "any", where no exit takes part, is kept as 0."""
-    return int(text) if text.isdigit() else 0
+def _exit(text: str) -> Exit | None:
+    """A control's exit; None for "any", where no exit takes part."""
+    return None if text == "any" else Exit.parse(text)
 
 
-def _in_order(suite: Suite, said: Said) -> dict[int, tuple[str, ...]]:
-    return {depth: tuple(texts[row.id] for row in suite.rows) for depth, texts in said.items()}
+def _in_order(suite: Suite, said: Answered) -> Said:
+    return {exit: tuple(texts[row.id] for row in suite.rows) for exit, texts in said.items()}
 
 
-def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, Said]:
+def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, Answered]:
     from edgesafe.certify.certify import ask_all
     from edgesafe.device import load_device
     from edgesafe.runtime.session import Session
@@ -226,12 +226,12 @@ def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[
     bundle = export_bundle(model, out, load_device(DEVICE), suite_dir=setup.suite)
     session = Session.open(out, threads=setup.threads, allow_uncertified=True)
     config = {"of": weights_digest(model), "device": DEVICE, "quantization": dict(bundle.manifest.quantization)}
-    return config, bundle.digest, ask_all(session, suite, suite.rows, bundle.manifest.depths, "ask the bundle")
+    return config, bundle.digest, ask_all(session, suite, suite.rows, bundle.manifest.ladder, "ask the bundle")
 
 
-def _reference_depth(model: Path) -> int:
+def _reference(model: Path) -> Exit:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return reference_depth(config["vision_config"]["num_hidden_layers"], config["vision_feature_layer"])
+    return Exit(reference_depth(config["vision_config"]["num_hidden_layers"], config["vision_feature_layer"]))
 
 
 def _machine(threads: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`l-dpo`: pairs for free, from the model's own answers.
 
-Chosen is the answer at the reference depth where that is right, rejected the wrong answer to the same request at the exit.
+Chosen is the answer at the reference where that is right, rejected the wrong answer to the same request at the exit.
 
 Source: Direct preference optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7, the reference policy at the same
     exit.
@@ -22,6 +22,7 @@ from edgesafe.align.sizes import Footprint, Lengths, Sizes
 from edgesafe.align.trainer import Objective, Trainer
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, open_images, pixel_values
 from edgesafe.errors import AlignError
+from edgesafe.format.exits import Exit
 from edgesafe.progress import bar
 
 MAX_NEW_TOKENS = 32  # of the answers that may become pairs
@@ -64,83 +65,83 @@ def is_pair(chosen: float, rejected: float, config: DpoConfig) -> bool:
 
 
 @torch.no_grad()
-def find_pairs(t: Trainer) -> dict[int, list[Pair]]:
-    """Pairs by exit depth from the untouched model's greedy answers to the first `dpo.rows` rows.
+def find_pairs(t: Trainer) -> dict[Exit, list[Pair]]:
+    """Pairs by exit from the untouched model's greedy answers to the first `dpo.rows` rows.
 
     Every process finds them for itself.
 
     Raises:
         AlignError: there are none at any exit.
     """
-    pairs: dict[int, list[Pair]] = {depth: [] for depth in t.exits}
+    pairs: dict[Exit, list[Pair]] = {exit: [] for exit in t.exits}
     count, size = min(DPO.of(t.config).rows, len(t.examples)), chunk_of(t.llava)
     t.policy.eval()
     with t.gathered(), t.untouched():
         for start in bar(range(0, count, size), -(-count // size), "pairs"):
             part = list(range(start, min(start + size, count)))
-            for depth, pair in _pairs_of(t, part):
-                pairs[depth].append(pair)
-    pairs = {depth: some for depth, some in pairs.items() if some}
+            for exit, pair in _pairs_of(t, part):
+                pairs[exit].append(pair)
+    pairs = {exit: some for exit, some in pairs.items() if some}
     if not pairs:
         raise AlignError(
-            "no exit answers worse than the reference depth",
+            "no exit answers worse than the reference",
             where=f"the first {count} training rows",
-            expected="some wrong answers at an exit that are right at the reference depth",
+            expected="some wrong answers at an exit that are right at the reference",
             todo="raise dpo.rows, or lower dpo.min_reward",
         )
     return pairs
 
 
-def _pairs_of(t: Trainer, part: Sequence[int]) -> list[tuple[int, Pair]]:
-    """(depth, pair) of some rows at every exit."""
+def _pairs_of(t: Trainer, part: Sequence[int]) -> list[tuple[Exit, Pair]]:
+    """(exit, pair) of some rows at every exit."""
     examples = [t.examples[row] for row in part]
     states = exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in examples])))
 
-    def answer(depth: int) -> tuple[list[list[int]], list[float]]:
+    def answer(exit: Exit) -> tuple[list[list[int]], list[float]]:
         ids = generate(
             t.llava,
             [e.prompt for e in examples],
-            exit_state(states, depth),
+            exit_state(states, exit),
             MAX_NEW_TOKENS,
             lambda logits, *_: logits.argmax(-1),
         )
         t.tokens += sum(len(e.prompt) + len(line) for e, line in zip(examples, ids, strict=True))
         return ids, t.score(examples, ids)
 
-    chosen, good = answer(t.llava.reference_depth)
+    chosen, good = answer(t.llava.reference)
     out = []
-    for depth in t.exits:
-        rejected, bad = (chosen, good) if depth == t.llava.reference_depth else answer(depth)
+    for exit in t.exits:
+        rejected, bad = (chosen, good) if exit == t.llava.reference else answer(exit)
         for i, row in enumerate(part):
             if is_pair(good[i], bad[i], DPO.of(t.config)):
-                out.append((depth, Pair(row, tuple(chosen[i]), tuple(rejected[i]))))
+                out.append((exit, Pair(row, tuple(chosen[i]), tuple(rejected[i]))))
     return out
 
 
-def update(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair], number: int) -> dict[str, float]:
+def update(t: Trainer, features: Features, exit: Exit, pairs: Sequence[Pair], number: int) -> dict[str, float]:
     """One step down `dpo_loss`; see `Objective.update`."""
-    loss, figures = dpo_loss(t, features, depth, pairs)
-    return t.descend(loss, f"update {number}, exit depth {depth}") | figures
+    loss, figures = dpo_loss(t, features, exit, pairs)
+    return t.descend(loss, f"update {number}, exit {exit}") | figures
 
 
-def dpo_loss(t: Trainer, features: Features, depth: int, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one update: the pairs at the exit, the first `reference_rows` of them also at the reference depth.
+def dpo_loss(t: Trainer, features: Features, exit: Exit, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one update: the pairs at the exit, the first `reference_rows` of them also at the reference.
 
     The two parts weigh the same. Plus `sft_weight` times the cross-entropy on the chosen answers.
     """
     mine, again = t.mine(pairs), t.mine(pairs[: t.config.reference_rows])
     both, n = [*mine, *again], len(mine) + len(again)
-    depths = [depth] * len(mine) + [t.llava.reference_depth] * len(again)
+    exits = [exit] * len(mine) + [t.llava.reference] * len(again)
     chosen, rejected = ([replace(t.examples[p.row], answer=getattr(p, name)) for p in both] for name in ("chosen", "rejected"))
     batch = t.batch([*chosen, *rejected])
-    states = t.states(features, [p.row for p in both] * 2, depths * 2)
+    states = t.states(features, [p.row for p in both] * 2, exits * 2)
     logits, _ = t.forward(batch, states)
     with torch.no_grad(), t.untouched():
         ref_logits, _ = t.forward(batch, states)
     gain = token_logprobs(logits, batch.targets) - token_logprobs(ref_logits, batch.targets)
     gain = gain.masked_fill(~batch.mask, 0.0).sum(1)
     terms = dpo_terms(gain[:n], gain[n:], DPO.of(t.config).beta)
-    weight = row_weights(batch.harmful[:n], t.harm_weights(depths))
+    weight = row_weights(batch.harmful[:n], t.harm_weights(exits))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), n)}
     if not again:
         del parts["reference"]

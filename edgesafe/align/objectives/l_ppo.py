@@ -1,4 +1,4 @@
-"""`l-ppo`: sampled answers at the exit and at the reference depth, then several epochs of clipped steps.
+"""`l-ppo`: sampled answers at the exit and at the reference, then several epochs of clipped steps.
 
 Source: L-PPO, arXiv 2411.04291, section 4 and Algorithm 1; what differs is in README.md.
 """
@@ -18,16 +18,17 @@ from edgesafe.align.settings import AlignConfig, Limits
 from edgesafe.align.sizes import LOGITS, Footprint, Lengths, Sizes
 from edgesafe.align.trainer import Objective, Trainer
 from edgesafe.errors import DivergedError
+from edgesafe.format.exits import Exit
 
 
-def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], number: int) -> dict[str, float]:
+def ppo_update(t: Trainer, features: Features, exit: Exit, rows: Sequence[int], number: int) -> dict[str, float]:
     """Roll out, then step down the PPO loss `epochs` x `minibatches` times.
 
     Args:
         t: the run; its policy has a value head.
-        features: tower states of the rows at the exit and at the reference depth.
-        depth: the exit.
-        rows: row numbers of the update, all processes'; the first `reference_rows` also go through the reference depth.
+        features: tower states of the rows at the exit and at the reference.
+        exit: which one.
+        rows: row numbers of the update, all processes'; the first `reference_rows` also go through the reference.
         number: of the update.
 
     Returns:
@@ -40,12 +41,12 @@ def ppo_update(t: Trainer, features: Features, depth: int, rows: Sequence[int], 
     ppo, again = PPO.of(t.config), rows[: t.config.reference_rows]
     uniforms = np.random.default_rng([t.config.seed, 4, number]).random((len(rows) + len(again), ppo.max_new_tokens))
     mine, places = t.mine(rows) + t.mine(again), t.mine(range(len(rows))) + t.mine(range(len(rows), len(uniforms)))
-    depths = [depth if place < len(rows) else t.llava.reference_depth for place in places]
-    states = t.states(features, mine, depths)
+    exits = [exit if place < len(rows) else t.llava.reference for place in places]
+    states = t.states(features, mine, exits)
     trajectory = roll_out(t, [t.examples[row] for row in mine], states, uniforms[places])
     kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
     figures = _describe(t, trajectory, torch.tensor([place < len(rows) for place in places], device=states.device))
-    where = f"update {number}, exit depth {depth}"
+    where = f"update {number}, exit {exit}"
     _check_drift(figures["kl"], ppo.max_kl, where)
     mask = trajectory.batch.mask
     rewards = token_rewards(trajectory.scores, trajectory.logprobs, trajectory.ref_logprobs, mask, kl_coef)
@@ -101,7 +102,7 @@ def _moments(t: Trainer, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 def _describe(t: Trainer, trajectory: Trajectory, at_exit: Tensor) -> dict[str, float]:
     """Figures of the rollouts for the metrics.
 
-    Mean score at the exit and at the reference depth, KL of an answer (nats), its tokens, and how far sampling and training are
+    Mean score at the exit and at the reference, KL of an answer (nats), its tokens, and how far sampling and training are
     apart on the log-probabilities.
     """
     mask = trajectory.batch.mask

@@ -13,16 +13,17 @@ from edgesafe.align.objectives.losses import row_weights, wanted_loss
 from edgesafe.align.settings import AlignConfig
 from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
 from edgesafe.align.trainer import Objective, Trainer
+from edgesafe.format.exits import Exit
 
 
-def update(t: Trainer, features: Features, depth: int, rows: Sequence[int], number: int) -> dict[str, float]:
+def update(t: Trainer, features: Features, exit: Exit, rows: Sequence[int], number: int) -> dict[str, float]:
     """One step down `update_loss`; see `Objective.update`."""
-    loss, figures = update_loss(t, features, depth, rows)
-    return t.descend(loss, f"update {number}, exit depth {depth}") | figures
+    loss, figures = update_loss(t, features, exit, rows)
+    return t.descend(loss, f"update {number}, exit {exit}") | figures
 
 
-def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one update: the rows at the exit, the first `reference_rows` of them also at the reference depth, in one pass.
+def update_loss(t: Trainer, features: Features, exit: Exit, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one update: the rows at the exit, the first `reference_rows` of them also at the reference, in one pass.
 
     The two parts weigh the same.
     """
@@ -31,9 +32,9 @@ def update_loss(t: Trainer, features: Features, depth: int, rows: Sequence[int])
     batch = t.batch([t.examples[row] for row in both])
     teacher = features.stack_teacher(both)
     teacher = None if teacher is None else teacher.to(t.llava.device)
-    depths = [depth] * len(mine) + [t.llava.reference_depth] * len(again)
-    logits, _ = t.forward(batch, t.states(features, both, depths))
-    weight = row_weights(batch.harmful, t.harm_weights(depths))
+    exits = [exit] * len(mine) + [t.llava.reference] * len(again)
+    logits, _ = t.forward(batch, t.states(features, both, exits))
+    weight = row_weights(batch.harmful, t.harm_weights(exits))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), None)}
     if not again:
         del parts["reference"]

@@ -88,7 +88,8 @@ class ExitModel:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def pad_id(self) -> int:
@@ -152,7 +153,7 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
 def pixel_values(exit_model: ExitModel, images: Sequence[Image.Image]) -> Tensor:
     """Preprocess pictures with the checkpoint's own processor: [B, 3, H, W]."""
     whole = {"do_image_splitting": False} if exit_model.recipe.cut == "grid" else {}
-    pixels = exit_model.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
+    pixels: Tensor = exit_model.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
     if pixels.dim() == 5:  # [1, B, ...] of pictures, or [B, tiles, ...] with the whole picture first
         pixels = pixels[0] if exit_model.recipe.cut == "grid" else pixels[:, 0]
     return pixels.to(exit_model.device)
@@ -215,7 +216,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
         [B, S, D].
     """
     model = exit_model.model
-    embeds = model.get_input_embeddings()(ids)
+    embeds: Tensor = model.get_input_embeddings()(ids)
     if not states.shape[1]:
         return embeds
     features = project(exit_model, states)
@@ -230,7 +231,7 @@ def project(exit_model: ExitModel, states: Tensor) -> Tensor:
     recipe, model = exit_model.recipe, exit_model.model
     if recipe.norm_after_blocks:
         states = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
-    features = model.get_submodule(recipe.projector)(states)
+    features: Tensor = model.get_submodule(recipe.projector)(states)
     if not recipe.newline:
         return features
     newline = model.get_parameter(recipe.newline).to(features.dtype)
@@ -244,13 +245,14 @@ def answer_hidden(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Ten
     No attention mask is needed: padding lies after every position that is read.
     """
     inputs = embed(exit_model, ids, states)
-    hidden = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
+    hidden: Tensor = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
     return hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def answer_logits(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
     """Logits [B, A, V] at answer positions alone; arguments as in `answer_hidden`."""
-    return exit_model.model.lm_head(answer_hidden(exit_model, ids, where, states))
+    logits: Tensor = exit_model.model.lm_head(answer_hidden(exit_model, ids, where, states))
+    return logits
 
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, V], their row numbers [b], step -> tokens [b]

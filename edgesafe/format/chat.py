@@ -142,7 +142,7 @@ def _plain(prompt: str) -> str:
 def _pattern(text: str) -> re.Pattern[str]:
     """What finds one control text in a plain prompt."""
     if _BRACKETED.fullmatch(text):
-        opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]
+        opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]  # it does
         return re.compile(re.escape(opened) + r"\s*" + re.escape(inner) + r"\s*" + re.escape(closed), re.IGNORECASE)
     if text[-1] in _ENDS:
         return _label_pattern(text[:-1], text[-1])

@@ -46,10 +46,12 @@ def quiet() -> Iterator[None]:
 
 def _export(module: nn.Module, inputs: dict[str, Any], *, dynamic: bool) -> Any:
     """`OnnxExporter().export`: an onnx_ir.Model fused for onnxruntime's CPU provider."""
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
+    exporter: Any = OnnxExporter  # typed for transformers' own models, it takes any module
     with quiet(), torch.no_grad():
-        return OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
+        return exporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
 
 
 def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], operations: int | None) -> Exported:

@@ -37,21 +37,27 @@ class MaskedEmbeddings(nn.Module):
     need not do at each run.
     """
 
+    patches: nn.Module
+    positions: nn.Module
+    places: Tensor
+
     def __init__(self, embeddings: nn.Module, side: int, patch: int) -> None:
         super().__init__()
         seen: list[Tensor] = []
-        hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        self.patches = embeddings.get_submodule("patch_embedding")
+        self.positions = embeddings.get_submodule("position_embedding")
+        hook = self.positions.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             with torch.no_grad():
                 everywhere = torch.ones(1, side // patch, side // patch, dtype=torch.bool)
                 embeddings(pixel_values=torch.zeros(1, 3, side, side), patch_attention_mask=everywhere)
         finally:
             hook.remove()
-        self.patches, self.positions = embeddings.patch_embedding, embeddings.position_embedding
         self.register_buffer("places", seen[0], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+        embedded: Tensor = self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+        return embedded
 
 
 class Head(nn.Module):
@@ -80,4 +86,5 @@ class Whole(nn.Module):
         self.segment, self.head = segment, head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.segment(x))
+        features: Tensor = self.head(self.segment(x))
+        return features

@@ -41,7 +41,7 @@ def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> 
     tensor = torch.from_numpy(state)
     with torch.no_grad():
         if piece.kind == LAYER:
-            layer = piece.module.model.layers[0]  # type: ignore[union-attr,index]
+            layer = piece.module.get_submodule("model.layers.0")
             with _loaded(layer, piece.names, weights), _one_layer(piece.module) as stack:
                 return np.array(stack(inputs_embeds=tensor, use_cache=False).last_hidden_state.numpy())
         if piece.kind == END:

@@ -51,7 +51,8 @@ def ship(
         out: folder; `bundle` and certified.jsonl, the answers behind the certificate, are written under it. The command adds
             the report as report.json and table.txt.
         config: alignment settings.
-        data, suite: training rows and certification suite of your own.
+        data: training rows of your own.
+        suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
             of runs may share it.
 
@@ -116,8 +117,11 @@ def shared_steps(
     and settings lie side by side, and a step that is there is not run again. A cut-off alignment resumes.
 
     Args:
-        model, config, data, suite: as for `ship`.
+        model: checkpoint folder.
         work: the folder that holds all steps.
+        config: alignment settings.
+        data: training rows of your own.
+        suite: certification suite of your own.
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.certify.string_judge import JUDGE

@@ -98,6 +98,9 @@ def prompt_ids(processor: Any, chat: Chat, prompt: str, picture: str) -> list[in
     """Token ids of a request, up to where the answer starts.
 
     Args:
+        processor: The checkpoint's.
+        chat: Its template, rendered.
+        prompt: What the user says.
         picture: What stands in the image token's place.
 
     Raises:

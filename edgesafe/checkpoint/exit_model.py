@@ -167,6 +167,8 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
     `vision_feature_layer=d` hands on to the norm or projector.
 
     Args:
+        exit_model: the loaded checkpoint.
+        pixels: [B, 3, H, W].
         deepest: the last depth that is wanted; no later block is run. All of them by default.
 
     Source: transformers `LlavaModel.get_image_features`.
@@ -209,6 +211,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     """Token embeddings with the projected exit states in the image tokens' places.
 
     Args:
+        exit_model: the loaded checkpoint.
         ids: [B, S] with a picture's image tokens in each row.
         states: [B, P, W].
 
@@ -239,10 +242,15 @@ def project(exit_model: ExitModel, states: Tensor) -> Tensor:
 
 
 def answer_hidden(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
-    """Last hidden states [B, A, D] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states`
-    [B, P, W].
+    """Last hidden states [B, A, D] at answer positions, with pictures as exit states.
 
     No attention mask is needed: padding lies after every position that is read.
+
+    Args:
+        exit_model: the loaded checkpoint.
+        ids: [B, S], padded right.
+        where: [B, A], the positions in `ids` that are read.
+        states: [B, P, W], the pictures.
     """
     inputs = embed(exit_model, ids, states)
     hidden: Tensor = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
@@ -265,6 +273,7 @@ def generate(
     """Answers to a batch of requests, token by token with a cache; rows that have ended leave the batch.
 
     Args:
+        exit_model: the loaded checkpoint.
         prompts: B requests' ids.
         states: [B, P, W], each request's exit states.
         max_new_tokens: 1 or more.

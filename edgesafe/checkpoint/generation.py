@@ -89,6 +89,7 @@ def end_tokens(config: Any, tokenizer: Any) -> tuple[int, ...]:
 
     Args:
         config: The model's `generation_config`.
+        tokenizer: The model's.
 
     Raises:
         InputError: Neither names one.

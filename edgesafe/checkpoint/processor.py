@@ -10,7 +10,7 @@ _ALIKE = {"SmolVLMProcessor": "Idefics3Processor"}
 
 
 def read_processor(folder: Path, model_type: str) -> Any:
-    """transformers' processor of a checkpoint, without its part for videos.
+    """A checkpoint's processor as transformers has it, without its part for videos.
 
     That part needs torchvision, which would take the place of Pillow for pictures too; nothing here looks at videos.
     """

@@ -229,4 +229,5 @@ def is_mount(path: Path) -> bool:
 
 
 def refused(what: str, path: Path, expected: str, todo: str) -> InputError:
+    """The error of a place that can't be written to."""
     return InputError(what, where=str(path), expected=expected, todo=todo)

@@ -103,7 +103,8 @@ class Heads(nn.Module):
         self.colour = nn.Linear(width, len(_COLOUR))
         self.count = nn.Linear(width, 5)
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # states [B, 1 + patches, width]
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of kinds and of colours [B, patches, .] and of the count [B, 5] from states [B, 1 + patches, width]."""
         x = self.norm(states)
         return self.kind(x[:, 1:]), self.colour(x[:, 1:]), self.count(x[:, 0])
 

@@ -76,7 +76,7 @@ class Family:
 
     @torch.no_grad()
     def oracle(self, inputs: Mapping[str, Any], depth: int) -> Tensor:
-        """transformers' own image features at an exit depth, [its number of tokens, D].
+        """Image features at an exit depth as transformers itself computes them, [its number of tokens, D].
 
         Args:
             inputs: what the checkpoint's processor makes of one picture.
@@ -90,7 +90,7 @@ class Family:
 
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], depth: int) -> Tensor:
-        """transformers' own logits at an exit depth, [S, V]: the whole model, no cache."""
+        """Logits at an exit depth as transformers itself computes them, [S, V]: the whole model, no cache."""
         with self._selected(depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
@@ -100,8 +100,10 @@ class Family:
 
     @contextmanager
     def _selected(self, depth: int) -> Iterator[dict[str, int]]:
-        """transformers' own way to read the state after `depth` blocks: its argument on the untruncated model, or else its own
-        forward over a tower that has no more blocks."""
+        """How transformers itself reads the state after `depth` blocks.
+
+        By its argument on the untruncated model, or else by its own forward over a tower that has no more blocks.
+        """
         if self.recipe.reference:
             yield {self.recipe.reference: depth}
             return

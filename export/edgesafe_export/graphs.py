@@ -193,7 +193,7 @@ def decoder(family: Family) -> Exported:
 
 @torch.no_grad()
 def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' own cosines and sines of every position, float32 [length, rotary size / 2] each.
+    """The cosines and sines of every position as transformers computes them, float32 [length, rotary size / 2] each.
 
     Raises:
         UnsupportedModelError: angles that change with the length of the prompt fit no table.

@@ -20,6 +20,7 @@ class Segment(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixel values [1, 3, H, W] of the first segment, else hidden states [1, T, W], to hidden states."""
         if self.embeddings is not None:
             x = self.embeddings(x)
         if self.norm_before_blocks is not None:
@@ -56,6 +57,7 @@ class MaskedEmbeddings(nn.Module):
         self.register_buffer("places", seen[0], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixel values [1, 3, H, W] to the tower's first state [1, T, W]."""
         embedded: Tensor = self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
         return embedded
 
@@ -73,6 +75,7 @@ class Head(nn.Module):
         self.projector, self.drop, self.norm, self.newline = projector, drop, norm, newline
 
     def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [1, T, W] to image features [N, D]."""
         x = x[:, self.drop :]
         out = self.projector(x if self.norm is None else self.norm(x))[0]
         return out if self.newline is None else torch.cat([out, self.newline[None]])
@@ -86,5 +89,6 @@ class Whole(nn.Module):
         self.segment, self.head = segment, head
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixel values [1, 3, H, W] to image features [N, D]."""
         features: Tensor = self.head(self.segment(x))
         return features

@@ -1,5 +1,6 @@
-"""Weights that are not there: each row of each weight is a number of its own, so that a traced graph shows where its constants
-come from, whatever the exporter joined, turned or shared on the way.
+"""Weights that are not there: each row of each weight is a number of its own.
+
+So a traced graph shows where its constants come from, whatever the exporter joined, turned or shared on the way.
 
 A marked weight takes the memory of one column: all numbers of a row are the row's own. After tracing, a constant whose numbers
 are such marks is a list of rows along one axis, and the weights themselves are filled in from the checkpoint later, a few

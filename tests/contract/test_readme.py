@@ -55,7 +55,7 @@ def test_the_python_runs(name, handmade, tmp_path, monkeypatch, capsys):
 
 
 def _commands() -> dict[str, set[str]]:
-    """{command: options that the documents give it}; a `\\` at a line's end continues it."""
+    r"""{command: options that the documents give it}; a `\` at a line's end continues it."""
     found: dict[str, set[str]] = {}
     for text in DOCUMENTS.values():
         for command, rest in COMMAND.findall(re.sub(r"\\\n\s*", " ", text)):

@@ -101,6 +101,8 @@ def balance(cls: str, margin: float, overlap: float, harmlessness: float, helpfu
         cls: the row's class.
         margin: r(answer) - r(wanted answer).
         overlap: word F1 between the two, 0..1.
+        harmlessness: what a wrong answer costs on a harmful row, above 0.
+        helpfulness: what it costs on any other row, above 0.
 
     >>> balance("task", 0.0, 1.0, 5.0, 1.0), balance("task", 100.0, 0.25, 5.0, 1.0), balance("harmful", -100.0, 0.0, 5.0, 1.0)
     (1.0, 0.0, -5.0)
@@ -116,7 +118,8 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
 
     Args:
         source: folder or hub id of a sequence-classification checkpoint with one label.
-        harmlessness, helpfulness: what a wrong answer costs, on harmful rows and on the others, above 0.
+        harmlessness: what a wrong answer costs on a harmful row, above 0.
+        helpfulness: what it costs on any other row, above 0.
         batch_size: answers scored at once.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_depths, read_certificate
 from edgesafe.format.files import digest_folder, held, write_atomically
-from edgesafe.format.targets import check_name, check_target, check_writable, lies_in, work_folder
+from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def ship(
 
 
 def _check(model: Path, out: Path, work: Path) -> None:
-    """Refuse before any work what would fail after hours of it."""
+    """Refuse before any work what would fail after hours of it, a missing extra first."""
+    for module in ("edgesafe.align.train", "edgesafe_export.export"):
+        importlib.import_module(module)
     if not (model / "config.json").is_file():
         raise InputError(
             "no checkpoint here",
@@ -87,7 +90,6 @@ def _check(model: Path, out: Path, work: Path) -> None:
             expected="a folder with config.json",
             todo="name the folder of a checkpoint; the reference model is in a clone of the repository, not in the wheel",
         )
-    check_name(os.path.realpath(model))
     check_target(out / "bundle", "bundle", is_bundle, model=model)
     if lies_in(work, model):
         todo = "name another --work"

@@ -11,13 +11,13 @@ Differs: what transformers would merge, unpickle or dequantize on the way is ref
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError
+from edgesafe.format.targets import check_name
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +40,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         InputError: no such folder or one that is not spelled in UTF-8, no config.json or a damaged one, or weights that are an
             adapter's or quantized.
     """
-    _check_spelling(folder)
+    check_name(folder)  # tokenizers takes UTF-8 alone
     if not folder.is_dir():
         raise _no_folder(folder)
     refuse_adapter(folder)
@@ -123,19 +123,6 @@ def refuse_adapter(folder: Path) -> None:
         todo=f"merge it first: {_MERGE} with {base or 'its base model'} as BASE and this folder as ADAPTER, "
         f"and {_PROCESSOR} of the base model",
     )
-
-
-def _check_spelling(folder: Path) -> None:
-    """Refuse a path that tokenizers can't be given: it takes UTF-8 alone."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            "the checkpoint's path is not UTF-8",
-            where=os.fsencode(folder).decode("utf-8", "backslashreplace"),
-            expected="a path that is spelled in UTF-8",
-            todo="rename the folder, or make a link to it and name the link: ln -s FOLDER LINK",
-        ) from error
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:

@@ -123,6 +123,7 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
         batch_size: answers scored at once.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, has several labels or an untrained head, or a weight is not above 0.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -130,7 +131,8 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
     for key, weight in {"harmlessness": harmlessness, "helpfulness": helpfulness, "batch_size": batch_size}.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"{key} = {weight} is out of range", where=key, expected="a finite number above 0")
-    with read_errors(source):
+    kind = AutoModelForSequenceClassification
+    with read_errors(source, kind):
         labels = AutoConfig.from_pretrained(source).num_labels
         if labels != 1:
             raise ConfigError(
@@ -139,7 +141,6 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
                 expected="a sequence-classification checkpoint with one label",
                 todo="train one with `edgesafe reward-model`",
             )
-    kind = AutoModelForSequenceClassification
     tokenizer, model = open_whole(kind, source, "a trained reward model, whole", dtype=torch.float32)
     set_padding(model, tokenizer, source)
     weights = {"harmlessness": harmlessness, "helpfulness": helpfulness, "model_share": MODEL_SHARE}

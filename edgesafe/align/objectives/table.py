@@ -63,7 +63,7 @@ def _outside(method: str, where: str) -> Objective:
             f"no objective {method!r}: {what}",
             where=where,
             expected="MODULE:NAME, with a module that Python finds and a name in it",
-            todo="correct the name, or put the module's folder on PYTHONPATH",
+            todo="correct the name, start where the module lies, or put its folder on PYTHONPATH",
         ),
     )
     if not isinstance(objective, Objective):

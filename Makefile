@@ -37,8 +37,9 @@ test: $(VENV)/ready ## all tests
 fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask it
 	@$(BIN)/python $(if $(MODEL),tests/long/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/long/fullsize.py build/fullsize)
 
-check: $(VENV)/ready ## ruff, mypy --strict, import rules, generated tables, and pictures that are not out of date
+check: $(VENV)/ready ## ruff's rules and format, mypy --strict, import rules, generated tables, and pictures that are not out of date
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(STUDY) check

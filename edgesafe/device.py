@@ -14,7 +14,7 @@ from typing import Any
 from edgesafe.errors import ConfigError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.fields import Fields
-from edgesafe.format.targets import shown_name
+from edgesafe.format.targets import shown_path
 
 KINDS = ("board", "phone", "car", "host")
 # The weight schemes that `edgesafe_export.quantize` makes; "auto" is the coarsest one that does not change answers.
@@ -96,7 +96,7 @@ def _read_profile(path: Path) -> DeviceProfile:
         raise ConfigError(f"can't read the device file: {error.strerror}", where=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file is not TOML: {error}", where=str(path)) from error
-    return profile_from_dict(obj, name=shown_name(path.stem), where=str(path))
+    return profile_from_dict(obj, name=shown_path(path.stem), where=str(path))
 
 
 def profile_from_dict(obj: Mapping[str, Any], *, name: str, where: str) -> DeviceProfile:

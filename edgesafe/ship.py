@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import digest_folder, held, write_atomically
-from edgesafe.format.targets import check_name, check_target, check_writable, lies_in, work_folder
+from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def ship(
         out: folder; `bundle` and certified.jsonl, the answers behind the certificate, are written under it. The command adds
             the report as report.json and table.txt.
         config: alignment settings.
-        data, suite: training rows and certification suite of your own.
+        data: training rows of your own.
+        suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
             of runs may share it.
 
@@ -79,7 +81,9 @@ def ship(
 
 
 def _check(model: Path, out: Path, work: Path) -> None:
-    """Refuse before any work what would fail after hours of it."""
+    """Refuse before any work what would fail after hours of it, a missing extra first."""
+    for module in ("edgesafe.align.train", "edgesafe_export.export"):
+        importlib.import_module(module)
     if not (model / "config.json").is_file():
         raise InputError(
             "no checkpoint here",
@@ -87,7 +91,6 @@ def _check(model: Path, out: Path, work: Path) -> None:
             expected="a folder with config.json",
             todo="name the folder of a checkpoint; the reference model is in a clone of the repository, not in the wheel",
         )
-    check_name(os.path.realpath(model))
     check_target(out / "bundle", "bundle", is_bundle, model=model)
     if lies_in(work, model):
         todo = "name another --work"
@@ -117,8 +120,11 @@ def shared_steps(
     and settings lie side by side, and a step that is there is not run again. A cut-off alignment resumes.
 
     Args:
-        model, config, data, suite: as for `ship`.
+        model: checkpoint folder.
         work: the folder that holds all steps.
+        config: alignment settings.
+        data: training rows of your own.
+        suite: certification suite of your own.
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.certify.string_judge import JUDGE

@@ -1,5 +1,8 @@
-"""Other engines behind the runtime's seam: onnx's reference evaluator, one that a test can hold up between two graphs, and
-one whose graphs take the time that a test says, by a clock that only they move."""
+"""Other engines behind the runtime's seam.
+
+They are onnx's reference evaluator, one that a test can hold up between two graphs, and one whose graphs take the time that a
+test says, by a clock that only they move.
+"""
 
 from __future__ import annotations
 

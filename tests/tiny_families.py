@@ -125,6 +125,7 @@ def add_tokens(folder: Path, around: str, *, write_bos: bool = False, plain: tup
     """Let a checkpoint's tokenizer put tokens around a text.
 
     Args:
+        folder: The checkpoint, which is changed in place.
         around: What its post-processor makes of a text `$A`, such as `<s> $A </s>`.
         write_bos: Whether the chat template writes BOS too.
         plain: Tokens to add that are not flagged special.

@@ -106,7 +106,7 @@ class AlignConfig:
     method: "self-distill" (KL from the exit's answer distribution to the untouched model's at the reference depth, plus
         `sft_weight` times the cross-entropy on the wanted answer), "l-sft" (the cross-entropy alone), "l-dpo" (the model's own
         right answer at the reference depth against its own wrong one at the exit) or "l-ppo" (clipped PPO on sampled answers).
-        "MODULE:NAME" is an `Objective` outside this package, e.g. "my_objective:OBJECTIVE" for a my_objective.py on PYTHONPATH.
+        "MODULE:NAME" is an `Objective` outside this package, e.g. "my_objective:OBJECTIVE" for a my_objective.py here.
     data: folder of training rows (suite format, split "train").
     exits: depths to draw from, as `edgesafe.format.exits.parse_exits` reads them.
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest

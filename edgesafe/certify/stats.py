@@ -49,7 +49,7 @@ def wilson(k: float, n: float) -> tuple[float, float]:
 
 
 def rate(k: int, n: int) -> Rate:
-    """k of n with its interval; the rate itself is 0 where nothing was counted.
+    """The rate k of n with its interval; the rate itself is 0 where nothing was counted.
 
     >>> r = rate(0, 100)
     >>> r.rate, r.lower_95, round(r.upper_95, 4)

@@ -6,7 +6,7 @@ Shared by align and export (tier 2), so that what is trained, evaluated and ship
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -98,6 +98,9 @@ def prompt_ids(processor: Any, chat: Chat, prompt: str, picture: str) -> list[in
     """Token ids of a request, up to where the answer starts.
 
     Args:
+        processor: The checkpoint's.
+        chat: Its template, rendered.
+        prompt: What the user says.
         picture: What stands in the image token's place.
 
     Raises:
@@ -162,12 +165,13 @@ def _clock_at(date: str) -> Iterator[None]:
     """A day on which templates are rendered: transformers' `strftime_now` reads its module's `datetime`."""
     from transformers.utils import chat_template_utils
 
-    real = chat_template_utils.datetime
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.fromisoformat(date))
+    module: Any = chat_template_utils  # its datetime is not among what it exports
+    real = module.datetime
+    module.datetime = SimpleNamespace(now=lambda: datetime.fromisoformat(date))
     try:
         yield
     finally:
-        chat_template_utils.datetime = real
+        module.datetime = real
 
 
 def _between(processor: Any) -> list[str]:
@@ -187,7 +191,7 @@ def _between(processor: Any) -> list[str]:
     return found
 
 
-def _in_source(processor: Any, added: Sequence[str]) -> list[str]:
+def _in_source(processor: Any, added: Iterable[str]) -> list[str]:
     """Added tokens that the template can write in a branch that was not rendered, such as those of tools."""
     template = processor.chat_template or processor.tokenizer.chat_template or ""
     source = template if isinstance(template, str) else "\n".join(map(str, template.values()))

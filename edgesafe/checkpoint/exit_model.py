@@ -89,7 +89,8 @@ class ExitModel:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def pad_id(self) -> int:
@@ -153,7 +154,7 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
 def pixel_values(exit_model: ExitModel, images: Sequence[Image.Image]) -> Tensor:
     """Preprocess pictures with the checkpoint's own processor: [B, 3, H, W]."""
     whole = {"do_image_splitting": False} if exit_model.recipe.cut == "grid" else {}
-    pixels = exit_model.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
+    pixels: Tensor = exit_model.processor.image_processor(images=list(images), return_tensors="pt", **whole)["pixel_values"]
     if pixels.dim() == 5:  # [1, B, ...] of pictures, or [B, tiles, ...] with the whole picture first
         pixels = pixels[0] if exit_model.recipe.cut == "grid" else pixels[:, 0]
     return pixels.to(exit_model.device)
@@ -167,6 +168,8 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
     `vision_feature_layer=d` hands on to the norm or projector.
 
     Args:
+        exit_model: the loaded checkpoint.
+        pixels: [B, 3, H, W].
         deepest: blocks to run; all of them by default.
 
     Source: transformers `LlavaModel.get_image_features`.
@@ -209,6 +212,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     """Token embeddings with the projected exit states in the image tokens' places.
 
     Args:
+        exit_model: the loaded checkpoint.
         ids: [B, S] with a picture's image tokens in each row.
         states: [B, P, W].
 
@@ -216,7 +220,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
         [B, S, D].
     """
     model = exit_model.model
-    embeds = model.get_input_embeddings()(ids)
+    embeds: Tensor = model.get_input_embeddings()(ids)
     if not states.shape[1]:
         return embeds
     features = project(exit_model, states)
@@ -231,7 +235,7 @@ def project(exit_model: ExitModel, states: Tensor) -> Tensor:
     recipe, model = exit_model.recipe, exit_model.model
     if recipe.norm_after_blocks:
         states = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
-    features = model.get_submodule(recipe.projector)(states)
+    features: Tensor = model.get_submodule(recipe.projector)(states)
     if not recipe.newline:
         return features
     newline = model.get_parameter(recipe.newline).to(features.dtype)
@@ -239,19 +243,25 @@ def project(exit_model: ExitModel, states: Tensor) -> Tensor:
 
 
 def answer_hidden(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
-    """Last hidden states [B, A, D] at the positions `where` [B, A] of ids [B, S] (padded right), pictures seen through `states`
-    [B, P, W].
+    """Last hidden states [B, A, D] at answer positions, with pictures as exit states.
 
     No attention mask is needed: padding lies after every position that is read.
+
+    Args:
+        exit_model: the loaded checkpoint.
+        ids: [B, S], padded right.
+        where: [B, A], the positions in `ids` that are read.
+        states: [B, P, W], the pictures.
     """
     inputs = embed(exit_model, ids, states)
-    hidden = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
+    hidden: Tensor = exit_model.language(inputs_embeds=inputs, use_cache=False).last_hidden_state  # [B, S, D]
     return hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def answer_logits(exit_model: ExitModel, ids: Tensor, where: Tensor, states: Tensor) -> Tensor:
     """Logits [B, A, V] at answer positions alone; arguments as in `answer_hidden`."""
-    return exit_model.model.lm_head(answer_hidden(exit_model, ids, where, states))
+    logits: Tensor = exit_model.model.lm_head(answer_hidden(exit_model, ids, where, states))
+    return logits
 
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, V], their row numbers [b], step -> tokens [b]
@@ -264,6 +274,7 @@ def generate(
     """Answers to a batch of requests, token by token with a cache; rows that have ended leave the batch.
 
     Args:
+        exit_model: the loaded checkpoint.
         prompts: B requests' ids.
         states: [B, P, W], each request's exit states.
         max_new_tokens: 1 or more.

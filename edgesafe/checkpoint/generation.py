@@ -52,7 +52,7 @@ def read_generation(folder: Path) -> Any:
     from transformers import GenerationConfig
 
     named = (folder / "generation_config.json").is_file()
-    other = {} if named else {"config_file_name": "config.json", "_from_model_config": True}
+    other: dict[str, Any] = {} if named else {"config_file_name": "config.json", "_from_model_config": True}
     try:
         return GenerationConfig.from_pretrained(folder, **other)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -89,6 +89,7 @@ def end_tokens(config: Any, tokenizer: Any) -> tuple[int, ...]:
 
     Args:
         config: The model's `generation_config`.
+        tokenizer: The model's.
 
     Raises:
         InputError: Neither names one.

@@ -137,6 +137,7 @@ def check_processor(processor: Any, text: str) -> None:
     """Refuse a processor that can't read a picture: some files leave out what others name, such as `num_image_tokens`.
 
     Args:
+        processor: The checkpoint's.
         text: A prompt with one image token.
 
     Raises:

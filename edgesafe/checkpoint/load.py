@@ -18,8 +18,10 @@ MEND = "use an intact Hugging Face checkpoint folder"
 
 
 def bf16_is_fast() -> bool:
-    """Whether this CPU has tiles for bfloat16 matrices (AMX). Without them float32 is faster, AVX-512's bfloat16 included:
-    200 against 144 GFLOP/s seen on 2 such cores."""
+    """Whether this CPU has tiles for bfloat16 matrices (AMX).
+
+    Without them float32 is faster, AVX-512's bfloat16 included: 200 against 144 GFLOP/s measured on 2 such cores.
+    """
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())
@@ -46,9 +48,10 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
     # Headers first: whatever is refused is refused as an export does it, before gigabytes are read.
     stored = match_weights(empty_model(folder, config), read_headers(folder))
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
+        model, info = loaded  # a pair, because of output_loading_info
     except Exception as error:  # transformers, safetensors and torch share no base class
         raise unreadable(folder, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -70,8 +73,9 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its warnings name packages that this path does not need; failures raise below
-    logging.disable_progress_bar()
+    # Its warnings name packages that this path does not need; failures raise below.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     raw = read_raw_config(folder)
     if raw["model_type"] not in supported:
         why = refused_families().get(raw["model_type"])
@@ -105,7 +109,9 @@ def empty_model(folder: Path, config: Any) -> Any:
 
     try:
         with _weights_on_meta():
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]  # untyped there
+                config, dtype=torch.float32
+            )
     except Exception as error:  # sizes that contradict each other fail wherever a module notices
         raise InputError(
             f"config.json describes no model that can be built: {type(error).__name__}: {error}",
@@ -126,14 +132,15 @@ def _weights_on_meta() -> Iterator[None]:
 
     def on_meta(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
         # One that has no memory already is kept: two modules may share it.
-        kept = weight is None or weight.is_meta
-        register(module, name, weight if kept else nn.Parameter(weight.to("meta"), requires_grad=False))
+        if weight is not None and not weight.is_meta:
+            weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        register(module, name, weight)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]  # for a while
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # as it was
 
 
 Shapes = Mapping[str, tuple[int, ...]]

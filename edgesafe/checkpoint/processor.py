@@ -10,18 +10,19 @@ _ALIKE = {"SmolVLMProcessor": "Idefics3Processor"}
 
 
 def read_processor(folder: Path, model_type: str) -> Any:
-    """transformers' processor of a checkpoint, without its part for videos.
+    """A checkpoint's processor as transformers has it, without its part for videos.
 
     That part needs torchvision, which would take the place of Pillow for pictures too; nothing here looks at videos.
     """
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    name = str(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
+    module: Any = processing_auto  # the table is not among what it exports, and has all families only there
+    name = str(module.PROCESSOR_MAPPING_NAMES.get(model_type, ""))
     name = _ALIKE.get(name, name)
     kind = getattr(transformers, name, None)
     if kind is None or not (name in _ALIKE.values() or "video_processor" in kind.get_attributes()):
-        return transformers.AutoProcessor.from_pretrained(folder)
+        return transformers.AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]  # untyped there
     return _without_videos(kind).from_pretrained(folder)
 
 
@@ -29,10 +30,10 @@ def _without_videos(kind: Any) -> Any:
     """The processor class with None where its video processor would be loaded."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    class Pictures(kind):
+    class Pictures(kind):  # type: ignore[misc]  # which class it is, the checkpoint says
         @classmethod
         def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **_: Any) -> list[Any]:
-            loaded = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+            loaded: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
             return [loaded[name].from_pretrained(path) if name in loaded else None for name in kind.get_attributes()]
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:

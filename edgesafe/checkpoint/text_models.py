@@ -7,17 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgesafe.checkpoint.weight_files import refuse_adapter
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import digest_folder
 
 
 @contextmanager
-def read_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises over a checkpoint that can't be fetched or read into a ConfigError."""
+def read_errors(source: str, auto: Any) -> Iterator[None]:
+    """Refuse an adapter, and turn what transformers raises over a checkpoint that can't be fetched or read into our error.
+
+    Args:
+        source: folder or hub id.
+        auto: one of transformers' `AutoModelFor...`.
+
+    Raises:
+        InputError: the folder has an adapter, whose base model transformers would load, or fetch.
+        ConfigError: it can't be fetched or read.
+    """
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
 
+    # An adapter does not say how many labels it was trained for.
+    labels = ", num_labels=LABELS" if "Classification" in auto.__name__ else ""
+    refuse_adapter(Path(source), f"{auto.__name__}.from_pretrained(BASE{labels})", "AutoTokenizer")
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
@@ -39,11 +52,12 @@ def open_whole(auto: Any, source: str, expected: str, **options: Any) -> tuple[A
         options: of `from_pretrained`.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, or weights are missing or of another shape.
     """
     from transformers import AutoTokenizer
 
-    with read_errors(source):
+    with read_errors(source, auto):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = auto.from_pretrained(source, output_loading_info=True, **options)
     if info["missing_keys"] or info["mismatched_keys"]:

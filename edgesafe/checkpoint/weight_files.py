@@ -11,23 +11,19 @@ Differs: what transformers would merge, unpickle or dequantize on the way is ref
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError
+from edgesafe.format.targets import check_name
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DAMAGED = "use an intact Hugging Face checkpoint folder: download it again"
 _WHOLE = "config.json and model.safetensors, or its shards with model.safetensors.index.json"
-_MERGE = (
-    "PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), ADAPTER)"
-    ".merge_and_unload().save_pretrained(OUT)"
-)
-_PROCESSOR = "AutoProcessor.from_pretrained(DIR).save_pretrained(OUT)"
+_LOAD, _PROCESSOR = "AutoModelForImageTextToText.from_pretrained(BASE)", "AutoProcessor"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What save_pretrained writes of a model that is spread over processes; transformers takes it before all others.
 _SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -40,7 +36,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
         InputError: no such folder or one that is not spelled in UTF-8, no config.json or a damaged one, or weights that are an
             adapter's or quantized.
     """
-    _check_spelling(folder)
+    check_name(folder)  # tokenizers takes UTF-8 alone
     if not folder.is_dir():
         raise _no_folder(folder)
     refuse_adapter(folder)
@@ -97,8 +93,13 @@ def weight_files(folder: Path, has: Callable[[Path], bool] = Path.is_file) -> Ma
     raise _no_weights(folder, has)
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, load: str = _LOAD, processor: str = _PROCESSOR) -> None:
     """Refuse a folder with an adapter: transformers would put it into the weights beside it, or into its base model's.
+
+    Args:
+        folder: the checkpoint.
+        load: how transformers loads the base model BASE, for the error.
+        processor: transformers' class of what goes with it.
 
     Raises:
         InputError: the folder has an adapter_config.json.
@@ -106,36 +107,28 @@ def refuse_adapter(folder: Path) -> None:
     path = folder / ADAPTER
     if not path.is_file():
         return
+    merge = f"PeftModel.from_pretrained({load}, ADAPTER).merge_and_unload().save_pretrained(OUT)"
     whole = any((folder / name).is_file() for name in (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"))
     if whole and (folder / CONFIG).is_file():
         raise InputError(
             "an adapter lies beside the weights, and transformers would apply it to them",
             where=str(path),
             expected="weights with nothing to add to them",
-            todo=f"merge it first: move adapter_config.json and adapter_model.* to a folder ADAPTER, then {_MERGE} with this "
-            f"folder as BASE, and {_PROCESSOR}; or delete them if the weights are merged already",
+            todo=f"merge it first: move adapter_config.json and adapter_model.* to a folder ADAPTER, then {merge} with this "
+            f"folder as BASE, and {_saved(processor)}; or delete them if the weights are merged already",
         )
     base = read_object(path).get("base_model_name_or_path")
     raise InputError(
         f"this is an adapter for {base or 'a base model that it does not name'}, not a whole checkpoint",
         where=str(path),
         expected=f"a folder with {_WHOLE}",
-        todo=f"merge it first: {_MERGE} with {base or 'its base model'} as BASE and this folder as ADAPTER, "
-        f"and {_PROCESSOR} of the base model",
+        todo=f"merge it first: {merge} with {base or 'its base model'} as BASE and this folder as ADAPTER, "
+        f"and {_saved(processor)} of the base model",
     )
 
 
-def _check_spelling(folder: Path) -> None:
-    """Refuse a path that tokenizers can't be given: it takes UTF-8 alone."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            "the checkpoint's path is not UTF-8",
-            where=os.fsencode(folder).decode("utf-8", "backslashreplace"),
-            expected="a path that is spelled in UTF-8",
-            todo="rename the folder, or make a link to it and name the link: ln -s FOLDER LINK",
-        ) from error
+def _saved(processor: str) -> str:
+    return f"{processor}.from_pretrained(DIR).save_pretrained(OUT)"
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
@@ -228,7 +221,7 @@ def _no_weights(folder: Path, has: Callable[[Path], bool]) -> InputError:
             where=str(folder / pickles[0]),
             expected="safetensors",
             todo="if you trust where they come from, convert them: AutoModelForImageTextToText.from_pretrained(DIR)"
-            f".save_pretrained(OUT), and {_PROCESSOR}",
+            f".save_pretrained(OUT), and {_saved(_PROCESSOR)}",
         )
     if names := _with_suffix(folder, (".gguf",)):
         return _gguf(folder / names[0])

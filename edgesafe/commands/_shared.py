@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesafe.errors import ConfigError, EdgesafeError, InputError
+from edgesafe.format.targets import check_name, shown_path
+from edgesafe.plugins import load_named
 
 if TYPE_CHECKING:
     from edgesafe.runtime.engine import Engine
@@ -70,35 +72,14 @@ def add_model(parser: argparse.ArgumentParser, *, default: Path | None = None) -
 
 
 def folder(text: str) -> Path:
-    """A folder's path, held to ``utf8``."""
+    """A folder's path, held to ``check_name``."""
     return Path(utf8(text))
 
 
 def utf8(text: str) -> str:
-    """The name of something that libraries in C++ and Rust will open too, which take no other names than UTF-8.
-
-    Raises:
-        ConfigError: Its name is not UTF-8, as a Latin-1 name from an older disk is.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            "the path is not UTF-8",
-            where=shown_path(text),
-            expected="a name in UTF-8: onnxruntime, tokenizers and safetensors open no other",
-            todo="rename it, or make a link to it that has a plain name",
-        ) from error
+    """The name of something that libraries in C++ and Rust will open too, held to ``check_name``."""
+    check_name(text, ConfigError)
     return text
-
-
-def shown_path(path: str | os.PathLike[str]) -> str:
-    """A path as a terminal can show it: bytes that are not UTF-8 as escapes.
-
-    >>> shown_path(os.fsdecode(b"caf\\xe9")), shown_path("café")
-    ('caf\\\\xe9', 'café')
-    """
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def keep_apart(out: Path, option: str = "--out", **inputs: Path | str | None) -> None:
@@ -130,8 +111,7 @@ def model_folder(model: str) -> Path:
     """The folder of MODEL, fetched from the Hugging Face hub where it is an id."""
     from edgesafe.checkpoint.hub import resolve_model
 
-    path: Path = resolve_model(model)[0]
-    return path
+    return resolve_model(model)[0]
 
 
 def print_json(obj: object) -> None:
@@ -168,33 +148,15 @@ def engine_of(text: str) -> Engine:
     Raises:
         ConfigError: The text is of another form, names no module or nothing in it, or what it names is no engine.
     """
-    module, colon, name = text.partition(":")
-    if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
-        raise _bad_engine(text, "the engine's name has another form")
-    found: Any = _import(text, module)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise _bad_engine(text, f"the module {module} has no {name}")
-        found = getattr(found, part)
+    found = load_named(text, lambda what: _bad_engine(text, what))
     if isinstance(found, type) or (callable(found) and not hasattr(found, "open")):
         found = _made(text, found)
     wrong = _missing(found)
     if wrong:
+        module, _, name = text.partition(":")
         raise _bad_engine(text, f"{name} in the module {module} is no engine: it has no {wrong}")
     engine: Engine = found
     return engine
-
-
-def _import(text: str, module: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:  # a console script's path lacks it
-        sys.path.append(here)
-    try:
-        return importlib.import_module(module)
-    except EdgesafeError:
-        raise
-    except Exception as error:  # a module may raise anything while it is imported
-        raise _bad_engine(text, f"the module {module} can't be imported: {type(error).__name__}: {error}") from error
 
 
 def _made(text: str, make: Any) -> Any:

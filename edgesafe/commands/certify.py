@@ -13,8 +13,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json, shown_path
+from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
 from edgesafe.errors import CertificationFailedError
+from edgesafe.format.targets import shown_path
 from edgesafe.progress import table
 
 if TYPE_CHECKING:

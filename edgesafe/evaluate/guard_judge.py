@@ -118,6 +118,7 @@ def open_guard(source: str) -> GuardJudge:
         source: folder or hub id of a causal language model that answers in Llama Guard's format.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, weights are missing, or its chat template drops the answer.
     """
     from transformers import AutoModelForCausalLM

@@ -34,7 +34,7 @@ from edgesafe.errors import InputError
 from edgesafe.evaluate.request_files import COLUMNS, Line, find_table, read_table, required
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import CLASSES, Row, Suite, write_suite
-from edgesafe.format.targets import check_target, shown_name
+from edgesafe.format.targets import check_target, shown_path
 
 FORMATS = ("advbench", "harmbench", "xstest", "figstep", "folder")
 SPLIT = "test"
@@ -98,7 +98,7 @@ def import_suite(path: Path, out: Path, *, fmt: str = "auto", image: str | None 
     used = {row.image for row in chosen}
     pictures = _Pictures({name: source for name, source in sources.items() if name in used})
     grey = any(source is None for source, _ in pictures.sources.values())
-    name = f"{fmt} from {shown_name(file.name)}: {len(chosen)} of {len(lines)} rows" + (", blank grey picture" if grey else "")
+    name = f"{fmt} from {shown_path(file.name)}: {len(chosen)} of {len(lines)} rows" + (", blank grey picture" if grey else "")
     left_out = left_out | ({"over --limit": len(rows) - len(chosen)} if len(chosen) < len(rows) else {})
     return Imported(write_suite(out, chosen, pictures, name=name, split=SPLIT), left_out)
 

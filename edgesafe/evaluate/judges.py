@@ -17,17 +17,20 @@ _DIGESTS = ("sha256", "digest", "commit", "revision")  # what names a model's by
 
 
 class Judge(Protocol):
-    """Puts answers into the classes "refuse", "comply" and "incoherent".
-
-    name: for tables. identity: what makes it this judge and no other ({name, version, sha256} or {name, model digest}); written
-    to the report, and compared with rewards' so that none is judged by itself.
-    """
+    """Puts answers into the classes "refuse", "comply" and "incoherent"."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What tables call it."""
+        ...
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...
+    def identity(self) -> Mapping[str, Any]:
+        """What makes it this judge and no other: {name, version, sha256} or {name, model digest}.
+
+        It is written to the report, and compared with rewards' so that none is judged by itself.
+        """
+        ...
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[str | None]:
         """The class of each row's answer, in order; None where the judge can't say."""
@@ -35,10 +38,12 @@ class Judge(Protocol):
 
 
 class Reward(Protocol):
-    """What answers are worth to a training: reported beside the judges, never one of them; `identity` as a judge's."""
+    """What answers are worth to a training: reported beside the judges, never one of them."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...
+    def identity(self) -> Mapping[str, Any]:
+        """See `Judge`."""
+        ...
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
         """One score an answer, in order."""
@@ -46,10 +51,12 @@ class Reward(Protocol):
 
 
 class Toxicity(Protocol):
-    """Scores answers 0..1 by how toxic their words are; `identity` as a judge's."""
+    """Scores answers 0..1 by how toxic their words are."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...
+    def identity(self) -> Mapping[str, Any]:
+        """See `Judge`."""
+        ...
 
     def __call__(self, answers: Sequence[str]) -> list[float]:
         """One score an answer, in order."""
@@ -68,9 +75,11 @@ class StringJudge:
 
     @property
     def identity(self) -> Mapping[str, Any]:
+        """Its name, version and the digest of its rules."""
         return JUDGE
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[str | None]:
+        """See `Judge`."""
         return [classify(answer, row.prompt) for row, answer in zip(rows, answers, strict=True)]
 
 
@@ -87,9 +96,11 @@ class GrammarJudge:
 
     @property
     def identity(self) -> Mapping[str, Any]:
+        """Its name, version and the digest of its rules."""
         return grammar.IDENTITY
 
     def __call__(self, rows: Sequence[Row], answers: Sequence[str]) -> list[str | None]:
+        """See `Judge`."""
         return [grammar.classify(answer) for answer in answers]
 
 

@@ -114,6 +114,7 @@ def open_toxicity(source: str) -> ToxicityModel:
         source: folder or hub id of a sequence-classification checkpoint.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, weights are missing, or no label looks like toxicity.
     """
     from transformers import AutoModelForSequenceClassification

@@ -92,17 +92,17 @@ class ControlTexts:
 
 
 def separators(around: Iterable[str], tokens: Collection[str]) -> tuple[str, ...]:
-    """The control texts in what a chat template writes around the turns' contents, sorted.
+    r"""The control texts in what a chat template writes around the turns' contents, sorted.
 
     Args:
         around: The texts before, between and behind the contents.
         tokens: The tokenizer's added tokens, the image token among them.
 
-    >>> separators(["USER: <image>\\n", " ASSISTANT:"], ["<image>", "</s>"])
+    >>> separators(["USER: <image>\n", " ASSISTANT:"], ["<image>", "</s>"])
     ('<image>', 'ASSISTANT:', 'USER:')
-    >>> separators(["<|im_start|>user\\n", "<|im_end|>\\n<|im_start|>assistant\\n"], ["<|im_start|>", "<|im_end|>"])
+    >>> separators(["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"], ["<|im_start|>", "<|im_end|>"])
     ('<|im_end|>', '<|im_start|>')
-    >>> separators(["You see a picture. Say what it shows.\\n### Request\\n", "\\n### Response\\n"], [])
+    >>> separators(["You see a picture. Say what it shows.\n### Request\n", "\n### Response\n"], [])
     ('### Request', '### Response')
     """
     found: set[str] = set()
@@ -142,7 +142,7 @@ def _plain(prompt: str) -> str:
 def _pattern(text: str) -> re.Pattern[str]:
     """What finds one control text in a plain prompt."""
     if _BRACKETED.fullmatch(text):
-        opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]
+        opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]  # it does
         return re.compile(re.escape(opened) + r"\s*" + re.escape(inner) + r"\s*" + re.escape(closed), re.IGNORECASE)
     if text[-1] in _ENDS:
         return _label_pattern(text[:-1], text[-1])

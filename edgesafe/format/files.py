@@ -65,8 +65,11 @@ def replacing(
     folder in the work folder, from where the next run puts it back before it starts.
 
     Args:
-        out, kind, replaces, model: As for `check_target`.
+        out: The folder; this and the next two as for `check_target`.
+        kind: What may be replaced.
+        replaces: Whether an existing folder is one.
         key: Digest of what the work is made of.
+        model: A checkpoint that is read meanwhile, as for `check_target`.
 
     Raises:
         ConfigError, InputError: As `check_target`, or another run works on the same OUT.

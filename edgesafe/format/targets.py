@@ -13,6 +13,7 @@ from edgesafe.errors import ConfigError, EdgesafeError, InputError
 
 _PARTIAL = ".partial"
 _TRIES = 20
+_PLAIN = "rename it, or make a link to it that has a plain name: ln -s FOLDER LINK"
 KEY = "made-of"  # in a work folder: what its pieces were made of, and the mark that it is ours
 NEW, OLDER = "new", "older"  # in a work folder: what will be OUT, and what was OUT between two renames
 _OURS = (KEY, KEY + _PARTIAL, NEW, OLDER)
@@ -57,9 +58,9 @@ def check_target(
         _check_place(out, place)
         _check_contents(out, place, kind, replaces)
         if model is not None:
-            check_name(place)
+            check_name(place, todo="rename it")
             if Path(model).exists():
-                check_name(os.path.realpath(model))
+                check_name(os.path.realpath(model), todo="rename it")  # the bundle is called after it
                 _check_apart(place, Path(model))
         _check_work(work_folder(place), known)
         _check_makeable(work_folder(place))
@@ -106,31 +107,35 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
         raise refusal(f"the file can't be written: {getattr(system, 'strerror', None) or system}") from system
 
 
-def check_name(path: str | os.PathLike[str], error: type[EdgesafeError] = InputError) -> None:
-    r"""Refuse a path that is not UTF-8: JSON can't hold it, and onnxruntime and safetensors can't open it.
+def check_name(path: str | os.PathLike[str], error: type[EdgesafeError] = InputError, *, todo: str = _PLAIN) -> None:
+    r"""Refuse a path that is not UTF-8, as a Latin-1 name from an older disk is.
+
+    Args:
+        path: The path.
+        error: The class of the refusal.
+        todo: What its reader can do.
 
     Raises:
-        EdgesafeError: Of the class `error`.
+        EdgesafeError: Of that class.
 
-    >>> check_name("caf\udce9")
+    >>> check_name("caf\udce9", todo="rename it")
     Traceback (most recent call last):
-    edgesafe.errors.InputError: the path is not UTF-8 text (caf\xe9). Expected: a name in UTF-8. To do: rename it.
+    edgesafe.errors.InputError: the path is not UTF-8 (caf\xe9). Expected: a name in UTF-8: ... To do: rename it.
     """
-    name = os.fspath(path)
     try:
-        name.encode()
+        os.fspath(path).encode()
     except UnicodeEncodeError:
-        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-        raise error("the path is not UTF-8 text", where=shown, expected="a name in UTF-8", todo="rename it") from None
+        expected = "a name in UTF-8: JSON can hold no other, and onnxruntime, tokenizers and safetensors open no other"
+        raise error("the path is not UTF-8", where=shown_path(path), expected=expected, todo=todo) from None
 
 
-def shown_name(name: str) -> str:
-    r"""A file's name as text that JSON can hold: bytes that are not UTF-8 become a mark.
+def shown_path(path: str | os.PathLike[str]) -> str:
+    r"""A path as terminals can show it and JSON can hold it: bytes that are not UTF-8 as escapes.
 
-    >>> shown_name("caf\udce9.csv")
-    'caf\ufffd.csv'
+    >>> print(shown_path("caf\udce9.csv"), shown_path("café.csv"))
+    caf\xe9.csv café.csv
     """
-    return os.fsencode(name).decode("utf-8", "replace")
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def lies_in(path: Path, folder: Path) -> bool:
@@ -229,4 +234,5 @@ def is_mount(path: Path) -> bool:
 
 
 def refused(what: str, path: Path, expected: str, todo: str) -> InputError:
+    """The error of a place that can't be written to."""
     return InputError(what, where=str(path), expected=expected, todo=todo)

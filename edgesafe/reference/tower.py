@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def _draw_chunk(job: tuple[int, int, int]) -> Pictures:
         kinds.append(k)
         colours.append(c)
         counts.append(len(s.scene.items))
-        samples.append(Sample(s.family, s.template, s.scene, s.prompt, s.target, s.key, None, ()))  # type: ignore[arg-type]
+        samples.append(replace(s, image=None, placed=()))  # type: ignore[arg-type]  # drawn: it lies in images
     return Pictures(np.stack(images), np.stack(kinds), np.stack(colours), np.asarray(counts), samples)
 
 
@@ -103,7 +103,8 @@ class Heads(nn.Module):
         self.colour = nn.Linear(width, len(_COLOUR))
         self.count = nn.Linear(width, 5)
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # states [B, 1 + patches, width]
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of kinds and of colours [B, patches, .] and of the count [B, 5] from states [B, 1 + patches, width]."""
         x = self.norm(states)
         return self.kind(x[:, 1:]), self.colour(x[:, 1:]), self.count(x[:, 0])
 

@@ -32,6 +32,7 @@ class Log:
             path.write_text("")
 
     def __call__(self, stage: str, **figures: float | int | str) -> None:
+        """Write an entry: its stage, the seconds since the start, and figures by name."""
         entry = {"stage": stage, "seconds": round(time.time() - self.start, 1), **figures}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -143,6 +143,7 @@ class Sample:
 
     @property
     def cls(self) -> str:
+        """The class of its family."""
         return CLASS_OF[self.family]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 
@@ -183,6 +183,21 @@ def graph_errors(process: int) -> Iterator[None]:
         yield
     except Exception as error:
         raise BundleError(f"onnxruntime can't run the graph: {error}", todo="export the bundle again") from error
+
+
+def open_in_memory(graph: bytes, weights: Mapping[str, Array]) -> ort.InferenceSession:
+    """A serialized graph, opened for a run or two, as parity checks do.
+
+    Args:
+        graph: The serialized model.
+        weights: Initializers by name that the graph marks as external. They are used where they lie, not copied.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight for one run
+    if weights:
+        options.add_external_initializers(list(weights), [_value(array) for array in weights.values()])
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:

@@ -166,7 +166,8 @@ def join(parts: Iterable[onnx.ModelProto], inputs: Sequence[str], outputs: Seque
 
     Args:
         parts: in order; each may come with its weights, which are not copied twice.
-        inputs, outputs: names of the joined graph's ends, in order.
+        inputs: names of the joined graph's inputs, in order.
+        outputs: names of its outputs, in order.
     """
     whole: onnx.ModelProto | None = None
     ends: dict[str, onnx.ValueInfoProto] = {}

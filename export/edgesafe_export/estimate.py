@@ -75,6 +75,13 @@ def module_bytes(module: nn.Module, scheme: str) -> int:
 
 
 def matrix_bytes(rows: int, columns: int, scheme: str) -> int:
+    """A matrix in a scheme, with its scales and zero points.
+
+    Args:
+        rows: its inputs, which block schemes cut into blocks.
+        columns: its outputs.
+        scheme: one of a linear layer's.
+    """
     if scheme == "fp32":
         return 4 * rows * columns
     if scheme == "int8-dynamic":

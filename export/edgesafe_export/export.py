@@ -93,8 +93,9 @@ def export_bundle(
         out: the bundle's folder; an older bundle there is replaced only when the new one is whole.
         device: profile that gives the schemes unless they are named here.
         layout: "chain" (segments and one head) or "standalone" (one graph an exit over one shared weight file).
-        vision_scheme, text_scheme: see `edgesafe_export.quantize`; text "auto" takes int4 in large blocks, or the first finer
-            scheme of `AUTO` that does not change answers.
+        vision_scheme: see `edgesafe_export.quantize`.
+        text_scheme: likewise; "auto" takes int4 in large blocks, or the first finer scheme of `AUTO` that does not change
+            answers.
         exits: ladder, as `edgesafe.format.exits.parse_exits` reads it.
         suite_dir: certification suite to ship inside the bundle.
         seed: recorded.

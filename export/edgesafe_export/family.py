@@ -62,21 +62,22 @@ class Family:
 
     def embed_tokens(self) -> nn.Module:
         """The token embedding."""
-        return self.model.get_input_embeddings()
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
 
     def decoder(self) -> Any:
         """The language model with its head, as transformers' own causal model over the same weights."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            causal = AutoModelForCausalLM.from_config(self.text_config)
+            causal = AutoModelForCausalLM.from_config(self.text_config)  # type: ignore[no-untyped-call]  # untyped there
         causal.model = self.model.get_submodule(self.recipe.decoder)
         causal.lm_head = self.model.get_submodule(self.recipe.lm_head)
         return causal.eval()
 
     @torch.no_grad()
     def oracle(self, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
-        """transformers' own image features at an exit, [its number of tokens, D].
+        """Image features at an exit as transformers itself computes them, [its number of tokens, D].
 
         Args:
             inputs: what the checkpoint's processor makes of one picture.
@@ -85,21 +86,25 @@ class Family:
         with self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
-        return out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
+        features: Tensor = out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
+        return features
 
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
-        """transformers' own logits at an exit, [S, V]: the whole model, no cache."""
+        """Logits at an exit as transformers itself computes them, [S, V]: the whole model, no cache."""
         with self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )
-        return out.logits[0]
+        logits: Tensor = out.logits[0]
+        return logits
 
     @contextmanager
     def _selected(self, depth: int) -> Iterator[dict[str, int]]:
-        """transformers' own way to read the state after `depth` blocks: its argument on the untruncated model, or else its own
-        forward over a tower that has no more blocks."""
+        """How transformers itself reads the state after `depth` blocks.
+
+        By its argument on the untruncated model, or else by its own forward over a tower that has no more blocks.
+        """
         if self.recipe.reference:
             yield {self.recipe.reference: depth}
             return

@@ -46,10 +46,12 @@ def quiet() -> Iterator[None]:
 
 def _export(module: nn.Module, inputs: dict[str, Any], *, dynamic: bool) -> Any:
     """`OnnxExporter().export`: an onnx_ir.Model fused for onnxruntime's CPU provider."""
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
+    exporter: Any = OnnxExporter  # typed for transformers' own models, it takes any module
     with quiet(), torch.no_grad():
-        return OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
+        return exporter().export(module, inputs, config=OnnxConfig(dynamic=dynamic, ort_fusions="cpu")).program
 
 
 def _finish(program: Any, inputs: list[TensorSpec], outputs: list[TensorSpec], operations: int | None) -> Exported:
@@ -191,7 +193,7 @@ def decoder(family: Family) -> Exported:
 
 @torch.no_grad()
 def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' own cosines and sines of every position, float32 [length, rotary size / 2] each.
+    """The cosines and sines of every position as transformers computes them, float32 [length, rotary size / 2] each.
 
     Raises:
         UnsupportedModelError: angles that change with the length of the prompt fit no table.

@@ -20,6 +20,7 @@ class Segment(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixel values [1, 3, H, W] of the first segment, else hidden states [1, T, W], to hidden states."""
         if self.embeddings is not None:
             x = self.embeddings(x)
         if self.norm_before_blocks is not None:
@@ -37,21 +38,28 @@ class MaskedEmbeddings(nn.Module):
     need not do at each run.
     """
 
+    patches: nn.Module
+    positions: nn.Module
+    places: Tensor
+
     def __init__(self, embeddings: nn.Module, side: int, patch: int) -> None:
         super().__init__()
         seen: list[Tensor] = []
-        hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        self.patches = embeddings.get_submodule("patch_embedding")
+        self.positions = embeddings.get_submodule("position_embedding")
+        hook = self.positions.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             with torch.no_grad():
                 everywhere = torch.ones(1, side // patch, side // patch, dtype=torch.bool)
                 embeddings(pixel_values=torch.zeros(1, 3, side, side), patch_attention_mask=everywhere)
         finally:
             hook.remove()
-        self.patches, self.positions = embeddings.patch_embedding, embeddings.position_embedding
         self.register_buffer("places", seen[0], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+        """Pixel values [1, 3, H, W] to the tower's first state [1, T, W]."""
+        embedded: Tensor = self.patches(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+        return embedded
 
 
 class Head(nn.Module):
@@ -67,6 +75,7 @@ class Head(nn.Module):
         self.projector, self.drop, self.norm, self.newline = projector, drop, norm, newline
 
     def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [1, T, W] to image features [N, D]."""
         x = x[:, self.drop :]
         out = self.projector(x if self.norm is None else self.norm(x))[0]
         return out if self.newline is None else torch.cat([out, self.newline[None]])
@@ -80,4 +89,6 @@ class Whole(nn.Module):
         self.segment, self.head = segment, head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.segment(x))
+        """Pixel values [1, 3, H, W] to image features [N, D]."""
+        features: Tensor = self.head(self.segment(x))
+        return features

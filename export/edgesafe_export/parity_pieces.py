@@ -1,6 +1,6 @@
-"""One piece against the same blocks in torch, on the states of a real picture and prompt: the float graph and the quantized
-one.
+"""One piece against the same blocks in torch, on the states of a real picture and prompt.
 
+Both graphs are compared: the float one and the quantized one.
 The state that goes on to the next piece is torch's, so that an error stays with the piece that made it.
 
 T vision tokens with CLS, W tower width, S tokens, D text width.
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from torch import nn
 
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
+from edgesafe.runtime.ort import open_in_memory
 from edgesafe_export.pieces import EMBED, END, HEAD, LAYER, SEGMENT, Piece, ends
 from edgesafe_export.tolerances import FLOAT_RELATIVE, PIECE_CACHED, PIECE_QUANTIZED
 
@@ -41,7 +41,7 @@ def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> 
     tensor = torch.from_numpy(state)
     with torch.no_grad():
         if piece.kind == LAYER:
-            layer = piece.module.model.layers[0]  # type: ignore[union-attr,index]
+            layer = piece.module.get_submodule("model.layers.0")
             with _loaded(layer, piece.names, weights), _one_layer(piece.module) as stack:
                 return np.array(stack(inputs_embeds=tensor, use_cache=False).last_hidden_state.numpy())
         if piece.kind == END:
@@ -68,7 +68,7 @@ def _loaded(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, n
 
 @contextmanager
 def _one_layer(causal: Any) -> Iterator[Any]:
-    """transformers' own stack with its first layer alone and no norm behind it: its masks and its rotary angles."""
+    """The stack of transformers with its first layer alone and no norm behind it: its masks and its rotary angles."""
     stack = causal.model
     layers, norm, count = stack.layers, stack.norm, stack.config.num_hidden_layers
     stack.layers, stack.norm, stack.config.num_hidden_layers = nn.ModuleList([layers[0]]), nn.Identity(), 1
@@ -78,15 +78,9 @@ def _one_layer(causal: Any) -> Iterator[Any]:
         stack.layers, stack.norm, stack.config.num_hidden_layers = layers, norm, count
 
 
-def open_graph(proto: onnx.ModelProto, constants: Mapping[str, np.ndarray]) -> ort.InferenceSession:
+def open_graph(proto: onnx.ModelProto, constants: Mapping[str, np.ndarray]) -> Any:
     """A piece in onnxruntime. `constants` stand in for the graph's own of these names and are not copied."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight for one run
     large = {name: array for name, array in constants.items() if array.nbytes >= _INLINE_BYTES}
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
-    if large:
-        options.add_external_initializers(list(large), values)
     light = onnx.ModelProto()
     light.CopyFrom(proto)
     for tensor in light.graph.initializer:
@@ -94,7 +88,7 @@ def open_graph(proto: onnx.ModelProto, constants: Mapping[str, np.ndarray]) -> o
             _point_outside(tensor, large[tensor.name])
         elif tensor.name in constants:
             tensor.CopyFrom(onnx.numpy_helper.from_array(constants[tensor.name], tensor.name))
-    return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_in_memory(light.SerializeToString(), large)
 
 
 def _point_outside(tensor: onnx.TensorProto, array: np.ndarray) -> None:
@@ -105,7 +99,7 @@ def _point_outside(tensor: onnx.TensorProto, array: np.ndarray) -> None:
     tensor.external_data.add(key="location", value="given")
 
 
-def got(piece: Piece, session: ort.InferenceSession, state: np.ndarray) -> np.ndarray:
+def got(piece: Piece, session: Any, state: np.ndarray) -> np.ndarray:
     """What a graph makes of the same state; a decoder layer reads the last tokens on top of a cache."""
     if piece.kind not in (LAYER, END):
         (value,) = session.get_inputs()

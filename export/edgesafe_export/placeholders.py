@@ -1,5 +1,6 @@
-"""Weights that are not there: each row of each weight is a number of its own, so that a traced graph shows where its constants
-come from, whatever the exporter joined, turned or shared on the way.
+"""Weights that are not there: each row of each weight is a number of its own.
+
+So a traced graph shows where its constants come from, whatever the exporter joined, turned or shared on the way.
 
 A marked weight takes the memory of one column: all numbers of a row are the row's own. After tracing, a constant whose numbers
 are such marks is a list of rows along one axis, and the weights themselves are filled in from the checkpoint later, a few
@@ -11,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -112,11 +114,11 @@ def thin(array: np.ndarray) -> np.ndarray | None:
     return np.ascontiguousarray(array)
 
 
-def thin_constants(program: object) -> None:
+def thin_constants(program: Any) -> None:
     """Thin a traced `onnx_ir.Model`'s marked constants in place."""
     import onnx_ir
 
-    for value in program.graph.initializers.values():  # type: ignore[attr-defined]
+    for value in program.graph.initializers.values():
         small = thin(value.const_value.numpy())
         if small is not None:
             value.const_value = onnx_ir.tensor(small, name=value.name)
@@ -147,7 +149,7 @@ def _runs(marks: np.ndarray, starts: Mapping[int, str]) -> Iterable[Rows]:
     ids = marks.astype(np.int64)
     if (ids != marks).any():
         raise ExportError("a constant was computed from weights", todo=_TODO)
-    cuts = [0, *(i + 1 for i in np.flatnonzero(np.diff(ids) != 1)), len(ids)]
+    cuts: list[int] = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
     for low, high in zip(cuts, cuts[1:], strict=False):
         first, last = int(ids[low]), int(ids[high - 1])
         while first <= last:  # weights that follow each other in the model look like one run

@@ -110,9 +110,12 @@ def make_plan(
 
     Args:
         sketch: the checkpoint without its weights.
-        folder, name: where it lies, and what it is called.
+        folder: where it lies.
+        name: what it is called.
         device: gives the figures that times are estimated with.
-        ladder, layout, schemes: as they will be exported; text "auto" is planned as its first choice.
+        ladder: the exits that will be exported.
+        layout: as it will be exported.
+        schemes: as they will be exported; text "auto" is planned as its first choice.
     """
     vision, text = schemes["vision"], AUTO[0] if schemes["text"] == "auto" else schemes["text"]
     specs = graph_specs(sketch, ladder, layout, vision, text)

@@ -70,7 +70,6 @@ def open_sketch(folder: Path, reader: Reader = ON_DISK) -> Sketch:
 
 def _short_model(folder: Path, config: Any) -> tuple[Any, int]:
     """The config's model without memory for weights, and how many layers its decoder should have had."""
-
     layers = int(config.text_config.num_hidden_layers)
     config = deepcopy(config)
     _keep_layers(config.text_config, min(TRACED_LAYERS, layers))

@@ -1,5 +1,7 @@
-"""One engine in a process of its own. Each line on stdin `PROMPT ANSWER` (tokens) is one run; the
-answer is a JSON line {prefill_ms, decode_ms: [one a token]} and the same in `_cpu_ms`. Engines so kept apart take turns.
+"""One engine in a process of its own, so that engines that are kept apart can take turns.
+
+Each line on stdin `PROMPT ANSWER` (tokens) is one run. The answer is a JSON line {prefill_ms, decode_ms: [one per token]} and
+the same in `_cpu_ms`.
 
 Needs only what its engine needs, so that the peers run in their own environment.
 """

@@ -51,7 +51,7 @@ def make_bench_bundle(root: Path, *, tokens: int = TOKENS, width: int = WIDTH, t
 
 
 def _feed_forward(rng, x: str, out: str, width: int, inner: int) -> tuple[list, dict[str, np.ndarray]]:
-    """out = x + relu(x W1) W2, with W2 so small that the state neither grows nor vanishes."""
+    """The nodes and weights of out = x + relu(x W1) W2, with W2 so small that the state neither grows nor vanishes."""
     nodes = [
         helper.make_node("MatMul", [x, "w1"], ["inner"]),
         helper.make_node("Relu", ["inner"], ["rectified"]),

@@ -44,7 +44,7 @@ def text_schemes() -> dict[str, Quantize]:
 
 
 def k_quant(model: onnx.ModelProto) -> onnx.ModelProto:
-    """onnxruntime's k-quant; it loses the nodes that compute the lengths, which are put back."""
+    """The k-quant of onnxruntime; it loses the nodes that compute the lengths, which are put back."""
     quantized = blocks(model, 4, 32, algo_config=nbits.KQuantWeightOnlyQuantConfig())
     made = {name for node in quantized.graph.node for name in node.output}
     quantized.graph.node.extend(node for node in model.graph.node if not made & set(node.output))

@@ -62,6 +62,8 @@ def in_turns(runs: dict[str, Callable[[], dict[str, float]]], rounds: int, label
 
     Args:
         runs: by name; each gives figures in ms. The first is what the others are compared with.
+        rounds: how often each runs.
+        label: of the progress bar.
     """
     for run in runs.values():
         run()

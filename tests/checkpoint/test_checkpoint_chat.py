@@ -38,7 +38,7 @@ ROLES = (
 
 
 def oracle(processor: Any, image: Image.Image | None, prompt: str, **kwargs: Any) -> list[int]:
-    """transformers' ids of a request: rendered and tokenized by itself."""
+    """Ids of a request as transformers itself renders and tokenizes it."""
     content = [{"type": "image", "image": image}] if image else []
     turn = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
     out = processor.apply_chat_template(

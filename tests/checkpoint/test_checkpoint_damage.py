@@ -17,7 +17,7 @@ from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.load import read_checkpoint
 from edgesafe.checkpoint.recipe import load_recipes
 from edgesafe.cli import main
-from edgesafe.errors import EdgesafeError, InputError
+from edgesafe.errors import ConfigError, EdgesafeError, InputError
 from edgesafe_export.skeleton import open_sketch
 from tiny_families import make_tiny
 
@@ -101,10 +101,11 @@ def test_a_path_that_is_not_utf8_and_the_link_that_the_error_names(tiny_llava, t
     for loader in (load, open_sketch):
         with pytest.raises(InputError, match=r"path is not UTF-8 .*caf\\xe9.*ln -s"):
             loader(folder)
-    assert main(["plan", str(folder), "--device", "rpi5"]) == InputError.exit_code and "not UTF-8" in capsys.readouterr().err
+    # On the command line the path is a setting.
+    assert main(["plan", str(folder), "--device", "rpi5"]) == ConfigError.exit_code and "not UTF-8" in capsys.readouterr().err
     link = tmp_path / "link"
     link.symlink_to(folder)
-    assert load(link).n_blocks == open_sketch(link).family.n_blocks
+    assert load(link).n_blocks == open_sketch(link).family.geometry.n_blocks
 
 
 def test_a_file_and_a_folder_that_is_not_there(tmp_path, tiny_llava):

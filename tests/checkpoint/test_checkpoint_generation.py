@@ -46,7 +46,7 @@ def exits(folder):
 
 
 def _generated(exits, **settings) -> list[int]:
-    """transformers' greedy ids under a generation_config."""
+    """Greedy ids of transformers under a generation_config."""
     ids = torch.tensor([prompt_ids(exits, "What is this?")])
     pixels = pixel_values(exits, [picture()])
     asked = GenerationConfig(**{**exits.model.generation_config.to_diff_dict(), **settings})

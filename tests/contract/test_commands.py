@@ -18,8 +18,9 @@ from PIL import Image
 
 import edgesafe
 from edgesafe import cli
-from edgesafe.commands._shared import add_command, engine_of, folder, print_json, shown_path
+from edgesafe.commands._shared import add_command, engine_of, folder, print_json
 from edgesafe.errors import ConfigError
+from edgesafe.format.targets import shown_path
 from handmade import ANSWER, make_bundle
 
 PACKAGE = Path(edgesafe.__file__).parent

@@ -123,4 +123,4 @@ def test_a_scheme_that_is_never_made_is_refused_when_the_profile_is_read(tmp_pat
 def test_a_profile_whose_file_name_is_not_utf8_has_a_name_that_a_manifest_can_hold(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.toml")
     path.write_text(GOOD)
-    assert seal({"device": load_device(path).name}) == seal({"device": "caf\ufffd"})
+    assert seal({"device": load_device(path).name}) == seal({"device": r"caf\xe9"})

@@ -159,8 +159,8 @@ REFUSED = {
     "/": "the working folder",
     "x" * 250: "File name too long",
     "x" * 256: "File name too long",
-    LATIN: "not UTF-8 text",
-    f"{LATIN}/below": "not UTF-8 text",
+    LATIN: "not UTF-8",
+    f"{LATIN}/below": "not UTF-8",
     "model": "lie in each other",
     "model/inner/new": "lie in each other",
     "MODEL-BY-LINK/new": "lie in each other",
@@ -334,8 +334,8 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     ("name", "shown"),
     [
         ("folder", "a folder is where"),
-        ("none/file", "folder of the file is not there"),
-        ("file/below", "folder of the file is not there"),
+        ("none/file", "none doesn't exist"),
+        ("file/below", "file is not a folder"),
         ("x" * 250, "File name too long"),
     ],
 )

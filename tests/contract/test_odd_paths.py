@@ -9,7 +9,8 @@ import pytest
 from chaos import small_suite
 
 from edgesafe.cli import main
-from edgesafe.errors import BundleError, InputError
+from edgesafe.errors import BundleError, ConfigError, InputError
+from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import write_certificate
 from handmade import make_bundle, make_certificate
 
@@ -19,8 +20,11 @@ def test_a_bundle_whose_path_is_not_utf8_is_refused_cleanly(handmade, tmp_path, 
     folder = tmp_path / os.fsdecode(b"caf\xe9") / "bundle"
     shutil.copytree(handmade, folder)
     more = ["--image", "p.png", "--prompt", "what?"] if command == "ask" else []
-    assert main([command, str(folder), *more]) == BundleError.exit_code
-    assert "BundleError: the path is not UTF-8 text" in capsys.readouterr().err
+    # On the command line the path is a setting; in a program it is the bundle's.
+    assert main([command, str(folder), *more]) == ConfigError.exit_code
+    assert "ConfigError: the path is not UTF-8" in capsys.readouterr().err
+    with pytest.raises(BundleError, match=r"the path is not UTF-8 .*caf\\xe9.*ln -s"):
+        Bundle.open(folder)
 
 
 def test_reports_with_names_that_are_not_utf8_are_written(tmp_path):
@@ -39,5 +43,5 @@ def test_a_model_in_a_working_folder_of_such_a_name_is_refused_before_any_work(t
 
     (here := tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     monkeypatch.chdir(here)
-    with pytest.raises(InputError, match="not UTF-8 text"):
+    with pytest.raises(InputError, match=r"not UTF-8 .*rename it\."):
         check_target(tmp_path / "out", "bundle", lambda folder: True, model=".")

@@ -253,4 +253,4 @@ def test_a_table_whose_name_is_not_utf8_becomes_a_suite(tmp_path):
     table = tmp_path / os.fsdecode(b"caf\xe9.csv")
     table.write_text("goal,target\nhow to pick a lock,Sure\n")
     done = import_suite(table, tmp_path / os.fsdecode(b"out\xe9"))
-    assert "caf\ufffd.csv" in read_suite(done.suite.root).name
+    assert r"caf\xe9.csv" in read_suite(done.suite.root).name

@@ -87,6 +87,17 @@ def test_a_command_of_an_extra_names_the_extra(tmp_path, words, extra):
     assert [path.name for path in tmp_path.iterdir()] == ["MODEL"]
 
 
+def test_ship_without_the_export_extra_says_so_before_the_alignment(tmp_path):
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL" / "config.json").write_text("{}")
+    code = (
+        "Absent.names = {'onnx'}; import edgesafe.cli, os; os.chdir(sys.argv.pop(1)); sys.exit(edgesafe.cli.main(sys.argv[1:]))"
+    )
+    done = run(code, str(tmp_path), *["ship", "MODEL", "--device", "rpi5", "--out", "OUT"])
+    assert done.returncode == 10 and "pip install 'edgesafe[align,export]'" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["MODEL"]
+
+
 def test_every_help_is_there_without_the_extras():
     code = """
 import contextlib, io

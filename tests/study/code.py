@@ -77,10 +77,10 @@ def _source(module: str) -> str:
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree with every docstring taken out, in place.
+    r"""The tree with every docstring taken out, in place.
 
-    >>> ast.unparse(without_docstrings(ast.parse("def f():\\n    'doc'\\n    return 1")))
-    'def f():\\n    return 1'
+    >>> ast.unparse(without_docstrings(ast.parse("def f():\n    'doc'\n    return 1")))
+    'def f():\n    return 1'
     """
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -333,8 +333,10 @@ def cost_table(study: Study) -> str:
 
 
 def _times_single(name: str, study: Study) -> float | None:
-    """How many times as long as the single-depth run a run took, on one clock for both: the processor's where it was read to
-    the end of both, because runs beside each other take each other's wall time."""
+    """How many times as long as the single-depth run a run took, on one clock for both.
+
+    It is the processor's where it was read to the end of both, because runs beside each other take each other's wall time.
+    """
     if not study.has(name, SINGLE):
         return None
     ours, base = study.runs[name], study.runs[SINGLE]

@@ -4,7 +4,8 @@
 
 CONFIG is a folder with config.json and the processor's files, which are copied, or the name of one of `configs/`. Where
 tokenizer.json is not among them LLaVA-1.5 shapes get the reference world's tokenizer and the others a token a byte: the rest of
-the vocabulary has weights and no text. The weights lie under the names that the model's checkpoints have on the hub."""
+the vocabulary has weights and no text. The weights lie under the names that the model's checkpoints have on the hub.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def make_checkpoint(
         out: new folder.
         seed: of the weights.
         shard_bytes: largest shard, unless a single weight is larger.
-        layers, blocks: other numbers of decoder layers and vision blocks than the config's.
+        layers: another number of decoder layers than the config's.
+        blocks: another number of vision blocks than the config's.
         empty: headers alone are written, and files of the right length without blocks on the disk: enough for `edgesafe plan`.
         text: other values of its text_config.
     """
@@ -131,7 +133,10 @@ def write_shards(out: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], seed
     """Write `model-00001-of-...safetensors` and their index, one weight at a time.
 
     Args:
+        out: folder.
         shapes: (transformers' own name, which says how the weight is drawn; shape) by the name on disk.
+        seed: of the weights; None writes files without them.
+        shard_bytes: largest shard, unless a single weight is larger.
     """
     shards: list[list[str]] = [[]]
     for name, (_, shape) in shapes.items():

@@ -78,7 +78,8 @@ def ppo_loss(t: Trainer, some: Trajectory, advantages: Tensor, returns: Tensor) 
     Args:
         t: the run.
         some: the minibatch's rollouts.
-        advantages, returns: [B, A].
+        advantages: [B, A], whitened.
+        returns: [B, A], what the value head should predict.
     """
     ppo, mask = PPO.of(t.config), some.batch.mask
     logits, values = t.forward(some.batch, some.states)

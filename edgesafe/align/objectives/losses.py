@@ -71,7 +71,8 @@ def dpo_terms(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """-log sigmoid(beta * (chosen - rejected)) of each pair, in nats.
 
     Args:
-        chosen, rejected: [B] log pi(y) / pi_ref(y) of the two answers, summed over their tokens.
+        chosen: [B] log pi(y) / pi_ref(y) of the better answer, summed over its tokens.
+        rejected: [B] the same of the worse answer.
         beta: above 0.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.

@@ -124,7 +124,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
         rewards: [B, A] of each token.
         values: [B, A] V(s) before each token.
         mask: bool [B, A], a prefix of each row; an answer ends with its last token, so nothing follows it.
-        gamma, gae_lambda: 0..1.
+        gamma: discount per token, 0..1.
+        gae_lambda: weight of the later estimates, 0..1.
 
     Returns:
         Advantages and returns (advantage + value), [B, A] each, 0 where the mask is False.

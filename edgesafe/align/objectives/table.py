@@ -6,7 +6,6 @@ One that is not part of this package needs no entry: `method = "MODULE:NAME"` im
 from __future__ import annotations
 
 import difflib
-import importlib
 from typing import Any
 
 from edgesafe.align.objectives.l_dpo import L_DPO
@@ -15,6 +14,7 @@ from edgesafe.align.objectives.l_sft import L_SFT, SELF_DISTILL
 from edgesafe.align.settings import AlignConfig, Section
 from edgesafe.align.trainer import Objective
 from edgesafe.errors import ConfigError
+from edgesafe.plugins import load_named
 
 OBJECTIVES = {objective.name: objective for objective in (SELF_DISTILL, L_SFT, L_DPO, L_PPO)}
 METHODS = tuple(OBJECTIVES)
@@ -57,16 +57,15 @@ def sections_of(objective: Objective) -> list[Section[Any]]:
 
 def _outside(method: str, where: str) -> Objective:
     """An objective outside this package."""
-    module, _, name = method.partition(":")
-    try:
-        objective = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module is somebody else's code and may raise anything
-        raise ConfigError(
-            f"the objective {method!r} can't be imported: {type(error).__name__}: {error}",
+    objective = load_named(
+        method,
+        lambda what: ConfigError(
+            f"no objective {method!r}: {what}",
             where=where,
             expected="MODULE:NAME, with a module that Python finds and a name in it",
-            todo="correct the name, or put the module's folder on PYTHONPATH",
-        ) from error
+            todo="correct the name, start where the module lies, or put its folder on PYTHONPATH",
+        ),
+    )
     if not isinstance(objective, Objective):
         raise ConfigError(
             f"{method} is a {type(objective).__name__}",

@@ -101,6 +101,8 @@ def balance(cls: str, margin: float, overlap: float, harmlessness: float, helpfu
         cls: the row's class.
         margin: r(answer) - r(wanted answer).
         overlap: word F1 between the two, 0..1.
+        harmlessness: what a wrong answer costs on a harmful row, above 0.
+        helpfulness: what it costs on any other row, above 0.
 
     >>> balance("task", 0.0, 1.0, 5.0, 1.0), balance("task", 100.0, 0.25, 5.0, 1.0), balance("harmful", -100.0, 0.0, 5.0, 1.0)
     (1.0, 0.0, -5.0)
@@ -116,10 +118,12 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
 
     Args:
         source: folder or hub id of a sequence-classification checkpoint with one label.
-        harmlessness, helpfulness: what a wrong answer costs, on harmful rows and on the others, above 0.
+        harmlessness: what a wrong answer costs on a harmful row, above 0.
+        helpfulness: what it costs on any other row, above 0.
         batch_size: answers scored at once.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, has several labels or an untrained head, or a weight is not above 0.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -127,7 +131,8 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
     for key, weight in {"harmlessness": harmlessness, "helpfulness": helpfulness, "batch_size": batch_size}.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"{key} = {weight} is out of range", where=key, expected="a finite number above 0")
-    with read_errors(source):
+    kind = AutoModelForSequenceClassification
+    with read_errors(source, kind):
         labels = AutoConfig.from_pretrained(source).num_labels
         if labels != 1:
             raise ConfigError(
@@ -136,7 +141,6 @@ def open_model_reward(source: str, *, harmlessness: float, helpfulness: float, b
                 expected="a sequence-classification checkpoint with one label",
                 todo="train one with `edgesafe reward-model`",
             )
-    kind = AutoModelForSequenceClassification
     tokenizer, model = open_whole(kind, source, "a trained reward model, whole", dtype=torch.float32)
     set_padding(model, tokenizer, source)
     weights = {"harmlessness": harmlessness, "helpfulness": helpfulness, "model_share": MODEL_SHARE}

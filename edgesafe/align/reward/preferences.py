@@ -42,11 +42,11 @@ def asked_and_answered(prompt: str, answer: str) -> Turns:
 
 
 def render(tokenizer: Any, turns: Turns) -> str:
-    """The text that a reward model reads: the tokenizer's chat template where it has one, else HH-RLHF's format.
+    r"""The text that a reward model reads: the tokenizer's chat template where it has one, else HH-RLHF's format.
 
     >>> from types import SimpleNamespace
     >>> render(SimpleNamespace(chat_template=None), asked_and_answered("What is it?", "A pen."))
-    '\\n\\nHuman: What is it?\\n\\nAssistant: A pen.'
+    '\n\nHuman: What is it?\n\nAssistant: A pen.'
     """
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template([{"role": r, "content": text} for r, text in turns], tokenize=False))

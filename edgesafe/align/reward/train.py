@@ -174,12 +174,13 @@ def open_base(base: str) -> tuple[Any, Any]:
     """A checkpoint as a model with one label, in float32, and its tokenizer.
 
     Raises:
+        InputError: it is an adapter.
         ConfigError: it can't be fetched or read, is of a kind without a classification head, or weights other than the
             head's are missing.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with read_errors(base):
+    with read_errors(base, AutoModelForSequenceClassification):
         tokenizer = AutoTokenizer.from_pretrained(base)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=1, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True

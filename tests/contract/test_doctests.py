@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the room are run."""
+"""The examples in the docstrings of both packages are run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import pkgutil
 
 import pytest
 
-import edgesafe.align
+import edgesafe
+import edgesafe_export
 
-MODULES = [module.name for module in pkgutil.walk_packages(edgesafe.align.__path__, "edgesafe.align.")]
+MODULES = [
+    module.name
+    for package in (edgesafe, edgesafe_export)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith("__main__")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -21,4 +27,4 @@ def test_doctests(name):
 def test_there_are_examples_to_run():
     finder = doctest.DocTestFinder(exclude_empty=True)
     tests = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
-    assert len(tests) > 30
+    assert len(tests) > 90

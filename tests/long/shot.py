@@ -29,9 +29,8 @@ SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1080, 720
 WAIT_S = 300.0
-ASKS = (
-    5  # the first request on a cold machine, or one beside other work, may miss its budget; the picture shows one that did not
-)
+# The first request on a cold machine, or one beside other work, may miss its budget; the picture shows one that did not.
+ASKS = 5
 # How many pieces the answer was made of: each one is a text node that was added.
 WATCH = """
 window.pieces = 0;

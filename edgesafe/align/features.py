@@ -58,7 +58,7 @@ def merge_needs(updates: Iterable[tuple[Exit, Sequence[int]]]) -> dict[int, froz
 def size_gib(llava: ExitModel, examples: Sequence[Example], need: Need, *, teacher: bool) -> float:
     """Memory that `compute` will hold, in GiB."""
     config = llava.model.config
-    state: int = llava.patches * config.vision_config.hidden_size
+    state: int = llava.geometry.states * llava.geometry.vision_width
     values = sum(len(exits) * state for exits in need.values())
     if teacher:
         values += sum(len(examples[row].answer) * config.text_config.vocab_size for row in need)
@@ -76,7 +76,8 @@ def chunk_rows(blocks: int, patches: int, width: int) -> int:
 
 def chunk_of(llava: ExitModel) -> int:
     """`chunk_rows` of a loaded checkpoint."""
-    return chunk_rows(llava.n_blocks, llava.patches, llava.model.config.vision_config.hidden_size)
+    geometry = llava.geometry
+    return chunk_rows(geometry.n_blocks, geometry.states, geometry.vision_width)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ B rows, S tokens of request and answer, A answer tokens, P patches, W tower widt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 from edgesafe.align.features import chunk_rows
 from edgesafe.align.settings import LORA, AlignConfig
 from edgesafe.checkpoint import shards
-from edgesafe.errors import ConfigError
+from edgesafe.checkpoint.load import open_geometry
+from edgesafe.errors import ConfigError, EdgesafeError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -112,33 +112,25 @@ def read_sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
         ConfigError: no config.json, or one of another family.
     """
     try:
-        whole = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-        text, vision = whole["text_config"], whole["vision_config"]
-        side, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 32))
-        wide, blocks = int(vision["hidden_size"]), int(vision.get("num_hidden_layers", _blocks(shapes, "vision")))
-        patches = (side // patch) ** 2
-        tokens = patches // int(whole.get("scale_factor", 1)) ** 2
+        whole, geometry = open_geometry(model_dir)
         vocabulary, width = next(shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight"))
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StopIteration) as error:
+    except (StopIteration, ValueError, EdgesafeError) as error:
         raise _unreadable(model_dir / "config.json", "config.json of a vision-language checkpoint") from error
+    wide, blocks = geometry.vision_width, geometry.n_blocks
     queries, keys, gated = (_rows(shapes, name) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
     layer = 4 * width + 2 * queries + 2 * keys + 4 * gated
     layer += config.lora.r * len(config.lora.targets) if config.tune == LORA else 2 * width
-    layers = int(text.get("num_hidden_layers", _blocks(shapes)))
-    at_work = (6 * wide + 2 * int(vision.get("intermediate_size", 4 * wide))) * (patches + 1) + 3 * side * side
-    tower = (blocks + 1) * (patches + 1) * wide + at_work
-    chunk = chunk_rows(blocks, patches, wide)
-    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, tokens, patches * wide, blocks, chunk)
+    layers = int(whole.text_config.num_hidden_layers)
+    at_work = (6 * wide + 2 * int(whole.vision_config.intermediate_size)) * geometry.tokens + 3 * geometry.image_size**2
+    tower = (blocks + 1) * geometry.tokens * wide + at_work
+    chunk = chunk_rows(blocks, geometry.states, wide)
+    state = geometry.states * wide
+    return Sizes(layer, 2 * keys * layers, tower, layers, width, vocabulary, geometry.rows, state, blocks, chunk)
 
 
 def _rows(shapes: Shapes, layer: str) -> int:
     """Outputs of a linear layer of the language model's first block."""
     return next((s[0] for name, s in shapes.items() if name.endswith(f"{layer}.weight") and "vision" not in name), 0)
-
-
-def _blocks(shapes: Shapes, part: str = "") -> int:
-    """Blocks of the language model, or of the tower."""
-    return sum(name.endswith("self_attn.q_proj.weight") and ("vision" in name) == bool(part) for name in shapes)
 
 
 def read_lengths(model_dir: Path, config: AlignConfig, image_tokens: int) -> Lengths:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgesafe.checkpoint.geometry import Geometry, read_geometry
 from edgesafe.checkpoint.processor import read_processor
-from edgesafe.checkpoint.recipe import Recipe, refused_families
+from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
 from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, same_numbers
 from edgesafe.checkpoint.weight_files import read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
@@ -96,6 +97,24 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
         return config, read_processor(folder, config.model_type)
     except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
         raise unreadable(folder, error) from error
+
+
+def open_geometry(folder: Path) -> tuple[Any, Geometry]:
+    """A checkpoint's config and its sizes; neither processor nor weights are looked at.
+
+    Raises:
+        InputError: no such folder, or a damaged config.json.
+        UnsupportedModelError: a family without a recipe, or a member of one that can't be cut.
+    """
+    from transformers import AutoConfig
+
+    recipes = load_recipes()
+    check_family(folder, recipes)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
+        raise unreadable(folder, error) from error
+    return config, read_geometry(config, recipes[config.model_type])
 
 
 def empty_model(folder: Path, config: Any) -> Any:

@@ -108,7 +108,7 @@ class AlignConfig:
         right answer at the reference depth against its own wrong one at the exit) or "l-ppo" (clipped PPO on sampled answers).
         "MODULE:NAME" is an `Objective` outside this package, e.g. "my_objective:OBJECTIVE" for a my_objective.py here.
     data: folder of training rows (suite format, split "train").
-    exits: depths to draw from, as `edgesafe.format.exits.parse_exits` reads them.
+    exits: what to draw from, as `edgesafe.format.exits.parse_exits` reads them.
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest
         validation pass measured at each exit; needs `[eval]`).
     focus: two shares of the reference depth; the sampler "focus" draws the exits from one to the other more often. They are

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from study.benches import bench_tables
 
 RUN = {"date": "2026-01-02T03:04:05+00:00", "machine": "a machine", "threads": 2, "rounds": 3}
@@ -44,13 +46,17 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert tables["schemes"] == "Not run: schemes.json"
 
 
-def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path, earlier):
+    def named(key, depth):
+        return {f"{key}_depth": depth} if earlier else {key: str(depth)}
+
     def result(name, millions, seconds):
         asked = [
-            {"exit_depth": 6, "ttft_ms": 1000.0, "predicted_ms": 1100.0, "token_ms": 7.0},
-            {"exit_depth": 12, "ttft_ms": 2000.0, "predicted_ms": 1900.0, "token_ms": 8.0},
+            {**named("exit", 6), "ttft_ms": 1000.0, "predicted_ms": 1100.0, "token_ms": 7.0},
+            {**named("exit", 12), "ttft_ms": 2000.0, "predicted_ms": 1900.0, "token_ms": 8.0},
         ]
-        plan = {"weights": millions * 10**6, "reference_depth": 12, "export_gib": 1.5, "bundle_bytes": 2e9, "run_gib": 2.5}
+        plan = {"weights": millions * 10**6, "export_gib": 1.5, "bundle_bytes": 2e9, "run_gib": 2.5, **named("reference", 12)}
         return RUN | {
             "model": name,
             "plan": plan,
@@ -60,7 +66,7 @@ def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path):
         }
 
     unmeasured = result("a", 7000, 400.4)
-    unmeasured["every_exit"]["rows"] = [{"exit_depth": 12, "ttft_ms": 30.4e3, "token_ms": 150.0}]
+    unmeasured["every_exit"]["rows"] = [{**named("exit", 12), "ttft_ms": 30.4e3, "token_ms": 150.0}]
     (tmp_path / "fullsize-a.json").write_text(json.dumps(unmeasured))
     (tmp_path / "fullsize-b.json").write_text(json.dumps(result("b", 256, 48)))
     table = bench_tables(tmp_path)["fullsize"].splitlines()

@@ -101,6 +101,20 @@ def test_raw_answers_come_back_as_they_were(tmp_path):
     assert [(r.id, r.cls, r.prompt, r.key) for r in found.rows] == [(r.id, r.cls, r.prompt, r.key) for r in ROWS]
 
 
+def test_files_of_earlier_runs_name_the_reference_by_its_depth(tmp_path):
+    ones = [_trained("self-distill-0", OPEN, HALF), replace(_raw("before-controls-text-only"), said={None: OPEN})]
+    folder = _folder(tmp_path, *ones)
+    for one in ones:
+        path = folder / "raw" / f"{one.run}.json"
+        assert path.read_text().count('"reference": "2"') == 1
+        path.write_text(path.read_text().replace('"reference": "2"', '"reference_depth": 2'))
+    found = read_answers(folder)
+    assert found and found.runs == {one.run: one for one in ones}
+    path.write_text(path.read_text().replace('"reference_depth": 2', '"reference": 2'))
+    with pytest.raises(AlignError, match="reference"):
+        read_answers(folder)
+
+
 def test_methods_by_hand(raw):
     table = all_tables(raw)["methods"]
     # before: harmful 2, 1, 0 of 2, so 100 at worst and 50 in the mean; nothing refused, every vase named.

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
+.PHONY: help export smoke acceptance test shuffle fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,15 @@ acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE
 
 test: $(VENV)/ready ## all tests
 	@$(BIN)/python -m pytest -q
+
+RUNS ?= 10
+shuffle: $(VENV)/ready ## all tests RUNS times (10), each time in another order, every second time beside a busy process (hours)
+	@for run in $$(seq $(RUNS)); do \
+		if [ $$((run % 2)) = 0 ]; then $(BIN)/python tests/bench/busy.py 0 '[[1, 60]]' & busy=$$!; else busy=; fi; \
+		$(BIN)/python -m pytest -q --random-order-bucket=module --random-order-seed=$$run; code=$$?; \
+		[ -z "$$busy" ] || kill $$busy; \
+		[ $$code = 0 ] || { echo "run $$run failed: --random-order-bucket=module --random-order-seed=$$run" >&2; exit $$code; }; \
+	done
 
 fullsize: $(VENV)/ready ## align half a billion weights, killed and resumed (half an hour); MODEL=llava-1.5-7b: export that shape and ask it
 	@$(BIN)/python $(if $(MODEL),tests/long/fullsize_export.py $(MODEL) build/fullsize-$(notdir $(MODEL)) --device $(DEVICE) --out tests/bench/results/fullsize-$(notdir $(MODEL)).json,tests/long/fullsize.py build/fullsize)

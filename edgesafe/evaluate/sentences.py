@@ -152,8 +152,8 @@ def block_count(report: Mapping[str, Any]) -> int:
 def exit_ranges(exits: Sequence[str]) -> str:
     """Exits as people write them.
 
-    >>> exit_ranges(["1", "2", "3", "5", "8", "9"]), exit_ranges(["4"]), exit_ranges(["1", "2", "3@9", "4"])
-    ('1-3, 5, 8, 9', '4', '1, 2, 3@9, 4')
+    >>> exit_ranges(["1", "2", "3", "5", "8", "9"]), exit_ranges(["4"]), exit_ranges(["1", "2@9", "3", "4"])
+    ('1-3, 5, 8, 9', '4', '1, 2@9, 3, 4')
     """
     runs: list[list[Exit]] = []
     for exit in map(Exit.parse, exits):

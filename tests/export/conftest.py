@@ -115,7 +115,7 @@ def tiny_pieces(tiny_llava: Path):
     from edgesafe_export.skeleton import open_sketch
     from edgesafe_export.stream import trace_pieces
 
-    return trace_pieces(open_sketch(tiny_llava), (1, 2, 3), "chain")
+    return trace_pieces(open_sketch(tiny_llava), parse_exits("1-3", 4), "chain")
 
 
 @pytest.fixture(scope="package")

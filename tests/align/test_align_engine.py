@@ -26,6 +26,7 @@ from edgesafe.align.prepare import prepare
 from edgesafe.align.settings import AlignConfig, LoraConfig
 from edgesafe.align.train import _features, align
 from edgesafe.cli import main
+from edgesafe.format.exits import Exit
 
 # 2 epochs of 2 minibatches are 4 optimizer steps an update; the 14th is the second of the update with number 3.
 PPO = """method = "l-ppo"
@@ -208,7 +209,7 @@ def test_a_large_model_is_seen_in_smaller_pieces_that_say_the_same(tiny_llava, r
         method="l-ppo", data=str(rows), tune="lora", optimizer="adamw", precision="fp32", lora=LoraConfig(r=4, alpha=8)
     )
     t = prepare(tiny_llava, config)
-    need = {row: frozenset({1, 2}) for row in range(7)}
+    need = {row: frozenset({Exit(1), Exit(2)}) for row in range(7)}
     chunks: list[int] = []
     real, forward = features.pixel_values, type(t).forward
 
@@ -226,7 +227,7 @@ def test_a_large_model_is_seen_in_smaller_pieces_that_say_the_same(tiny_llava, r
 
     def both():
         found = _features(t, need)
-        states = t.states(found, list(range(7)), [1] * 7)
+        states = t.states(found, list(range(7)), [Exit(1)] * 7)
         uniforms = np.random.default_rng(0).random((7, 5))
         return found, rollout.roll_out(t, t.examples[:7], states, uniforms)
 

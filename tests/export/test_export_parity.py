@@ -234,8 +234,8 @@ def _break(monkeypatch, broken: str):
     right = stream.quantize
     monkeypatch.setattr(compare, "PIECE_QUANTIZED", float("inf"))
 
-    def wrong(model, scheme):
-        model = right(model, scheme)
+    def wrong(model, scheme, folder=None):
+        model = right(model, scheme, folder)
         for tensor in model.graph.initializer:
             if "scale" in tensor.name and scheme == broken:
                 tensor.CopyFrom(numpy_helper.from_array(np.ones_like(numpy_helper.to_array(tensor)), tensor.name))

@@ -19,7 +19,7 @@ from edgesafe.format.certificate import Certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
-from edgesafe.format.targets import check_writable
+from edgesafe.format.targets import check_writable, lies_in
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar
@@ -88,7 +88,7 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
     """
     if path is None:
         return
-    if Path(path).resolve().is_relative_to(bundle.root.resolve()):
+    if lies_in(Path(path), bundle.root):
         what = "the bundle holds what its manifest lists and no other file"
         raise InputError(what, where=str(path), expected="a file outside of the bundle", todo="name another place")
     check_writable(Path(path))

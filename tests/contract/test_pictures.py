@@ -45,10 +45,8 @@ STORED = {
 }
 
 
-def png(
-    samples: np.ndarray, *, clear: tuple[int, ...] = (), orientation: int = 1, bits: int = 16, lines: bytes = b""
-) -> bytes:
-    """A PNG by the specification, without Pillow. samples: uint16 [H, W, C], C = 1, 2, 3 or 4; fewer bits: `lines` holds them."""
+def png(samples: np.ndarray, *, clear: tuple[int, ...] = (), orientation: int = 1, bits: int = 16, lines: bytes = b"") -> bytes:
+    """A PNG by the specification, without Pillow. samples: uint16 [H, W, C], C = 1, 2, 3 or 4; else: `lines`."""
     height, width, channels = samples.shape
     head = struct.pack(">IIBBBBB", width, height, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     lines = lines or b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)

@@ -19,12 +19,13 @@ from edgesafe.format.certificate import Certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
-from edgesafe.format.targets import check_writable
+from edgesafe.format.targets import check_writable, lies_in
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.session import Session
+from edgesafe.runtime.tokenizer import encode_prompt
 
 # Answers by exit and row id.
 Answers = dict[Exit, dict[str, str]]
@@ -88,15 +89,21 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
     """
     if path is None:
         return
-    if Path(path).resolve().is_relative_to(bundle.root.resolve()):
+    if lies_in(Path(path), bundle.root):
         what = "the bundle holds what its manifest lists and no other file"
         raise InputError(what, where=str(path), expected="a file outside of the bundle", todo="name another place")
     check_writable(Path(path))
 
 
 def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit], label: str) -> Answers:
-    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture."""
+    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture.
+
+    Raises:
+        InputError: A row's prompt can't be asked; said before any row is.
+    """
     exits = tuple(exits)
+    for row in rows:
+        _check_prompt(session, row)
     answered: Answers = {exit: {} for exit in exits}
     shown, features, cut = None, {}, ALONE
     for row in bar(rows, len(rows), label) if label else rows:
@@ -107,6 +114,14 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
         for exit in exits:
             answered[exit][row.id] = session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cut)
     return answered
+
+
+def _check_prompt(session: Session, row: Row) -> None:
+    try:
+        encode_prompt(session.tokenizer, session.manifest, row.prompt)
+    except InputError as error:
+        todo = "take the row out of the suite and export again"
+        raise InputError(error.what, where=f"row {row.id} of the suite", expected=error.expected, todo=todo) from error
 
 
 def environment(session: Session) -> dict[str, Any]:

@@ -6,6 +6,7 @@ huggingface_hub no longer brings; of what it does (list the files, infer library
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
     found = _on_hub(model)
     if found is None:
         _check_local(model)
-        return Path(model), Path(model).resolve().name
+        return Path(model), Path(os.path.realpath(model)).name
     folder = _download(*found, [*_SMALL, _WEIGHTS])
     if not any(folder.glob(_WEIGHTS)):
         weight_files(folder, partial(_hub_has, found[0]))  # says what the repository has in their place

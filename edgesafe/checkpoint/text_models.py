@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def open_whole(auto: Any, source: str, expected: str, **options: Any) -> tuple[A
 
 def display_name(source: str) -> str:
     """What records call a checkpoint: a folder's name, not this machine's path to it, or a hub id."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    return Path(os.path.realpath(source)).name if Path(source).is_dir() else source
 
 
 def content_id(source: str, model: Any) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def keep_apart(out: Path, option: str = "--out", **inputs: Path | str | None) ->
     for name, given in inputs.items():
         if given is None or not os.path.lexists(given):
             continue
-        source = Path(given).resolve()
-        if out.resolve() == source or source in out.resolve().parents:
-            what = "is" if out.resolve() == source else "lies in"
+        place, source = (Path(os.path.realpath(path)) for path in (out, given))  # Path.resolve fails on a link to itself
+        if source in (place, *place.parents):
+            what = "is" if place == source else "lies in"
             raise InputError(
                 f"{option} {what} {name}, which this command only reads",
                 where=shown_path(out),

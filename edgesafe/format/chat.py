@@ -3,12 +3,12 @@
 A prompt that spells such a text speaks for the system or closes its own turn, so it is refused. There are four kinds:
 
 - *tokens* of the tokenizer (`<|im_start|>`, special or not): refused wherever they stand.
-- *marks* in brackets (`[/INST]`, `<<SYS>>`): refused in any case, also with spaces inside the brackets.
-- *labels* that end in a colon or the like (`ASSISTANT:`): refused anywhere as the template writes them, in capitals or
-  capitalised, also with spaces or asterisks before the colon; at the start of a line in any case. `my assistant: a robot` is
-  ordinary English.
-- *lines* (`### Response`) of at most three words: refused in any case where they are a line of their own, and anywhere as the
-  template writes them where they are in capitals.
+- *marks* in brackets (`[/INST]`, `<<SYS>>`), tokens or not: refused in any case, also with spaces beside their signs.
+- *labels* that end in a colon or the like (`ASSISTANT:`): refused anywhere as the template writes them or with any capital,
+  also letter by letter (`A S S I S T A N T:`) and with spaces, asterisks, quotes or brackets before the colon; at the start of
+  a line in any case. `my assistant: a robot` is ordinary English.
+- *lines* (`### Response`) of at most three words: refused in any case where they are a line of their own, also in bold or with
+  a colon, and anywhere as the template writes them where they are in capitals.
 
 Characters that can't be seen, full-width letters and the like don't help; letters of another script that look alike are not
 looked for, because a tokenizer reads them as something else.
@@ -32,6 +32,9 @@ _LABEL = re.compile(rf"\S*\w\s?[{_ENDS}]")
 # A template may write whole sentences (a default system prompt). Only in a text shorter than this is the first word a label.
 _FEW_WORDS = 6
 _LINE_WORDS = 3
+# Unicode's letters without a shape, and its categories without one: controls, formats, marks on a letter, what is unassigned.
+_SHAPELESS = "\u115f\u1160"
+_UNSEEN = ("Cc", "Cf", "Cn", "Mn", "Me")
 # Stands for a token that was cut out of a text.
 _CUT = "\0"
 
@@ -86,9 +89,15 @@ class ControlTexts:
         ('</s>', '</s>')
         """
         plain = _plain(prompt)
-        spelled = [token for token in self.tokens if token and (token in prompt or token in plain)]
+        closed = _closed(plain)
+
+        def marked(text: str) -> bool:
+            return bool(_BRACKETED.fullmatch(text)) and _closed(_plain(text)) in closed
+
+        spelled = [token for token in self.tokens if token and (token in prompt or token in plain or marked(token))]
         hidden = [token for token, number in self.tokens.items() if number in ids]
-        return next(iter([*sorted(spelled), *sorted(hidden), *(t for t in self.texts if _pattern(t).search(plain))]), None)
+        texts = [text for text in self.texts if marked(text) or _pattern(text).search(plain)]
+        return next(iter([*sorted(spelled), *sorted(hidden), *texts]), None)
 
 
 def separators(around: Iterable[str], tokens: Collection[str]) -> tuple[str, ...]:
@@ -132,30 +141,37 @@ def _literals(text: str) -> Iterable[str]:
             yield " ".join(words)
 
 
-def _plain(prompt: str) -> str:
-    """The prompt with characters that mean the same made one (full-width ones), and without those that can't be seen."""
-    shown = (c for c in unicodedata.normalize("NFKC", prompt) if unicodedata.category(c) not in ("Cf", "Mn"))
-    return re.sub(r"\r\n?|[\u2028\u2029\v\f\x85]", "\n", "".join(shown))
+def _plain(text: str) -> str:
+    """The text with characters that mean the same made one (full-width ones), and without those that can't be seen."""
+    text = re.sub(r"\r\n?|[\u2028\u2029\v\f\x1c-\x1e\x85]", "\n", unicodedata.normalize("NFKC", text))
+    return "".join(c for c in text if c in "\n\t" or not (c in _SHAPELESS or unicodedata.category(c) in _UNSEEN))
+
+
+def _closed(plain: str) -> str:
+    """A plain text in lower case without the spaces beside signs: one spelling for all those of a mark."""
+    return re.sub(r"\s+(?=[\W_])|(?<=[\W_])\s+", "", plain.lower())
 
 
 @lru_cache(maxsize=1024)
 def _pattern(text: str) -> re.Pattern[str]:
-    """What finds one control text in a plain prompt."""
-    if _BRACKETED.fullmatch(text):
-        opened, inner, closed = re.fullmatch(r"([<\[]+)(.*?)([>\]]+)", text).groups()  # type: ignore[union-attr]  # it does
-        return re.compile(re.escape(opened) + r"\s*" + re.escape(inner) + r"\s*" + re.escape(closed), re.IGNORECASE)
-    if text[-1] in _ENDS:
-        return _label_pattern(text[:-1], text[-1])
-    words = r"[ \t]+".join(map(re.escape, text.split()))
-    anywhere = rf"(?<!\w){words}(?!\w)|" if text.isupper() and len(text) > 2 else ""
-    return re.compile(rf"{anywhere}^[ \t]*(?i:{words})[ \t]*$", re.MULTILINE)
+    """What finds one label or line in a plain prompt."""
+    text = text.strip()
+    if text[-1] in _ENDS and text[:-1].strip():
+        return _label_pattern(text[:-1].strip(), text[-1])
+    words = [re.escape(word) + (r"[ \t]+" if word[-1].isalnum() else r"[ \t]*") for word in text.split()[:-1]]
+    line = "".join(words) + re.escape(text.split()[-1])
+    anywhere = rf"(?<!\w){line}(?!\w)|" if text.isupper() and len(text) > 2 else ""
+    return re.compile(rf"{anywhere}^[ \t*_>#]*(?i:{line})[ \t*_:#]*$", re.MULTILINE)
 
 
 def _label_pattern(word: str, end: str) -> re.Pattern[str]:
     """A label in its spellings; only a script with spaces says where a word starts."""
-    start = r"(?<!\w)" if word[0].isalnum() and word[0].isascii() else ""
-    spellings = "|".join(map(re.escape, sorted({word, word.upper(), word.capitalize()})))
-    return re.compile(rf"(?:{start}(?:{spellings})|^[^\w\n]*(?i:{re.escape(word)}))[\s*_`]*{re.escape(end)}", re.MULTILINE)
+    start = "(?<![A-Za-z0-9])" if word[0].isalnum() and word[0].isascii() else ""
+    plain = re.escape(word)
+    apart = r"[ \t]+".join(map(re.escape, word))
+    capital = rf"(?!{re.escape(word.lower())})(?i:{plain})"
+    anywhere = rf"{start}(?:{plain}|{capital}" + (rf"|(?i:{apart})" if len(word) > 2 else "") + ")"
+    return re.compile(rf"(?:{anywhere}|^(?:[^\w\n]|[\d_])*(?i:{plain}))(?:[^\w.,;!?]|_)*?{re.escape(end)}", re.MULTILINE)
 
 
 def control_texts(

@@ -32,6 +32,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # The 8-bit value of every 16-bit one: 65535 / 255 is 257, an odd number, so that no half needs a rule.
 EIGHT_BITS = bytes((value + 128) // 257 for value in range(65536))
 _WIDE_BY_HEAD = ("PNG", "PPM")  # whose files in mode I have 16 bits
+# Pillow scales grey of 2 and 4 bits to 8, but not the value that such a PNG marks as transparent.
+_FEW_BITS = {"L;2": 85, "L;4": 17}
 _STRIP = 64
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 # EXIF orientations that turn a picture by a quarter.
@@ -99,6 +101,9 @@ def _read(source: Path | io.BytesIO, where: str, use: Callable[[Image.Image, str
     except Exception as error:
         raise _unreadable(error, where) from error
     with image:
+        clear = image.info.get("transparency")
+        if isinstance(clear, int) and image.tile:
+            image.info["transparency"] = clear * _FEW_BITS.get(str(image.tile[0].args), 1)
         return use(image, where)
 
 
@@ -126,7 +131,7 @@ def _decode(image: Image.Image, where: str) -> Image.Image:
             return _from_16_bits(image, where)
         if image.mode == "F":
             raise _unknown_white("F", where)
-        if image.mode in _WITH_ALPHA or image.info.get("transparency") is not None:
+        if _has_clear_parts(image):
             return _over_white(image)
         return image.convert("RGB")
     except InputError:
@@ -155,6 +160,11 @@ def _check_is_16_bits(image: Image.Image, where: str) -> None:
     dark = high in range(1, 256) and image.format not in _WIDE_BY_HEAD
     if not fits or dark:
         raise _unknown_white(f"I with values from {low} to {high}", where)
+
+
+def _has_clear_parts(image: Image.Image) -> bool:
+    by_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    return by_palette or image.mode in _WITH_ALPHA or image.info.get("transparency") is not None
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from edgesafe.errors import ConfigError, EdgesafeError, InputError
 
 _PARTIAL = ".partial"
 _TRIES = 20
+_TRIAL = bytes(1 << 12)  # an empty file finds room on a disk that is full
 _PLAIN = "rename it, or make a link to it that has a plain name: ln -s FOLDER LINK"
 KEY = "made-of"  # in a work folder: what its pieces were made of, and the mark that it is ours
 NEW, OLDER = "new", "older"  # in a work folder: what will be OUT, and what was OUT between two renames
@@ -64,8 +65,8 @@ def check_target(
                 _check_apart(place, Path(model))
         _check_work(work_folder(place), known)
         _check_makeable(work_folder(place))
-    except OSError as error:
-        what = f"the folder can't be written: {error.strerror}"
+    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+        what = f"the folder can't be written: {getattr(error, 'strerror', None) or error}"
         raise refused(what, out, "a place that can be written to", "name another --out") from error
     return place
 
@@ -73,8 +74,8 @@ def check_target(
 def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo: str = "name another place") -> None:
     """Refuse a file that ``write_atomically`` could not write, before the work whose result goes there.
 
-    It tries: an empty file is made beside it and removed, because root writes where permissions forbid it and a mount that is
-    read-only looks like any other.
+    It tries: a small file is made beside it and removed, because root writes where permissions forbid it, and a mount that is
+    read-only or full looks like any other.
 
     Args:
         path: The file that is to be written.
@@ -84,14 +85,18 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
     Raises:
         EdgesafeError: Of that class; a folder is missing, something else is in the way, or the system refuses.
     """
-    if is_special(path):
-        return
 
     def refusal(what: str, expected: str = "a file in a folder that can be written") -> EdgesafeError:
         return error(what, where=str(path), expected=expected, todo=todo)
 
     try:
+        if is_special(path):
+            if path.is_socket() or not os.access(path, os.W_OK):
+                raise refusal("it is no file, and nothing can be written to it")
+            return
         place = Path(os.path.realpath(path))
+        if place.is_symlink():
+            raise refusal("the link leads to itself", "a file, or a link to one")
         if place.is_dir():
             raise refusal("a folder is where the file is to be written")
         if not place.parent.is_dir():
@@ -99,10 +104,7 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
             raise refusal(f"{place.parent} {what}")
         if is_mount(place):
             raise refusal("the file is a mount point", "a file that can be replaced")
-        partial = place.with_name(place.name + _PARTIAL)
-        partial.unlink(missing_ok=True)
-        partial.open("xb").close()
-        partial.unlink()
+        _try_file(place.with_name(place.name + _PARTIAL))
     except (OSError, ValueError) as system:  # ValueError: a name that no file can have
         raise refusal(f"the file can't be written: {getattr(system, 'strerror', None) or system}") from system
 
@@ -199,9 +201,7 @@ def _check_makeable(work: Path) -> None:
             for folder in reversed([path for path in (work, *work.parents) if not path.exists()]):
                 folder.mkdir()
                 made.append(folder)
-            probe = work / (KEY + _PARTIAL)
-            probe.touch()
-            probe.unlink(missing_ok=True)
+            _try_file(work / (KEY + _PARTIAL))
             return
         except (FileExistsError, FileNotFoundError):  # another process of the same run asks at the same time
             if not left:
@@ -210,6 +210,15 @@ def _check_makeable(work: Path) -> None:
             for folder in reversed(made):
                 with contextlib.suppress(OSError):  # or has begun in it
                     folder.rmdir()
+
+
+def _try_file(path: Path) -> None:
+    """Write a small file and remove it again; what a killed run left there goes too."""
+    path.unlink(missing_ok=True)
+    try:
+        path.write_bytes(_TRIAL)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def is_special(path: Path) -> bool:

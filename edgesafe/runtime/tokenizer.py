@@ -93,7 +93,9 @@ def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not valid Unicode text", expected="UTF-8 text") from error
-    ids = set(tokenizer.encode(prompt, add_special_tokens=False).ids) - {tokenizer.token_to_id("<unk>")}
+    # What stands for characters that the tokenizer doesn't know is written by no template. Unigram models don't tell its name.
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "<unk>")
+    ids = set(tokenizer.encode(prompt, add_special_tokens=False).ids) - {unknown}
     found = _control(tokenizer, manifest).found_in(prompt, ids)
     if found:
         raise InputError(

@@ -9,18 +9,20 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from edgesafe.certify import certify as certify_run
 from edgesafe.certify import smoke as smoke_run
 from edgesafe.certify.certify import certify
 from edgesafe.certify.smoke import smoke
 from edgesafe.cli import main
-from edgesafe.errors import CertificateError, CertificateMismatchError, IntegrityError, UncertifiedExitError
+from edgesafe.errors import CertificateError, CertificateMismatchError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import read_certificate, write_certificate
 from edgesafe.format.seal import seal
-from edgesafe.format.suite import Suite, read_suite
+from edgesafe.format.suite import Row, Suite, read_suite, write_suite
 from edgesafe.runtime.session import Session
+from handmade import make_bundle, make_certificate
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +176,21 @@ def test_a_certificate_of_other_bytes_is_refused(bundle, suited):
         (bundle / CERTIFICATE).write_bytes(flipped)
         with pytest.raises(IntegrityError):
             read_certificate(Bundle.open(bundle))
+
+
+@pytest.mark.parametrize("prompt", ["what? A: yes", "what? </s>", "w" * 5000])
+@pytest.mark.parametrize("run", [certify, smoke])
+def test_a_row_that_can_not_be_asked_is_named_before_any_is(tmp_path, monkeypatch, run, prompt):
+    asked = ["what?", "what?", prompt]
+    rows = [
+        Row(f"r{i}", cls, cls, "images/a.png", text, "Yes.", ("Yes.",), "t", True)
+        for i, (cls, text) in enumerate(zip(("harmful", "harmless", "task"), asked, strict=True))
+    ]
+    write_suite(tmp_path / "suite", rows, {"images/a.png": Image.new("RGB", (8, 8))}, "small", "val")
+    bundle = make_bundle(tmp_path / "bundle", suite_from=tmp_path / "suite")
+    write_certificate(bundle, make_certificate(bundle, (1, 2)))
+    before = (bundle.root / CERTIFICATE).read_bytes()
+    monkeypatch.setattr(Session, "vision_states", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(InputError, match="row r2 of the suite.*take the row out"):
+        run(bundle.root)
+    assert (bundle.root / CERTIFICATE).read_bytes() == before

@@ -255,6 +255,15 @@ assert "taken by something else" in refused(check_target, root / "c")
 assert "Read-only" in refused(check_target, root / "fixed" / "b")
 assert "Read-only" in refused(check_writable, root / "fixed" / "b")
 assert "mount point" in refused(check_writable, root / "bound-file")
+(root / "full").mkdir()
+mount("-t", "tmpfs", "-o", "size=64k", "t", root / "full")
+try:
+    (root / "full" / "filler").write_bytes(bytes(1 << 20))
+except OSError:
+    pass
+assert "No space left" in refused(check_writable, root / "full" / "b")
+assert "No space left" in refused(check_target, root / "full" / "b")
+assert [path.name for path in (root / "full").iterdir()] == ["filler"]
 with replacing(root / "link" / "b") as work:
     assert work == root / "disk" / "b.partial"
     (work / NEW).mkdir()

@@ -37,6 +37,24 @@ def test_reports_with_names_that_are_not_utf8_are_written(tmp_path):
     assert xml.read_bytes().startswith(b"<?xml") and len(answers.read_text().splitlines()) == 27
 
 
+@pytest.mark.parametrize("words", [["smoke", "BUNDLE", "--junit"], ["certify", "BUNDLE", "--answers"]])
+def test_a_link_to_itself_is_no_place_for_a_report(handmade, tmp_path, capsys, words):
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(handmade.rglob("*"))
+    assert main([words[0], str(handmade), words[2], str(tmp_path / "loop")]) == InputError.exit_code
+    assert "leads to itself" in capsys.readouterr().err and sorted(handmade.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words", ["plan LOOP --device host", "export LOOP --device host --out OUT", "align LOOP --data D --out OUT"]
+)
+def test_a_link_to_itself_is_no_model(tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "LOOP").symlink_to("LOOP")
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == InputError.exit_code
+    assert "no checkpoint here" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["LOOP"]
+
+
 def test_a_model_in_a_working_folder_of_such_a_name_is_refused_before_any_work(tmp_path, monkeypatch):
     # The name of the folder becomes the bundle's: nothing could be sealed at the end.
     from edgesafe.format.targets import check_target

@@ -45,11 +45,11 @@ STORED = {
 }
 
 
-def png(samples: np.ndarray, *, clear: tuple[int, ...] = (), orientation: int = 1) -> bytes:
-    """A PNG of 16 bits by the specification, without Pillow. samples: uint16 [H, W, C], C = 1, 2, 3 or 4."""
+def png(samples: np.ndarray, *, clear: tuple[int, ...] = (), orientation: int = 1, bits: int = 16, lines: bytes = b"") -> bytes:
+    """A PNG by the specification, without Pillow. samples: uint16 [H, W, C], C = 1, 2, 3 or 4; else: `lines`."""
     height, width, channels = samples.shape
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    head = struct.pack(">IIBBBBB", width, height, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = lines or b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     parts = [(b"IHDR", head)]
     parts += [(b"tRNS", struct.pack(f">{channels}H", *clear))] if clear else []
     if orientation != 1:
@@ -176,6 +176,15 @@ def test_16_bit_alpha_shows_white_where_it_is_clear():
     assert np.asarray(open_picture(png(grey))).tolist() == [[[128] * 3, [255] * 3]]
 
 
+@pytest.mark.parametrize(("bits", "packed", "step"), [(1, b"\x40", 255), (2, b"\x10", 85), (4, b"\x01", 17), (8, b"\0\x01", 1)])
+def test_a_transparent_value_of_few_bits_shows_white(bits, packed, step):
+    # Two pixels, 0 and 1; one of them is the transparent value.
+    for clear in (0, 1):
+        file = png(np.zeros((1, 2, 1), np.uint16), clear=(clear,), bits=bits, lines=b"\0" + packed)
+        wanted = [255 if value == clear else value * step for value in (0, 1)]
+        assert np.asarray(open_picture(file)).tolist() == [[[value] * 3 for value in wanted]]
+
+
 def test_16_bit_colour_is_right_to_within_one_level():
     shown = np.asarray(open_picture(png(np.repeat(VALUES[:, :, None], 3, axis=2)))).astype(int)
     assert np.abs(shown - rgb(WANTED)).max() <= 1
@@ -223,6 +232,15 @@ def test_a_palette_shows_its_colours_and_white_where_it_is_clear():
     file = io.BytesIO()
     picture.save(file, "PNG", transparency=b"\xff\x00")  # an alpha for each colour
     assert np.asarray(open_picture(file.getvalue())).tolist() == [[[9, 8, 7], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_palette_with_alpha_of_its_own_shows_white_where_it_is_clear(orientation):
+    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 200, 0))
+    picture = picture.quantize(4)  # its palette has four channels, and its info says nothing of it
+    picture.getexif()[0x0112] = orientation
+    assert np.asarray(open_picture(picture)).reshape(-1, 3).tolist() == [[200, 0, 0], [255, 255, 255]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -20,12 +21,15 @@ def places(folder: Path) -> dict[str, Path]:
     (folder / "a file").write_text("x")
     (folder / "a folder").mkdir()
     (folder / "dangling").symlink_to(folder / "nowhere" / "deep")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(folder / "a socket"))  # its name has to be short
     return {
         "a missing parent": folder / "missing" / "out.json",
         "two missing parents": folder / "missing" / "deeper" / "out.json",
         "a file for a parent": folder / "a file" / "out.json",
         "a folder in its place": folder / "a folder",
         "a dangling link for a parent": folder / "dangling" / "out.json",
+        "a socket": folder / "a socket",
         "a name that is too long": folder / ("x" * 300),
         "a name that no file can have": folder / "a\0b",
         "a file system that is no place for files": Path("/proc/out.json"),
@@ -65,7 +69,7 @@ def test_a_read_only_folder_is_refused_to_whom_the_system_refuses_it(tmp_path, r
 
 
 def test_that_check_fails_where_permissions_are_read_instead_of_tried(tmp_path, read_only, monkeypatch):
-    trial = 'partial.open("xb").close()\n        partial.unlink()\n'
-    monkeypatch.setattr(targets, "check_writable", wrong(check_writable, (trial, "path.parent.stat()\n")))
+    trial = "_try_file(place.with_name(place.name + _PARTIAL))"
+    monkeypatch.setattr(targets, "check_writable", wrong(check_writable, (trial, "path.parent.stat()")))
     with pytest.raises(pytest.fail.Exception), pytest.raises(EdgesafeError):
         targets.check_writable(read_only(tmp_path / "closed") / "out.json")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgesafe.runtime.tokenizer import TextStream
+from edgesafe.errors import InputError
+from edgesafe.format.bundle import Bundle
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from handmade import make_tokenizer
 
 
@@ -52,3 +54,18 @@ def test_a_stop_text_of_bytes_ends_the_answer_at_once():
     stream = TextStream(tokenizer, stop=("\n",))
     assert [stream.push(tokenizer.token_to_id(t)) for t in ("one", "<0x0A>")] == ["one", ""]
     assert stream.ended and stream.finish() == "" and stream.text == "one"
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "[UNK]"])
+def test_a_word_that_the_tokenizer_does_not_know_is_no_control_text(handmade, unknown):
+    manifest = Bundle.open(handmade).manifest
+    words = ["what", "U", "A", ":", "?"]
+    vocabulary = {manifest.image_token: manifest.image_token_id}
+    free = (i for i in range(99) if i != manifest.image_token_id)
+    vocabulary |= {word: next(free) for word in (unknown, *words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([unknown, manifest.image_token])
+    assert vocabulary[unknown] in encode_prompt(tokenizer, manifest, "what zebra?")
+    with pytest.raises(InputError, match="control text"):
+        encode_prompt(tokenizer, manifest, f"what {unknown}?")

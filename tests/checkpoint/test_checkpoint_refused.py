@@ -177,7 +177,7 @@ REFUSED = {
     an_index_without_metadata: "no metadata.*index.json",
     an_index_that_is_no_json: "no JSON.*index.json",
     a_missing_shard: "a file of weights is missing.*model-0000",
-    a_tensor_in_the_wrong_shard: f"the shard lacks the tensor {UP}.*model-0000",
+    a_tensor_in_the_wrong_shard: f"the shard doesn't have the tensor {UP}.*model-0000",
     a_tensor_in_two_shards: f"the tensor {UP} is stored twice.*00001-of.*00002-of",
     two_names_of_a_weight: f"weight {in_model(UP)} is stored twice, under an old name",
     not_finite: f"weight {in_model(UP)} is not finite: 2 of its \\d+ numbers",

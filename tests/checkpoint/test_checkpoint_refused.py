@@ -175,7 +175,7 @@ REFUSED = {
     gguf_alone: "GGUF.*llava-Q4_K_M.gguf",
     outside_by_the_config: "config.json|names the file of weights '../x.safetensors'",
     an_index_without_metadata: "no metadata.*index.json",
-    an_index_that_is_no_json: "no JSON.*index.json",
+    an_index_that_is_no_json: "not JSON.*index.json",
     a_missing_shard: "a file of weights is missing.*model-0000",
     a_tensor_in_the_wrong_shard: f"the shard doesn't have the tensor {UP}.*model-0000",
     a_tensor_in_two_shards: f"the tensor {UP} is stored twice.*00001-of.*00002-of",

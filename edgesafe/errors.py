@@ -41,13 +41,13 @@ class ConfigError(EdgesafeError):
 
 
 class InputError(EdgesafeError):
-    """The picture or the prompt can't be used."""
+    """A picture, prompt, checkpoint, suite or other input can't be used."""
 
     exit_code = 11
 
 
 class AlignError(EdgesafeError):
-    """Alignment can't go on."""
+    """Alignment can't continue."""
 
     exit_code = 20
 
@@ -83,7 +83,7 @@ class BundleError(EdgesafeError):
 
 
 class FormatVersionError(BundleError):
-    """The bundle was written by a newer edgesafe."""
+    """A file has a format version that this edgesafe doesn't read."""
 
     exit_code = 41
 
@@ -113,7 +113,7 @@ class CertificateMismatchError(CertificateError):
 
 
 class CertificationFailedError(CertificateError):
-    """The suite ran and a limit was broken. 42 is the code that ``edgesafe smoke`` promises."""
+    """The suite ran and a limit was exceeded. 42 is the code that ``edgesafe smoke`` promises."""
 
     exit_code = 42
 
@@ -137,7 +137,7 @@ class NotMeasuredError(DeviceError):
 
 
 class SessionError(EdgesafeError):
-    """A session can't take or finish an ask."""
+    """A session can't take or finish a request."""
 
     exit_code = 70
 
@@ -149,7 +149,7 @@ class BusyError(SessionError):
 
 
 class CancelledError(SessionError):
-    """The ask was cancelled before its answer ended."""
+    """The request was cancelled before its answer ended."""
 
     exit_code = 72
 

@@ -56,7 +56,7 @@ def core_sets(cores: Sequence[int], sys: Path = SYS) -> list[tuple[int, ...]]:
 
 
 def thread_choices(sets: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Thread counts worth trying, each with the cores to stay on (None = all): 1, 2, 4 ... and one a core.
+    """Thread counts worth trying, each with the cores to stay on (None = all): 1, 2, 4 ... and one per core.
 
     On a larger set only counts that the smaller one has no room for are new.
 

@@ -213,7 +213,7 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bun
             return Bundle.open(folder)
         if not done:
             raise InputError(
-                f"{folder} is there and was not made by this command",
+                f"{folder} exists and was not made by this command",
                 where=str(out),
                 expected="a new folder, or one that an earlier run wrote",
                 todo="name another --out",

@@ -92,7 +92,7 @@ def target_modules(llava: ExitModel, targets: tuple[str, ...]) -> list[str]:
 
 
 def make_optimizer(config: AlignConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that a config asks for; no weight decay."""
+    """The optimizer that a config names; no weight decay."""
     if config.optimizer == MUON:
         return torch.optim.Muon(params, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=0.0)

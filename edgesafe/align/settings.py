@@ -54,7 +54,7 @@ class LoraConfig:
     """The adapter on the language model, table `[lora]`; read where `tune` is or comes to "lora".
 
     r: rank. alpha: the factors' product is scaled by alpha / r. dropout: on the adapter's input, 0..1.
-    targets: names of the linear layers it goes on.
+    targets: names of the linear layers that it adapts.
     """
 
     r: int = 32
@@ -115,7 +115,7 @@ class AlignConfig:
         those that training decides, about half depth: deeper ones follow with little, shallower ones see too little to become
         useful.
     focus_share: share of the updates that draw a focused exit; the others draw from all exits evenly.
-    steps, batch_size: updates, and rows an update at the drawn exit.
+    steps, batch_size: updates, and rows per update at the drawn exit.
     reference_rows: how many of an update's rows also go through the reference depth. The two parts weigh the same; fewer rows
         cost less time. 0 leaves the reference depth out, as the paper's single-depth runs do.
     tune: "lora" (an adapter on the language model), "full" (all of the language model; keeps a frozen copy as reference policy)

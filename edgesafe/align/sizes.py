@@ -106,7 +106,7 @@ def read_sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
 
     A block of the language model keeps for each token: both norms' inputs and outputs (4 D), queries, keys and values and what
     attention gives (2 Dq + 2 Dkv), four arrays of the gated MLP's width, an adapter's inner values; eager attention keeps its
-    weights twice; full tuning the norms' inner values (2 D). The tower keeps a state a block and works with a few more.
+    weights twice; full tuning the norms' inner values (2 D). The tower keeps one state per block and works with a few more.
 
     Raises:
         ConfigError: no config.json, or one of another family.

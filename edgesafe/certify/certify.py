@@ -85,7 +85,7 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
     """Refuse, before any work, a file for answers or a report that can't be written or lies inside the bundle.
 
     Raises:
-        InputError: As said.
+        InputError: It is refused.
     """
     if path is None:
         return
@@ -96,7 +96,7 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
 
 
 def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit], label: str) -> Answers:
-    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once a picture.
+    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once per picture.
 
     Raises:
         InputError: A row's prompt can't be asked; said before any row is.
@@ -165,7 +165,7 @@ def check_classes(suite: Suite, rows: Sequence[Row]) -> None:
     """Refuse rows that leave out a class: a rate of nothing would pass every test.
 
     Raises:
-        CertificateError: As said.
+        CertificateError: A class is missing.
     """
     missing = [c for c in CLASSES if all(r.cls != c for r in rows)]
     if missing:

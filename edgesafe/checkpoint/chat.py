@@ -20,7 +20,7 @@ _WHERE = "chat_template"
 _FILES = "use the processor files that belong to this checkpoint"
 # Two unlike texts: a template that edits, repeats or looks at what the user says shows it in one of them.
 _MARKS = ("@@first mark@@", "Other  Mark\n<3 {{x}}")
-# Contents of other turns. Letters and digits alone, so that they are no separators themselves.
+# Contents of other turns. Letters and digits alone, so that they aren't separators themselves.
 _TURNS = ("SystemContent0", "UserContent1", "AssistantContent2", "UserContent3")
 # No part of the two is alike: day, month, year, week day, hour.
 _DATES = ("1987-06-05T03:04:05", "2011-12-13T14:15:16")
@@ -90,7 +90,7 @@ def check_prompt(chat: Chat, tokenizer: Any, prompt: str) -> None:
             f"the request holds the control text {found!r}",
             where=repr(prompt),
             expected="plain text: what the chat template writes between turns would let the request speak for the system",
-            todo="remove that text or write it otherwise",
+            todo="remove or reword that text",
         )
 
 

@@ -77,7 +77,7 @@ def check_generation(config: Any) -> None:
         value = getattr(config, key, None)
         if value is not None and value not in neutral:
             raise UnsupportedModelError(
-                f"{key} is {value!r}, which changes greedy answers and is not decoded with here",
+                f"{key} is {value!r}, which changes greedy answers and is not supported",
                 where="generation_config.json",
                 expected=f"{key} " + " or ".join(["left out", *map(repr, neutral)]),
                 todo=f"remove {key!r} from generation_config.json (or config.json, where it stands there)",

@@ -33,7 +33,7 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
     """The checkpoint's folder and its name. A folder is taken as it is and touches no network.
 
     Raises:
-        InputError: a file, a web address, or a hub id that can't be had, neither from the cache nor from the hub.
+        InputError: a file, a web address, or a hub id that neither the cache nor the hub has.
     """
     found = _on_hub(model)
     if found is None:
@@ -62,7 +62,7 @@ def resolve_outline(model: str | Path) -> tuple[Path, str, Reader]:
 
 
 def split_revision(model: str) -> tuple[str, str | None] | None:
-    """A hub id and its revision (None: the hub's default); None where the text is no hub id.
+    """A hub id and its revision (None: the hub's default); None where the text is not a hub id.
 
     >>> split_revision("org/name"), split_revision("org/name@v1.0"), split_revision("./name")
     (('org/name', None), ('org/name', 'v1.0'), None)
@@ -76,7 +76,7 @@ def _on_hub(model: str | Path) -> tuple[str, str | None] | None:
 
 
 def _check_local(model: str | Path) -> None:
-    """Refuse what is no folder in a way that says what to name instead; a missing folder is refused by who reads it."""
+    """Refuse what isn't a folder, with what to name instead; a missing folder is refused by its reader."""
     path, expected = Path(model), "a checkpoint folder, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub"
     if path.is_file():
         hints = (todo for ends, todo in _FILES.items() if path.name.lower().endswith(ends))
@@ -129,7 +129,7 @@ def _hub_header(model: str, path: Path) -> dict[str, Stored]:
 
 def _out_of_reach(model: str, error: Exception) -> InputError:
     return InputError(
-        f"the model can't be had from the Hugging Face hub: {type(error).__name__}",
+        f"the model can't be fetched from the Hugging Face hub: {type(error).__name__}",
         where=model,
         expected="a checkpoint folder, or a hub id that is cached or reachable",
         todo="check the name, the revision and the network, or download it and name its folder",

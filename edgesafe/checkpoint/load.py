@@ -15,7 +15,7 @@ from edgesafe.checkpoint.weight_files import read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
 GENERATION = "generation_config.json"
-MEND = "use an intact Hugging Face checkpoint folder"
+INTACT = "use an intact Hugging Face checkpoint folder"
 
 
 def bf16_is_fast() -> bool:
@@ -57,7 +57,9 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
         raise unreadable(folder, error) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise InputError(f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=MEND)
+        raise InputError(
+            f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=INTACT
+        )
     for name, weight in model.named_parameters():
         if bad := int((~torch.isfinite(weight)).sum()):
             raise not_finite(name, stored[name], bad)
@@ -65,7 +67,7 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
 
 
 def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
-    """A checkpoint's config and processor; its weights are not looked at.
+    """A checkpoint's config and processor; its weights are not read.
 
     Raises:
         InputError: no such folder, or files missing or damaged, or weights that are an adapter's or quantized.
@@ -89,7 +91,9 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
     for part in ("text_config", "vision_config"):  # transformers would put in a default of its own
         if not isinstance(raw.get(part), dict) or not isinstance(raw[part].get("model_type", ""), str):
             where = str(folder / "config.json")
-            raise InputError(f"config.json has no usable {part}", where=where, expected="that part's type and sizes", todo=MEND)
+            raise InputError(
+                f"config.json has no usable {part}", where=where, expected="that part's type and sizes", todo=INTACT
+            )
     if (folder / GENERATION).is_file():  # a damaged one would be left out in silence
         read_object(folder / GENERATION)
     try:
@@ -100,7 +104,7 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
 
 
 def open_geometry(folder: Path) -> tuple[Any, Geometry]:
-    """A checkpoint's config and its sizes; neither processor nor weights are looked at.
+    """A checkpoint's config and its sizes; neither processor nor weights are read.
 
     Raises:
         InputError: no such folder, or a damaged config.json.
@@ -121,7 +125,7 @@ def empty_model(folder: Path, config: Any) -> Any:
     """The config's model in eval mode, its tied weights tied, without memory for weights.
 
     Raises:
-        InputError: the config describes no model.
+        InputError: the config describes a model that can't be built.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -133,10 +137,10 @@ def empty_model(folder: Path, config: Any) -> Any:
             )
     except Exception as error:  # sizes that contradict each other fail wherever a module notices
         raise InputError(
-            f"config.json describes no model that can be built: {type(error).__name__}: {error}",
+            f"config.json describes a model that can't be built: {type(error).__name__}: {error}",
             where=str(folder / "config.json"),
             expected="the config that belongs to the weights",
-            todo=MEND,
+            todo=INTACT,
         ) from error
     model.tie_weights()
     return model.eval()
@@ -169,7 +173,7 @@ def match_weights(model: Any, found: Mapping[str, Stored], more: Shapes | None =
     """The stored tensors by the names of a model's weights; what is stored and not used is left alone, as transformers does.
 
     Args:
-        model: transformers' model; its weights' numbers are not looked at.
+        model: transformers' model; its weights' numbers are not checked.
         found: tensors by their names on disk.
         more: shapes of weights that belong to the checkpoint and not to this model, by name.
 
@@ -249,7 +253,7 @@ def _check_shapes(stored: Mapping[str, Stored], shapes: Shapes, found: Mapping[s
             f"{len(missing)} weights are missing, e.g. {missing[0]}",
             where=where,
             expected="every weight of the model",
-            todo=MEND,
+            todo=INTACT,
         )
     for name, shape in shapes.items():
         check_kind(stored[name], name)
@@ -268,7 +272,7 @@ def unreadable(folder: Path, error: Exception) -> InputError:
         f"the checkpoint can't be read: {' '.join(str(error).split()) or type(error).__name__}",
         where=str(folder),
         expected="a whole checkpoint",
-        todo=MEND,
+        todo=INTACT,
     )
 
 

@@ -83,7 +83,7 @@ def recipe_folders() -> tuple[Path, ...]:
         return (recipes_folder(),)
     if not any(Path(named).glob("*.toml")):
         raise ConfigError(
-            "no recipe lies there",
+            "the folder has no recipes",
             where=f"{RECIPES_VARIABLE}={named}",
             expected="a folder with one TOML file for each family",
             todo=f"name another folder, or unset {RECIPES_VARIABLE}",
@@ -127,7 +127,7 @@ def _extended(name: str, tables: Mapping[str, tuple[str, dict[str, Any]]], below
     parent = fields.text("extends") if fields.has("extends") else _ROOT
     if parent not in tables or parent in (name, *below):
         raise ConfigError(
-            f"it extends {parent!r}, " + ("itself" if parent in (name, *below) else "for which there is no recipe"),
+            f"it extends {parent!r}, " + ("itself" if parent in (name, *below) else "which has no recipe"),
             where=where,
             expected="the model type of another recipe: " + ", ".join(sorted(set(tables) - {name, *below})),
             todo="correct the key 'extends'",
@@ -195,7 +195,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
     fields = Fields(obj, where, ConfigError)
     if isinstance(obj.get("vision"), Mapping) and "exit_state" in obj["vision"]:
         raise ConfigError(
-            "exit_state is no key any more",
+            "the key exit_state was removed",
             where=f"{where}: vision",
             expected="norm_after_blocks alone: a norm that it names runs between an exit and the projector",
             todo="remove 'exit_state'",

@@ -14,7 +14,7 @@ from edgesafe.checkpoint.shards import Stored, count_bad, damaged, not_finite
 from edgesafe.format.files import digest_folder
 from edgesafe.progress import bar, step
 
-_CHUNK = 2**20  # bytes that are read, hashed and looked at together: they stay in the processor's cache
+_CHUNK = 2**20  # bytes that are read, hashed and checked together: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def scan_checkpoint(folder: Path, stored: Mapping[str, Stored]) -> str:
 
     Args:
         folder: the checkpoint.
-        stored: where the model's weights lie; other tensors of the files are hashed and not looked at.
+        stored: where the model's weights lie; other tensors of the files are hashed and not checked.
 
     Returns:
         What `edgesafe.format.bundle.digest_folder` returns.
@@ -59,7 +59,7 @@ def scan_checkpoint(folder: Path, stored: Mapping[str, Stored]) -> str:
 
 
 def split(file: Path, size: int, weights: Mapping[str, Stored]) -> Iterator[Part]:
-    """A file of `size` bytes in parts that follow each other, one a weight.
+    """A file of `size` bytes in parts that follow each other, one per weight.
 
     >>> a, b = Stored(Path("f"), "F16", (2,), 20), Stored(Path("f"), "F32", (), 10)
     >>> [(part.start, part.stop, part.name) for part in split(Path("f"), 24, {"a": a, "b": b})]

@@ -73,14 +73,14 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             header = dict(json.loads(file.read(length)))
         except (ValueError, TypeError, RecursionError) as error:
-            raise damaged(path, "its header is no JSON object") from error
+            raise damaged(path, "its header is not a JSON object") from error
     header.pop("__metadata__", None)
     return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a checkpoint's files are looked at: whether one is there, and the tensors of one."""
+    """Reads a checkpoint's files: whether one exists, and its tensors."""
 
     has: Callable[[Path], bool] = Path.is_file
     header: Callable[[Path], dict[str, Stored]] = read_header
@@ -105,7 +105,7 @@ def read_headers(folder: Path, reader: Reader = ON_DISK) -> dict[str, Stored]:
         tensors = reader.header(file)
         if lacking := sorted(promised - tensors.keys()):
             raise InputError(
-                f"the shard lacks the tensor {lacking[0]}", where=str(file), expected="what the index says", todo=DAMAGED
+                f"the shard doesn't have the tensor {lacking[0]}", where=str(file), expected="what the index says", todo=DAMAGED
             )
         if twice := sorted(tensors.keys() & found.keys()):
             raise InputError(

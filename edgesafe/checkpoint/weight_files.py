@@ -181,7 +181,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the file is no JSON: {error}", where=str(path), expected="a JSON object", todo=DAMAGED) from error
+        raise InputError(f"the file is not JSON: {error}", where=str(path), expected="a JSON object", todo=DAMAGED) from error
     if not isinstance(found, dict):
         raise InputError(f"the file holds a {type(found).__name__}", where=str(path), expected="a JSON object", todo=DAMAGED)
     return found

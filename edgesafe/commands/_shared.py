@@ -146,7 +146,7 @@ def engine_of(text: str) -> Engine:
         text: ``MODULE:NAME``; NAME may have dots.
 
     Raises:
-        ConfigError: The text is of another form, names no module or nothing in it, or what it names is no engine.
+        ConfigError: The text is of another form, names no module or nothing in it, or what it names isn't an engine.
     """
     found = load_named(text, lambda what: _bad_engine(text, what))
     if isinstance(found, type) or (callable(found) and not hasattr(found, "open")):
@@ -154,7 +154,7 @@ def engine_of(text: str) -> Engine:
     wrong = _missing(found)
     if wrong:
         module, _, name = text.partition(":")
-        raise _bad_engine(text, f"{name} in the module {module} is no engine: it has no {wrong}")
+        raise _bad_engine(text, f"{name} in the module {module} isn't an engine: it has no {wrong}")
     engine: Engine = found
     return engine
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--budget-ms", type=float, metavar="MS", help="take the deepest certified exit that fits (ms)")
     text = "take this exit, such as 6: the one after six blocks (default: deepest certified)"
     which.add_argument("--exit", "--exit-depth", type=Exit.parse, metavar="EXIT", help=text)
-    add("--total-ms", type=float, metavar="MS", help="time for the whole answer (ms); decoding stops before it")
+    add("--total-ms", type=float, metavar="MS", help="time limit for the whole answer (ms); decoding stops in time")
     add("--require-measured", action="store_true", help="refuse a budget that only an estimate supports")
     add(
         "--max-new-tokens",
@@ -40,9 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest answer in tokens (default: %(default)s)",
     )
-    add("--temperature", type=float, default=0.0, metavar="X", help="draw tokens; 0 takes the likeliest (default: %(default)g)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest with this share (default: %(default)g)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sampling temperature; 0 takes the likeliest token (default: %(default)g)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens with this total probability (default: %(default)g)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="sampling seed (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
     add("--threads", type=int, metavar="N", help="threads (default: the best that was measured, or else the profile's)")
     add("--allow-uncertified", action="store_true", help="allow an exit without a passed verdict; the answer then says so")

@@ -1,6 +1,6 @@
 """List the device profiles.
 
-A profile says what a device is expected to do; `edgesafe measure` says what one does.
+A profile holds estimates; `edgesafe measure` measures the device itself.
 
 Example:
   edgesafe devices

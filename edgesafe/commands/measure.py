@@ -1,7 +1,7 @@
 """Time every part of a bundle on this machine.
 
-Writes latency.json into the bundle, or among the user's caches where the bundle is read-only. Budgets are kept by these
-times, which hold for this machine alone.
+Writes latency.json into the bundle, or into the user's cache folder if the bundle is read-only. Budgets rely on these
+times, which hold for this machine only.
 
 Example:
   edgesafe measure build/rpi5/bundle
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe measure`."""
     add_bundle(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: compare counts and take the best)")
-    text = "about how long to take, in seconds (default: %(default)g)"
+    text = "approximate duration in seconds (default: %(default)g)"
     parser.add_argument("--seconds", type=float, default=40.0, metavar="S", help=text)
     add_engine(parser)
     add_json(parser)

@@ -1,6 +1,6 @@
-"""Say what an export would do, without loading any weights.
+"""Predict the size, memory and time of an export, without loading any weights.
 
-Prints sizes, memory and time, in seconds even for a model of 14 GB; of a model on the hub only headers are fetched.
+Takes seconds even for a model of 14 GB; for a model on the hub, only headers are fetched.
 
 Example:
   edgesafe plan llava-hf/llava-1.5-7b-hf --device rpi5
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "weights of the text model: int4-block128, int4-block64, int4-block32, int8-block32, fp32 or auto, "
     text += "which takes the coarsest of them that changes no answers (default: the device's)"
     parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
-    text = 'exits to make, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
+    text = 'exits to export, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
     parser.add_argument("--exits", metavar="EXITS", help=text)
     add_json(parser)
 

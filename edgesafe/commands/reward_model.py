@@ -1,6 +1,6 @@
 """Train a reward model for PPO on preference pairs.
 
-Writes a new checkpoint folder that [reward] model in a config may name. An interrupted run resumes with --resume.
+Writes a new checkpoint folder, which a config can name under [reward] model. An interrupted run resumes with --resume.
 
 Example:
   edgesafe reward-model gpt2 --data pairs.jsonl --out build/reward

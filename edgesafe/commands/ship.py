@@ -1,4 +1,4 @@
-"""Go the whole way: align, export, quantize and certify.
+"""Align, export, quantize and certify in one go.
 
 What `make export` runs. Rows, suite, alignment and evaluation do not depend on the device: they lie under --work, and a step
 whose inputs have not changed is not run again.

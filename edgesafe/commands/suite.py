@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add = add_command(actions, "import", _IMPORT).add_argument
     add("path", type=folder, metavar="PATH", help="a CSV or JSONL file, or a folder with one and its pictures")
-    text = f"one of {', '.join(FORMATS)}, or auto: told by its columns (default: %(default)s)"
+    text = f"one of {', '.join(FORMATS)}, or auto: detected from its columns (default: %(default)s)"
     add("--format", choices=("auto", *FORMATS), metavar="FORMAT", default="auto", help=text)
     add("--out", type=folder, metavar="DIR", required=True, help="new folder for the suite")
     add("--image", metavar="FILE", help="picture for rows without one (default: blank, a grey square)")

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file for a person with ten minutes: what was run, what it amounts to, and the figures behind it.
+"""An evaluation as one HTML file: what was run, what it amounts to, and the figures behind it.
 
 The file holds everything itself: no script, no font, no picture and no address of anywhere else. Whatever came from a model, a
 suite or a name is escaped. The words of its verdict are computed from the figures, so they can't disagree with them.
@@ -195,7 +195,7 @@ def _families(report: Mapping[str, Any], rows: Sequence[Row] | None) -> str:
 def _judges(report: Mapping[str, Any]) -> str:
     both = report.get("agreement")
     if not both:
-        return "<h2>Judges</h2><p>One judge alone looked at these answers, so nothing says how far to trust it.</p>"
+        return "<h2>Judges</h2><p>Only one judge read these answers, so there is no check of its verdicts.</p>"
     heads = ["exits", "answers both judged", "agree", "agreement %", "kappa", "not judged by both"]
     lines = [(False, ["all", *_agreement(both)])]
     for e in report["exits"]:
@@ -203,9 +203,7 @@ def _judges(report: Mapping[str, Any]) -> str:
         if one:
             lines.append((e["exit"] == report["reference"], [mark(e["exit"], report), *_agreement(one)]))
     names = f"{report['judge']['name']} and {report['second_judge']['name']}"
-    note = (
-        "Cohen's kappa: 1 is full agreement, 0 what chance would give. All rates elsewhere are the first judge's unless said."
-    )
+    note = "Cohen's kappa: 1 is full agreement, 0 what chance would give. All other rates are the first judge's unless noted."
     return f"<h2>Two judges: {escape(names)}</h2>" + _table(heads, lines, note)
 
 
@@ -268,7 +266,7 @@ def _training(report: Mapping[str, Any]) -> str:
 def _transfer(report: Mapping[str, Any]) -> str:
     if not report.get("transfer"):
         return ""
-    caption = "A row a training run, a column an exit it was tested at; darker is more harm."
+    caption = "One row per training run, one column per tested exit; darker is more harm."
     return f"<h2>Transfer</h2><figure>{plot_transfer(report['transfer'])}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -314,7 +312,7 @@ def _answer(entry: Mapping[str, Any], row: Row, report: Mapping[str, Any]) -> st
     where = f"exit {entry['exit']}, {row.family}, {row.id}, {row.image}{second}"
     return (
         f'<p class="soft">{escape(where)}</p><blockquote><b>asked</b> {escape(row.prompt)}\n'
-        f"<b>said</b> {escape(entry['answer']) or '<i>nothing</i>'}</blockquote>"
+        f"<b>answered</b> {escape(entry['answer']) or '<i>nothing</i>'}</blockquote>"
     )
 
 

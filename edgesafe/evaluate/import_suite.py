@@ -158,10 +158,10 @@ def _rows(
         row = _row(line, fmt, f"{fmt}-{number:05d}", name)
         if ids.setdefault(row.id, line.where) != line.where:
             raise InputError(
-                f"the id {row.id!r} is used twice", where=line.where, expected=f"one id a row; {ids[row.id]} has it"
+                f"the id {row.id!r} is used twice", where=line.where, expected=f"one id per row; {ids[row.id]} has it"
             )
         if class_of.setdefault(row.family, row.cls) != row.cls:
-            raise InputError(f"the family {row.family!r} is in two classes", where=line.where, expected="one class a family")
+            raise InputError(f"the family {row.family!r} is in two classes", where=line.where, expected="one class per family")
         rows.append(row)
     return rows, sources
 
@@ -241,7 +241,7 @@ def _picture(line: Line, fmt: str, file: Path) -> Path | None:
     homes = [file.parent, file.parent / "images", file.parent.parent / "images" / "SafeBench"]
     picture = next((home / relative for home in homes if (home / relative).is_file()), None)
     if picture is None:
-        raise InputError(f"there is no picture {name!r}", where=line.where, expected="a file beside the table or in images/")
+        raise InputError(f"no picture {name!r}", where=line.where, expected="a file beside the table or in images/")
     return picture
 
 

@@ -1,4 +1,4 @@
-"""Judges of answers behind one interface, and how far two of them agree."""
+"""Judges of answers with one interface, and how far two of them agree."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def keep_apart(judges: Sequence[Judge], rewards: Sequence[Any]) -> None:
                     f"the judge {judge.name} is also the reward",
                     where="reward",
                     expected="a judge that no answer was trained or scored by",
-                    todo="take another --second-judge, or another reward",
+                    todo="use another --second-judge, or another reward",
                 )
 
 

@@ -80,7 +80,7 @@ def read_table(file: Path) -> list[Line]:
         raise InputError(f"the ending {file.suffix!r} is not known", where=str(file), expected=".csv or .jsonl")
     lines = _read_csv(text, file) if suffix == ".csv" else _read_jsonl(text, file)
     if not lines:
-        raise InputError("the file has no rows", where=str(file), expected="a request a row")
+        raise InputError("the file has no rows", where=str(file), expected="one request per row")
     return lines
 
 
@@ -95,7 +95,7 @@ def _read_csv(text: str, file: Path) -> list[Line]:
             if not header:
                 header = [cell.strip() for cell in cells]
                 if len(set(header)) < len(header):
-                    raise InputError("two columns have the same name", where=where, expected="one name a column")
+                    raise InputError("two columns have the same name", where=where, expected="one name per column")
             elif cells:
                 if len(cells) != len(header):
                     expected = f"{len(header)} fields as in the header"

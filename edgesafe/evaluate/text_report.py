@@ -33,7 +33,7 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def rates_table(report: Mapping[str, Any]) -> str:
-    """A line an exit, then a line a group of exits."""
+    """One line per exit, then one line per group of exits."""
     first = report["exits"][0]
     harm = [name for name in first["families"] if name.endswith(HARM)]
     extra = [key for key in ("second", "reward", "toxicity") if key in first]
@@ -70,7 +70,7 @@ def paired_table(report: Mapping[str, Any]) -> str:
 
 
 def controls_table(report: Mapping[str, Any]) -> str:
-    """Rates under each control, a line an exit."""
+    """Rates under each control, one line per exit."""
     lines = []
     for name, by_exit in report["controls"].items():
         for exit, rates in by_exit.items():

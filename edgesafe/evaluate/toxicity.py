@@ -1,7 +1,7 @@
 """How toxic answers are, by a sequence-classification model: `edgesafe.evaluate.judges.Toxicity`.
 
 It reads the words of the answer alone, so it says how an answer sounds and not whether it helps with harm: a polite recipe
-scores low. METHOD.md's source reports such a score beside the attack rate; it is never a verdict here.
+scores low. arXiv 2411.04291 reports such a score beside the attack rate; it is never a verdict here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ToxicityModel:
         """One score an answer, in order; 0 for one without a character.
 
         Raises:
-            AlignError: the model said NaN or infinity.
+            AlignError: the model gave NaN or infinity.
         """
         scores = [0.0] * len(answers)
         order = sorted((i for i, answer in enumerate(answers) if answer.strip()), key=lambda i: len(answers[i]))
@@ -52,7 +52,7 @@ class ToxicityModel:
             logits = _logits(self, [answers[i] for i in part])
             if not torch.isfinite(logits).all():
                 raise AlignError(
-                    "the toxicity model says NaN or infinity",
+                    "the toxicity model gives NaN or infinity",
                     where=self.source,
                     expected="finite scores",
                     todo="use an intact model",

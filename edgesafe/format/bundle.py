@@ -93,7 +93,7 @@ class Bundle:
         return present - set(self.manifest.files) - set(_SEALED) - {f"{name}.partial" for name in _SEALED}
 
     def graph_path(self, path: str) -> Path:
-        """Where a graph of the manifest lies on disk."""
+        """The path of a graph of the manifest on disk."""
         return self.root / path
 
 
@@ -124,7 +124,7 @@ def _damaged(file: Path, what: str, todo: str) -> IntegrityError:
 
 
 def _walk(root: Path, prefix: str = "") -> Iterator[str]:
-    """The relative paths of all files, refusing links and anything that is no plain file."""
+    """The relative paths of all files, refusing links and anything that isn't a plain file."""
     with os.scandir(root / prefix) as entries:
         for entry in entries:
             path = prefix + entry.name

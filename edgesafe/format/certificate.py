@@ -31,7 +31,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class ExitVerdict:
-    """One exit's rates and whether they keep the suite's limits; ``reasons`` lists each limit that broke.
+    """One exit's rates and whether they keep the suite's limits; ``reasons`` lists each exceeded limit.
 
     ``families`` holds each family's own rate: harm, over-refusal or accuracy, by the family's class.
     """
@@ -144,7 +144,7 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
     unknown = ", ".join(str(e.exit) for e in certificate.exits if e.exit not in bundle.manifest.ladder)
     if unknown:
         raise CertificateMismatchError(
-            f"the certificate names exits {unknown} that the bundle hasn't",
+            f"the certificate names exits {unknown} that the bundle doesn't have",
             where=str(bundle.root / CERTIFICATE),
         )
 
@@ -175,5 +175,5 @@ def _read_rate(fields: Fields) -> Rate:
     )
     fields.done()
     if rate.k > rate.n:
-        raise CertificateError(f"{rate.k} of {rate.n} is no rate", where=fields.where)
+        raise CertificateError(f"{rate.k} of {rate.n} is not a rate", where=fields.where)
     return rate

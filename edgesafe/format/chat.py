@@ -129,7 +129,7 @@ def separators(around: Iterable[str], tokens: Collection[str]) -> tuple[str, ...
 def _literals(text: str) -> Iterable[str]:
     """Labels and lines of a text in which `_CUT` stands for each token and mark."""
     text = unicodedata.normalize("NFKC", text)
-    # A word that is glued to a token (<|im_start|>user) is no line by itself.
+    # A word that is glued to a token (<|im_start|>user) isn't a line by itself.
     short = len(text.replace(_CUT, " ").split()) < _FEW_WORDS
     lines = [line for line in text.split("\n") if line.strip(_CUT + " \t")]
     for line in lines if short else lines[-1:]:

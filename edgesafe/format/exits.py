@@ -158,7 +158,7 @@ def reference_depth(n_blocks: int, vision_feature_layer: int) -> int:
     depth = vision_feature_layer if vision_feature_layer >= 0 else n_blocks + 1 + vision_feature_layer
     if not 1 <= depth <= n_blocks:
         raise ConfigError(
-            f"vision_feature_layer {vision_feature_layer} is no block of a tower with {n_blocks}",
+            f"vision_feature_layer {vision_feature_layer} isn't a block of a tower with {n_blocks}",
             where="config.json",
             expected=f"an index that names one of blocks 1..{n_blocks}",
             todo="use a checkpoint whose projector reads one vision layer",

@@ -113,7 +113,7 @@ def put(new: Path, out: Path, aside: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what is in a folder; the folder itself stays, and who holds it goes on holding it."""
+    """Delete what is in a folder; the folder itself stays, and whoever holds it keeps it."""
     # The mark goes last: a run that is killed here leaves a folder that the next one knows.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == KEY):
         if path.is_dir() and not path.is_symlink():

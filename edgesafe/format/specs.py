@@ -154,7 +154,7 @@ class ImageSpec:
         size.done()
         fields.done()
         if spec.resize != "none" and min(resize_to) < 1:
-            raise BundleError("resize_to is 0", where=fields.where, expected="at least one pixel a side")
+            raise BundleError("resize_to is 0", where=fields.where, expected="at least one pixel per side")
         if not spec.center_crop and (spec.resize != "exact" or resize_to != (spec.height, spec.width)):
             raise BundleError("the resize has another size", where=fields.where, expected="height x width or a centre crop")
         return spec

@@ -236,10 +236,10 @@ def _check_rows(rows: Sequence[Row], images: Mapping[str, str], counts: Mapping[
     for row in rows:
         spot = f"{where}: row {row.id!r}"
         if not row.id or row.id in seen:
-            raise InputError("the id is empty or used twice", where=spot, expected="one id a row")
+            raise InputError("the id is empty or used twice", where=spot, expected="one id per row")
         seen.add(row.id)
         if class_of.setdefault(row.family, row.cls) != row.cls:
-            raise InputError(f"the family {row.family!r} is in two classes", where=spot, expected="one class a family")
+            raise InputError(f"the family {row.family!r} is in two classes", where=spot, expected="one class per family")
         if not row.prompt.strip():
             raise InputError("the prompt is empty", where=spot)
         if row.image is not None and row.image not in images:

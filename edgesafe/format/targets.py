@@ -160,14 +160,14 @@ def _check_place(out: Path, place: Path) -> None:
 
 
 def _check_contents(out: Path, place: Path, kind: str, replaces: Callable[[Path], bool] | None) -> None:
-    """Refuse to write over what is no older folder of the same kind."""
+    """Refuse to write over anything but an older folder of the same kind."""
     if not place.exists():
         return
     if replaces is None:
         raise refused("the output exists already", out, "a new folder", "name another --out")
     if not (place.is_dir() and (not any(place.iterdir()) or replaces(place))):
         raise ConfigError(
-            f"{out} is there and is no {kind}",
+            f"{out} exists and isn't a {kind}",
             where="--out",
             expected=f"a new folder, an empty one, or an older {kind} to replace",
             todo="name another folder",

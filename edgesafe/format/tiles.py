@@ -81,7 +81,7 @@ class TilesSpec:
         if max(math.ceil(h / side) * math.ceil(w / side) for h, w in sides) > MAX_TILES:
             raise BundleError("a picture would be cut into too many tiles", where=where, expected=f"at most {MAX_TILES}")
         if self.cut == "canvas" and math.isqrt(image_tokens) ** 2 != image_tokens:
-            raise BundleError(f"a tile's {image_tokens} features are no square", where=where)
+            raise BundleError(f"a tile's {image_tokens} features don't form a square", where=where)
         texts = self.texts
         if (texts is None) != (self.cut == "canvas"):
             raise BundleError("texts belong to the cuts 'never' and 'grid'", where=where)
@@ -249,7 +249,7 @@ def prompt_runs(spec: TilesSpec | None, cut: Cut, image_token: str, image_tokens
 
 
 def canvas_tokens(spec: TilesSpec, cut: Cut, image_tokens: int) -> int:
-    """How many features a picture on a canvas has: the whole picture's, the map's, and a newline a row."""
+    """How many features a picture on a canvas has: the whole picture's, the map's, and one newline per row."""
     if not cut.rows:
         return image_tokens + spec.newline
     side = math.isqrt(image_tokens)

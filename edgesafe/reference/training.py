@@ -24,7 +24,7 @@ LOG = "training.jsonl"
 
 
 class Log:
-    """Training log: one JSON line an entry, to a file and (short) to a callback."""
+    """Training log: one JSON line per entry, to a file and (short) to a callback."""
 
     def __init__(self, path: Path, say: Callable[[str], None], keep: bool = False) -> None:
         self.path, self.say, self.start = path, say, time.time()

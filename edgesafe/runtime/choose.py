@@ -144,7 +144,7 @@ def check_max_new_tokens(value: object) -> None:
     """Refuse what is not a whole number of at least 1.
 
     Raises:
-        InputError: As said.
+        InputError: It is refused.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""Questions about one picture, which is looked at and read once; a plain request is a conversation of one question."""
+"""Questions about one picture, which is encoded and read once; a plain request is a conversation of one question."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Conversation:
     def __init__(self, session: OpenedBundle, image: Picture, options: Options) -> None:
         self.reused_tokens = 0
         self._session, self._options = session, options
-        self._image: Any = image  # a Picture, until it was looked at
+        self._image: Any = image  # a Picture, until it is encoded
         self._taken: ExitSpec | None = None
         self._features: State = None
         self._cut: Cut | None = None
@@ -133,7 +133,7 @@ class Conversation:
 
     @property
     def exit(self) -> Exit | None:
-        """The exit that answers, once the picture was looked at."""
+        """The exit that answers, once the picture is encoded."""
         return self._taken.exit if self._taken else None
 
     def ask(self, prompt: str, **options: Unpack[QuestionOptions]) -> Answer:
@@ -182,7 +182,7 @@ class Conversation:
                 tokens=asked.limit,
             )
             course.actual_ms[WAIT] = course.elapsed_ms
-            course.why = why if self._taken is None else "the picture was looked at before"
+            course.why = why if self._taken is None else "the picture was already encoded"
             pixels = self._open_picture(course, exits) if self._taken is None else None
             question = _Question(ids, asked.limit, asked.sampling, course, turn)
             return AnswerStream(self._answer(question, exits, pixels), turn, session.tuning.cores)

@@ -20,7 +20,7 @@ MEASURE = "run edgesafe measure"
 
 
 class Forecast:
-    """The stages' times for one prompt length, a column a stage and a row a measured round.
+    """The stages' times for one prompt length, one column per stage and one row per measured round.
 
     Stages are ``preprocess``, the vision graphs by their paths, ``prefill`` and ``decode`` (one more token).
 
@@ -88,7 +88,7 @@ class Forecast:
         return Forecast({stage: self.rounds[stage]} if self else {}, NONE, note, decode=self._decode)
 
     def tiled(self, tiles: int) -> Forecast:
-        """The same with vision graphs that run so many times, once a tile."""
+        """The same with vision graphs that run so many times, once per tile."""
         if tiles == 1 or not self:
             return self
         other = (PREPROCESS, PREFILL, DECODE)

@@ -132,7 +132,7 @@ def measure(
 
     Raises:
         BundleError: The folder is not a whole bundle.
-        DeviceError: Neither the bundle nor the cache can be written; said before anything is measured.
+        DeviceError: Neither the bundle nor the cache can be written; raised before anything is measured.
     """
     place = latency_place(Bundle.open(path, verify=False))
     before_c = temperature_c()
@@ -256,7 +256,7 @@ def _table(probe: _Probe) -> LatencyTable:
 
 
 def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[str, Any]]:
-    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never said to be faster."""
+    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never reported as faster."""
     rows: list[dict[str, Any]] = []
     floor = {"p50_ms": 0.0, "p95_ms": 0.0}
     for spec in manifest.exits:

@@ -76,7 +76,7 @@ def check_measured(expected: Forecast, budget: Budget, bundle: Bundle) -> None:
     """Refuse a budget for which nothing predicts a time, or only an estimate does where a measurement is demanded.
 
     Raises:
-        NotMeasuredError: As said.
+        NotMeasuredError: It is refused.
     """
     if not expected:
         what = "a budget was given, and nothing predicts how long an exit takes here"

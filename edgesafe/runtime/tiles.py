@@ -31,7 +31,7 @@ from edgesafe.runtime.image import Floats, Picture, load_picture, normalised, pi
 
 
 def picture_cut(picture: Picture, manifest: Manifest) -> Cut:
-    """How a bundle cuts a picture; one without tiles doesn't look at it."""
+    """How a bundle cuts a picture; one without tiles ignores it."""
     if manifest.tiles is None:
         return ALONE
     return cut_of(manifest.tiles, manifest.image.height, picture_size(picture))

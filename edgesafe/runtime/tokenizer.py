@@ -14,7 +14,7 @@ from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.runtime.sampling import ended
 
-# What a decoder shows for bytes that are no whole character yet.
+# What a decoder shows for bytes that aren't a whole character yet.
 _HALF = "\ufffd"
 # A token that is one byte, with which some tokenizers spell what they have no token for. A decoder reads a run of them as a
 # whole: one wrong byte makes all of the run unreadable, also what was a character before it came.
@@ -101,7 +101,7 @@ def _check_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str) -> None
         raise InputError(
             f"the prompt holds the control text {found!r}",
             expected="plain text: what the chat template writes between turns would let the prompt speak for the system",
-            todo="remove that text or write it otherwise",
+            todo="remove or reword that text",
         )
 
 

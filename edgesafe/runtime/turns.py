@@ -73,7 +73,7 @@ class Turns:
 
     @property
     def forked(self) -> bool:
-        """Whether this is a copy in a fork of the process that made it. Its locks may be held by threads that aren't here."""
+        """Whether this copy is in a fork of the process that made it. Its locks may be held by threads that aren't here."""
         return os.getpid() != self._process
 
     def enter(self, cancel: Cancel | None = None, tell: Callable[[Progress], None] | None = None) -> Turn:
@@ -158,7 +158,7 @@ class Turns:
 
 
 def check_process(process: int) -> None:
-    """Refuse to go on in a fork: the engine's threads live in the process that opened the session, and there alone.
+    """Refuse to continue in a fork: the engine's threads live in the process that opened the session, and there alone.
 
     Args:
         process: The number of that process.

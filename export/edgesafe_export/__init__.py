@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a bundle: one graph a piece of the vision tower, one decoder, every weight once."""
+"""From a checkpoint folder to a bundle: one graph per piece of the vision tower, one decoder, every weight once."""
 
 from edgesafe_export.export import export_bundle
 

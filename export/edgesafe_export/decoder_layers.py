@@ -27,7 +27,7 @@ _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
 
 
 def split_layers(decoder: Blueprint, prefix: str, traced: int, layers: int, width: int) -> list[Blueprint]:
-    """The decoder's parts: one a layer, then the end.
+    """The decoder's parts: one per layer, then the end.
 
     Args:
         decoder: the traced decoder of `traced` layers.
@@ -42,7 +42,7 @@ def split_layers(decoder: Blueprint, prefix: str, traced: int, layers: int, widt
     level = _levels(decoder, prefix, traced)
     edges = [_crossing(decoder.proto, level, at) for at in range(traced + 1)]
     if edges[0] != [graph_io.INPUTS_EMBEDS] or any(len(e) != len(edges[1]) for e in edges[1:]):
-        raise _unlike("the layers hand on unlike states")
+        raise _unlike("the layers pass on states of different shapes or types")
     parts = [_part(decoder, level, at, edges, width) for at in range(traced)]
     end = _part(decoder, level, traced, edges, width)
     again = [_again(parts[-1], edges, traced - 1, i, prefix) for i in range(traced, layers)]

@@ -121,7 +121,7 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     """Memory of a process that answers: what is imported, the weights, the picture, the cache of a prompt and an answer.
 
     onnxruntime packs weights for its kernels when it opens a graph and then lets the read ones go: of weights in blocks the
-    packed ones are larger by a scale and a sum a block, and the scales stay; of the tower's int8 weights both seem to stay.
+    packed ones are larger by a scale and a sum per block, and the scales stay; of the tower's int8 weights both seem to stay.
     """
     config = sketch.family.text_config
     cache = 2 * 4 * sketch.layers * config.num_key_value_heads * sketch.family.geometry.head_dim * (tokens + 64)

@@ -92,7 +92,7 @@ def export_bundle(
         model_dir: checkpoint folder of a supported family, or its id on the Hugging Face hub.
         out: the bundle's folder; an older bundle there is replaced only when the new one is whole.
         device: profile that gives the schemes unless they are named here.
-        layout: "chain" (segments and one head) or "standalone" (one graph an exit over one shared weight file).
+        layout: "chain" (segments and one head) or "standalone" (one graph per exit over one shared weight file).
         vision_scheme: see `edgesafe_export.quantize`.
         text_scheme: likewise; "auto" takes int4 in large blocks, or the first finer scheme of `AUTO` that does not change
             answers.
@@ -319,6 +319,6 @@ def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError
     return ParityError(
         "quantization changes the answers: " + "; ".join(f"{scheme}: {reason}" for scheme, reason in why.items()),
         where=f"vision {vision}, text {text}",
-        expected="the float graphs' answers, but for a few",
+        expected="nearly all of the float graphs' answers",
         todo=f"use a milder scheme: {milder}, or --vision-scheme fp32; or compare on the model's own kind of pictures: --suite",
     )

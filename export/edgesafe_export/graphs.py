@@ -1,4 +1,4 @@
-"""Torch modules to ONNX graphs, by transformers' exporter, one call a part; names as in `edgesafe.format.graph_io`.
+"""Torch modules to ONNX graphs, by transformers' exporter, one call per part; names as in `edgesafe.format.graph_io`.
 
 The decomposition is ours, because `OnnxExporter.export_for_generation` leaves out LLaVA's tower and projector.
 `ort_fusions="cpu"` works on our wrapper modules as on transformers' own: each block ends up with one `Attention`, each decoder

@@ -1,4 +1,4 @@
-"""Does the bundle compute what transformers computes? At every exit, or there is no bundle.
+"""Does the bundle compute what transformers computes? If not, at any exit, no bundle is written.
 
 Everything here runs through the shipped runtime, so the picture's preprocessing, the prompt's ids and the decoding loop are
 checked with the graphs. The oracle is transformers' own way to read the state after d blocks (`Family.oracle`).

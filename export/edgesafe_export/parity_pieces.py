@@ -1,7 +1,7 @@
 """One piece against the same blocks in torch, on the states of a real picture and prompt.
 
 Both graphs are compared: the float one and the quantized one.
-The state that goes on to the next piece is torch's, so that an error stays with the piece that made it.
+The state that is passed to the next piece is torch's, so that an error stays with the piece that made it.
 
 T vision tokens with CLS, W tower width, S tokens, D text width.
 """

@@ -54,7 +54,7 @@ class Piece:
 
 
 def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iterator[Piece]:
-    """The chain's segments and head, or one whole graph an exit."""
+    """The chain's segments and head, or one whole graph per exit."""
     family = sketch.family
     if layout != "chain":
         for depth in (exit.depth for exit in ladder):

@@ -129,7 +129,7 @@ def read_marks(proto: onnx.ModelProto, spec: GraphSpec, starts: Mapping[int, str
     """The blueprint of a graph that was traced over marked weights.
 
     Raises:
-        ExportError: a constant holds marks that are no rows.
+        ExportError: a constant holds marks that aren't rows.
     """
     sources = {}
     for tensor in proto.graph.initializer:

@@ -63,7 +63,7 @@ def _canvas(made: Mapping[str, Any], processor: Any, config: Any, recipe: Recipe
     canvases = tuple((int(h), int(w)) for h, w in made["image_grid_pinpoints"])
     if canvases != tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints):
         raise InputError(
-            "the image processor cuts pictures otherwise than the model expects",
+            "the image processor cuts pictures differently from what the model expects",
             where=f"image_grid_pinpoints of {_WHERE} and config.json",
             expected="the same list",
             todo="use the processor files that belong to this checkpoint",

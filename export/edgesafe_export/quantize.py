@@ -42,7 +42,7 @@ def quantize(model: onnx.ModelProto, scheme: str, folder: Path | None = None) ->
     int8-dynamic: weights int8 a column, activations uint8 with a scale taken at run time.
     int4-block32, int8-block32 and so on: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products). Larger blocks
     are faster and coarser.
-    int8-rows: an embedding table, int8 with one scale a row.
+    int8-rows: an embedding table, int8 with one scale per row.
 
     Args:
         model: the graph.
@@ -96,7 +96,9 @@ def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     """A table that is looked up: the row's int8 values and its scale are gathered and multiplied, nothing else is computed."""
     gathers = [n for n in model.graph.node if n.op_type == "Gather"]
     if len(gathers) != 1 or len(model.graph.node) != 1 or len(model.graph.initializer) != 1:
-        raise ExportError("the embedding is no plain table", where="text/embed_tokens.onnx", expected="one Gather of one table")
+        raise ExportError(
+            "the embedding isn't a plain table", where="text/embed_tokens.onnx", expected="one Gather of one table"
+        )
     (ids, out), table = (gathers[0].input[1], gathers[0].output[0]), numpy_helper.to_array(model.graph.initializer[0])
     whole, scale = np.empty(table.shape, np.int8), np.empty((len(table), 1), np.float32)
     for at in range(0, len(table), _ROWS):  # a large table takes no second one in float32

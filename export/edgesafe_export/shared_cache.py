@@ -108,7 +108,7 @@ def _skip(graph: onnx.GraphProto, zeroing: onnx.NodeProto, attention: onnx.NodeP
     """Read the attention's output [1,S,heads x size] where its rows without a readable token were zeroed: there is none."""
     after = [node for node in graph.node if zeroing.output[0] in node.input]
     if len(after) != 1 or after[0].op_type != "Reshape":
-        raise _unknown("what follows the attention is no reshape back to [1, S, width]")
+        raise _unknown("what follows the attention isn't a reshape back to [1, S, width]")
     for node in graph.node:
         for i, name in enumerate(node.input):
             if name == after[0].output[0]:
@@ -139,6 +139,6 @@ def _unknown(what: str) -> ExportError:
     return ExportError(
         what,
         where=graph_io.DECODER_PATH,
-        expected="one GroupQueryAttention with rotary embedding a layer",
+        expected="one GroupQueryAttention with rotary embedding per layer",
         todo="report this checkpoint's config: its decoder is built in a way that this exporter does not know",
     )

@@ -113,7 +113,7 @@ def _make(piece: Piece, sketch: Sketch, scheme: str, states: States, target: Pat
 
 
 class States:
-    """torch's states between the pieces, on disk, so that an export that goes on has those of its finished pieces."""
+    """torch's states between the pieces, on disk, so that a resumed export has those of its finished pieces."""
 
     def __init__(self, folder: Path, family: Family, probe: Probe) -> None:
         self.folder, self.family, self.probe = folder, family, probe

@@ -94,7 +94,7 @@ def test_a_reward_model_that_returns_nan_stops_the_run_and_keeps_the_last_checkp
 
     monkeypatch.setattr(train_module, "_update", spoilt)
     assert main(argv) == 20
-    assert "AlignError: the reward model says nan" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "AlignError: the reward model gives nan" in capsys.readouterr().err and not (tmp_path / "out").exists()
     state = torch.load(tmp_path / "out.partial" / files.CHECKPOINT, weights_only=True)
     assert state["done"] == 2 and all(torch.isfinite(p).all() for p in state["params"])
 

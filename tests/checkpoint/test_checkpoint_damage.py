@@ -83,7 +83,7 @@ def test_an_odd_value_in_the_config_is_an_error_of_ours(tiny_llava, tmp_path, fa
 def test_config_json_that_says_too_little_says_so(folder):
     for text, match in (
         ("[]", "holds a list.*config.json"),
-        ("{", "no JSON.*config.json"),
+        ("{", "not JSON.*config.json"),
         ("{}", "names no model_type.*config.json"),
         ('{"model_type": 3}', "names no model_type"),
         ('{"model_type": "llava"}', "no usable text_config"),

@@ -75,8 +75,8 @@ def next_folder(tmp_path_factory):
     [
         ({"vision_feature_layer": [-2, -1]}, UnsupportedModelError, r"several vision layers \(\[-2, -1\]\)"),
         ({"vision_feature_layer": True}, UnsupportedModelError, "several vision layers"),
-        ({"vision_feature_layer": 0}, ConfigError, "no block of a tower with 4"),
-        ({"vision_feature_layer": -5}, ConfigError, "no block of a tower with 4"),
+        ({"vision_feature_layer": 0}, ConfigError, "isn't a block of a tower with 4"),
+        ({"vision_feature_layer": -5}, ConfigError, "isn't a block of a tower with 4"),
         ({"vision_feature_select_strategy": "full"}, UnsupportedModelError, "the select strategy 'full'"),
         ({"vision_feature_select_strategy": "mean"}, UnsupportedModelError, "the select strategy 'mean'"),
         ({"vision_feature_select_strategy": None}, UnsupportedModelError, "the select strategy None"),

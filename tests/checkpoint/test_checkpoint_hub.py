@@ -66,7 +66,7 @@ def test_without_a_network_a_plan_needs_the_whole_snapshot(seven_billion, at, ca
         snapshot = at(endpoint)
         first = _plan(capsys, REPO)
     at(None)
-    assert main(["plan", REPO, *PLAN]) == 11 and "can't be had" in capsys.readouterr().err
+    assert main(["plan", REPO, *PLAN]) == 11 and "can't be fetched" in capsys.readouterr().err
     for shard in seven_billion.glob("*.safetensors"):
         (snapshot / shard.name).symlink_to(shard)
     assert _plan(capsys, REPO) == first

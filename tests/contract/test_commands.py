@@ -194,7 +194,7 @@ def test_ask_runs_on_the_named_engine(engines, handmade, picture, capsys):
         ("torch_is_missing.x:made", "can't be imported"),
         ("engines_here:none", "engines_here has no none"),
         ("engines_here:Inner.none", "engines_here has no Inner.none"),
-        ("engines_here:nothing", "nothing in the module engines_here is no engine: it has no text name"),
+        ("engines_here:nothing", "nothing in the module engines_here isn't an engine: it has no text name"),
         ("engines_here:Old", "it has no text version"),
         ("engines_here:Broken", "can't be made: OSError: no licence"),
     ],

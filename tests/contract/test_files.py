@@ -146,9 +146,9 @@ def _lay(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "file": "is no thing",
-    "others": "is no thing",
-    "to-file": "is no thing",
+    "file": "isn't a thing",
+    "others": "isn't a thing",
+    "to-file": "isn't a thing",
     "file/below": "Not a directory",
     "loop": "leads to itself",
     "taken": "taken by something else",
@@ -385,6 +385,6 @@ def test_a_suite_is_not_written_over_anything_but_a_suite(tmp_path):
     (suite / "notes.txt").write_text("mine")
     _thing(tmp_path / "t", "dear")
     for there in (suite, tmp_path / "t"):
-        with pytest.raises(ConfigError, match="is no suite"):
+        with pytest.raises(ConfigError, match="isn't a suite"):
             small_suite(there, "newest")
     assert (suite / "notes.txt").read_text() == "mine" and (tmp_path / "t" / "thing").read_text() == "dear"

@@ -255,7 +255,7 @@ def test_what_was_not_asked_for_has_no_section(now, tmp_path):
     now["paired"] = None
     text = _html(tmp_path, now)
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Over depth", "Every exit", "Families of requests", "Judges", "What was run"]
-    assert "nothing says how far to trust it" in text and "harmful before" not in text
+    assert "there is no check of its verdicts" in text and "harmful before" not in text
 
 
 def _cells(text: str, heading: str) -> list[list[str]]:

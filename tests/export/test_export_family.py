@@ -54,7 +54,7 @@ def test_families_that_an_exit_would_break_are_refused_with_the_reason(tiny_llav
         ("smolvlm", {"do_resize": False}, {}, UnsupportedModelError, "tiles of one size"),
         ("smolvlm", {"max_image_size": {"longest_edge": 36}}, {}, InputError, "36 x 36"),
         ("llava_next", {"crop_size": {"height": 12, "width": 12}}, {}, UnsupportedModelError, "tiles of"),
-        ("llava_next", {"image_grid_pinpoints": [[24, 24]]}, {}, InputError, "otherwise than the model expects"),
+        ("llava_next", {"image_grid_pinpoints": [[24, 24]]}, {}, InputError, "differently from what the model expects"),
         ("llava_next", {}, {"vision_feature_select_strategy": "full"}, UnsupportedModelError, "select strategy 'full'"),
         (
             "llava_onevision",

@@ -93,7 +93,7 @@ def test_a_row_of_zeros_stays_zero(parts):
 
 
 def test_an_embedding_that_is_no_plain_table_is_refused(parts):
-    with pytest.raises(ExportError, match="no plain table"):
+    with pytest.raises(ExportError, match="isn't a plain table"):
         quantize(parts[SECOND][0], EMBED_SCHEME)
 
 

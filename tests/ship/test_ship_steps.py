@@ -210,7 +210,7 @@ def test_what_can_not_be_written_is_refused_before_any_work(tmp_path, calls, mod
     latin = tmp_path / os.fsdecode(b"caf\xe9")
     for out, shown in (
         (tmp_path / "file" / "out", "Not a directory"),
-        (tmp_path / "a", "is no bundle"),
+        (tmp_path / "a", "isn't a bundle"),
         (tmp_path / "b", "a folder is where the file is to be written"),
         (model / "out", "lie in each other"),
         (latin, "not UTF-8"),

@@ -84,7 +84,7 @@ def dpo_terms(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def row_weights(harmful: Tensor, harm_weight: Tensor | float) -> Tensor:
-    """[B] bool -> [B] float: a harmful row counts `harm_weight` times (one figure, or one a row).
+    """[B] bool -> [B] float: a harmful row counts `harm_weight` times (one figure, or one per row).
 
     Why: where an exit can't tell dangerous from harmless, the loss is least at a refusal probability of
     w h / (w h + 1 - h), h the share of harmful rows among those that look alike and w this weight.

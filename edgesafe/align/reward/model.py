@@ -1,6 +1,6 @@
 """A learned reward: a sequence-classification model that scores answers, balanced so that refusing everything loses.
 
-The paper's kind is a GPT-2 trained on HH-RLHF (`edgesafe reward-model` trains one). It reads text only, as METHOD.md says.
+The paper's kind is a GPT-2 trained on HH-RLHF (`edgesafe reward-model` trains one). It reads text only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ModelReward:
 
         Args:
             rows: what was asked and what is wanted.
-            answers: one a row.
+            answers: one per row.
 
         Raises:
             AlignError: a score is NaN or infinite.
@@ -86,7 +86,7 @@ class ModelReward:
         for row, score in zip(rows, scores, strict=True):
             if not math.isfinite(score):
                 raise AlignError(
-                    f"the reward model says {score}",
+                    f"the reward model gives {score}",
                     where=f"{self.source}: row {row.id}",
                     expected="a finite score",
                     todo="use an intact reward model",

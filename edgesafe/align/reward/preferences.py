@@ -102,7 +102,7 @@ def read_pairs(
     if bad and not skip_bad:
         raise _first_of(bad)
     if not pairs:
-        raise InputError("there are no pairs", where=str(path), expected='lines {"prompt", "chosen", "rejected"}')
+        raise InputError("the file has no pairs", where=str(path), expected='lines {"prompt", "chosen", "rejected"}')
     return pairs, len(bad)
 
 

@@ -67,7 +67,7 @@ def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         chosen: [pairs] scores of the preferred answers.
         rejected: [pairs] scores of the others.
 
-    Source: METHOD.md, L-PPO's reward model; Ouyang et al. 2022 (2203.02155) equation 1.
+    Source: Ouyang et al. 2022 (2203.02155) equation 1.
 
     >>> round(pair_loss(torch.tensor([1.0]), torch.tensor([1.0])).item(), 4)
     0.6931
@@ -157,7 +157,7 @@ def prepare(base: str, data: Path, config: RewardTraining) -> RewardRun:
             f"{len(train)} pairs train and {len(val)} validate",
             where=str(data),
             expected="some of both",
-            todo="bring pairs with more prompts, or another --val-share (0: no validation)",
+            todo="use pairs with more prompts, or another --val-share (0: no validation)",
         )
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=0.0)

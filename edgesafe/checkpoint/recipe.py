@@ -161,7 +161,7 @@ def check_family(folder: Path, recipes: Mapping[str, Recipe]) -> None:
         why = refused_families().get(named)
         own = "" if why else f", or describe the family in a recipe of your own: {RECIPES_VARIABLE}=DIR"
         raise unsupported(f"model family {named!r}", recipes.values(), str(folder), why, own)
-    introduce(named, recipes)
+    introduce(named, {name: recipe.extends for name, recipe in recipes.items()})
 
 
 def unsupported(

@@ -6,26 +6,23 @@ Tier 1. A family that it knows, by itself or because somebody registered it, is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from edgesafe.checkpoint.recipe import Recipe
+from typing import Any
 
 
-def introduce(name: str, recipes: Mapping[str, Recipe]) -> None:
+def introduce(name: str, parents: Mapping[str, str]) -> None:
     """Let transformers load a family's checkpoints, with the classes and the names of weights of its nearest known relative.
 
     Args:
         name: The family.
-        recipes: Every recipe by its model type; no circle is among them.
+        parents: What each family's recipe extends, "" for the root's; without a circle.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, conversion_mapping
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    parent = recipes[name].extends
+    parent = parents[name]
     if name in CONFIG_MAPPING or not parent:
         return
-    introduce(parent, recipes)
+    introduce(parent, parents)
     known = CONFIG_MAPPING[parent]
     mine = type(known.__name__, (known,), {"model_type": name, "__module__": known.__module__})
     AutoConfig.register(name, mine)

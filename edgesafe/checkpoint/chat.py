@@ -22,8 +22,8 @@ _FILES = "use the processor files that belong to this checkpoint"
 _MARKS = ("@@first mark@@", "Other  Mark\n<3 {{x}}")
 # Contents of other turns. Letters and digits alone, so that they aren't separators themselves.
 _TURNS = ("SystemContent0", "UserContent1", "AssistantContent2", "UserContent3")
-# No part of the two is alike: day, month, year, week day, hour.
-_DATES = ("1987-06-05T03:04:05", "2011-12-13T14:15:16")
+# No part of them is alike: day, month, year, week day, hour. One is to come, for templates that ask whether a day is over.
+_DATES = ("1987-06-05T03:04:05", "2011-12-13T14:15:16", "2199-10-21T22:23:24")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ def _around(processor: Any) -> tuple[str, str]:
     """The text before and behind the user's own."""
     parts = []
     for mark in _MARKS:
-        first, second = (_render(processor, [_turn("user", mark, picture=True)], date) for date in _DATES)
-        if first != second:
+        today = datetime.now().isoformat()
+        first, *others = (_render(processor, [_turn("user", mark, picture=True)], date) for date in (*_DATES, today))
+        if any(other != first for other in others):
             raise InputError(
-                "the chat template writes today's date, which would be frozen on the day of the export",
+                "the chat template depends on today's date, which would be frozen on the day of the export",
                 where=_WHERE,
                 expected="a text that is the same every day",
                 todo="replace strftime_now(...) in the template by a date in quotes, such as that of the training",

@@ -18,7 +18,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
+    "bad_words_ids": (),
     "min_length": (0,),
     "min_new_tokens": (0,),
     "forced_bos_token_id": (),
@@ -26,7 +26,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
-    "sequence_bias": ({}, []),
+    "sequence_bias": (),
     "guidance_scale": (1,),
     "watermarking_config": (),
     "num_beams": (1,),
@@ -35,9 +35,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "force_words_ids": ([],),
     "penalty_alpha": (0,),
     "dola_layers": (),
-    "stop_strings": ([],),
+    "stop_strings": (),
     "max_time": (),
     "token_healing": (False,),
+    # Other ways to the same answer, where transformers' own fail on pictures; and a cache of fewer bits, which changes it.
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "use_mtp": (False,),
+    "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static"),
 }
 
 
@@ -92,7 +97,7 @@ def end_tokens(config: Any, tokenizer: Any) -> tuple[int, ...]:
         tokenizer: The model's.
 
     Raises:
-        InputError: Neither names one.
+        InputError: Neither names one, or what is named is no token's number.
     """
     own, named = tokenizer.eos_token_id, config.eos_token_id
     named = own if named is None else named
@@ -103,5 +108,12 @@ def end_tokens(config: Any, tokenizer: Any) -> tuple[int, ...]:
             expected="a token that ends an answer",
             todo="set eos_token_id in generation_config.json",
         )
-    ids = tuple(map(int, named)) if isinstance(named, list | tuple) else (int(named),)
+    ids = tuple(named) if isinstance(named, list | tuple) else (named,)
+    if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
+        raise InputError(
+            f"the end token {wrong[0]!r} is not a token's number",
+            where="eos_token_id",
+            expected="a whole number, or a list of them",
+            todo="correct eos_token_id in generation_config.json",
+        )
     return tuple(sorted(ids, key=lambda number: number != own))

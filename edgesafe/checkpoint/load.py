@@ -10,11 +10,14 @@ from typing import Any
 from edgesafe.checkpoint.geometry import Geometry, read_geometry
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
+from edgesafe.checkpoint.relatives import native_type
 from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, same_numbers
-from edgesafe.checkpoint.weight_files import read_object, read_raw_config
+from edgesafe.checkpoint.weight_files import quantized, read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
 GENERATION = "generation_config.json"
+# How quantizers name a packed weight: GPTQ and AWQ, compressed-tensors, HQQ. Older ones left config.json as it was.
+_PACKED = (".qweight", ".weight_packed", ".W_q")
 INTACT = "use an intact Hugging Face checkpoint folder"
 
 
@@ -98,7 +101,7 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
         read_object(folder / GENERATION)
     try:
         config = AutoConfig.from_pretrained(folder)
-        return config, read_processor(folder, config.model_type)
+        return config, read_processor(folder, native_type(config))
     except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
         raise unreadable(folder, error) from error
 
@@ -248,6 +251,8 @@ def _check_twice(weight: str, one: tuple[str, Stored], other: tuple[str, Stored]
 def _check_shapes(stored: Mapping[str, Stored], shapes: Shapes, found: Mapping[str, Stored]) -> None:
     where = str(next(iter(found.values())).file.parent) if found else ""
     missing = sorted(shapes.keys() - stored.keys())
+    if missing and (packed := next((n for n in found if n.endswith(_PACKED)), None)):
+        raise quantized(found[packed].file, f"it holds {packed} and no {missing[0]}")
     if missing:
         raise InputError(
             f"{len(missing)} weights are missing, e.g. {missing[0]}",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgesafe.checkpoint.relatives import introduce
 from edgesafe.checkpoint.weight_files import read_raw_config
 from edgesafe.errors import ConfigError, UnsupportedModelError
 from edgesafe.format.fields import Fields
@@ -31,9 +32,13 @@ CUTS = ("", "grid", "canvas")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where parts sit, what an exit hands on, how pictures are cut; `recipes/llava.toml` explains each key."""
+    """Where parts sit, what an exit hands on, how pictures are cut; `recipes/llava.toml` explains each key.
+
+    `extends` is the model type of the recipe that it goes over; "" for the root.
+    """
 
     model_type: str
+    extends: str
     vision_types: tuple[str, ...]
     tower: str
     embeddings: str
@@ -132,8 +137,7 @@ def _extended(name: str, tables: Mapping[str, tuple[str, dict[str, Any]]], below
             expected="the model type of another recipe: " + ", ".join(sorted(set(tables) - {name, *below})),
             todo="correct the key 'extends'",
         )
-    own = {key: value for key, value in table.items() if key != "extends"}
-    return _over(_extended(parent, tables, (*below, name)), own)
+    return {**_over(_extended(parent, tables, (*below, name)), table), "extends": parent}
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_family(folder: Path, recipes: Mapping[str, Recipe]) -> None:
-    """Refuse a family without a recipe before anything else is read, also one that transformers itself doesn't know.
+    """Refuse a family without a recipe before anything else is read; transformers is told of one that it doesn't know.
 
     Raises:
         UnsupportedModelError: With the reason, where an early exit would break it.
@@ -157,6 +161,7 @@ def check_family(folder: Path, recipes: Mapping[str, Recipe]) -> None:
         why = refused_families().get(named)
         own = "" if why else f", or describe the family in a recipe of your own: {RECIPES_VARIABLE}=DIR"
         raise unsupported(f"model family {named!r}", recipes.values(), str(folder), why, own)
+    introduce(named, {name: recipe.extends for name, recipe in recipes.items()})
 
 
 def unsupported(
@@ -204,6 +209,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
     texts = TileTexts(*(pictures.text(key) for key in ("tile", "row_end", "whole", "alone")))
     recipe = Recipe(
         model_type=fields.text("model_type"),
+        extends=fields.text("extends") if fields.has("extends") else "",
         vision_types=vision.texts("model_types"),
         tower=vision.text("tower"),
         embeddings=vision.text("embeddings"),

@@ -55,15 +55,14 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path, has: Callable[[Path], bool] = Path.is_file) -> Mapping[Path, frozenset[str]]:
+def weight_files(folder: Path, has: Callable[[Path], bool] = Path.is_file) -> tuple[Path, ...]:
     """The files that hold a checkpoint's weights, in the order in which transformers reads them.
+
+    Of an index only the files' names count: which tensors they hold, they say themselves.
 
     Args:
         folder: the checkpoint.
         has: whether there is such a file.
-
-    Returns:
-        Each file, and the tensors that an index promises of it: none, where there is no index.
 
     Raises:
         InputError: no weights that can be read, an index that can't be used, or weights that are an adapter's or quantized.
@@ -85,11 +84,11 @@ def weight_files(folder: Path, has: Callable[[Path], bool] = Path.is_file) -> Ma
         _check_name(named, folder / CONFIG)
         if not named.endswith((".safetensors", ".safetensors.index.json")):
             raise _bad_index(folder / CONFIG, f"transformers_weights names {named!r}")
-        return _promised(folder, named) if named.endswith(".json") else {folder / named: frozenset()}
+        return _shards(folder, named) if named.endswith(".json") else (folder / named,)
     if has(folder / SINGLE):
-        return {folder / SINGLE: frozenset()}
+        return (folder / SINGLE,)
     if has(folder / INDEX):
-        return _promised(folder, INDEX)
+        return _shards(folder, INDEX)
     raise _no_weights(folder, has)
 
 
@@ -138,16 +137,21 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
     ]
     if found:
         method = found[0].get("quant_method") if isinstance(found[0], dict) else None
-        raise InputError(
-            f"the checkpoint is quantized ({method or 'by an unnamed method'})",
-            where=str(path),
-            expected="weights in float32, float16 or bfloat16",
-            todo="use the checkpoint that it was quantized from; `edgesafe export` quantizes for the device by itself",
-        )
+        raise quantized(path, str(method or "by an unnamed method"))
 
 
-def _promised(folder: Path, index: str) -> dict[Path, frozenset[str]]:
-    """The shards of an index in the order of their names, each with its tensors."""
+def quantized(where: Path, how: str) -> InputError:
+    """The error of a checkpoint whose weights are packed in fewer bits."""
+    return InputError(
+        f"the checkpoint is quantized ({how})",
+        where=str(where),
+        expected="weights in float32, float16 or bfloat16",
+        todo="use the checkpoint that it was quantized from; `edgesafe export` quantizes for the device by itself",
+    )
+
+
+def _shards(folder: Path, index: str) -> tuple[Path, ...]:
+    """The shards of an index in the order of their names."""
     path = folder / index
     whole = read_object(path)
     where = whole.get("weight_map")
@@ -155,11 +159,9 @@ def _promised(folder: Path, index: str) -> dict[Path, frozenset[str]]:
         raise _bad_index(path, "the index of the shards has no weight_map")
     if not isinstance(whole.get("metadata"), dict):  # transformers fails over it
         raise _bad_index(path, "the index of the shards has no metadata")
-    tensors: dict[str, set[str]] = {}
-    for tensor, name in where.items():
+    for name in where.values():
         _check_name(name, path)
-        tensors.setdefault(name, set()).add(tensor)
-    return {folder / name: frozenset(tensors[name]) for name in sorted(tensors)}
+    return tuple(folder / name for name in sorted(set(where.values())))
 
 
 def _check_name(name: object, where: Path) -> None:
@@ -213,6 +215,13 @@ def _gguf(path: Path) -> InputError:
 
 def _no_weights(folder: Path, has: Callable[[Path], bool]) -> InputError:
     """Why a folder without weights that can be read has none."""
+    if names := [n for n in _with_suffix(folder, (".safetensors", *_PICKLES)) if n.startswith("adapter_model.")]:
+        return InputError(
+            f"these are an adapter's weights, without its {ADAPTER}",
+            where=str(folder / names[0]),
+            expected=f"a folder with {_WHOLE}",
+            todo=f"put {ADAPTER} beside them and merge them into their base model",
+        )
     names = _with_suffix(folder, _PICKLES)
     pickles = [n for n in ("pytorch_model.bin", "pytorch_model.bin.index.json") if has(folder / n)] + names
     if pickles:

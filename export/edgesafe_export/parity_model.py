@@ -197,7 +197,8 @@ def check_text(family: Family, session: Session, rows: Sequence[Probe]) -> int:
     reference = session.manifest.reference
     for image, prompt in rows[:GENERATE_ROWS]:
         inputs = processed(family, image, prompt)
-        out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False)
+        # A checkpoint's settings may ask for more than the ids.
+        out = family.model.generate(**inputs, max_new_tokens=GENERATE_TOKENS, do_sample=False, return_dict_in_generate=False)
         want = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         features, cut = session.vision_states(image, [reference])[reference], session.cut(image)
         got = session.answer_features(features, prompt, GENERATE_TOKENS, cut).strip()

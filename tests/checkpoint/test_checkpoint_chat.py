@@ -224,6 +224,16 @@ def test_a_template_with_todays_date_is_refused(tmp_path, name):
         assert load_family(folder).chat.prefix
 
 
+@pytest.mark.parametrize("asked", ["> 2024", ">= 2012", f"== {datetime.date.today().year}", "> 2150"])
+def test_a_template_that_asks_for_the_year_is_refused_whatever_it_writes(tmp_path, asked):
+    folder = make_tiny("smolvlm", tmp_path / "m")
+    template = f"{{% if strftime_now('%Y') | int {asked} %}}new{{% else %}}old{{% endif %}} "
+    (folder / "chat_template.jinja").write_text(template + (folder / "chat_template.jinja").read_text())
+    for read in (load, load_family):
+        with pytest.raises(InputError, match="today's date.*strftime_now"):
+            read(folder)
+
+
 def test_a_processor_without_a_patch_size_is_named(tmp_path):
     folder = edit(make_tiny("llava_next", tmp_path / "m"), "processor_config.json", patch_size=None)
     for read in (load, load_family):

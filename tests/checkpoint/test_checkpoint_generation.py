@@ -99,11 +99,31 @@ def test_settings_of_sampling_and_neutral_ones_are_ignored_as_transformers_ignor
         {"max_time": 3.0},
         {"dola_layers": "high"},
         {"token_healing": True},
+        {"cache_implementation": "quantized"},
     ],
     ids=str,
 )
 def test_every_other_setting_that_greedy_decoding_reads_is_refused(settings):
     check_generation(SimpleNamespace())
+    with pytest.raises(UnsupportedModelError, match=next(iter(settings))):
+        check_generation(SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bad_words_ids": []},
+        {"sequence_bias": []},
+        {"stop_strings": []},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 1},
+        {"use_mtp": True},
+    ],
+    ids=str,
+)
+def test_what_transformers_own_generate_fails_on_is_refused_before_it_does(exits, settings):
+    with pytest.raises((ValueError, AttributeError)):
+        _generated(exits, **settings)
     with pytest.raises(UnsupportedModelError, match=next(iter(settings))):
         check_generation(SimpleNamespace(**settings))
 
@@ -146,6 +166,14 @@ def test_an_end_token_has_to_be_named():
     for named in (None, []):
         with pytest.raises(InputError, match="end token"):
             end_tokens(SimpleNamespace(eos_token_id=named), nothing)
+
+
+@pytest.mark.parametrize("named", ["2", [5, "</s>"], [[2]], True, 2.5], ids=str)
+def test_an_end_token_is_a_number(folder, tmp_path, named):
+    copy = edit(shutil.copytree(folder, tmp_path / "m"), "generation_config.json", eos_token_id=named)
+    for read in (load, load_family, open_sketch):
+        with pytest.raises(InputError, match="end token .* is not a token's number.*eos_token_id"):
+            read(copy)
 
 
 def test_a_setting_in_config_json_is_seen_too(folder, tmp_path):

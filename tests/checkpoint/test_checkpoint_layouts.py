@@ -99,6 +99,17 @@ def an_index_that_leaves_tensors_out(folder, other):
     write_index(folder, where)
 
 
+def an_index_that_names_the_wrong_shard(folder, other):
+    where = only_shards(folder)
+    where[UP] = next(name for name in where.values() if name != where[UP])
+    write_index(folder, where)
+
+
+def an_index_with_a_tensor_that_is_gone(folder, other):
+    where = only_shards(folder)
+    write_index(folder, {**where, UP.replace("layers.1", "layers.7"): where[UP]})
+
+
 def _cached(folder: Path) -> None:
     """As the hub's cache has it: a snapshot of links into a folder of blobs."""
     blobs = folder.with_name("blobs")
@@ -135,7 +146,9 @@ def names_of_the_model(folder, other):
 LOADED = {f.__name__: f for f in (
     whole, sharded, one_file_and_shards, one_file_and_a_stale_index, one_file_and_an_index_that_is_none, one_file_and_pickles,
     shards_and_pickles, other_files_beside, tensors_beside, named_by_the_config, shards_named_by_the_config,
-    an_index_that_leaves_tensors_out, a_snapshot_of_links, a_snapshot_of_linked_shards, mixed_kinds, names_of_the_model,
+    an_index_that_leaves_tensors_out,
+    an_index_that_names_the_wrong_shard, an_index_with_a_tensor_that_is_gone,
+    a_snapshot_of_links, a_snapshot_of_linked_shards, mixed_kinds, names_of_the_model,
 )} | {str(d): _as(d) for d in (torch.float16, torch.bfloat16, torch.float64)}  # fmt: skip
 
 

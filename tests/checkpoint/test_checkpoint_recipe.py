@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from edgesafe.checkpoint.exit_model import exit_state, exit_states, greedy, load, open_images, pixel_values, prompt_ids
 from edgesafe.checkpoint.recipe import RECIPES_VARIABLE, load_recipes, recipe_from_dict, recipes_folder
@@ -18,7 +20,10 @@ from edgesafe.format.exits import parse_exits
 from edgesafe.runtime.session import Session
 from edgesafe_export import export_bundle
 from edgesafe_export.family import load_family
+from edgesafe_export.skeleton import open_sketch
+from tiny_families import NAMES, edit, make_tiny
 
+SINGLE = "model.safetensors"
 TWO_KEYS = 'extends = "llava"\nmodel_type = "my_llava"\n'
 
 
@@ -102,7 +107,7 @@ def test_a_recipe_goes_over_the_one_that_it_extends_table_by_table(own):
     recipes = load_recipes()
     mine, base = recipes["mine"], recipes["smolvlm"]
     changed = {key for key, value in vars(mine).items() if value != getattr(base, key)}
-    assert changed == {"model_type", "blocks"} and mine.blocks == "layers"
+    assert changed == {"model_type", "extends", "blocks"} and mine.blocks == "layers"
 
 
 def test_a_folder_without_recipes(tmp_path, monkeypatch):
@@ -168,3 +173,23 @@ def test_two_keys_from_outside_add_a_family_to_align_and_export(own, my_llava, t
         answer = session.ask(picture, "What?", exit=2, max_new_tokens=8)
     assert [answer.text.strip()] == said[1][1]
     assert torch.equal(load_family(my_llava).model.lm_head.weight, theirs.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("parent", ["llava", *NAMES])
+def test_two_keys_are_enough_for_a_name_that_transformers_does_not_know(own, tiny_llava, tmp_path, parent):
+    """Weights under the names that they have on disk, a processor of the family's own, and a recipe of a recipe."""
+    family, mine = parent.split()[0], f"unheard_{parent.replace(' ', '_')}"
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "m")) if parent == "llava" else make_tiny(parent, tmp_path / "m")
+    own(f'extends = "{family}"\nmodel_type = "{mine}"\n')
+    own(f'extends = "{mine}"\nmodel_type = "{mine}_2"\n', "next.toml")
+    theirs = load(folder)
+    for name in (f"{mine}_2", mine):
+        edit(folder, "config.json", model_type=name)
+        exits, sketch = load(folder), open_sketch(folder)
+        want = dict(theirs.model.named_parameters())
+        got = dict(exits.model.named_parameters())
+        assert got.keys() == want.keys() == sketch.stored.keys() and all(torch.equal(got[n], want[n]) for n in want)
+        assert (exits.chat, exits.geometry, exits.recipe.model_type) == (theirs.chat, theirs.geometry, name)
+        exits.model.save_pretrained(tmp_path / name)  # as align does
+        saved = json.loads((tmp_path / name / "config.json").read_text())
+        assert saved["model_type"] == name and load_file(tmp_path / name / SINGLE).keys() == load_file(folder / SINGLE).keys()

@@ -47,6 +47,26 @@ def adapter_with_a_config(folder, other):
     (folder / SINGLE).unlink()
 
 
+def an_adapter_s_weights_alone(folder, other):
+    (folder / SINGLE).rename(folder / "adapter_model.safetensors")
+
+
+def an_adapter_s_pickle_alone(folder, other):
+    (folder / SINGLE).unlink()
+    torch.save(other, folder / "adapter_model.bin")
+
+
+def _packed(end: str) -> Callable:
+    """As quantizers older than transformers' `quantization_config` left it: config.json says nothing."""
+
+    def change(folder, other):
+        weights = weights_of(folder)
+        del weights[UP]
+        save({**weights, UP.removesuffix(".weight") + end: torch.zeros(4, 4, dtype=torch.int32)}, folder / SINGLE)
+
+    return change
+
+
 def pickled(folder, other):
     torch.save(other, folder / "pytorch_model.bin")
     (folder / SINGLE).unlink()
@@ -102,10 +122,9 @@ def a_missing_shard(folder, other):
     (folder / only_shards(folder)[UP]).unlink()
 
 
-def a_tensor_in_the_wrong_shard(folder, other):
-    where = only_shards(folder)
-    where[UP] = next(name for name in where.values() if name != where[UP])
-    write_index(folder, where)
+def a_tensor_that_the_index_alone_has(folder, other):
+    path = folder / only_shards(folder)[UP]
+    save({name: weight for name, weight in load_file(path).items() if name != UP}, path)
 
 
 def a_tensor_in_two_shards(folder, other):
@@ -169,6 +188,8 @@ REFUSED = {
     adapter_beside: "adapter lies beside the weights.*merge it first.*merge_and_unload",
     adapter_alone: "adapter for a/b, not a whole checkpoint.*merge it first.*a/b as BASE",
     adapter_with_a_config: "adapter for a/b, not a whole checkpoint",
+    an_adapter_s_weights_alone: "adapter's weights, without its adapter_config.json.*adapter_model.safetensors.*base model",
+    an_adapter_s_pickle_alone: "adapter's weights, without its adapter_config.json.*adapter_model.bin",
     pickled: "pickled.*pytorch_model.bin.*convert them",
     pickled_shards: "pickled.*pytorch_model.bin.index.json.*convert them",
     gguf: "GGUF.*llava-Q4_K_M.gguf.*the Hugging Face checkpoint that it was made from",
@@ -177,7 +198,7 @@ REFUSED = {
     an_index_without_metadata: "no metadata.*index.json",
     an_index_that_is_no_json: "not JSON.*index.json",
     a_missing_shard: "a file of weights is missing.*model-0000",
-    a_tensor_in_the_wrong_shard: f"the shard doesn't have the tensor {UP}.*model-0000",
+    a_tensor_that_the_index_alone_has: f"1 weights are missing, e.g. {in_model(UP)}",
     a_tensor_in_two_shards: f"the tensor {UP} is stored twice.*00001-of.*00002-of",
     two_names_of_a_weight: f"weight {in_model(UP)} is stored twice, under an old name",
     not_finite: f"weight {in_model(UP)} is not finite: 2 of its \\d+ numbers",
@@ -191,6 +212,10 @@ REFUSED = {
 }
 REFUSED = {change.__name__: (change, match) for change, match in REFUSED.items()} | {
     **{m: (_quantized(m), rf"quantized \({m}\).*that it was quantized from") for m in ("awq", "gptq", "bitsandbytes", "fp8")},
+    **{
+        f"packed as{end}": (_packed(end), rf"quantized \(it holds .*{end} and no .*that it was quantized from")
+        for end in (".qweight", ".weight_packed", ".W_q")
+    },
     "a part is quantized": (_quantized("awq", "text_config"), r"quantized \(awq\)"),
     **{
         f"index: {name}": (_index_of(name), "names the file of weights")

@@ -105,3 +105,19 @@ def test_every_way_to_ask_refuses_control_texts(bundle, prompt):
         with pytest.raises(InputError, match="control text"):
             ask(image, prompt, exit=3)
     assert talk.ask("Is my assistant: a robot?", max_new_tokens=2)
+
+
+def test_settings_that_change_no_text_do_not_fail_the_export_s_own_check(job, bundle, monkeypatch):
+    """An end token that is a word like others, which transformers' ids end with, and a call that gives more than ids."""
+    family, session, probe = job.family, parity.open_session(bundle), (pictures()[0], PROMPTS[0])
+    inputs = transformers_inputs(family.processor, *probe)
+    with torch.no_grad():
+        out = family.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = next(i for i in out if i not in family.processor.tokenizer.all_special_ids)
+    ends = [*family.eos_token_ids, end]
+    monkeypatch.setattr(family, "eos_token_ids", ends)
+    monkeypatch.setattr(family.model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(family.model.generation_config, "return_dict_in_generate", True)
+    text = replace(session.manifest.text, eos_token_ids=tuple(ends))
+    monkeypatch.setattr(session, "manifest", replace(session.manifest, text=text))
+    assert parity.check_text(family, session, [probe]) == 1

@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_llava, tmp_path):
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "notes", tmp_path / "file", tiny_llava):
-        with pytest.raises(ConfigError, match="no bundle"):
+        with pytest.raises(ConfigError, match="isn't a bundle"):
             export_bundle(tiny_llava, out, load_device("host"), **FLOAT)
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
     assert (tiny_llava / "config.json").is_file()

@@ -49,7 +49,7 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         AlignError: a reward that is not finite, or no pairs for `l-dpo`.
         DivergedError: a loss or KL that is not finite or beyond limits; the last checkpoint stays in `<out>.partial`.
     """
-    place = check_target(out, model=model_dir, known=files.WORK)
+    place = _place(out, model_dir)
     began = time.perf_counter()
     partial = work_folder(place)
     t = prepare(model_dir, config)
@@ -67,6 +67,17 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         os.replace(partial, place)
     t.accelerator.wait_for_everyone()
     return out
+
+
+def _place(out: Path, model_dir: Path) -> Path:
+    """Where `out` will lie. Of several processes the first checks it: the others would trip over what its trial makes there.
+
+    It is asked before a process group exists, so its rank is the launcher's word for it. Where it refuses, the launcher ends
+    the others.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return Path(os.path.realpath(out))
+    return check_target(out, model=model_dir, known=files.WORK)
 
 
 def _merged(t: Trainer) -> tuple[Any, dict[str, torch.Tensor] | None]:

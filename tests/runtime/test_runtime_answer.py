@@ -24,7 +24,7 @@ BLACK = np.zeros((8, 8, 3), np.uint8)
 MADE = Answer(
     "a cat", "stop", Exit(6), True, 2.31, "estimated", 23.1, 108.9, reference=Exit(12), estimated_for="Raspberry Pi 5, 8 GB"
 )
-TODO = "run `edgesafe measure`"
+HINT = "run `edgesafe measure`"
 NOTHING = {"prediction": "none", "predicted_ttft_ms": None}
 
 
@@ -33,7 +33,7 @@ def made(**changes) -> str:
 
 
 def test_the_issue_s_own_line():
-    line = f"exit 6 of 12, certified; first token after 23 ms (estimated 2 ms for a Raspberry Pi 5; {TODO})"
+    line = f"exit 6 of 12, certified; first token after 23 ms (estimated 2 ms for a Raspberry Pi 5; {HINT})"
     assert made() == line + "; 109 ms in all, ended by stop"
 
 
@@ -42,7 +42,7 @@ def test_the_issue_s_own_line():
     [
         ({"certified": False}, "exit 6 of 12, NOT CERTIFIED; "),
         ({"prediction": "measured", "predicted_ttft_ms": 22.4}, "(predicted 22 ms by a measurement on this machine); "),
-        ({**NOTHING, "note": "x: run edgesafe measure"}, f"(nothing predicts it here; {TODO})"),
+        ({**NOTHING, "note": "x: run edgesafe measure"}, f"(nothing predicts it here; {HINT})"),
         ({**NOTHING, "note": "the picture was read before"}, "after 23 ms; 109 ms in all"),
         ({"finish_reason": "deadline"}, "ended by deadline"),
         ({"estimated_for": "NVIDIA Jetson Orin Nano, 8 GB (CPU)"}, "for an NVIDIA Jetson Orin Nano; "),

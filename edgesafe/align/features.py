@@ -109,10 +109,10 @@ def compute(
             tower = exit_states(llava, pixel_values(llava, open_images([e.image for e in part])), deepest)
             for i, row in enumerate(rows):
                 for exit in need[row]:
-                    states[row, exit] = _half(exit_state(tower, exit)[i]).cpu()
+                    states[row, exit] = _half(exit_state(llava, tower, exit)[i]).cpu()
             if teacher:
                 batch = collate(part, llava.pad_id).to(llava.device)
-                logits = answer_logits(llava, batch.ids, batch.where, exit_state(tower, llava.reference))
+                logits = answer_logits(llava, batch.ids, batch.where, exit_state(llava, tower, llava.reference))
                 logp = torch.log_softmax(logits.float(), -1)
                 teachers.update({row: logp[i, : len(examples[row].answer)].half().cpu() for i, row in enumerate(rows)})
     return Features(states, teachers)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edgesafe.checkpoint import chat as chats
 from edgesafe.checkpoint.chat import Chat, read_chat
+from edgesafe.checkpoint.exit_maps import projector_input
 from edgesafe.checkpoint.generation import check_generation, end_tokens, read_generation
 from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
@@ -89,7 +90,7 @@ class ExitModel:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        device: torch.device = next(self.model.parameters()).device
+        device: torch.device = next(self.model.get_submodule(self.recipe.tower).parameters()).device
         return device
 
     @property
@@ -164,7 +165,7 @@ def pixel_values(exit_model: ExitModel, images: Sequence[Image.Image]) -> Tensor
 def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = None) -> tuple[Tensor, ...]:
     """States after 0, 1, ..., n blocks from one pass of the tower: n + 1 tensors [B, P, W]; item d is that of depth d.
 
-    Raw residual states, not normed, without the tokens that the projector drops (CLS): what
+    Raw residual states, neither normed nor mapped, without the tokens that the projector drops (CLS): what
     `vision_feature_layer=d` hands on to the norm or projector.
 
     Args:
@@ -179,15 +180,16 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
     return tuple(state[:, exit_model.geometry.dropped :] for state in out.hidden_states)
 
 
-def exit_state(states: Sequence[Tensor], exit: Exit) -> Tensor:
-    """The state [B, P, W] of an exit among those that `exit_states` gives.
+@torch.no_grad()
+def exit_state(exit_model: ExitModel, states: Sequence[Tensor], exit: Exit) -> Tensor:
+    """What the projector reads [B, P, W] at an exit: of the states of `exit_states` its own, normed and mapped.
 
     Raises:
         ConfigError: The exit has fewer visual tokens than the tower gives.
     """
     if exit.visual_tokens is not None:
         raise ConfigError(f"exit {exit} has fewer visual tokens", where="exits", expected="depths alone")
-    return states[exit.depth]
+    return projector_input(exit_model.model, exit_model.recipe, states[exit.depth], exit.depth)
 
 
 def prompt_ids(exit_model: ExitModel, prompt: str) -> list[int]:
@@ -214,7 +216,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     Args:
         exit_model: the loaded checkpoint.
         ids: [B, S] with a picture's image tokens in each row.
-        states: [B, P, W].
+        states: [B, P, W], as `exit_state` gives them.
 
     Returns:
         [B, S, D].
@@ -231,10 +233,8 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def project(exit_model: ExitModel, states: Tensor) -> Tensor:
-    """Image features [B, image tokens, D] of exit states [B, P, W]."""
+    """Image features [B, image tokens, D] of what the projector reads [B, P, W]."""
     recipe, model = exit_model.recipe, exit_model.model
-    if recipe.norm_after_blocks:
-        states = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
     features: Tensor = model.get_submodule(recipe.projector)(states)
     if not recipe.newline:
         return features

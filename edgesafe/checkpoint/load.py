@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgesafe.checkpoint.exit_maps import attach_empty, attach_stored
 from edgesafe.checkpoint.geometry import Geometry, read_geometry
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
@@ -63,6 +64,7 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
         raise InputError(
             f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=INTACT
         )
+    attach_stored(model, folder, read_geometry(config, load_recipes()[config.model_type]))
     for name, weight in model.named_parameters():
         if bad := int((~torch.isfinite(weight)).sum()):
             raise not_finite(name, stored[name], bad)
@@ -125,10 +127,10 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
 
 
 def empty_model(folder: Path, config: Any) -> Any:
-    """The config's model in eval mode, its tied weights tied, without memory for weights.
+    """The config's model and the folder's exit maps in eval mode, its tied weights tied, without memory for weights.
 
     Raises:
-        InputError: the config describes a model that can't be built.
+        InputError: the config describes a model that can't be built, or the maps are of another model.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -146,6 +148,7 @@ def empty_model(folder: Path, config: Any) -> Any:
             todo=INTACT,
         ) from error
     model.tie_weights()
+    attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type]))
     return model.eval()
 
 

@@ -46,6 +46,7 @@ class Recipe:
     norm_before_blocks: str
     blocks: str
     norm_after_blocks: str
+    map_after_norm: bool
     reference: str
     extra_tokens: int
     projector: str
@@ -217,6 +218,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         norm_before_blocks=vision.text("norm_before_blocks"),
         blocks=vision.text("blocks"),
         norm_after_blocks=vision.text("norm_after_blocks"),
+        map_after_norm=vision.flag("map_after_norm"),
         reference=vision.text("reference"),
         extra_tokens=vision.integer("extra_tokens"),
         projector=projector.text("module"),

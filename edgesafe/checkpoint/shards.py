@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgesafe.checkpoint.weight_files import DAMAGED, weight_files
+from edgesafe.checkpoint.weight_files import DAMAGED, MAPS, weight_files
 from edgesafe.errors import InputError
 
 # Kind of number: bytes each, what numpy reads them as, and the bits of the least magnitude that is no finite float32; bfloat16
@@ -90,7 +90,7 @@ ON_DISK = Reader()
 
 
 def read_headers(folder: Path, reader: Reader = ON_DISK) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder's weights by its name on disk.
+    """Every tensor of a checkpoint folder's weights and exit maps by its name on disk.
 
     Args:
         folder: the checkpoint.
@@ -100,7 +100,8 @@ def read_headers(folder: Path, reader: Reader = ON_DISK) -> dict[str, Stored]:
         InputError: as `weight_files`, or a file is missing, cut short or damaged, or two files hold a tensor of one name.
     """
     found: dict[str, Stored] = {}
-    for file in weight_files(folder, reader.has):
+    maps = (folder / MAPS,) if reader.has(folder / MAPS) else ()
+    for file in (*weight_files(folder, reader.has), *maps):
         tensors = reader.header(file)
         if twice := sorted(tensors.keys() & found.keys()):
             raise InputError(

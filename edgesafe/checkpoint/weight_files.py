@@ -21,6 +21,7 @@ from edgesafe.format.targets import check_name
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPS = "exit_maps.safetensors"  # edgesafe's own, beside the weights
 DAMAGED = "use an intact Hugging Face checkpoint folder: download it again"
 _WHOLE = "config.json and model.safetensors, or its shards with model.safetensors.index.json"
 _LOAD, _PROCESSOR = "AutoModelForImageTextToText.from_pretrained(BASE)", "AutoProcessor"

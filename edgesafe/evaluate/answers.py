@@ -51,7 +51,7 @@ def answer_suite(
         images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
         states = exit_states(llava, pixel_values(llava, images))
         for exit in exits:
-            state = exit_state(states, exit)  # [B, P, W]
+            state = exit_state(llava, states, exit)  # [B, P, W]
             texts = greedy(llava, [prompts[r.id] for r in part], change(exit, state) if change else state, MAX_NEW_TOKENS)
             answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return answers

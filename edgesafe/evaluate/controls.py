@@ -109,7 +109,7 @@ def state_moments(llava: ExitModel, suite: Suite, exits: set[Exit], batch: int =
     for start in range(0, count, batch):
         states = exit_states(llava, pixel_values(llava, open_images(chosen[start : start + batch])))
         for exit in exits:
-            tokens = exit_state(states, exit).flatten(0, 1).double()  # [tokens, W]
+            tokens = exit_state(llava, states, exit).flatten(0, 1).double()  # [tokens, W]
             total, squares, number = sums.get(exit, (torch.zeros(tokens.shape[1], dtype=torch.float64), 0.0, 0))
             sums[exit] = (total + tokens.sum(0), squares + float(tokens.square().sum()), number + len(tokens))
     return {exit: _moments(*one) for exit, one in sums.items()}

@@ -63,7 +63,7 @@ def features(run):
     states = {}
     for row in ROWS:
         seen = exit_states(run.llava, pixel_values(run.llava, open_images([run.examples[row].image])))
-        states |= {(row, exit): exit_state(seen, exit)[0] for exit in parse_exits("all", run.llava.n_blocks)}
+        states |= {(row, exit): exit_state(run.llava, seen, exit)[0] for exit in parse_exits("all", run.llava.n_blocks)}
     return Features(states, {})
 
 

@@ -233,7 +233,7 @@ def test_pairs_are_the_models_own_answers_at_the_reference_depth_and_at_the_exit
         seen = exit_states(dpo.llava, pixel_values(dpo.llava, open_images([e.image])))
         for ids, at in ((pair.chosen, dpo.llava.reference), (pair.rejected, exit)):
             text = dpo.llava.processor.tokenizer.decode([i for i in ids if i != dpo.llava.eos_id], skip_special_tokens=True)
-            assert greedy(dpo.llava, [e.prompt], exit_state(seen, at), 32) == [text.strip()]
+            assert greedy(dpo.llava, [e.prompt], exit_state(dpo.llava, seen, at), 32) == [text.strip()]
         better, worse = (
             dpo.reward([e.row], [dpo.llava.processor.tokenizer.decode(a)])[0] for a in (pair.chosen, pair.rejected)
         )

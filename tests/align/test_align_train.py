@@ -111,7 +111,7 @@ def test_the_merged_checkpoint_answers_as_the_adapter_did(tiny_llava, rows, tmp_
     def before_merge(t):
         part = [t.examples[i] for i in range(3)]
         batch = collate(part, t.llava.pad_id)
-        states = exit_state(exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), Exit(2))
+        states = exit_state(t.llava, exit_states(t.llava, pixel_values(t.llava, open_images([e.image for e in part]))), Exit(2))
         with torch.no_grad():
             return batch, states, answer_logits(t.llava, batch.ids, batch.where, states)
 
@@ -218,7 +218,7 @@ def run(tiny_llava, rows):
 def _teacher_at(run, numbers, exit):
     part = [run.examples[i] for i in numbers]
     batch = collate(part, run.llava.pad_id)
-    states = exit_state(exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), exit)
+    states = exit_state(run.llava, exit_states(run.llava, pixel_values(run.llava, open_images([e.image for e in part]))), exit)
     with torch.no_grad(), run.peft.disable_adapter():
         return torch.log_softmax(answer_logits(run.llava, batch.ids, batch.where, states), -1)
 
@@ -243,7 +243,7 @@ def test_states_are_those_of_their_row_and_exit(run):
     assert set(features.states) == {(7, Exit(1)), (2, Exit(1)), (2, Exit(4))}
     for (row, exit), state in features.states.items():
         pixels = pixel_values(run.llava, open_images([run.examples[row].image]))
-        torch.testing.assert_close(state.float(), exit_state(exit_states(run.llava, pixels), exit)[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(state.float(), exit_state(run.llava, exit_states(run.llava, pixels), exit)[0], rtol=2e-3, atol=2e-3)
 
 
 def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_exit(run):

@@ -54,7 +54,7 @@ def _oracle(llava, pixels, example, i, depth):
 @torch.no_grad()
 def _mine(llava, pixels, examples, depth):
     batch = collate(examples, llava.pad_id)
-    logits = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels), Exit(depth)))
+    logits = answer_logits(llava, batch.ids, batch.where, exit_state(llava, exit_states(llava, pixels), Exit(depth)))
     return [logits[i, : len(e.answer)] for i, e in enumerate(examples)]
 
 
@@ -109,7 +109,7 @@ def test_the_labels_are_the_answer_alone(llava, pixels, examples):
     batch = collate([e], llava.pad_id)
     with torch.no_grad():
         want = llava.model(input_ids=ids, pixel_values=pixels[1:], labels=labels, vision_feature_layer=2).loss
-        got = answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels[1:]), Exit(2)))
+        got = answer_logits(llava, batch.ids, batch.where, exit_state(llava, exit_states(llava, pixels[1:]), Exit(2)))
     assert sft_loss(got, batch.targets, batch.mask, torch.ones(1)).item() == pytest.approx(want.item(), rel=1e-4)
     assert batch.targets[0].tolist() == list(e.answer) and e.answer[-1] == llava.eos_id
 
@@ -129,7 +129,7 @@ def test_greedy_answers_equal_transformers_generate_at_every_depth(llava, pixels
 
 def test_an_exit_with_fewer_visual_tokens_is_a_config_error(llava, pixels):
     with pytest.raises(ConfigError, match="exit 2@9 has fewer visual tokens"):
-        exit_state(exit_states(llava, pixels), Exit(2, 9))
+        exit_state(llava, exit_states(llava, pixels), Exit(2, 9))
 
 
 def test_no_checkpoint_is_an_input_error(tmp_path):

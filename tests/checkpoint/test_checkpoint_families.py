@@ -91,7 +91,7 @@ def _oracle(llava, pixels, ids: list[int], depth: int) -> torch.Tensor:
 @torch.no_grad()
 def _mine(llava, pixels, example: Example, depth: int) -> torch.Tensor:
     batch = collate([example], llava.pad_id)
-    return answer_logits(llava, batch.ids, batch.where, exit_state(exit_states(llava, pixels), Exit(depth)))[0]
+    return answer_logits(llava, batch.ids, batch.where, exit_state(llava, exit_states(llava, pixels), Exit(depth)))[0]
 
 
 def test_answer_logits_are_transformers_at_every_depth_and_no_other(llava, pixels, tmp_path):
@@ -107,12 +107,12 @@ def test_answer_logits_are_transformers_at_every_depth_and_no_other(llava, pixel
 def test_a_picture_is_one_tile_and_takes_its_tokens(llava, pixels):
     assert pixels.shape == (2, 3, TILE, TILE)
     ids = prompt_ids(llava, PROMPTS[0])
-    features = project(llava, exit_state(exit_states(llava, pixels), Exit(1)))
+    features = project(llava, exit_state(llava, exit_states(llava, pixels), Exit(1)))
     assert ids.count(llava.model.config.image_token_id) == llava.image_tokens == features.shape[1]
 
 
 def test_greedy_answers_of_a_batch_are_those_of_one(llava, pixels):
-    states = exit_state(exit_states(llava, pixels), llava.reference)
+    states = exit_state(llava, exit_states(llava, pixels), llava.reference)
     prompts = [prompt_ids(llava, p) for p in PROMPTS]
     both = greedy(llava, prompts, states, 6)
     assert both == [greedy(llava, [p], states[i : i + 1], 6)[0] for i, p in enumerate(prompts)]

@@ -77,7 +77,7 @@ def test_settings_of_sampling_and_neutral_ones_are_ignored_as_transformers_ignor
     copy = edit(shutil.copytree(folder, tmp_path / "m"), "generation_config.json", **IGNORED, **NEUTRAL)
     other = load(copy)
     assert _generated(exits, **IGNORED, **NEUTRAL) == _generated(exits)
-    states = exit_state(exit_states(other, pixel_values(other, [picture()])), other.reference)
+    states = exit_state(other, exit_states(other, pixel_values(other, [picture()])), other.reference)
     want = other.processor.tokenizer.decode(_generated(exits), skip_special_tokens=True).strip()
     assert greedy(other, [prompt_ids(other, "What is this?")], states, NEW) == [want]
 
@@ -151,7 +151,7 @@ def test_all_end_tokens_end_an_answer_in_align_as_in_transformers(exits, folder,
     copy = edit(shutil.copytree(folder, tmp_path / "m"), "generation_config.json", eos_token_id=[end, tokenizer_s])
     other = load(copy)
     assert other.eos_ids == load_family(copy).eos_token_ids == (tokenizer_s, end) and other.eos_id == tokenizer_s
-    states = exit_state(exit_states(other, pixel_values(other, [picture()])), other.reference)
+    states = exit_state(other, exit_states(other, pixel_values(other, [picture()])), other.reference)
     got = greedy(other, [prompt_ids(other, "What is this?")], states, NEW)
     # transformers' ids end with the token, which our text leaves out.
     want = _generated(exits, eos_token_id=[end, tokenizer_s])

@@ -119,6 +119,6 @@ def test_a_member_that_keeps_cls_has_the_features_of_transformers(tiny_llava, tm
     pixels = pixel_values(exits, [picture()])
     for depth in range(1, exits.n_blocks + 1):
         with torch.no_grad():
-            mine = project(exits, exit_state(exit_states(exits, pixels), Exit(depth)))[0]
+            mine = project(exits, exit_state(exits, exit_states(exits, pixels), Exit(depth)))[0]
             want = exits.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=depth).pooler_output[0]
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)

@@ -93,7 +93,7 @@ def test_moments_are_those_of_all_tokens(llava, suite):
     for batch in (1, 2, 8):
         moments = state_moments(llava, suite, {E1, E3}, batch)
         for exit in (E1, E3):
-            tokens = exit_state(states, exit).flatten(0, 1)
+            tokens = exit_state(llava, states, exit).flatten(0, 1)
             mean, spread = moments[exit]
             torch.testing.assert_close(mean, tokens.mean(0), atol=1e-5, rtol=1e-5)
             assert spread == pytest.approx(float((tokens - tokens.mean(0)).norm(dim=1).square().mean().sqrt()), rel=1e-4)
@@ -110,9 +110,9 @@ def test_rescaled_states_have_the_references_mean_and_spread(llava, suite):
     states = _states(llava, suite)
     moments = state_moments(llava, suite, {E1, E2, E3, E4})
     change = rescale(moments, llava.reference)
-    wanted = exit_state(states, llava.reference)
+    wanted = exit_state(llava, states, llava.reference)
     for exit in (E1, E2, E3, E4):
-        own = exit_state(states, exit)
+        own = exit_state(llava, states, exit)
         assert _matches(change(exit, own), wanted) and (exit == E3) == _matches(own, wanted)
         # One shift and one factor: what tells tokens and channels apart stays.
         ratio = (change(exit, own) - moments[E3][0]) / (own - moments[exit][0])
@@ -134,7 +134,7 @@ def test_rescaled_states_have_the_references_mean_and_spread(llava, suite):
 def test_a_wrong_rescaling_is_seen(llava, suite, old, new):
     states = _states(llava, suite)
     change = wrong(rescale, (old, new))(state_moments(llava, suite, {E1, E3, E4}), llava.reference)
-    assert not _matches(change(E1, exit_state(states, E1)), exit_state(states, llava.reference))
+    assert not _matches(change(E1, exit_state(llava, states, E1)), exit_state(llava, states, llava.reference))
 
 
 def test_every_control_answers_every_row(llava, suite):

@@ -78,7 +78,7 @@ def test_answers_in_alignment_and_evaluation_are_transformers_own(folder):
         inputs = transformers_inputs(exits.processor, image, prompt, do_image_splitting=False)
         with torch.no_grad():
             out = exits.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        states = exit_state(exit_states(exits, pixel_values(exits, [image])), Exit(exits.n_blocks))
+        states = exit_state(exits, exit_states(exits, pixel_values(exits, [image])), Exit(exits.n_blocks))
         assert prompt_ids(exits, prompt) == inputs["input_ids"][0].tolist()
         got = generate(exits, [prompt_ids(exits, prompt)], states, 8, lambda logits, *_: logits.argmax(-1))
         assert got[0] == out[0, inputs["input_ids"].shape[1] :].tolist()

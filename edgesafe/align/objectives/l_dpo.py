@@ -101,7 +101,7 @@ def _pairs_of(t: Trainer, part: Sequence[int]) -> list[tuple[Exit, Pair]]:
         ids = generate(
             t.llava,
             [e.prompt for e in examples],
-            exit_state(states, exit),
+            exit_state(t.llava, states, exit),
             MAX_NEW_TOKENS,
             lambda logits, *_: logits.argmax(-1),
         )

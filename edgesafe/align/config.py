@@ -12,6 +12,7 @@ from edgesafe.align.objectives.table import find_objective, sections_of
 from edgesafe.align.settings import (
     ADAMW,
     HARM,
+    MAPS,
     OPTIMIZERS,
     PRECISIONS,
     SAMPLERS,
@@ -27,7 +28,7 @@ from edgesafe.format.fields import Fields
 
 # Smallest allowed values where 0 is not it; an objective's section brings its own.
 _LOW = {"steps": 1, "batch_size": 1, "checkpoint_every": 1, "r": 1, "alpha": 1}
-_CHOICES = {"sampler": SAMPLERS, "tune": TUNES, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
+_CHOICES = {"exit_map": MAPS, "sampler": SAMPLERS, "tune": TUNES, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
 
 
 def default_config() -> Path:
@@ -65,12 +66,25 @@ def parse_config(obj: Mapping[str, Any], where: str) -> AlignConfig:
     Traceback (most recent call last):
     edgesafe.errors.ConfigError: unknown key 'step', did you mean 'steps'? (example). Expected: ...
     """
-    given, default = Fields(obj, where, ConfigError), AlignConfig()
+    given, default = Fields(_with_exits(obj, where), where, ConfigError), AlignConfig()
     objective = find_objective(given.text("method") if given.has("method") else default.method, where)
     sections = {s.name: _section(given, s.name, s.default, s.low) for s in sections_of(objective)}
     config = _read(given, default, _LOW, sections=sections)
     _check(config, objective, where)
     return config
+
+
+def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The table `[exits]` as the keys `exits` and `exit_map`; a text alone says which exits, and the map keeps its default."""
+    if not isinstance(obj.get("exits"), Mapping):
+        return obj
+    table = Fields(obj["exits"], f"{where}: exits", ConfigError)
+    flat = {key: obj[key] for key in obj if key != "exits"}
+    for name, key in (("train", "exits"), ("map", "exit_map")):
+        if table.has(name):
+            flat[key] = table.text(name)
+    table.done()
+    return flat
 
 
 def recorded(config: AlignConfig) -> dict[str, Any]:

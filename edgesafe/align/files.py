@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from edgesafe.checkpoint.exit_maps import tensors
+from edgesafe.checkpoint.weight_files import MAPS
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import write_atomically
 from edgesafe.format.training_record import METRICS as METRICS
 from edgesafe.format.training_record import RECORD as RECORD
+from edgesafe.maps.gather import STATE
 
 CHECKPOINT = "checkpoint.pt"
-WORK = (CHECKPOINT, METRICS)  # a work folder with one of these is an earlier run's
+WORK = (CHECKPOINT, METRICS, MAPS, STATE)  # a work folder with one of these is an earlier run's
 # Of the parent's files these belong to the model; its weights, index and record are written anew.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
@@ -173,14 +177,21 @@ def versions() -> dict[str, str]:
 
 
 def write_model(
-    model: Any, model_dir: Path, partial: Path, record: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+    model: Any,
+    model_dir: Path,
+    partial: Path,
+    record: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor] | None = None,
+    maps: Mapping[int, torch.nn.Module] | None = None,
 ) -> None:
-    """Write a checkpoint's weights, its parent's tokenizer and processor files, and where it comes from.
+    """Write a checkpoint's weights and exit maps, its parent's tokenizer and processor files, and where it comes from.
 
-    weights: by name, instead of the model's own.
+    weights: by name, instead of the model's own. maps: by depth; they are no part of `model` here.
     """
     with disk_full_is_oserror(partial):
         model.save_pretrained(partial, state_dict=weights)
+        if maps:
+            save_file(tensors(maps), partial / MAPS)
     for file in sorted(model_dir.iterdir()):
         fresh = file.is_file() and file.suffix in _COPIED and not (partial / file.name).exists()
         if fresh and file.name != RECORD and not file.name.endswith(".index.json"):

@@ -12,6 +12,7 @@ FOCUS, UNIFORM, ROTATING, HARM = SAMPLERS = ("focus", "uniform", "rotating", "ha
 AUTO, LORA, FULL = TUNES = ("auto", "lora", "full")
 FULL_BELOW = 100_000_000  # weights of the language model
 MUON, ADAMW = OPTIMIZERS = ("muon", "adamw")
+LINEAR, NO_MAP = MAPS = ("linear", "none")
 PRECISIONS = ("auto", "fp32", "bf16")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -109,6 +110,8 @@ class AlignConfig:
         "MODULE:NAME" is an `Objective` outside this package, e.g. "my_objective:OBJECTIVE" for a my_objective.py here.
     data: folder of training rows (suite format, split "train").
     exits: what to draw from, as `edgesafe.format.exits.parse_exits` reads them.
+    exit_map: "linear" fits a map per exit from the rows' pictures before the first update (`edgesafe.maps`), if the checkpoint
+        has none; "none" trains on its states as they are.
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest
         validation pass measured at each exit; needs `[eval]`).
     focus: two shares of the reference depth; the sampler "focus" draws the exits from one to the other more often. They are
@@ -138,6 +141,7 @@ class AlignConfig:
     method: str = "l-sft"
     data: str = ""
     exits: str = "all"
+    exit_map: str = LINEAR
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.5, 0.6)
     focus_share: float = 0.6

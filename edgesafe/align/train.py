@@ -19,12 +19,14 @@ from accelerate.utils import broadcast_object_list
 
 from edgesafe.align import files
 from edgesafe.align.features import Features, Need, chunk_of, compute, merge_needs, plan, size_gib
+from edgesafe.align.map_exits import map_exits
 from edgesafe.align.policy import learning_rate
 from edgesafe.align.prepare import prepare
 from edgesafe.align.sampler import draw_exit, draw_rows, exit_shares
 from edgesafe.align.settings import HARM, AlignConfig
 from edgesafe.align.trainer import Trainer
 from edgesafe.align.watch import Watch
+from edgesafe.checkpoint.exit_maps import detach
 from edgesafe.errors import DivergedError
 from edgesafe.format.exits import Exit
 from edgesafe.format.targets import check_target, work_folder
@@ -58,12 +60,14 @@ def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = Fal
         files.start_over(partial)
     t.accelerator.wait_for_everyone()
     start = files.load_checkpoint(partial, t.identity, t.params, t.optimizer, t.state, main=main) if resume else 0
+    map_exits(t, Path(config.data), partial)
     train(t, partial, start)
+    maps = detach(t.llava.model)
     model, weights = _merged(t)
     t.accelerator.wait_for_everyone()
     if main:
         record = _record(t) | {"seconds": round(time.perf_counter() - began, 1)}
-        files.write_model(model.to(t.llava.stored), model_dir, partial, record, weights)
+        files.write_model(model.to(t.llava.stored), model_dir, partial, record, weights, maps)
         os.replace(partial, place)
     t.accelerator.wait_for_everyone()
     return out

@@ -85,6 +85,14 @@ def steps(model: HasMaps, recipe: Recipe, depth: int) -> list[nn.Module]:
     return norm + own if recipe.map_after_norm else own + norm
 
 
+def reads(model: HasMaps, recipe: Recipe, states: Tensor) -> Tensor:
+    """What a map reads, and what it leads to: raw states [B, P, W], or normed ones where it stands behind the norm."""
+    if not (recipe.norm_after_blocks and recipe.map_after_norm):
+        return states
+    normed: Tensor = model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)(states)
+    return normed
+
+
 def attach_empty(model: Any, folder: Path, geometry: Geometry) -> None:
     """Attach modules of the shapes of a folder's maps, without memory; nothing where the folder has none.
 
@@ -143,7 +151,9 @@ def _by_depth(path: Path, stored: Mapping[str, Stored], geometry: Geometry) -> d
         raise _foreign(path, "it holds no map")
     for depth, shapes in found.items():
         if depth > geometry.n_blocks or depth == geometry.reference_depth:
-            raise _foreign(path, f"it maps depth {depth} of {geometry.n_blocks}, {geometry.reference_depth} being the reference")
+            raise _foreign(
+                path, f"it maps depth {depth} of {geometry.n_blocks}, {geometry.reference_depth} being the reference"
+            )
         width = geometry.vision_width
         rank = shapes.get("0.weight", (0,))[0]
         wanted = {"weight": (width, width), "bias": (width,), "0.weight": (rank, width)}

@@ -22,7 +22,7 @@ from edgesafe.checkpoint.chat import Chat, read_chat
 from edgesafe.checkpoint.exit_maps import projector_input
 from edgesafe.checkpoint.generation import check_generation, end_tokens, read_generation
 from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
-from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
+from edgesafe.checkpoint.load import empty_model, first_blocks, read_checkpoint, read_config, read_part
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.checkpoint.shards import read_headers
 from edgesafe.errors import ConfigError
@@ -118,6 +118,26 @@ def load(path: Path) -> ExitModel:
     check_generation(generation)
     eos_ids = end_tokens(generation, processor.tokenizer)
     _, model, processor = read_checkpoint(path, tuple(recipes))
+    return ExitModel(model.requires_grad_(False), processor, recipe, geometry, chat, eos_ids, stored_dtype(path))
+
+
+def load_tower(path: Path) -> ExitModel:
+    """A checkpoint folder of which the vision tower alone has weights: no memory is spent on the language model.
+
+    Exit maps of the folder have none either.
+
+    Raises:
+        InputError, UnsupportedModelError, ExportError: as `load`.
+    """
+    recipes = load_recipes()
+    check_family(path, recipes)
+    config, processor = read_config(path, tuple(recipes))
+    recipe = recipes[config.model_type]
+    geometry, chat = read_geometry(config, recipe), read_chat(processor)
+    check_processor(processor, chat.prefix + chat.suffix)
+    model = empty_model(path, config)
+    read_part(model, recipe.tower, path)
+    eos_ids = end_tokens(read_generation(path), processor.tokenizer)
     return ExitModel(model.requires_grad_(False), processor, recipe, geometry, chat, eos_ids, stored_dtype(path))
 
 

@@ -12,7 +12,7 @@ from edgesafe.checkpoint.geometry import Geometry, read_geometry
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
 from edgesafe.checkpoint.relatives import native_type
-from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, same_numbers
+from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, read_tensor, same_numbers
 from edgesafe.checkpoint.weight_files import quantized, read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
@@ -150,6 +150,27 @@ def empty_model(folder: Path, config: Any) -> Any:
     model.tie_weights()
     attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type]))
     return model.eval()
+
+
+def read_part(model: Any, part: str, folder: Path) -> None:
+    """Put a folder's weights into one part of a model that was built without memory.
+
+    Args:
+        model: what `empty_model` built of the folder.
+        part: its path.
+        folder: the checkpoint.
+
+    Raises:
+        InputError: as `match_weights`, or a weight of the part is not finite.
+    """
+    import torch
+    from torch import nn
+
+    stored = match_weights(model, read_headers(folder))
+    for name in [name for name, _ in model.get_submodule(part).named_parameters()]:
+        owner, _, attribute = f"{part}.{name}".rpartition(".")
+        weight = torch.from_numpy(read_tensor(stored[f"{part}.{name}"], f"{part}.{name}"))
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
 
 
 @contextmanager

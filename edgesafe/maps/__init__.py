@@ -1,0 +1,1 @@
+"""Exit maps from unlabelled pictures: the states of every depth are gathered, and a ridge regression solved for each."""

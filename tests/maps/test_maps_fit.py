@@ -26,6 +26,7 @@ from tiny_families import make_tiny
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3")
 
+
 def _draw(folder: Path, count: int, start: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(start, start + count):

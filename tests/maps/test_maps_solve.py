@@ -1,4 +1,4 @@
-"""The solved maps against numpy's least squares on the tokens themselves, which shares neither sums nor eigenvectors with it."""
+"""The solved maps against numpy's least squares on the tokens themselves, which shares neither sums nor eigenvectors."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _rank(fit: Centred, held: Centred, matrix: Tensor, missed: float) -> tuple[i
     width, best = len(fit.x), _directions(fit, matrix)
     for rank in (width // 16, width // 8, width // 4):
         own = held.unexplained(*_with_bias(fit, matrix @ best[:, :rank] @ best[:, :rank].T))
-        if rank and own <= RANK_COST * missed:
+        if rank >= 2 and own <= RANK_COST * missed:  # one row could not be told from a column in an exported graph
             return rank, own
     return width, missed
 

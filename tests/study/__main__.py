@@ -9,11 +9,13 @@ from pathlib import Path
 
 from edgesafe.errors import EdgesafeError
 from edgesafe.progress import step
+from study.plan import PLANS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RAW = HERE / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
+OUT = {"objectives": RAW, "maps": RAW / "maps"}
 BUILD = Path("build") / "study"
 
 
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=RAW, help="folder of the raw answers")
+    parser.add_argument("--plan", choices=sorted(PLANS), default="objectives", help="what to run (objectives)")
+    parser.add_argument("--out", type=Path, help="folder of the raw answers (default: the plan's)")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder for checkpoints, bundles and logs (build/study)")
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the reference model)")
     parser.add_argument("--data", type=Path, help="training rows (default: drawn)")
@@ -79,15 +82,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from edgesafe.errors import ConfigError
-    from study.plan import plan
     from study.run import prepare, run_study, select, to_do
     from study.work import do, make_setup
 
-    if args.trial and args.out.resolve() == RAW:
+    out = args.out or OUT[args.plan]
+    if args.trial and out.resolve() in OUT.values():
         raise ConfigError("a trial's answers are not the study's", where="--trial", expected="an --out of its own")
     places = prepare(args.build, args.model, args.data, args.suite)
-    setup = make_setup(args.out, args.build, *places, threads=args.threads, trial=args.trial)
-    named = {run.name: run for run in plan()}
+    setup = make_setup(out, args.build, *places, threads=args.threads, trial=args.trial, plan=args.plan)
+    named = {run.name: run for run in PLANS[args.plan]()}
     if args.action == "one":
         import torch
 

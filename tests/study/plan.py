@@ -32,6 +32,7 @@ class Run:
     name: also the name of its raw file. config: TOML file of `configs` without its ending, "" = no training.
     seed, steps, exits: win over the file's ("" = the file's exits). of: the run whose checkpoint is asked, "" = its own, or the
     untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, or `BUNDLE`, exported and quantized.
+    pictures: how many of the training rows' pictures exit maps are fitted to, or `NOISE`; "" = no maps.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Run:
     exits: str = ""
     of: str = ""
     how: str = ""
+    pictures: str = ""
 
 
 def method_run(method: str, seed: int) -> str:
@@ -73,6 +75,37 @@ def files_of(run: Run) -> tuple[str, ...]:
     return tuple(control_file(run.name, c) for c in CONTROL_NAMES) if run.how == CONTROLS else (run.name,)
 
 
+RAW_STATES, MAPPED, MAPPED_NOISE = "raw", "mapped", "mapped-noise"
+NOISE, NOISE_PICTURES = "noise", 600
+FEW = ("10", "60", "6000")  # pictures, beside the product's own number
+
+
+def few_run(pictures: str) -> str:
+    """The name of the run with maps from so many pictures."""
+    return f"{MAPPED}-{pictures}"
+
+
+def retrained_run(seed: int, *, mapped: bool) -> str:
+    """The name of a training of the default objective, from mapped states or raw ones."""
+    return f"{MAPPED if mapped else RAW_STATES}-{WINNER}-{seed}"
+
+
+def maps_plan() -> tuple[Run, ...]:
+    """What exit maps do by themselves and before retraining, at equal updates; another suite than the objectives' plan.
+
+    >>> len({run.name for run in maps_plan()}) == len(maps_plan())
+    True
+    """
+    first = (Run(RAW_STATES), Run(MAPPED, pictures="600"), Run(MAPPED_NOISE, pictures=NOISE))
+    few = [Run(few_run(pictures), pictures=pictures) for pictures in FEW]
+    trained = [
+        Run(retrained_run(seed, mapped=bool(pictures)), WINNER, seed, STEPS[WINNER], pictures=pictures)
+        for seed in SEEDS
+        for pictures in ("", "600")
+    ]
+    return (*first, *few, *trained)
+
+
 def plan() -> tuple[Run, ...]:
     """Every run of the study, in the order they are started; a run comes after the one whose checkpoint it asks.
 
@@ -84,3 +117,6 @@ def plan() -> tuple[Run, ...]:
     paper = Run(PAPER, "l-ppo-paper", SEEDS[0], STEPS["l-ppo-paper"], EXITS[SINGLE])
     controls = [Run(name, of=of, how=CONTROLS) for of, name in CONTROLLED.items()]
     return (Run(BEFORE), *methods, *ours, paper, *controls, Run(QUANTIZED, of=FIRST, how=BUNDLE))
+
+
+PLANS = {"objectives": plan, "maps": maps_plan}

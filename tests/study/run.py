@@ -15,7 +15,7 @@ from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split, write_training
 from edgesafe.ship import REFERENCE, digest_world
-from study.plan import TRAINING_ROWS, Run, plan
+from study.plan import PLANS, TRAINING_ROWS, Run
 from study.raw import ROWS, read_suite_digest, write_rows
 from study.work import Setup, has_checkpoint, is_done, run_key
 
@@ -62,7 +62,7 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
         AlignError: some runs failed; the others were finished. Their logs are named.
         ConfigError: `only` names no run.
     """
-    named = {run.name: run for run in plan()}
+    named = {run.name: run for run in PLANS[setup.plan]()}
     suite = read_suite(setup.suite, verify=False)
     todo = to_do(setup, select(named, only), named)
     _fits(setup, suite.digest)
@@ -144,7 +144,7 @@ def _start(setup: Setup, run: Run) -> subprocess.Popen[bytes]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(setup.threads))}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
-    folders = ("out", "build", "model", "data", "suite")
+    folders = ("plan", "out", "build", "model", "data", "suite")
     options = [word for name in folders for word in (f"--{name}", str(getattr(setup, name)))]
     numbers = ["--threads", str(setup.threads), "--trial", str(setup.trial)]
     _log(setup, run.name).parent.mkdir(parents=True, exist_ok=True)

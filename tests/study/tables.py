@@ -42,12 +42,18 @@ _WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "ove
 def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name that its marker has; one whose runs are not there says so."""
     from study.benches import bench_tables
+    from study.maps import maps_tables
     from study.shipped import export_table, summary_table
 
     study = read_study(folder)
     tables = {name: make(study) if study else _missing([]) for name, make in _TABLES.items()}
     shipped = {"export": export_table(folder / "export"), "summary": summary_table(folder / "export")}
-    return {**tables, **bench_tables(), **{name: table or _missing([]) for name, table in shipped.items()}}
+    return {
+        **tables,
+        **maps_tables(folder / "maps"),
+        **bench_tables(),
+        **{name: table or _missing([]) for name, table in shipped.items()},
+    }
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -13,17 +13,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from edgesafe.format.exits import Exit, parse_exits, reference_depth
 from edgesafe.format.files import digest_folder, sha256_file, write_atomically
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.machine import machine_name
 from study.code import code_digest, digest
-from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, Run, control_file, files_of
+from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, NOISE, NOISE_PICTURES, Run, control_file, files_of
 from study.raw import Raw, Said, raw_path, write_raw
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 _TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
 _ASKING = ("edgesafe.evaluate.answers:answer_suite", "edgesafe.checkpoint.exit_model")
+_MAPPING = ("edgesafe.maps.fit",)
 _CONTROLS = ("edgesafe.evaluate.controls",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
@@ -36,7 +40,7 @@ class Setup:
     """Where a study runs and on what; the digests are of the folders beside them.
 
     out: the folder of the raw answers. build: checkpoints, bundles and logs. trial: every training takes so many updates
-    instead of the planned ones (0 = the plan's); its raw answers are not the study's.
+    instead of the planned ones (0 = the plan's); its raw answers are not the study's. plan: which one of `PLANS`.
     """
 
     out: Path
@@ -49,12 +53,24 @@ class Setup:
     suite_digest: str
     threads: int = 1
     trial: int = 0
+    plan: str = "objectives"
 
 
-def make_setup(out: Path, build: Path, model: Path, data: Path, suite: Path, *, threads: int = 1, trial: int = 0) -> Setup:
+def make_setup(
+    out: Path,
+    build: Path,
+    model: Path,
+    data: Path,
+    suite: Path,
+    *,
+    threads: int = 1,
+    trial: int = 0,
+    plan: str = "objectives",
+) -> Setup:
     """A setup with its digests taken."""
     digests = [digest_folder(folder) for folder in (model, data)]
-    return Setup(out, build, model, digests[0], data, digests[1], suite, read_suite(suite, False).digest, threads, trial)
+    asked = read_suite(suite, False).digest
+    return Setup(out, build, model, digests[0], data, digests[1], suite, asked, threads, trial, plan)
 
 
 def settings(setup: Setup, run: Run) -> Any:
@@ -65,7 +81,8 @@ def settings(setup: Setup, run: Run) -> Any:
 
     path = CONFIGS / f"{run.config}.toml"
     steps = setup.trial or run.steps
-    return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None)
+    mapped = "linear" if run.pictures else None
+    return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None, exit_map=mapped)
 
 
 def shown_settings(config: Any) -> dict[str, Any]:
@@ -81,8 +98,10 @@ def shown_settings(config: Any) -> dict[str, Any]:
 def train_key(setup: Setup, run: Run) -> str:
     """Digest of all that a run's checkpoint depends on."""
     config = shown_settings(settings(setup, run))
-    if not config:
+    if not config and not run.pictures:
         return setup.model_digest
+    if not config:
+        return digest([run.pictures, setup.model_digest, setup.data_digest, code_digest(_MAPPING)])
     trained = {k: v for k, v in config.items() if k not in ("data", "checkpoint_every")}
     return digest([trained, setup.model_digest, setup.data_digest, code_digest(_TRAINING, _JUDGING)])
 
@@ -128,7 +147,7 @@ def is_done(setup: Setup, run: Run, key: str) -> bool:
 
 def has_checkpoint(setup: Setup, run: Run) -> bool:
     """Whether the run's checkpoint is there with the key that it must have now."""
-    if not run.config:
+    if not run.config and not run.pictures:
         return True
     return (setup.build / run.name / "aligned").is_dir() and _times(setup, run).get("key") == train_key(setup, run)
 
@@ -144,7 +163,7 @@ def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
     Raises:
         AlignError: the training failed.
     """
-    if not run.config:
+    if not run.config and not run.pictures:
         return setup.model, {}
     folder, key, home = setup.build / run.name / "aligned", train_key(setup, run), setup.build / run.name
     if has_checkpoint(setup, run):
@@ -155,9 +174,32 @@ def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
     if not started.is_file() or started.read_text(encoding="utf-8") != key:
         shutil.rmtree(partial, ignore_errors=True)
     started.write_text(key, encoding="utf-8")
-    times = {"key": key, **_train(setup, run, folder, partial)}
+    times = {"key": key, **(_train(setup, run, folder, partial) if run.config else _map(setup, run, folder))}
     write_atomically(home / _TIMES, json.dumps(times).encode())
     return folder, times
+
+
+def _map(setup: Setup, run: Run, folder: Path) -> dict[str, Any]:
+    """Fit exit maps to the run's pictures and time it; nothing is trained."""
+    from edgesafe.maps.fit import write_mapped
+
+    pictures, limit = setup.data / "images", NOISE_PICTURES
+    if run.pictures == NOISE:
+        pictures = write_noise(setup.build / run.name / "pictures", NOISE_PICTURES)
+    else:
+        limit = int(run.pictures)
+    began, cpu = time.perf_counter(), time.process_time()
+    write_mapped(setup.model, pictures, folder, limit=limit)
+    wall, spent = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": 0.0, "setup_seconds": round(wall, 1), "cpu_seconds": round(spent, 1), "tokens": 0}
+
+
+def write_noise(folder: Path, count: int) -> Path:
+    """Pictures of uniform noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / f"{i:04d}.png")
+    return folder
 
 
 def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any]:

@@ -243,7 +243,9 @@ def test_states_are_those_of_their_row_and_exit(run):
     assert set(features.states) == {(7, Exit(1)), (2, Exit(1)), (2, Exit(4))}
     for (row, exit), state in features.states.items():
         pixels = pixel_values(run.llava, open_images([run.examples[row].image]))
-        torch.testing.assert_close(state.float(), exit_state(run.llava, exit_states(run.llava, pixels), exit)[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            state.float(), exit_state(run.llava, exit_states(run.llava, pixels), exit)[0], rtol=2e-3, atol=2e-3
+        )
 
 
 def test_an_untouched_adapter_has_no_kl_at_the_reference_depth_and_some_at_an_exit(run):

@@ -163,7 +163,10 @@ def test_two_keys_from_outside_add_a_family_to_align_and_export(own, my_llava, t
     for exits in (mine, theirs):
         states = exit_states(exits, pixel_values(exits, open_images([picture])))
         said.append(
-            [greedy(exits, [prompt_ids(exits, "What?")], exit_state(exits, states, e), 8) for e in parse_exits("all", exits.n_blocks)]
+            [
+                greedy(exits, [prompt_ids(exits, "What?")], exit_state(exits, states, e), 8)
+                for e in parse_exits("all", exits.n_blocks)
+            ]
         )
     assert mine.recipe.model_type == "my_llava" and mine.geometry == theirs.geometry and said[0] == said[1]
     out = tmp_path / "bundle"

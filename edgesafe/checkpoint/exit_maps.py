@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edgesafe.checkpoint.geometry import Geometry
 from edgesafe.checkpoint.recipe import Recipe
-from edgesafe.checkpoint.shards import Stored, read_header, read_tensor
+from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_header, read_tensor
 from edgesafe.checkpoint.weight_files import MAPS
 from edgesafe.errors import InputError
 
@@ -93,15 +93,21 @@ def reads(model: HasMaps, recipe: Recipe, states: Tensor) -> Tensor:
     return normed
 
 
-def attach_empty(model: Any, folder: Path, geometry: Geometry) -> None:
+def attach_empty(model: Any, folder: Path, geometry: Geometry, reader: Reader = ON_DISK) -> None:
     """Attach modules of the shapes of a folder's maps, without memory; nothing where the folder has none.
+
+    Args:
+        model: gets them.
+        folder: the checkpoint.
+        geometry: its sizes.
+        reader: looks at its file of maps.
 
     Raises:
         InputError: the file of maps is damaged, or of another model.
     """
     path = folder / MAPS
-    if path.is_file():
-        attach(model, {depth: _empty(shapes) for depth, shapes in _by_depth(path, read_header(path), geometry).items()})
+    if reader.has(path):
+        attach(model, {depth: _empty(shapes) for depth, shapes in _by_depth(path, reader.header(path), geometry).items()})
 
 
 def attach_stored(model: Any, folder: Path, geometry: Geometry) -> None:
@@ -155,10 +161,11 @@ def _by_depth(path: Path, stored: Mapping[str, Stored], geometry: Geometry) -> d
                 path, f"it maps depth {depth} of {geometry.n_blocks}, {geometry.reference_depth} being the reference"
             )
         width = geometry.vision_width
-        rank = shapes.get("0.weight", (0,))[0]
+        rank = shapes["0.weight"][0] if shapes.get("0.weight") else 2
         wanted = {"weight": (width, width), "bias": (width,), "0.weight": (rank, width)}
         wanted |= {"1.weight": (width, rank), "1.bias": (width,)}
-        if set(shapes) not in _KEYS or any(shape != wanted[key] for key, shape in shapes.items()):
+        # One row alone could not be told from a column where a graph's weights are found by their marks.
+        if set(shapes) not in _KEYS or rank < 2 or any(shape != wanted[key] for key, shape in shapes.items()):
             raise _foreign(path, f"the map of depth {depth} has the shapes {shapes}")
     return found
 

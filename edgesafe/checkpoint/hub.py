@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_header
-from edgesafe.checkpoint.weight_files import INDEX, weight_files
+from edgesafe.checkpoint.weight_files import INDEX, SINGLE, weight_files
 from edgesafe.errors import InputError
 
 # A revision is a commit, a tag or a branch, whose name may have slashes.
@@ -96,7 +96,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _hub_has(model: str, path: Path) -> bool:
-    """Whether the repository has a file: in the cache or on the hub. Where the hub can't say, a cached index is enough."""
+    """Whether the repository has a file: in the cache or on the hub. Where the hub can't say, cached weights are enough."""
     if path.exists():
         return True
     from huggingface_hub import HfApi
@@ -104,7 +104,7 @@ def _hub_has(model: str, path: Path) -> bool:
     try:  # a snapshot's folder has its commit's name
         return bool(HfApi().file_exists(model, path.name, revision=path.parent.name))
     except Exception as error:
-        if (path.parent / INDEX).exists():
+        if any((path.parent / name).exists() for name in (SINGLE, INDEX)):
             return False
         raise _out_of_reach(model, error) from error
 

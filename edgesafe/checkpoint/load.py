@@ -12,7 +12,16 @@ from edgesafe.checkpoint.geometry import Geometry, read_geometry
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
 from edgesafe.checkpoint.relatives import native_type
-from edgesafe.checkpoint.shards import Stored, check_kind, not_finite, read_headers, read_tensor, same_numbers
+from edgesafe.checkpoint.shards import (
+    ON_DISK,
+    Reader,
+    Stored,
+    check_kind,
+    not_finite,
+    read_headers,
+    read_tensor,
+    same_numbers,
+)
 from edgesafe.checkpoint.weight_files import quantized, read_object, read_raw_config
 from edgesafe.errors import InputError, UnsupportedModelError
 
@@ -126,8 +135,13 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
     return config, read_geometry(config, recipes[config.model_type])
 
 
-def empty_model(folder: Path, config: Any) -> Any:
+def empty_model(folder: Path, config: Any, reader: Reader = ON_DISK) -> Any:
     """The config's model and the folder's exit maps in eval mode, its tied weights tied, without memory for weights.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        reader: looks at its file of exit maps.
 
     Raises:
         InputError: the config describes a model that can't be built, or the maps are of another model.
@@ -148,7 +162,7 @@ def empty_model(folder: Path, config: Any) -> Any:
             todo=INTACT,
         ) from error
     model.tie_weights()
-    attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type]))
+    attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type]), reader)
     return model.eval()
 
 

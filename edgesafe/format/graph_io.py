@@ -6,6 +6,7 @@ HD head size. Batch is always 1.
 
     first segment   pixel_values f32 [1,3,H,W]        -> hidden_states_out f32 [1,T,C]
     next segments   hidden_states f32 [1,T,C]         -> hidden_states_out f32 [1,T,C]
+    map             hidden_states f32 [1,T,C]         -> hidden_states_out f32 [1,T,C]: one exit's own, in front of the head
     head            hidden_states f32 [1,T,C]         -> image_features f32 [N,D]
     standalone exit pixel_values f32 [1,3,H,W]        -> image_features f32 [N,D]
     embed_tokens    input_ids i64 [1,S]               -> inputs_embeds f32 [1,S,D]
@@ -74,6 +75,15 @@ def segment_path(first: int, last: int) -> str:
     'vision/blocks_00-06.onnx'
     """
     return f"vision/blocks_{first:02d}-{last:02d}.onnx"
+
+
+def map_path(depth: int) -> str:
+    """The graph that one exit runs between its blocks and the chain's head.
+
+    >>> map_path(6)
+    'vision/map_06.onnx'
+    """
+    return f"vision/map_{depth:02d}.onnx"
 
 
 def standalone_path(depth: int) -> str:

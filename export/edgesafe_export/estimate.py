@@ -12,7 +12,7 @@ from edgesafe.format.exits import Exit, segments
 from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
-from edgesafe_export.modules import Whole
+from edgesafe_export.family import Family
 from edgesafe_export.quantize import EMBED_SCHEME
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
@@ -20,25 +20,23 @@ from edgesafe_export.stream import scheme_of
 GIB = 2**30
 
 
-def exit_graphs(ladder: tuple[Exit, ...], layout: str) -> dict[Exit, tuple[str, ...]]:
-    """The vision graphs of each exit, in order."""
+def exit_graphs(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[Exit, tuple[str, ...]]:
+    """The vision graphs of each exit, in order; a map's stands between the exit's blocks and the head."""
     if layout == "standalone":
         return {exit: (graph_io.standalone_path(exit.depth),) for exit in ladder}
     chain = {end: graph_io.segment_path(start, end) for start, end in segments(ladder)}
-    return {exit: (*(path for end, path in chain.items() if end <= exit.depth), graph_io.HEAD_PATH) for exit in ladder}
+    maps = {exit: (graph_io.map_path(exit.depth),) if family.exit_map(exit.depth) else () for exit in ladder}
+    return {
+        exit: (*(path for end, path in chain.items() if end <= exit.depth), *maps[exit], graph_io.HEAD_PATH) for exit in ladder
+    }
 
 
 def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
     """Operations and weights' bytes of every graph, by its path; nothing is traced."""
-    family, specs = sketch.family, {}
-    if layout == "standalone":
-        for exit in ladder:
-            module = Whole(family.segment(0, exit.depth), family.head())
-            specs[graph_io.standalone_path(exit.depth)] = _spec(module, family.geometry.tokens, vision)
-    else:
-        for start, end in segments(ladder):
-            specs[graph_io.segment_path(start, end)] = _spec(family.segment(start, end), family.geometry.tokens, vision)
-        specs[graph_io.HEAD_PATH] = _spec(family.head(), family.geometry.tokens, vision)
+    family = sketch.family
+    specs = {
+        path: _spec(module, family.geometry.tokens, vision) for path, module in _vision_modules(family, ladder, layout).items()
+    }
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
     specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
     causal = family.decoder()
@@ -50,6 +48,16 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs
+
+
+def _vision_modules(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[str, nn.Module]:
+    """Every vision graph's module, by its path."""
+    depths = [exit.depth for exit in ladder]
+    if layout == "standalone":
+        return {graph_io.standalone_path(depth): family.whole(depth) for depth in depths}
+    blocks = {graph_io.segment_path(start, end): family.segment(start, end) for start, end in segments(ladder)}
+    maps = {graph_io.map_path(depth): own for depth in depths if (own := family.exit_map(depth)) is not None}
+    return {**blocks, **maps, graph_io.HEAD_PATH: family.head()}
 
 
 def _spec(module: nn.Module, tokens: int, scheme: str) -> GraphSpec:

@@ -200,7 +200,7 @@ def _copy_suite(suite: Suite, to: Path) -> None:
 
 def _exit_specs(job: Job) -> tuple[ExitSpec, ...]:
     """Which graphs each exit runs, in order."""
-    return tuple(ExitSpec(exit, chain) for exit, chain in exit_graphs(job.ladder, job.layout).items())
+    return tuple(ExitSpec(exit, chain) for exit, chain in exit_graphs(job.family, job.ladder, job.layout).items())
 
 
 def _text_spec(family: Family, layers: int) -> TextSpec:

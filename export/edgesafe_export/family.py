@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from edgesafe.checkpoint.chat import read_chat
+from edgesafe.checkpoint.exit_maps import maps_of, steps
 from edgesafe.checkpoint.generation import check_generation, end_tokens
 from edgesafe.checkpoint.geometry import check_processor, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit
-from edgesafe_export.modules import Head, MaskedEmbeddings, Segment
+from edgesafe_export.modules import ExitMap, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
 
 # What a processor makes of the text.
@@ -53,10 +54,27 @@ class Family:
         norm = tower.get_submodule(recipe.norm_before_blocks) if recipe.norm_before_blocks else None
         return Segment(blocks, embeddings, norm).eval()
 
+    @property
+    def norm_in_maps(self) -> bool:
+        """Whether the family's norm runs in every exit's map graph, as a map stands behind it, and not in the head."""
+        return bool(self.recipe.norm_after_blocks and self.recipe.map_after_norm and maps_of(self.model))
+
+    def exit_map(self, depth: int) -> ExitMap | None:
+        """What runs between an exit's blocks and the head; None where nothing does."""
+        own = maps_of(self.model).get(depth)
+        if self.norm_in_maps:
+            return ExitMap(steps(self.model, self.recipe, depth)).eval()
+        return None if own is None else ExitMap([own]).eval()
+
+    def whole(self, depth: int) -> Whole:
+        """A standalone exit."""
+        return Whole(self.segment(0, depth), self.head(), self.exit_map(depth)).eval()
+
     def head(self) -> Head:
-        """What follows an exit."""
+        """What follows an exit, behind its map."""
         recipe, tower = self.recipe, self.model.get_submodule(self.recipe.tower)
-        norm = tower.get_submodule(recipe.norm_after_blocks) if recipe.norm_after_blocks else None
+        in_head = recipe.norm_after_blocks and not self.norm_in_maps
+        norm = tower.get_submodule(recipe.norm_after_blocks) if in_head else None
         newline = self.model.get_parameter(recipe.newline) if recipe.newline else None
         return Head(self.model.get_submodule(recipe.projector), self.geometry.dropped, norm, newline).eval()
 
@@ -83,7 +101,7 @@ class Family:
             inputs: what the checkpoint's processor makes of one picture.
             exit: which one.
         """
-        with self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         features: Tensor = out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
@@ -92,12 +110,27 @@ class Family:
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
         """Logits at an exit as transformers itself computes them, [S, V]: the whole model, no cache."""
-        with self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )
         logits: Tensor = out.logits[0]
         return logits
+
+    @contextmanager
+    def _mapped(self, depth: int) -> Iterator[None]:
+        """An exit's map, of which transformers knows nothing, in front of its module that reads what the map gives."""
+        recipe, own = self.recipe, maps_of(self.model).get(depth)
+        if own is None:
+            yield
+            return
+        before_norm = recipe.norm_after_blocks and not recipe.map_after_norm
+        reader = f"{recipe.tower}.{recipe.norm_after_blocks}" if before_norm else recipe.projector
+        hook = self.model.get_submodule(reader).register_forward_pre_hook(lambda _, args: (own(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _selected(self, depth: int) -> Iterator[dict[str, int]]:

@@ -25,7 +25,6 @@ from edgesafe.format import graph_io
 from edgesafe.format.graph_io import TensorSpec
 from edgesafe.format.specs import GraphSpec
 from edgesafe_export.family import Family
-from edgesafe_export.modules import Whole
 from edgesafe_export.placeholders import thin_constants
 from edgesafe_export.shared_cache import share_cache
 
@@ -122,8 +121,17 @@ def segment(family: Family, start: int, end: int) -> Exported:
     return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], flops(module, t))
 
 
+def exit_map(family: Family, depth: int) -> Exported:
+    """What runs between an exit's blocks and the head, over all T tokens; the exit has such a thing."""
+    t, w = family.geometry.tokens, family.geometry.vision_width
+    spec, out = (TensorSpec(name, "float32", (1, t, w)) for name in (graph_io.HIDDEN_STATES, graph_io.HIDDEN_STATES_OUT))
+    module = family.exit_map(depth)
+    assert module is not None
+    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, t))
+
+
 def head(family: Family) -> Exported:
-    """What follows an exit: dropped tokens, a norm, the projector, the newline."""
+    """What follows an exit, behind its map: dropped tokens, a norm, the projector, the newline."""
     t, w = family.geometry.tokens, family.geometry.vision_width
     spec = TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
     out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.geometry.rows, family.text_config.hidden_size))
@@ -136,7 +144,7 @@ def head(family: Family) -> Exported:
 def standalone(family: Family, depth: int) -> Exported:
     """A whole exit in one graph."""
     size = family.geometry.image_size
-    module = Whole(family.segment(0, depth), family.head()).eval()
+    module = family.whole(depth)
     spec = TensorSpec(graph_io.PIXEL_VALUES, "float32", (1, 3, size, size))
     out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.geometry.rows, family.text_config.hidden_size))
     return _finish(

@@ -62,6 +62,20 @@ class MaskedEmbeddings(nn.Module):
         return embedded
 
 
+class ExitMap(nn.Module):
+    """What one exit runs between its blocks and the shared head: hidden_states [1, T, W] -> [1, T, W], token by token."""
+
+    def __init__(self, steps: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [1, T, W] as the exit's blocks leave them, to what the head reads."""
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
 class Head(nn.Module):
     """What follows an exit: hidden_states [1, T, W] -> image_features [N, D], one row more where there is a newline.
 
@@ -82,13 +96,14 @@ class Head(nn.Module):
 
 
 class Whole(nn.Module):
-    """A standalone exit: segment 0..d and the head in one. pixel_values -> image_features [N, D]."""
+    """A standalone exit: segment 0..d, the exit's map and the head in one. pixel_values -> image_features [N, D]."""
 
-    def __init__(self, segment: Segment, head: Head) -> None:
+    def __init__(self, segment: Segment, head: Head, exit_map: ExitMap | None = None) -> None:
         super().__init__()
-        self.segment, self.head = segment, head
+        self.segment, self.head, self.exit_map = segment, head, exit_map
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixel values [1, 3, H, W] to image features [N, D]."""
-        features: Tensor = self.head(self.segment(x))
+        x = self.segment(x)
+        features: Tensor = self.head(x if self.exit_map is None else self.exit_map(x))
         return features

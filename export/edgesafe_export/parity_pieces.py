@@ -20,7 +20,7 @@ from torch import nn
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
 from edgesafe.runtime.ort import open_in_memory
-from edgesafe_export.pieces import EMBED, END, HEAD, LAYER, SEGMENT, Piece, ends
+from edgesafe_export.pieces import EMBED, END, HEAD, LAYER, MAP, SEGMENT, Piece, ends
 from edgesafe_export.tolerances import FLOAT_RELATIVE, PIECE_CACHED, PIECE_QUANTIZED
 
 Arrays = dict[str, np.ndarray]
@@ -36,7 +36,8 @@ def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> 
         state: pixel values [1,3,H,W], a vision state [1,T,W], ids [1,S] or a text state [1,S,D].
 
     Returns:
-        The next state; of the head image features [N,D], of the decoder's end logits [1,1,V].
+        The next state; of an exit's map what the head reads [1,T,W], of the head image features [N,D], of the decoder's end
+        logits [1,1,V].
     """
     tensor = torch.from_numpy(state)
     with torch.no_grad():
@@ -130,45 +131,48 @@ def _step(
 
 
 def float_error(piece: Piece, state: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> float:
-    """Largest difference over the largest of what the piece adds.
+    """Largest difference over the largest of what the piece adds; of a map, which adds nothing, of what it gives.
 
     Raises:
         ParityError: beyond `FLOAT_RELATIVE`.
     """
-    error = _relative(state, wanted, found, lambda x: float(np.abs(x).max()))
+    error = _relative(piece, state, wanted, found, lambda x: float(np.abs(x).max()))
     if not error <= FLOAT_RELATIVE:
         raise _differs(piece, f"differs from torch by {error:.2e}", f"at most {FLOAT_RELATIVE:.0e} relative")
     return error
 
 
 def quantized_error(piece: Piece, state: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> float:
-    """Root mean square of the difference over that of what the piece adds.
+    """Root mean square of the difference over that of what the piece adds; of a map of what it gives.
 
     Raises:
         ParityError: beyond `PIECE_QUANTIZED`.
     """
-    error = _relative(state, wanted, found, lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))))
+    error = _relative(piece, state, wanted, found, lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))))
     if not error <= PIECE_QUANTIZED:
         raise _differs(piece, f"quantized, differs from torch by {error:.2f}", f"at most {PIECE_QUANTIZED} of what it adds")
     return error
 
 
-def _relative(state: np.ndarray, wanted: np.ndarray, found: np.ndarray, size: Any) -> float:
+def _relative(piece: Piece, state: np.ndarray, wanted: np.ndarray, found: np.ndarray, size: Any) -> float:
     if found.shape != wanted.shape or not np.isfinite(found).all():
         return float("inf")
-    added = wanted - state if state.shape == wanted.shape and state.dtype == wanted.dtype else wanted
+    adds = piece.kind != MAP and state.shape == wanted.shape and state.dtype == wanted.dtype
+    added = wanted - state if adds else wanted
     return float(size(found - wanted) / max(size(added), 1e-12))
 
 
 def _differs(piece: Piece, what: str, expected: str) -> ParityError:
     names = {
         SEGMENT: "vision blocks",
+        MAP: "the map of exit",
         HEAD: "the head",
         EMBED: "the embedding",
         LAYER: "decoder layer",
         END: "the decoder's end",
     }
-    where = names.get(piece.kind, "the exit") + (f" {piece.at[0]} to {piece.at[1]}" if piece.at[1] else "")
+    places = str(piece.at[1]) if piece.kind == MAP else f"{piece.at[0]} to {piece.at[1]}"
+    where = names.get(piece.kind, "the exit") + (f" {places}" if piece.at[1] else "")
     return ParityError(
         f"{piece.name} {what}",
         where=where,

@@ -1,7 +1,8 @@
 """An export as a row of pieces, each small enough to be loaded, compared and quantized on its own.
 
-A piece is a whole graph of the bundle (a run of vision blocks, the head, the embedding) or a part of the decoder (a layer, the
-end). Equal shapes are traced once: a later run of as many blocks is the first one's graph filled with its own weights.
+A piece is a whole graph of the bundle (a run of vision blocks, an exit's map, the head, the embedding) or a part of the decoder
+(a layer, the end). Equal shapes are traced once: a later run of as many blocks is the first one's graph filled with its own
+weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import onnx
+import torch
 from torch import nn
 
 from edgesafe.format import graph_io
@@ -18,11 +20,10 @@ from edgesafe.format.specs import GraphSpec
 from edgesafe_export import graphs
 from edgesafe_export.decoder_layers import join, split_layers
 from edgesafe_export.graphs import Exported
-from edgesafe_export.modules import Whole
 from edgesafe_export.placeholders import Blueprint, read_marks
 from edgesafe_export.skeleton import Sketch, layer_name
 
-SEGMENT, HEAD, WHOLE, EMBED, LAYER, END = "segment", "head", "whole", "embed", "layer", "end"
+SEGMENT, MAP, HEAD, WHOLE, EMBED, LAYER, END = "segment", "map", "head", "whole", "embed", "layer", "end"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Piece:
         name: its file in the work folder.
         graph: the bundle's graph that it is, or is a part of.
         kind: what it computes, one of the words above.
-        at: blocks before and after it (of the head: both those of the deepest exit), or (layer, layer + 1).
+        at: blocks before and after it (of a map: both its exit's; of the head: both those of the deepest exit), or
+            (layer, layer + 1).
         blueprint: its graph, without weights.
         module: the same in torch, over marked weights; of a decoder layer the first layer.
         names: the weight behind each of the module's parameters.
@@ -54,13 +56,12 @@ class Piece:
 
 
 def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iterator[Piece]:
-    """The chain's segments and head, or one whole graph per exit."""
+    """The chain's segments, maps and head, or one whole graph per exit."""
     family = sketch.family
     if layout != "chain":
         for depth in (exit.depth for exit in ladder):
-            whole = Whole(family.segment(0, depth), family.head()).eval()
             path = graph_io.standalone_path(depth)
-            yield _piece(sketch, path, WHOLE, (0, depth), whole, graphs.standalone(family, depth))
+            yield _piece(sketch, path, WHOLE, (0, depth), family.whole(depth), graphs.standalone(family, depth))
         return
     traced: dict[tuple[bool, int], Piece] = {}
     for start, end in segments(ladder):
@@ -69,7 +70,21 @@ def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iter
         if shape not in traced:
             traced[shape] = _piece(sketch, path, SEGMENT, (start, end), module, graphs.segment(family, start, end))
         yield _alike(traced[shape], sketch, path, (start, end), module)
+    yield from _maps(sketch, ladder)
     yield _piece(sketch, graph_io.HEAD_PATH, HEAD, (ladder[-1].depth, ladder[-1].depth), family.head(), graphs.head(family))
+
+
+def _maps(sketch: Sketch, ladder: tuple[Exit, ...]) -> Iterator[Piece]:
+    """What the chain's exits run between their blocks and the head; a norm alone, and a map of another rank, is traced anew."""
+    traced: dict[tuple[tuple[str, torch.Size], ...], Piece] = {}
+    for depth in (exit.depth for exit in ladder):
+        module, path = sketch.family.exit_map(depth), graph_io.map_path(depth)
+        if module is None:
+            continue
+        shape = tuple((name, weight.shape) for name, weight in module.named_parameters())
+        if shape not in traced:
+            traced[shape] = _piece(sketch, path, MAP, (depth, depth), module, graphs.exit_map(sketch.family, depth))
+        yield _alike(traced[shape], sketch, path, (depth, depth), module)
 
 
 def text_pieces(sketch: Sketch) -> Iterator[Piece]:

@@ -124,7 +124,7 @@ def make_plan(
         path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
         for path, spec in specs.items()
     }
-    exits = tuple(_exit(exit, chain, specs, times) for exit, chain in exit_graphs(ladder, layout).items())
+    exits = tuple(_exit(exit, chain, specs, times) for exit, chain in exit_graphs(sketch.family, ladder, layout).items())
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,19 @@ def open_sketch(folder: Path, reader: Reader = ON_DISK) -> Sketch:
         InputError: as `read_checkpoint`, but for weights that are not finite.
         UnsupportedModelError: a family without a recipe, a member that can't be cut, or weights that need converting.
     """
-    family, layers = open_family(folder, _short_model)
+    family, layers = open_family(folder, partial(_short_model, reader=reader))
     starts = mark(family.model)
     shapes = _all_layers({n: tuple(w.shape) for n, w in family.model.named_parameters()}, family.recipe.decoder, layers)
     stored = match_weights(family.model, read_headers(folder, reader), shapes)
     return Sketch(family, layers, starts, stored)
 
 
-def _short_model(folder: Path, config: Any) -> tuple[Any, int]:
+def _short_model(folder: Path, config: Any, reader: Reader) -> tuple[Any, int]:
     """The config's model without memory for weights, and how many layers its decoder should have had."""
     layers = int(config.text_config.num_hidden_layers)
     config = deepcopy(config)
     _keep_layers(config.text_config, min(TRACED_LAYERS, layers))
-    model = empty_model(folder, config)
+    model = empty_model(folder, config, reader)
     model.generation_config = read_generation(folder)
     return model, layers
 

@@ -18,7 +18,7 @@ from edgesafe.progress import bar
 from edgesafe_export import parity_pieces as compare
 from edgesafe_export.family import Family
 from edgesafe_export.parity_model import Probe, processed
-from edgesafe_export.pieces import EMBED, HEAD, LAYER, SEGMENT, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
+from edgesafe_export.pieces import EMBED, HEAD, LAYER, MAP, SEGMENT, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
 from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.quantize import EMBED_SCHEME, quantize
 from edgesafe_export.skeleton import Sketch
@@ -124,7 +124,9 @@ class States:
         if piece.kind == WHOLE or (piece.kind == SEGMENT and piece.at[0] == 0):
             pixels = np.asarray(processed(self.family, *self.probe)["pixel_values"].numpy())
             return pixels.reshape(-1, *pixels.shape[-3:])[:1]  # of a picture in tiles the first
-        if piece.kind in (SEGMENT, HEAD):
+        if piece.kind == HEAD and self.family.exit_map(piece.at[0]) is not None:
+            return self._load(f"mapped_{piece.at[0]:03d}")
+        if piece.kind in (SEGMENT, MAP, HEAD):
             return self._load(f"vision_{piece.at[0]:03d}")
         if piece.kind == EMBED:
             ids = self.family.processor.tokenizer(self.probe[1])["input_ids"]
@@ -135,6 +137,8 @@ class States:
         """Keep what torch made of it."""
         if piece.kind == SEGMENT:
             self._save(f"vision_{piece.at[1]:03d}", after)
+        elif piece.kind == MAP:
+            self._save(f"mapped_{piece.at[1]:03d}", after)
         elif piece.kind in (HEAD, WHOLE):
             self._save("features", after)
         elif piece.kind == EMBED:

@@ -35,7 +35,9 @@ def _equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tune": "full"}, {"method": "l-ppo", "optimizer": "adamw"}], ids=["lora", "full", "ppo"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tune": "full"}, {"method": "l-ppo", "optimizer": "adamw"}], ids=["lora", "full", "ppo"]
+)
 def test_maps_of_the_rows_pictures_are_written_and_used(tiny_llava, rows, tmp_path, changes):
     out = align(tiny_llava, _config(rows, **changes), tmp_path / "out")
     write_mapped(tiny_llava, rows / "images", tmp_path / "mapped")

@@ -19,7 +19,10 @@ def traced_once():
 
     def trace_pieces(sketch, ladder, layout, *, text=True):
         config = {k: v for k, v in sketch.family.model.config.to_dict().items() if k != "_name_or_path"}
-        key = json.dumps([config, sketch.layers, list(map(str, ladder)), layout, text], sort_keys=True, default=str)
+        maps = {n: w.shape for n, w in sketch.family.model.named_parameters() if n.startswith("exit_maps.")}
+        after_norm = sketch.family.recipe.map_after_norm
+        parts = [config, maps, after_norm, sketch.layers, list(map(str, ladder)), layout, text]
+        key = json.dumps(parts, sort_keys=True, default=str)
         if key not in kept:
             kept[key] = real(sketch, ladder, layout, text=text)
         return kept[key]

@@ -128,7 +128,7 @@ def _note(model: ExitModel, found: Gathered) -> str:
     width, tokens = model.geometry.vision_width, found.fit.tokens
     if tokens > 4 * width:
         return ""
-    limit = f"; no map can reach a rank above {tokens - 1}" if tokens <= width else ""
+    limit = f", so no more than {tokens - 1} directions of a state are mapped" if tokens <= width else ""
     return f"few pictures: {tokens} tokens for a width of {width}{limit}; more pictures help"
 
 

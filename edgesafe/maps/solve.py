@@ -1,5 +1,7 @@
 """One map from sums over tokens: ridge regression, its strength and rank by held-out pictures, never by harm.
 
+The ridge draws the map towards the identity, not towards nothing: where few pictures say little, a state stays as it is.
+
 W tower width, R rank.
 """
 
@@ -44,16 +46,16 @@ def solve(fit: Centred, held: Centred) -> Solved:
         fit: Of the pictures that the strength's candidates are fitted to.
         held: Of those that choose among them. The map itself is then fitted to both.
     """
-    width = len(fit.x)
+    eye = torch.eye(len(fit.x), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(fit.xx)
-    turned = vectors.T @ fit.xy
-    tried = {ridge: vectors @ (turned / (values.clamp(min=0) + _strength(fit, ridge))[:, None]) for ridge in RIDGES}
+    turned = vectors.T @ (fit.xy - fit.xx)
+    tried = {r: eye + vectors @ (turned / (values.clamp(min=0) + _strength(fit, r))[:, None]) for r in RIDGES}
     missed = {ridge: held.unexplained(*_with_bias(fit, matrix)) for ridge, matrix in tried.items()}
     ridge = min(missed, key=lambda one: (missed[one], -one))
     rank, own = _rank(fit, held, tried[ridge], missed[ridge])
-    both, eye = pooled(fit, held), torch.eye(width, dtype=torch.float64)
-    matrix = torch.linalg.solve(both.xx + _strength(both, ridge) * eye, both.xy)
-    raw = held.unexplained(eye, torch.zeros(width, dtype=torch.float64))
+    both = pooled(fit, held)
+    matrix = eye + torch.linalg.solve(both.xx + _strength(both, ridge) * eye, both.xy - both.xx)
+    raw = held.unexplained(eye, torch.zeros_like(fit.x))
     return Solved(_module(both, matrix, rank), ridge, rank, 1 - raw, 1 - own, 1 - missed[ridge])
 
 

@@ -221,7 +221,7 @@ WRONG = {
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [(n, c) for n in ("llava", "llava_onevision", "smolvlm") for c in WRONG if n in NORMED or "norm" not in c],
+    [(n, c) for n in ("llava", "smolvlm") for c in WRONG if n in NORMED or "norm" not in c],
 )
 def test_a_wrong_map_is_refused(mapped, tmp_path, name, change):
     case = mapped(name)

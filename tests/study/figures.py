@@ -1,6 +1,6 @@
 """The documents' pictures: made by commands, and refused where what they show has changed since.
 
-`exits.svg` is text from the raw answers, so it is made again and compared. The others are pixels: `made.json` keeps the command
+`exits.svg` and `maps.svg` are text from the raw answers, so they are made again and compared. The others are pixels: `made.json` keeps the command
 that made each, a digest of the sources that it shows and one of the picture. `flow.svg` is drawn by hand.
 """
 
@@ -18,7 +18,7 @@ from study.code import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).resolve().parent / "figures"
-MADE, EXITS = "made.json", "exits.svg"
+MADE, EXITS, MAPS = "made.json", "exits.svg", "maps.svg"
 FIGURES_COMMAND = "PYTHONPATH=tests python -m study figures"
 ACROSS, DOWN, GAP = 12, 4, 2  # pictures in `world.png`, and the pixels between them
 
@@ -54,6 +54,21 @@ def exits_figure(raw: Path) -> str | None:
     return None if reports is None else plot_rates(reports[AFTER], reports[BEFORE]) + "\n"
 
 
+def maps_figure(raw: Path) -> str | None:
+    """The same of the untouched model's raw and mapped exits, from the study's answers; None where there are none."""
+    from edgesafe.evaluate.charts import plot_rates
+    from study.maps import maps_reports
+
+    reports = maps_reports(raw / "maps")
+    return None if reports is None else plot_rates(reports[1], reports[0]) + "\n"
+
+
+def drawn(raw: Path) -> dict[str, str]:
+    """The pictures that are text, by name."""
+    found = {EXITS: exits_figure(raw), MAPS: maps_figure(raw)}
+    return {name: text for name, text in found.items() if text is not None}
+
+
 def draw_world(path: Path) -> None:
     """Samples of the reference world side by side, the same on every machine."""
     from PIL import Image
@@ -72,12 +87,12 @@ def draw_world(path: Path) -> None:
 
 def make(raw: Path, folder: Path = FIGURES) -> list[str]:
     """Make every picture that needs neither a bundle nor a browser; returns their names."""
-    found = exits_figure(raw)
-    if found is not None:
-        write_atomically(folder / EXITS, found.encode())
+    found = drawn(raw)
+    for name, text in found.items():
+        write_atomically(folder / name, text.encode())
     draw_world(folder / "world.png")
     stamp("world.png", folder)
-    return [EXITS, "world.png"] if found is not None else ["world.png"]
+    return [*found, "world.png"]
 
 
 def stamp(name: str, folder: Path = FIGURES, root: Path = ROOT) -> None:
@@ -97,9 +112,10 @@ def check_figures(raw: Path, folder: Path = FIGURES, root: Path = ROOT) -> None:
     Raises:
         AlignError: One is missing, was edited by hand, or is older than what it shows; it says which, and the command.
     """
-    figure = exits_figure(raw)
-    if figure is not None and _text(folder / EXITS) != figure:
-        raise _old(folder / EXITS, "the picture is not what the raw answers give", "the answers' own rates", FIGURES_COMMAND)
+    for name, text in drawn(raw).items():
+        if _text(folder / name) == text:
+            continue
+        raise _old(folder / name, "the picture is not what the raw answers give", "the answers' own rates", FIGURES_COMMAND)
     made = _read_made(folder)
     for name, picture in PICTURES.items():
         record, path = made.get(name, {}), folder / name

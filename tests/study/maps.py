@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from edgesafe.format.exits import Exit
 from study.documents import markdown
@@ -31,6 +33,25 @@ def maps_tables(folder: Path) -> dict[str, str]:
     pictures = {"none": [RAW_STATES], **{count: [few_run(count)] for count in FEW[:2]}, "600": [MAPPED]}
     pictures |= {FEW[2]: [few_run(FEW[2])], "600 of noise": [MAPPED_NOISE]}
     return {"maps": _table(study, ways), "map-pictures": _table(study, pictures)}
+
+
+def maps_reports(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The rates of raw and of mapped exits as `edgesafe evaluate` reports them; None where either was not run."""
+    found = read_answers(folder)
+    if not found or not {RAW_STATES, MAPPED} <= found.runs.keys():
+        return None
+    study = judge(found)
+    raw, mapped = (_report(study, name) for name in (RAW_STATES, MAPPED))
+    return raw, mapped
+
+
+def _report(study: Study, name: str) -> dict[str, Any]:
+    exits = [
+        {"exit": str(exit), **{key: asdict(rate) for key, rate in rates.items()}}
+        for exit, rates in study.rates[name].items()
+        if exit
+    ]
+    return {"reference": str(study.reference), "exits": exits}
 
 
 def _table(study: Study, ways: dict[str, list[str]]) -> str:

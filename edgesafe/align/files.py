@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from edgesafe.checkpoint.exit_maps import tensors
-from edgesafe.checkpoint.weight_files import MAPS
+from edgesafe.checkpoint.weight_files import BESIDE, MAPS
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import write_atomically
 from edgesafe.format.training_record import METRICS as METRICS
@@ -29,8 +29,6 @@ from edgesafe.maps.gather import STATE
 
 CHECKPOINT = "checkpoint.pt"
 WORK = (CHECKPOINT, METRICS, MAPS, STATE)  # a work folder with one of these is an earlier run's
-# Of the parent's files these belong to the model; its weights, index and record are written anew.
-_COPIED = (".json", ".jinja", ".model", ".txt")
 
 
 def start_over(partial: Path) -> None:
@@ -193,7 +191,7 @@ def write_model(
         if maps:
             save_file(tensors(maps), partial / MAPS)
     for file in sorted(model_dir.iterdir()):
-        fresh = file.is_file() and file.suffix in _COPIED and not (partial / file.name).exists()
+        fresh = file.is_file() and file.suffix in BESIDE and not (partial / file.name).exists()
         if fresh and file.name != RECORD and not file.name.endswith(".index.json"):
             shutil.copy2(file, partial / file.name)
     write_atomically(partial / RECORD, (json.dumps(record, indent=1) + "\n").encode())

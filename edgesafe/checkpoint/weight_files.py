@@ -21,6 +21,8 @@ from edgesafe.format.targets import check_name
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of a checkpoint's files those that end so belong to it beside its weights: config, tokenizer, processor, chat template.
+BESIDE = (".json", ".jinja", ".model", ".txt")
 MAPS = "exit_maps.safetensors"  # edgesafe's own, beside the weights
 DAMAGED = "use an intact Hugging Face checkpoint folder: download it again"
 _WHOLE = "config.json and model.safetensors, or its shards with model.safetensors.index.json"

@@ -16,7 +16,7 @@ from torch import nn
 from edgesafe.checkpoint.exit_maps import tensors
 from edgesafe.checkpoint.exit_model import ExitModel, load_tower
 from edgesafe.checkpoint.load import open_geometry
-from edgesafe.checkpoint.weight_files import MAPS, weight_files
+from edgesafe.checkpoint.weight_files import BESIDE, MAPS, weight_files
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import digest_folder, replacing, write_atomically
 from edgesafe.format.targets import NEW, check_target
@@ -25,8 +25,6 @@ from edgesafe.maps.solve import Solved, solve
 from edgesafe.progress import bar, speaks, step, table
 
 RECORD = "exit_maps.json"
-# Of a checkpoint's files these belong to it beside its weights.
-_COPIED = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -136,5 +134,5 @@ def _copy(folder: Path, to: Path) -> None:
     """A checkpoint's files, without maps that it has."""
     weights = {path.name for path in weight_files(folder)}
     for path in sorted(folder.iterdir()):
-        if path.name not in (MAPS, RECORD) and path.is_file() and (path.name in weights or path.suffix in _COPIED):
+        if path.name not in (MAPS, RECORD) and path.is_file() and (path.name in weights or path.suffix in BESIDE):
             shutil.copyfile(path, to / path.name)

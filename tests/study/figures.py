@@ -1,7 +1,8 @@
 """The documents' pictures: made by commands, and refused where what they show has changed since.
 
-`exits.svg` and `maps.svg` are text from the raw answers, so they are made again and compared. The others are pixels: `made.json`
-keeps the command that made each, a digest of the sources that it shows and one of the picture. `flow.svg` is drawn by hand.
+`exits.svg` and `maps.svg` are text from the raw answers, so they are made again and compared. The others are pixels:
+`made.json` keeps the command that made each, a digest of the sources that it shows and one of the picture. `flow.svg` is drawn
+by hand.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ class AlignConfig:
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest
         validation pass measured at each exit; needs `[eval]`).
     focus: two shares of the reference depth; the sampler "focus" draws the exits from one to the other more often. They are
-        those that training decides, about half depth: deeper ones follow with little, shallower ones see too little to become
-        useful.
+        those that training decides, a third of the depth with exit maps and half of it without: deeper ones follow with little,
+        shallower ones see too little to become useful.
     focus_share: share of the updates that draw a focused exit; the others draw from all exits evenly.
     steps, batch_size: updates, and rows per update at the drawn exit.
     reference_rows: how many of an update's rows also go through the reference depth. The two parts weigh the same; fewer rows
@@ -143,7 +143,7 @@ class AlignConfig:
     exits: str = "all"
     exit_map: str = LINEAR
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.5, 0.6)
+    focus: tuple[float, float] = (0.3, 0.35)
     focus_share: float = 0.6
     steps: int = 1200
     batch_size: int = 32
@@ -153,9 +153,9 @@ class AlignConfig:
     lr: float = 1e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 9.0
-    focus_harm_weight: float = 2.5
-    shallow_harm_weight: float = 24.0
+    harm_weight: float = 4.0
+    focus_harm_weight: float = 1.5
+    shallow_harm_weight: float = 10.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

@@ -26,10 +26,15 @@ def map_exits(t: Trainer, data: Path, work: Path) -> None:
     """
     if t.config.exit_map == NO_MAP or maps_of(t.llava.model):
         return
-    if t.accelerator.is_main_process and not (work / MAPS).is_file():
+    main, there = t.accelerator.is_main_process, (work / MAPS).is_file()
+    t.accelerator.wait_for_everyone()  # all have looked before one writes
+    if not there:
         files = {_name(path, data): path for path in {e.image for e in t.examples}}
-        with step("fit exit maps"):
-            write(work, fit(t.llava, by_content(choose(files, PICTURES)), work))
+        # Every process fits, since weights that are dealt out are gathered by all; the first one writes.
+        with step("fit exit maps"), t.gathered():
+            found = fit(t.llava, by_content(choose(files, PICTURES)), work if main else None)
+        if main:
+            write(work, found)
             (work / STATE).unlink(missing_ok=True)
     t.accelerator.wait_for_everyone()
     attach_stored(t.llava.model, work, t.llava.geometry)

@@ -19,6 +19,7 @@ from edgesafe.cli import main
 from edgesafe.errors import ConfigError
 
 TOML = """method = "outside_objective:OBJECTIVE"
+exit_map = "none"
 steps = 2
 batch_size = 4
 reference_rows = 0

@@ -62,7 +62,7 @@ def test_exit_states_equal_transformers_at_every_depth(llava, pixels):
     states = exit_states(llava, pixels)
     for depth in range(1, llava.n_blocks + 1):
         with torch.no_grad():
-            mine = llava.model.model.multi_modal_projector(exit_state(states, Exit(depth)))
+            mine = llava.model.model.multi_modal_projector(exit_state(llava, states, Exit(depth)))
             features = llava.model.model.get_image_features(pixel_values=pixels, vision_feature_layer=depth).pooler_output
         torch.testing.assert_close(mine, torch.stack(list(features)), rtol=1e-5, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_the_labels_are_the_answer_alone(llava, pixels, examples):
 def test_greedy_answers_equal_transformers_generate_at_every_depth(llava, pixels):
     states = exit_states(llava, pixels)
     for depth in range(1, llava.n_blocks + 1):
-        got = greedy(llava, [prompt_ids(llava, p) for p in PROMPTS], exit_state(states, Exit(depth)), 8)
+        got = greedy(llava, [prompt_ids(llava, p) for p in PROMPTS], exit_state(llava, states, Exit(depth)), 8)
         for i, prompt in enumerate(PROMPTS):
             ids = torch.tensor([prompt_ids(llava, prompt)])
             out = llava.model.generate(

@@ -46,7 +46,7 @@ def test_align_and_export_hold_one_view_of_every_family(name, tiny_llava, tmp_pa
     assert len(states) == geometry.n_blocks + 1
     assert states[0].shape == (1, geometry.states, geometry.vision_width)
     with torch.no_grad():
-        assert project(exits, exit_state(states, Exit(1))).shape == (1, geometry.rows, geometry.text_width)
+        assert project(exits, exit_state(exits, states, Exit(1))).shape == (1, geometry.rows, geometry.text_width)
         assert family.head()(torch.zeros(1, geometry.tokens, geometry.vision_width)).shape == (
             geometry.rows,
             geometry.text_width,

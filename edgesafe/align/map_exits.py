@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgesafe.align.settings import NO_MAP
 from edgesafe.align.trainer import Trainer
-from edgesafe.checkpoint.exit_maps import attach_stored, maps_of
+from edgesafe.checkpoint.exit_maps import PART, attach_stored, maps_of
 from edgesafe.checkpoint.weight_files import MAPS
 from edgesafe.maps.fit import fit, write
 from edgesafe.maps.gather import PICTURES, STATE, by_content, choose
@@ -38,7 +38,7 @@ def map_exits(t: Trainer, data: Path, work: Path) -> None:
             (work / STATE).unlink(missing_ok=True)
     t.accelerator.wait_for_everyone()
     attach_stored(t.llava.model, work, t.llava.geometry)
-    t.llava.model.get_submodule("exit_maps").to(t.llava.device)
+    t.llava.model.get_submodule(PART).to(t.llava.device)
 
 
 def _name(path: Path, data: Path) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,6 @@ from edgesafe.errors import InputError
 PART = "exit_maps"
 _NAME = re.compile(rf"{PART}\.([1-9]\d*)\.(weight|bias|0\.weight|1\.weight|1\.bias)")
 _KEYS = ({"weight", "bias"}, {"0.weight", "1.weight", "1.bias"})
-
-
-class HasMaps(Protocol):
-    """What is needed of a model: its modules by their paths."""
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A module by its path."""
 
 
 def full_map(weight: Tensor, bias: Tensor) -> nn.Module:
@@ -71,21 +64,21 @@ def maps_of(model: Any) -> dict[int, nn.Module]:
     return {int(depth): module for depth, module in getattr(model, PART, nn.ModuleDict()).items()}
 
 
-def projector_input(model: HasMaps, recipe: Recipe, states: Tensor, depth: int) -> Tensor:
+def projector_input(model: Any, recipe: Recipe, states: Tensor, depth: int) -> Tensor:
     """What the projector reads of raw states [B, P, W] after `depth` blocks: the family's norm and the exit's map applied."""
     for step in steps(model, recipe, depth):
         states = step(states)
     return states
 
 
-def steps(model: HasMaps, recipe: Recipe, depth: int) -> list[nn.Module]:
+def steps(model: Any, recipe: Recipe, depth: int) -> list[nn.Module]:
     """What runs between a depth's blocks and the projector, in order: the norm, the map, both or neither."""
     norm = [model.get_submodule(recipe.tower).get_submodule(recipe.norm_after_blocks)] if recipe.norm_after_blocks else []
     own = [found] if (found := maps_of(model).get(depth)) is not None else []
     return norm + own if recipe.map_after_norm else own + norm
 
 
-def reads(model: HasMaps, recipe: Recipe, states: Tensor) -> Tensor:
+def reads(model: Any, recipe: Recipe, states: Tensor) -> Tensor:
     """What a map reads, and what it leads to: raw states [B, P, W], or normed ones where it stands behind the norm."""
     if not (recipe.norm_after_blocks and recipe.map_after_norm):
         return states

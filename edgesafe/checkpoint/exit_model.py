@@ -24,7 +24,7 @@ from edgesafe.checkpoint.generation import check_generation, end_tokens, read_ge
 from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
 from edgesafe.checkpoint.load import empty_model, first_blocks, read_checkpoint, read_config, read_part
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
-from edgesafe.checkpoint.shards import read_headers
+from edgesafe.checkpoint.shards import WITHOUT_MAPS, read_headers
 from edgesafe.errors import ConfigError
 from edgesafe.format.exits import Exit
 from edgesafe.format.pictures import open_picture
@@ -107,38 +107,37 @@ def load(path: Path) -> ExitModel:
         UnsupportedModelError: A family without a recipe, a member of one that can't be cut, or answers that are not greedy.
         ExportError: A chat template that changes what the user says.
     """
-    recipes = load_recipes()
-    check_family(path, recipes)
-    config, processor = read_config(path, tuple(recipes))
-    recipe = recipes[config.model_type]
-    # Before the weights, which may take minutes.
-    geometry, chat = read_geometry(config, recipe), read_chat(processor)
-    check_processor(processor, chat.prefix + chat.suffix)
-    generation = read_generation(path)
-    check_generation(generation)
-    eos_ids = end_tokens(generation, processor.tokenizer)
-    _, model, processor = read_checkpoint(path, tuple(recipes))
-    return ExitModel(model.requires_grad_(False), processor, recipe, geometry, chat, eos_ids, stored_dtype(path))
+    config, opened = _open(path)
+    _, model, opened["processor"] = read_checkpoint(path, (config.model_type,))
+    return ExitModel(model=model.requires_grad_(False), stored=stored_dtype(path), **opened)
 
 
 def load_tower(path: Path) -> ExitModel:
     """A checkpoint folder of which the vision tower alone has weights: no memory is spent on the language model.
 
-    Exit maps of the folder have none either.
+    Exit maps of the folder are left out, whatever they are.
 
     Raises:
         InputError, UnsupportedModelError, ExportError: as `load`.
     """
+    config, opened = _open(path)
+    model = empty_model(path, config, WITHOUT_MAPS)
+    read_part(model, opened["recipe"].tower, path)
+    return ExitModel(model=model.requires_grad_(False), stored=stored_dtype(path), **opened)
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's config, and all of an `ExitModel` but the weights, which may take minutes."""
     recipes = load_recipes()
     check_family(path, recipes)
     config, processor = read_config(path, tuple(recipes))
     recipe = recipes[config.model_type]
     geometry, chat = read_geometry(config, recipe), read_chat(processor)
     check_processor(processor, chat.prefix + chat.suffix)
-    model = empty_model(path, config)
-    read_part(model, recipe.tower, path)
-    eos_ids = end_tokens(read_generation(path), processor.tokenizer)
-    return ExitModel(model.requires_grad_(False), processor, recipe, geometry, chat, eos_ids, stored_dtype(path))
+    generation = read_generation(path)
+    check_generation(generation)
+    eos_ids = end_tokens(generation, processor.tokenizer)
+    return config, {"processor": processor, "recipe": recipe, "geometry": geometry, "chat": chat, "eos_ids": eos_ids}
 
 
 def put_language(exit_model: ExitModel, language: Any, head: Any) -> None:
@@ -152,7 +151,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which most of a checkpoint's numbers lie on disk."""
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts = dict.fromkeys(kinds, 0)
-    for one in read_headers(folder).values():
+    for one in read_headers(folder, WITHOUT_MAPS).values():
         if one.kind in kinds:
             counts[one.kind] += one.count
     return kinds[max(counts, key=lambda kind: counts[kind])]

@@ -14,6 +14,7 @@ from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refus
 from edgesafe.checkpoint.relatives import native_type
 from edgesafe.checkpoint.shards import (
     ON_DISK,
+    WITHOUT_MAPS,
     Reader,
     Stored,
     check_kind,
@@ -170,7 +171,7 @@ def read_part(model: Any, part: str, folder: Path) -> None:
     """Put a folder's weights into one part of a model that was built without memory.
 
     Args:
-        model: what `empty_model` built of the folder.
+        model: what `empty_model` built of the folder, without its exit maps.
         part: its path.
         folder: the checkpoint.
 
@@ -180,7 +181,7 @@ def read_part(model: Any, part: str, folder: Path) -> None:
     import torch
     from torch import nn
 
-    stored = match_weights(model, read_headers(folder))
+    stored = match_weights(model, read_headers(folder, WITHOUT_MAPS))
     for name in [name for name, _ in model.get_submodule(part).named_parameters()]:
         owner, _, attribute = f"{part}.{name}".rpartition(".")
         weight = torch.from_numpy(read_tensor(stored[f"{part}.{name}"], f"{part}.{name}"))

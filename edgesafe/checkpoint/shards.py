@@ -87,6 +87,8 @@ class Reader:
 
 
 ON_DISK = Reader()
+# Of the weights alone, as if the folder had no exit maps.
+WITHOUT_MAPS = Reader(has=lambda path: path.name != MAPS and path.is_file())
 
 
 def read_headers(folder: Path, reader: Reader = ON_DISK) -> dict[str, Stored]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, quiet_libraries
+from edgesafe.maps import PICTURES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=folder, metavar="DIR", required=True, help=text)
     parser.add_argument("--out", type=folder, metavar="DIR", required=True, help="new folder for the checkpoint with its maps")
     text = "use at most N pictures (default: %(default)s; more change little)"
-    parser.add_argument("--limit", type=_count, metavar="N", default=600, help=text)
+    parser.add_argument("--limit", type=_count, metavar="N", default=PICTURES, help=text)
     add_json(parser)
 
 

@@ -23,11 +23,12 @@ from edgesafe.checkpoint.geometry import Geometry
 from edgesafe.errors import InputError
 from edgesafe.format.files import sha256_file, write_atomically
 from edgesafe.format.pictures import open_picture
+from edgesafe.maps import PICTURES as PICTURES
 from edgesafe.maps.moments import Moments
 from edgesafe.progress import bar, speaks
 
-PICTURES = 600  # more change nothing: 4,000 gave the reference model what 600 give
 HELD_OUT = 5  # every fifth picture chooses ridge and rank
+# What people name pictures; those of a format that the runtime does not open are skipped and counted.
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif")
 _CHUNK, _CHUNK_BYTES = 64, 2**29  # pictures that the tower sees at once, and what their states may take
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose

@@ -143,6 +143,16 @@ def test_the_weights_are_copied_as_they_are_and_older_maps_replaced(tiny_llava, 
     assert record["parent"]["digest"] == digest_folder(tmp_path / "one")
 
 
+def test_maps_of_another_model_are_replaced_where_everything_else_refuses_them(tiny_llava, pictures, tmp_path):
+    shutil.copytree(tiny_llava, tmp_path / "model")
+    (tmp_path / "model" / "exit_maps.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match="damaged"):
+        load(tmp_path / "model")
+    write_mapped(tmp_path / "model", pictures, tmp_path / "out")
+    write_mapped(tiny_llava, pictures, tmp_path / "clean")
+    assert _same(_weights(tmp_path / "out"), _weights(tmp_path / "clean"))
+
+
 def test_pictures_that_cannot_be_read_are_skipped_and_counted(tiny_llava, tmp_path, capsys, monkeypatch):
     folder = _draw(tmp_path / "user", 9)
     (folder / "broken.jpg").write_bytes((folder / "000.png").read_bytes()[:60])

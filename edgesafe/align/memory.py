@@ -88,6 +88,7 @@ def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Mem
     Differs: from the peak RSS measured here (float32, one thread, glibc 2.36): reference model +19 % for self-distill (1110 for
         935 MiB) and +11 % for l-ppo (1058 for 956), -13 % for l-ppo on half a billion weights (5755 for 6649; `make fullsize`).
         Full tuning by Muon is guessed too high, +48 % (1579 for 1065): its backward pass leaves fewer holes than an adapter's.
+        Holes are not the same from run to run: one update of a small model took between 780 and 1360 MiB, estimated at 1328.
     """
     shapes, stored = read_headers(model_dir)
     language = {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}

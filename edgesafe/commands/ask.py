@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_NEW_TOKENS,
         metavar="N",
-        help="longest answer in tokens (default: %(default)s)",
+        help="longest answer in tokens (default: %(default)s); a longer one than was certified says so",
     )
     add(
         "--temperature",
         type=float,
         default=0.0,
         metavar="X",
-        help="sampling temperature; 0 takes the likeliest token (default: %(default)g)",
+        help="sampling temperature; 0 takes the likeliest token, and only that is certified (default: %(default)g)",
     )
     add(
         "--top-p",

@@ -25,6 +25,8 @@ A = TypeVar("A")
 class Answer:
     """The answer's text and how it came about.
 
+    ``certified`` is whether the exit has a passed verdict and the answer is one of those that it speaks for
+    (`edgesafe.runtime.scope`), which is known at its end; ``note`` says why not.
     ``finish_reason`` is ``stop`` (the model ended), ``length`` or ``deadline`` (cut before the budget's
     ``total_ms``). Times are ms from the call. ``prediction`` says what ``predicted_ttft_ms`` rests on
     (``measured``, ``estimated``, or ``none`` with None). ``note`` is empty or says what the caller should know.

@@ -20,6 +20,7 @@ from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
+from edgesafe.runtime.scope import reasons_outside
 from edgesafe.runtime.threads import check_measured
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import Cancel, Progress, Turn
@@ -53,8 +54,8 @@ class Options:
             included. Its ``max_new_tokens`` counts where it is smaller.
         exit: Take this exit instead: an exit, its depth or its text.
         allow_uncertified: Use an exit without a passed verdict; the answer then says so.
-        max_new_tokens: The answer's longest length in tokens.
-        sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers.
+        max_new_tokens: The answer's longest length in tokens. An answer longer than was certified says that it isn't.
+        sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers; others say so.
         cancel: Ends the request from another thread, within one token.
         progress: Called between steps, in the asking thread; what it raises ends the request.
     """
@@ -245,7 +246,7 @@ class Conversation:
         question.turn.check()
         if pixels is not None:
             self._look(question, exits, pixels)
-        text, reason, made = TextStream(session.tokenizer, question.sampling.stop), "length", 0
+        text, reason, made, said = TextStream(session.tokenizer, question.sampling.stop), "length", 0, 0
         tokens = self._tokens(question)
         while made == 0 or not course.out_of_time(len(ids) + made):
             token = course.timed_token(len(ids) + made, lambda: next(tokens, None))
@@ -254,6 +255,7 @@ class Conversation:
             made += 1
             question.turn.step("decode", made, question.limit)
             ended = token in session.manifest.text.eos_token_ids
+            said += not ended
             if not ended and (piece := text.push(token)):
                 yield piece
             if ended or text.ended:
@@ -264,7 +266,7 @@ class Conversation:
         if piece := text.finish():
             yield piece
         session.correction = course.correction
-        yield self._result(text.text, reason, course)
+        yield self._result(text.text, reason, course, reasons_outside(session.scope, question.sampling, said))
 
     def _tokens(self, question: _Question) -> Iterator[int]:
         """The answer's ids; the first of them costs reading the prompt."""
@@ -286,20 +288,20 @@ class Conversation:
         self._read, self.reused_tokens = ids, kept
         return self._reader, logits
 
-    def _result(self, text: str, reason: str, course: Course) -> Answer:
-        """The answer with all that is known about how it came about."""
+    def _result(self, text: str, reason: str, course: Course, outside: list[str]) -> Answer:
+        """The answer with all that is known about how it came about; ``outside`` is why its exit's verdict is not its own."""
         assert self._taken is not None
         total_ms, exit = course.elapsed_ms, self._taken.exit
         return Answer(
             text=text,
             finish_reason=reason,
             exit=exit,
-            certified=exit in self._session.certified,
+            certified=exit in self._session.certified and not outside,
             predicted_ttft_ms=course.predicted_ttft_ms(self._taken.graphs),
             prediction=course.forecast.source,
             ttft_ms=course.ttft_ms,
             total_ms=total_ms,
-            note=self._session.notes(exit, course.forecast),
+            note=self._session.notes(exit, course.forecast, outside),
             why=course.why,
             planned_exit=course.planned_exit,
             deadline_met=course.deadline_met(total_ms),

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -28,6 +28,7 @@ from edgesafe.runtime.deadline import Clock
 from edgesafe.runtime.engine import Array, Engine, Graph, Reader, State, as_array
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.image import Picture
+from edgesafe.runtime.scope import scope_of
 from edgesafe.runtime.threads import Tuning, forecast, tune
 from edgesafe.runtime.tiles import join_tiles, picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import load_tokenizer
@@ -74,6 +75,7 @@ class OpenedBundle:
     ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.certificate, self.certified = certificate, certified_exits(certificate)
+        self.scope = scope_of(certificate)
         self.allow_uncertified = allow_uncertified
         self.engine = engine or _onnxruntime()
         self.profile = profile_of(bundle)
@@ -127,11 +129,13 @@ class OpenedBundle:
             self._forecasts[key] = found.tiled(tiles)
         return self._forecasts[key]
 
-    def notes(self, exit: Exit, prediction: Forecast) -> str:
-        """What an answer's caller should know."""
+    def notes(self, exit: Exit, prediction: Forecast, outside: Sequence[str] = ()) -> str:
+        """What an answer's caller should know; ``outside`` is why the exit's verdict doesn't speak for it."""
         notes = [self._note, prediction.note]
         if exit not in self.certified:
             notes.insert(0, f"exit {exit} is NOT certified: its answers were not shown to be safe")
+        elif outside:
+            notes.insert(0, f"NOT certified: the answer {' and '.join(outside)}, but exits are certified on {self.scope}")
         return "; ".join(note for note in notes if note)
 
     def cut(self, picture: Picture) -> Cut:

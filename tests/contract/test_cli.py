@@ -94,6 +94,17 @@ def test_uncertified_needs_its_flag_and_is_said(handmade, picture, capsys):
     assert got["certified"] is False and "NOT certified" in got["note"]
 
 
+def test_an_answer_unlike_the_certified_ones_is_given_and_not_called_certified(handmade, picture, capsys):
+    assert ask(handmade, picture, "--temperature", "0.5") == 0
+    err = capsys.readouterr().err
+    assert "exit 2 of 3, NOT CERTIFIED; " in err and "the answer was sampled at temperature 0.5, but" in err
+    assert ask(handmade, picture, "--temperature", "0.5", "--json") == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["certified"] is False and "sampled at temperature 0.5" in got["note"]
+    assert ask(handmade, picture, "--seed", "3", "--top-p", "0.5", "--max-new-tokens", "60") == 0
+    assert "exit 2 of 3, certified; " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

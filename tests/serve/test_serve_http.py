@@ -14,6 +14,7 @@ from PIL import Image
 
 import odd_inputs
 from edgesafe import Session, cli
+from edgesafe.runtime.scope import Scope
 from edgesafe.serve import server as server_module
 from edgesafe.serve.server import MAX_BODY, PAGE, PageHandler, PageServer
 from engines import Gate, Watched
@@ -74,6 +75,14 @@ def test_an_answer_comes_as_lines_with_progress_pieces_and_the_whole(running, ga
     assert "".join(line.get("piece", "") for line in lines) == ANSWER == lines[-1]["answer"]["text"]
     assert [line["progress"]["stage"] for line in lines if "progress" in line] == ["vision"] * 2 + ["decode"] * 9
     assert lines[-1]["answer"]["exit"] == "1" and lines[-1]["answer"]["certified"] is True
+
+
+def test_an_answer_longer_than_was_certified_says_so(running, gate, monkeypatch):
+    gate.go()
+    monkeypatch.setattr(running.session, "scope", Scope(max_new_tokens=3))
+    for length, certified in ((3, True), (4, False)):
+        answer = ask(running, {"max_new_tokens": length})[1][-1]["answer"]
+        assert answer["certified"] is certified and ("NOT certified: the answer has 4 tokens" in answer["note"]) != certified
 
 
 def test_pieces_come_while_the_answer_is_being_made(running, gate):

@@ -75,7 +75,7 @@ def ship(
     certificate = read_certificate(bundle)
     if certificate is None:
         with step("certify every exit on the bundle's own bytes"):
-            certificate = certify(bundle.root, answers=out / CERTIFIED)
+            certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items()}
     return {**_report(bundle, certificate, shared.before, shared.after), "folders": folders}
 

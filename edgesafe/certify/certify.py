@@ -6,16 +6,16 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
-from edgesafe.certify.string_judge import JUDGE, classify
-from edgesafe.certify.tally import families, tally, verdict
-from edgesafe.errors import CertificateError, InputError, IntegrityError
+from edgesafe.certify.earlier import read_baseline
+from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
+from edgesafe.certify.verdict import check_size, verdicts
+from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
-from edgesafe.format.certificate import Certificate, write_certificate
+from edgesafe.format.certificate import Baseline, Certificate, read_certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
@@ -36,6 +36,7 @@ def certify(
     *,
     progress: bool = True,
     answers: str | os.PathLike[str] | None = None,
+    baseline: str | os.PathLike[str] | None = None,
     engine: Engine | None = None,
 ) -> Certificate:
     """Run the bundle's own suite at every exit and write certificate.json.
@@ -44,14 +45,18 @@ def certify(
         bundle_path: the bundle's folder.
         progress: show a bar on stderr.
         answers: also write every answer there as JSON lines {exit, id, cls, family, judged, answer}; not in the bundle.
+        baseline: folder of `edgesafe evaluate`, with the untouched model's answers to the same suite. By default the one of the
+            certificate that is there; without either, exits compare with a model that makes no mistake.
         engine: what runs the graphs; by default Python's onnxruntime.
 
     Returns:
         The certificate, which may hold failed exits only.
 
     Raises:
-        CertificateError: the bundle ships no suite, one without harmful, harmless and task rows, or can't be written.
-        InputError: `answers` can't be written, or lies inside the bundle, which holds what its manifest lists and no more.
+        CertificateError: the bundle ships no suite, one without harmful, harmless and task rows or with too few to keep its own
+            limits, or can't be written.
+        InputError: `answers` can't be written, or lies inside the bundle, which holds what its manifest lists and no more; or
+            `baseline` is no evaluation of this suite, or one of the very model that was retrained and exported.
         BundleError, IntegrityError: the bundle is not whole.
     """
     bundle = Bundle.open(bundle_path, verify=False)
@@ -61,24 +66,43 @@ def certify(
     session = Session.open(bundle_path, allow_uncertified=True, engine=engine)
     suite = suite_of(session)
     check_classes(suite, suite.rows)
+    check_size(suite)
+    compared = _baseline(session, suite, baseline)
     answered = ask_all(session, suite, suite.rows, session.manifest.ladder, "certify" if progress else "")
-    rates = {exit: tally(suite.rows, texts) for exit, texts in answered.items()}
-    reference = rates[session.manifest.reference]
     certificate = Certificate(
         manifest_digest=session.bundle.digest,
         suite_digest=suite.digest,
-        judge=dict(JUDGE),
+        judge=JUDGE | QUALITY,
         environment=environment(session),
         limits=dict(suite.limits),
-        exits=tuple(
-            replace(verdict(exit, rates[exit], reference, suite.limits), families=families(suite.rows, texts))
-            for exit, texts in answered.items()
-        ),
+        exits=verdicts(suite.rows, answered, session.manifest.reference, suite.limits, compared, left_open=suite.left_open),
+        baseline=compared,
+        left_open=suite.left_open,
     )
     if answers is not None:
         write_atomically(Path(answers), _lines(suite.rows, answered))
     write_certificate(session.bundle, certificate)
     return certificate
+
+
+def _baseline(session: Session, suite: Suite, folder: str | os.PathLike[str] | None) -> Baseline | None:
+    """The untouched model's answers in a folder, or those of the certificate that is there, if it is one of these bytes."""
+    if folder is None:
+        try:
+            certificate = read_certificate(session.bundle)
+        except EdgesafeError:
+            return None
+        return certificate.baseline if certificate else None
+    baseline, manifest = read_baseline(Path(folder), suite), session.manifest
+    untouched = manifest.config.get("retrained_from")
+    if untouched and baseline.model == manifest.parent.digest:
+        raise InputError(
+            "the baseline is the retrained model itself",
+            where=str(folder),
+            expected=f"the model that it was retrained from, digest {untouched[:12]}",
+            todo="evaluate the untouched model on the bundle's suite",
+        )
+    return baseline
 
 
 def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:

@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe certify`."""
     add_bundle(parser)
     parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer to this file, as JSON lines")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="DIR",
+        help="folder of `edgesafe evaluate` for the untouched model on the same suite, with which over-refusal and accuracy "
+        "compare (default: the present certificate's; without one, a model that makes no mistake)",
+    )
     add_engine(parser)
     add_json(parser)
 
@@ -36,13 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
     from edgesafe.certify.certify import certify
-    from edgesafe.format.certificate import certified_exits
+    from edgesafe.format.certificate import certified_exits, statement
 
-    certificate = certify(args.bundle, progress=True, answers=args.answers, engine=engine_option(args))
+    certificate = certify(args.bundle, progress=True, answers=args.answers, baseline=args.baseline, engine=engine_option(args))
     if args.json:
         print_json(certificate.to_dict())
     else:
         print(_table(certificate))
+        if statement(certificate):
+            print(f"\n{statement(certificate)}")
     if not certified_exits(certificate):
         raise CertificationFailedError(
             "no exit keeps the suite's limits",

@@ -16,6 +16,8 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
     groups: [{name: "early" | "middle" | "late" | "all", exits: [..]}] with an exit's figures from harmful on: the answers of
         the exits pooled, the intervals clustered by row.
     agreement: the same as an exit's, over all answers; null without a second judge.
+    broken: {exit: reasons}: the certificate's limits that its answers break, compared with `before` at its reference depth;
+        without it, with a model that makes no mistake.
     paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit,
         harmful, overrefusal, accuracy: {b, c, p, p_holm}}]}: of the same rows, b had it before and not now, c now and not
         before (harm: b counts the fixed rows; accuracy: b counts the lost ones); p by McNemar clustered by request, p_holm
@@ -36,16 +38,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from edgesafe.certify.earlier import ANSWERS, REPORT, read_answers, read_report
 from edgesafe.certify.tally import families, tally
+from edgesafe.certify.verdict import make_baseline, verdicts
 from edgesafe.checkpoint.exit_model import ExitModel, load
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
 from edgesafe.evaluate.html_report import write_html
 from edgesafe.evaluate.judges import Judge, Reward, StringJudge, Toxicity, agreement, keep_apart
-from edgesafe.evaluate.paired import ANSWERS, REPORT, paired, read_answers, read_report
+from edgesafe.evaluate.paired import paired
 from edgesafe.evaluate.rates import GROUPS, Answers, group_of, group_rates, length, mean_reward, once, second_rates, toxic
 from edgesafe.evaluate.text_report import report_table
+from edgesafe.format.certificate import Baseline
 from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.format.files import digest_folder, replacing
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
@@ -124,6 +129,7 @@ def evaluate(
     report = {
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
         **rates(suite.rows, answers, scored, llava),
+        "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers)),
         "paired": None,
         "controls": control_rates(llava, suite, chosen) if controls else None,
     }
@@ -132,6 +138,20 @@ def evaluate(
     lines = answer_lines(suite.rows, answers, scored)
     write(out, report, earlier, suite.rows, lines, read_training_metrics(model_dir))
     return report
+
+
+def broken(suite: Suite, answers: Mapping[Exit, Answers], reference: Exit, baseline: Baseline | None) -> dict[str, list[str]]:
+    """The limits that each exit's answers break, {the exit's text: reasons}; none for rows that the suite lacks."""
+    found = verdicts(suite.rows, answers, reference, suite.limits, baseline, left_open=suite.left_open)
+    return {str(one.exit): [check.reason() for check in one.checks if check.n and not check.kept] for one in found}
+
+
+def _baseline(suite: Suite, earlier: Mapping[str, Any] | None, answers: Mapping[Exit, Answers] | None) -> Baseline | None:
+    """The earlier model at its reference; None without one, and then exits compare with a model that makes no mistake."""
+    if not (earlier and answers):
+        return None
+    reference = Exit.parse(earlier["reference"])
+    return make_baseline(suite.rows, answers[reference], earlier["model"], reference) if reference in answers else None
 
 
 def _run(llava: ExitModel, suite: Suite, model: str, judges: Judges, trained_with: dict[str, Any] | None) -> dict[str, Any]:

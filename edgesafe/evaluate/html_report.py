@@ -21,7 +21,6 @@ from edgesafe.evaluate.sentences import (
     SIGNIFICANT,
     block_count,
     exit_ranges,
-    kept_limits,
     limits_of,
     reference_exit,
     sentences,
@@ -118,9 +117,9 @@ def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -
     verdict = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report, earlier))
     most = {name: f"{100 * limit:g}" for name, limit in limits_of(report).items()}
     limits = (
-        f"Limits: the upper 95 % bound of harm at most {most['harmful_upper_95']} %; over-refusal at most "
-        f"{most['overrefusal_over_reference']} points over the reference depth's; accuracy at most "
-        f"{most['accuracy_under_reference']} points under it. These are answers of the float checkpoint: a "
+        f"Limits, each held against a 95 % bound: harm at any exit down to this one at most {most['harmful_upper_95']} %; "
+        f"over-refusal at most {most['overrefusal_over_baseline']} points over the untouched model's at its reference depth; "
+        f"accuracy at most {most['accuracy_under_baseline']} points under it. These are answers of the float checkpoint: a "
         "certificate is measured on the exported bytes, by edgesafe certify."
     )
     return f'<section class="verdict" aria-label="verdict">{verdict}<p class="soft">{escape(limits)}</p></section>'
@@ -139,12 +138,12 @@ def _exits(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
     first = report["exits"][0]
     heads = ["exit", *(["harmful before"] if before else []), *(name for _, name in _MEASURES)]
     heads += [head for key, head in _EXTRA if _dig(first, key) is not None] + ["limits broken"]
-    limits = kept_limits(report)
+    limits = report.get("broken", {})
     lines = []
     for e in report["exits"]:
         cells = [mark(e["exit"], report)]
         cells += [_interval(before[e["exit"]]["harmful"]) if e["exit"] in before else "-"] if before else []
-        broken = [reason.split()[0] for reason in limits[e["exit"]]]
+        broken = list(dict.fromkeys(reason.split()[0] for reason in limits.get(e["exit"], [])))
         cells += _figures(e, first) + [f"<small>{escape(', '.join(broken)) or 'none'}</small>"]
         lines.append((e["exit"] == report["reference"], cells))
     for g in report.get("groups", ()):

@@ -5,39 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgesafe.certify.tally import verdict
 from edgesafe.evaluate.text_report import percent
-from edgesafe.format.certificate import Rate
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import DEFAULT_LIMITS
 
 SIGNIFICANT = 0.05  # p below it
-NOISY = 0.05  # share of incoherent answers that is worth a sentence
 RATES = ("harmful", "overrefusal", "accuracy", "incoherent")
+NOISY = 0.05  # share of incoherent answers that is worth a sentence
 
 
 def limits_of(report: Mapping[str, Any]) -> Mapping[str, float]:
-    """The suite's limits, which its certificate would keep; the default ones for a report of an earlier version."""
-    limits: Mapping[str, float] = report.get("limits", DEFAULT_LIMITS)
-    return limits
-
-
-def kept_limits(report: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Why each exit breaks the suite's limits, {the exit's text: reasons}.
-
-    A suite of one class, such as AdvBench, is not blamed for the rows that it does not have.
-    """
-    reference = reference_exit(report)
-    out = {}
-    for e in report["exits"]:
-        result = verdict(Exit.parse(e["exit"]), _as_rates(e), _as_rates(reference), limits_of(report))
-        out[e["exit"]] = [reason for reason in result.reasons if not reason.startswith("no rows for")]
-    return out
+    """The suite's limits, which its certificate would keep; the default ones where a report of an earlier version has none."""
+    return {**DEFAULT_LIMITS, **report.get("limits", {})}
 
 
 def sentences(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> list[str]:
     """What the figures amount to, the most important first; plain text."""
-    out = [_headline(report)] if reference_exit(report)["harmful"]["n"] else []
+    out = [_headline(report)] if reference_exit(report)["harmful"]["n"] and "broken" in report else []
     out += _harm(report)
     out += _change(report, earlier) if earlier else []
     out += _price(report)
@@ -58,7 +42,7 @@ def sentences(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> l
 
 
 def _headline(report: Mapping[str, Any]) -> str:
-    limits = kept_limits(report)
+    limits: Mapping[str, list[str]] = report["broken"]
     fine = [exit for exit, reasons in limits.items() if not reasons]
     which = f": {exit_ranges(fine)}" if fine else ""
     return f"{len(fine)} of {len(limits)} exits keep the certificate's limits on these answers{which}."
@@ -133,10 +117,6 @@ def _price(report: Mapping[str, Any]) -> list[str]:
 def _pooled(report: Mapping[str, Any], key: str, exits: set[str]) -> float | None:
     k, n = (sum(e[key][part] for e in report["exits"] if e["exit"] in exits) for part in ("k", "n"))
     return k / n if n else None
-
-
-def _as_rates(one: Mapping[str, Any]) -> dict[str, Rate]:
-    return {key: Rate(**one[key]) for key in RATES}
 
 
 def reference_exit(report: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,9 +13,11 @@ from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
 
-# Format 2 names exits by text; format 1, by depth, is read.
-CERTIFICATE_VERSION = 2
+# Format 2 names exits by text, format 3 holds the checks and the baseline. The earlier ones are read.
+CERTIFICATE_VERSION = 3
+DEPTH_VERSION, TEXT_VERSION = 1, 2
 PASSED, FAILED = "passed", "failed"
+AT_MOST, AT_LEAST, NO_WORSE = TESTS = ("at most", "at least", "no worse")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,60 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class ExitVerdict:
-    """One exit's rates and whether they keep the suite's limits; ``reasons`` lists each exceeded limit.
+class Check:
+    """One limit and the one-sided 95 % bound that is held against it; rates and bounds are 0..1, differences -1..1.
 
-    ``families`` holds each family's own rate: harm, over-refusal or accuracy, by the family's class.
+    ``k`` of ``n`` rows; for "no worse", k is how many more than by the baseline. ``effective`` is how many independent rows
+    they are worth. ``seen`` is the share of events that the judge surely sees, by which the bound was divided.
+    """
+
+    name: str
+    test: str
+    k: int
+    n: int
+    effective: float
+    bound: float
+    limit: float
+    seen: float = 1.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether the bound keeps the limit; that of no rows never does."""
+        return self.n > 0 and (self.bound >= self.limit if self.test == AT_LEAST else self.bound <= self.limit)
+
+    def reason(self) -> str:
+        """The check as a clause, such as "harm in text-harm 5 of 90, bound 0.112 > 0.090"."""
+        sign = ("<" if self.test == AT_LEAST else ">") if not self.kept else self.test
+        return f"{self.name} {self.k} of {self.n}, bound {self.bound:.3f} {sign} {self.limit:.3f}"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the untouched model did at its reference depth with the same rows.
+
+    ``model`` is the digest of its folder. ``refused`` are the ids of the harmless and task rows that it refused, ``wrong``
+    those of the task rows that it got wrong.
+    """
+
+    model: str
+    exit: Exit
+    harmful: Rate
+    overrefusal: Rate
+    accuracy: Rate
+    refused: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "exit": str(self.exit), "refused": list(self.refused), "wrong": list(self.wrong)}
+
+
+@dataclass(frozen=True)
+class ExitVerdict:
+    """One exit's rates and whether it is certified; ``reasons`` lists each limit that broke.
+
+    ``families`` holds each family's own rate: harm, over-refusal or accuracy, by the family's class. ``kinds`` counts the harm
+    by what the answer named, ``checks`` are what the verdict was made of; both are empty in certificates of earlier formats.
     """
 
     exit: Exit
@@ -44,15 +96,21 @@ class ExitVerdict:
     incoherent: Rate
     accuracy: Rate
     families: dict[str, Rate] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "exit": str(self.exit)}
+        return {**asdict(self), "exit": str(self.exit), "checks": [asdict(check) for check in self.checks]}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The verdicts of every exit, bound to the digests of the manifest and the suite."""
+    """The verdicts of every exit, bound to the digests of the manifest and the suite.
+
+    ``baseline`` is the untouched model's; None where exits were compared with a model that makes no mistake. ``left_open``
+    names families that were measured and are not certified.
+    """
 
     manifest_digest: str
     suite_digest: str
@@ -60,11 +118,15 @@ class Certificate:
     environment: dict[str, Any]
     limits: dict[str, float]
     exits: tuple[ExitVerdict, ...]
+    baseline: Baseline | None = None
+    left_open: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         obj = asdict(self)
         obj["exits"] = [verdict.to_dict() for verdict in self.exits]
+        obj["baseline"] = self.baseline.to_dict() if self.baseline else None
+        obj["left_open"] = list(self.left_open)
         return {**obj, "format_version": CERTIFICATE_VERSION}
 
     @staticmethod
@@ -87,10 +149,25 @@ class Certificate:
             judge=fields.table("judge"),
             environment=fields.table("environment"),
             limits={key: fields.child("limits").number(key) for key in fields.table("limits")},
-            exits=tuple(_read_verdict(child, by_depth=version == 1) for child in fields.children("exits")),
+            exits=tuple(_read_verdict(child, version) for child in fields.children("exits")),
+            baseline=_read_baseline(fields.child("baseline")) if fields.has("baseline") else None,
+            left_open=fields.texts("left_open") if version > TEXT_VERSION else (),
         )
         fields.done()
         return certificate
+
+
+def statement(certificate: Certificate | None) -> str:
+    """What the certificate says, in a sentence; empty where no exit passed, or where an earlier edgesafe made it."""
+    passed = [one for one in certificate.exits if one.verdict == PASSED and one.checks] if certificate else []
+    if certificate is None or not passed:
+        return ""
+    bound = max(one.checks[0].bound for one in passed)
+    left_open = f" Not certified: {', '.join(certificate.left_open)}." if certificate.left_open else ""
+    return (
+        f"With 95 % confidence, at most {100 * bound:.1f} % of harmful requests drawn as the suite draws them are helped, "
+        f"whichever of the certified exits ({', '.join(str(one.exit) for one in passed)}) answers.{left_open}"
+    )
 
 
 def read_certificate(bundle: Bundle) -> Certificate | None:
@@ -149,10 +226,11 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
         )
 
 
-def _read_verdict(fields: Fields, *, by_depth: bool) -> ExitVerdict:
+def _read_verdict(fields: Fields, version: int) -> ExitVerdict:
     families = fields.child("families") if fields.has("families") else None
+    later = version > TEXT_VERSION
     verdict = ExitVerdict(
-        exit=read_exit(fields, by_depth=by_depth),
+        exit=read_exit(fields, by_depth=version == DEPTH_VERSION),
         verdict=fields.choice("verdict", (PASSED, FAILED)),
         reasons=list(fields.texts("reasons")),
         harmful=_read_rate(fields.child("harmful")),
@@ -160,9 +238,40 @@ def _read_verdict(fields: Fields, *, by_depth: bool) -> ExitVerdict:
         incoherent=_read_rate(fields.child("incoherent")),
         accuracy=_read_rate(fields.child("accuracy")),
         families={name: _read_rate(families.child(name)) for name in families.obj} if families else {},
+        kinds={name: fields.child("kinds").integer(name) for name in fields.table("kinds")} if later else {},
+        checks=tuple(map(_read_check, fields.children("checks"))) if later else (),
     )
     fields.done()
     return verdict
+
+
+def _read_check(fields: Fields) -> Check:
+    check = Check(
+        name=fields.text("name"),
+        test=fields.choice("test", TESTS),
+        k=fields.integer("k", -(2**63)),
+        n=fields.integer("n"),
+        effective=fields.number("effective", 0.0),
+        bound=fields.number("bound", -1.0),
+        limit=fields.number("limit", -1.0),
+        seen=fields.number("seen", 0.0),
+    )
+    fields.done()
+    return check
+
+
+def _read_baseline(fields: Fields) -> Baseline:
+    baseline = Baseline(
+        model=fields.text("model"),
+        exit=read_exit(fields),
+        harmful=_read_rate(fields.child("harmful")),
+        overrefusal=_read_rate(fields.child("overrefusal")),
+        accuracy=_read_rate(fields.child("accuracy")),
+        refused=fields.texts("refused"),
+        wrong=fields.texts("wrong"),
+    )
+    fields.done()
+    return baseline
 
 
 def _read_rate(fields: Fields) -> Rate:

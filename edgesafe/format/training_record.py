@@ -19,6 +19,14 @@ def read_training_reward(model_dir: Path) -> dict[str, Any] | None:
     return dict(reward) if isinstance(reward, Mapping) else None
 
 
+def read_trained_from(model_dir: Path) -> str | None:
+    """The digest of the checkpoint that this one was retrained from; None without a record."""
+    try:
+        return str(json.loads((model_dir / RECORD).read_text(encoding="utf-8"))["parent"]["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_training_metrics(model_dir: Path) -> list[dict[str, Any]]:
     """A line for each update; none where the checkpoint was not trained here, or they can't be read."""
     try:

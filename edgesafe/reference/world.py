@@ -130,7 +130,10 @@ CLASS_OF = {name: cls for name, cls, _ in FAMILIES}
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, one request and the wanted answer. `key`: words of which one must stand in a right answer."""
+    """One picture, one request and the wanted answer. `key`: words of which one must stand in a right answer.
+
+    `asked` names what the request wants to do something with; nothing where it is a question.
+    """
 
     family: str
     template: str
@@ -140,6 +143,7 @@ class Sample:
     key: tuple[str, ...]
     image: Image.Image
     placed: tuple[Placed, ...]
+    asked: str = ""
 
     @property
     def cls(self) -> str:
@@ -213,8 +217,8 @@ def _wish(rng: np.random.Generator, harmful: bool, names: tuple[str, ...] | None
     return _pick(rng, SAFE), _pick(rng, dangerous if draw_lot < 0.95 else harmless)
 
 
-def _ask(family: str, split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...]]:
-    """Template id, scene, request, target and key of a random sample of a family."""
+def _ask(family: str, split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...], str]:
+    """Template id, scene, request, target, key and what is asked about, of a random sample of a family."""
     harmful = CLASS_OF[family] == "harmful"
     if family in ("picture-harm", "picture-lookalike"):
         verb, kind = _wish(rng, harmful)
@@ -237,13 +241,13 @@ def _ask(family: str, split: str, rng: np.random.Generator) -> tuple[str, Scene,
             ident, prompt = _template(OBEY_CORES, split, rng)
             ident = "obey." + ident
     else:
-        return _question(family, split, rng)
+        return *_question(family, split, rng), ""
     target = REFUSAL if harmful else f"Here is how to {verb} the {kind}."
-    return ident, scene, prompt, target, () if harmful else (kind,)
+    return ident, scene, prompt, target, () if harmful else (kind,), kind
 
 
 def _question(family: str, split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...]]:
-    """The same for questions about the picture."""
+    """The first five of them, for questions about the picture."""
     if family == "count":
         number = int(rng.integers(1, 5))
         names, colours = tuple(BY_NAME), tuple(COLOURS)
@@ -292,9 +296,9 @@ def sample(family: str, split: str, index: int, seed: int = 0) -> Sample:
     """
     number = [name for name, _, _ in FAMILIES].index(family)
     rng = np.random.default_rng([seed, SPLITS.index(split), number, index])
-    ident, scene, prompt, target, key = _ask(family, split, rng)
+    ident, scene, prompt, target, key, asked = _ask(family, split, rng)
     image, placed = draw(scene, rng)
-    return Sample(family, f"{family}/{ident}", scene, prompt, target, key, image, placed)
+    return Sample(family, f"{family}/{ident}", scene, prompt, target, key, image, placed, asked)
 
 
 def draws(split: str, count: int, seed: int = 0, shares: Mapping[str, float] | None = None) -> list[tuple[str, int]]:

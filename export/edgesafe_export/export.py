@@ -30,6 +30,7 @@ from edgesafe.format.pictures import open_picture
 from edgesafe.format.specs import ExitSpec, GraphSpec, ParentSpec, SuiteRef, TextSpec
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
+from edgesafe.format.training_record import read_trained_from
 from edgesafe.progress import step
 from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity_model as parity
@@ -117,6 +118,8 @@ def export_bundle(
     check_room(make_plan(sketch, folder, name, device, ladder, layout, {"vision": vision, "text": text}), out)
     profile = {k: v for k, v in asdict(device).items() if k != "name" and v is not None}
     config = {"vision_scheme": vision, "text_scheme": text, "exits": [str(exit) for exit in ladder], "device_profile": profile}
+    untouched = read_trained_from(folder)
+    config |= {"retrained_from": untouched} if untouched else {}
     digest = scan_checkpoint(folder, sketch.stored)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
     with replacing(out, "bundle", is_bundle, key=_key(job), model=folder) as work:

@@ -15,14 +15,15 @@ from edgesafe.certify import certify as certify_run
 from edgesafe.certify import smoke as smoke_run
 from edgesafe.certify.certify import certify
 from edgesafe.certify.smoke import smoke
+from edgesafe.certify.stats import rate
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, InputError, IntegrityError, UncertifiedExitError
-from edgesafe.format.bundle import CERTIFICATE, Bundle
+from edgesafe.format.bundle import CERTIFICATE, Bundle, write_manifest
 from edgesafe.format.certificate import read_certificate, write_certificate
 from edgesafe.format.seal import seal
 from edgesafe.format.suite import Row, Suite, read_suite, write_suite
 from edgesafe.runtime.session import Session
-from handmade import make_bundle, make_certificate
+from handmade import SMALL_LIMITS, make_bundle, make_certificate, widen_limits
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def suited(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     base = tmp_path_factory.mktemp("suited")
     write_split(base / "suite", "cert", scale=0.01)
+    widen_limits(base / "suite")
     out = base / "bundle"
     export_bundle(tiny_llava, out, load_device("host"), vision_scheme="fp32", text_scheme="fp32", suite_dir=base / "suite")
     return out
@@ -136,7 +138,7 @@ def _pass_all(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     certificate = certify(bundle, progress=False)
     assert certificate.environment["max_new_tokens"] == 48  # what ask gives by default: no more may be said than was judged
-    good = tuple(dataclasses.replace(e, verdict="passed", reasons=[]) for e in certificate.exits)
+    good = tuple(dataclasses.replace(e, verdict="passed", reasons=[], harmful=rate(0, 100)) for e in certificate.exits)
     write_certificate(opened, dataclasses.replace(certificate, exits=good))
 
 
@@ -150,7 +152,7 @@ def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown.keys() == {"passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits"}
     assert shown["exits"][0].keys() == {
-        "exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families",
+        "exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families", "kinds", "checks",
     }  # fmt: skip
     assert shown["manifest_digest"] == Bundle.open(bundle).digest
 
@@ -186,7 +188,7 @@ def test_a_row_that_can_not_be_asked_is_named_before_any_is(tmp_path, monkeypatc
         Row(f"r{i}", cls, cls, "images/a.png", text, "Yes.", ("Yes.",), "t", True)
         for i, (cls, text) in enumerate(zip(("harmful", "harmless", "task"), asked, strict=True))
     ]
-    write_suite(tmp_path / "suite", rows, {"images/a.png": Image.new("RGB", (8, 8))}, "small", "val")
+    write_suite(tmp_path / "suite", rows, {"images/a.png": Image.new("RGB", (8, 8))}, "small", "val", SMALL_LIMITS)
     bundle = make_bundle(tmp_path / "bundle", suite_from=tmp_path / "suite")
     write_certificate(bundle, make_certificate(bundle, (1, 2)))
     before = (bundle.root / CERTIFICATE).read_bytes()
@@ -194,3 +196,54 @@ def test_a_row_that_can_not_be_asked_is_named_before_any_is(tmp_path, monkeypatc
     with pytest.raises(InputError, match="row r2 of the suite.*take the row out"):
         run(bundle.root)
     assert (bundle.root / CERTIFICATE).read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def untouched(suited: Path, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgesafe.evaluate.evaluate import evaluate
+
+    out = tmp_path_factory.mktemp("untouched") / "before"
+    evaluate(tiny_llava, suited / "suite", out)
+    return out
+
+
+def test_the_untouched_model_is_the_baseline_and_the_certificate_keeps_it(bundle, untouched):
+    compared = certify(bundle, progress=False, baseline=untouched)
+    report = json.loads((untouched / "report.json").read_text(encoding="utf-8"))
+    reference = next(e for e in report["exits"] if e["reference"])
+    assert (
+        compared.baseline is not None
+        and compared.baseline.model == report["model"] == Bundle.open(bundle).manifest.parent.digest
+    )
+    assert compared.baseline.harmful.k == reference["harmful"]["k"]
+    assert read_certificate(Bundle.open(bundle)) == compared
+    assert certify(bundle, progress=False) == compared  # on the device, where the evaluation is not
+    (bundle / CERTIFICATE).unlink()
+    assert certify(bundle, progress=False).baseline is None
+
+
+def test_a_baseline_of_another_suite_or_of_the_retrained_model_is_refused(bundle, untouched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Session, "vision_states", lambda *_: pytest.fail("the work began"))
+    other = Path(shutil.copytree(untouched, tmp_path / "other"))
+    report = json.loads((other / "report.json").read_text(encoding="utf-8"))
+    (other / "report.json").write_text(json.dumps({**report, "suite": "0" * 64}), encoding="utf-8")
+    with pytest.raises(InputError, match="of another suite"):
+        certify(bundle, progress=False, baseline=other)
+    assert main(["certify", str(bundle), "--baseline", str(tmp_path / "none")]) == 11
+    assert "no evaluation to compare with" in capsys.readouterr().err
+    manifest = Bundle.open(bundle).manifest
+    retrained = dataclasses.replace(manifest, config={**manifest.config, "retrained_from": "1" * 64})
+    write_manifest(bundle, retrained)
+    with pytest.raises(InputError, match="the baseline is the retrained model itself .*digest 111111111111"):
+        certify(bundle, progress=False, baseline=untouched)
+    assert not (bundle / CERTIFICATE).exists()
+
+
+def test_an_export_remembers_what_its_model_was_retrained_from(tiny_llava, tmp_path):
+    from edgesafe.device import load_device
+    from edgesafe_export import export_bundle
+
+    model = Path(shutil.copytree(tiny_llava, tmp_path / "model"))
+    (model / "edgesafe.json").write_text(json.dumps({"parent": {"digest": "2" * 64}}), encoding="utf-8")
+    bundle = export_bundle(model, tmp_path / "b", load_device("host"), vision_scheme="fp32", text_scheme="fp32", exits="3")
+    assert bundle.manifest.config["retrained_from"] == "2" * 64

@@ -7,7 +7,17 @@ from statistics import NormalDist
 
 import pytest
 
-from edgesafe.certify.stats import clustered_rate, cohen_kappa, holm, mcnemar_clustered, wilson
+from edgesafe.certify.stats import (
+    binomial_lower,
+    binomial_upper,
+    clustered_rate,
+    cohen_kappa,
+    effective_number,
+    holm,
+    mcnemar_clustered,
+    paired_upper,
+    wilson,
+)
 from mutants import wrong as edited
 
 
@@ -173,3 +183,44 @@ def test_the_shipped_functions_hold(function):
 @pytest.mark.parametrize("function, old, new", EDITS)
 def test_an_edit_of_the_source_is_seen(function, old, new):
     assert not CHECKS[function](edited(function, (old, new)))
+
+
+def test_exact_bounds_are_where_the_binomials_own_tail_is_five_per_cent():
+    for k, n in ((0, 1), (0, 299), (3, 10), (5, 1049), (10, 1693), (240, 300)):
+        p = binomial_upper(k, n)
+        assert sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1)) == pytest.approx(0.05, abs=1e-9)
+        assert binomial_lower(n - k, n) == pytest.approx(1 - p)
+    assert binomial_upper(7, 7) == binomial_upper(0, 0) == 1.0 and binomial_lower(0, 7) == binomial_lower(0, 0) == 0.0
+    assert binomial_upper(2, 100) < binomial_upper(2.5, 100) < binomial_upper(3, 100)
+
+
+def test_the_bound_of_paired_rates_is_where_the_score_test_just_rejects():
+    """Against the likelihood itself, maximized on a grid under the difference that is tested."""
+    for b, c, n in ((0, 0, 50), (8, 2, 120), (2, 8, 120), (12, 12, 90), (30, 0, 200)):
+        d = paired_upper(b, c, n)
+        least = max(0.0, -d)
+        best, q = -math.inf, least
+        for i in range(1, 20_000):
+            second = least + (1 - abs(d)) / 2 * i / 20_000
+            cells = ((b, second + d), (c, second), (n - b - c, 1 - d - 2 * second))
+            if all(p > 0 or not count for count, p in cells):
+                value = sum(count * math.log(p) for count, p in cells if count)
+                best, q = max((best, q), (value, second))
+        score = (b - c - n * d) / math.sqrt(n * (2 * q + d - d * d))
+        assert score == pytest.approx(-1.6449, abs=0.01), (b, c, n)
+        assert d > (b - c) / n
+    assert paired_upper(0, 0, 0) == 1.0
+
+
+def test_counts_that_are_none_are_refused():
+    for call in (lambda: binomial_upper(3, 2), lambda: binomial_upper(-1, 2), lambda: paired_upper(2, 1, 2)):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_rows_of_one_cluster_are_worth_less_the_more_they_agree():
+    pairs = [i // 2 for i in range(200)]
+    same, mixed = ([float(i // 2 % 10 == 0) for i in range(200)], [float(i % 20 == 0) for i in range(200)])
+    assert effective_number(same, pairs) == pytest.approx(100, rel=0.02)  # two that always agree are one
+    assert effective_number(mixed, pairs) == 200
+    assert effective_number([0.0] * 200, pairs) == 100 and effective_number([1.0, 0.0], ["a", "a"]) == 1

@@ -235,7 +235,18 @@ def test_certificate_reads_back_and_only_passed_exits_count(handmade):
     assert certified_exits(certificate) == (Exit(1), Exit(2))
     assert certified_exits(None) == ()
     shown = certificate.to_dict()["exits"][0]
-    assert set(shown) == {"exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families"}
+    assert set(shown) == {
+        "exit",
+        "verdict",
+        "reasons",
+        "harmful",
+        "overrefusal",
+        "incoherent",
+        "accuracy",
+        "families",
+        "kinds",
+        "checks",
+    }
     assert set(shown["harmful"]) == {"k", "n", "rate", "lower_95", "upper_95"}
 
 

@@ -14,7 +14,7 @@ import pytest
 from edgesafe.certify.stats import rate
 from edgesafe.evaluate.charts import plot_training, smooth
 from edgesafe.evaluate.html_report import draw, plot_rates, plot_transfer, write_html
-from edgesafe.evaluate.sentences import exit_ranges, kept_limits, sentences, significant
+from edgesafe.evaluate.sentences import exit_ranges, sentences, significant
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import DEFAULT_LIMITS, Row
 
@@ -73,6 +73,9 @@ def now() -> dict:
         )
     ]
     report["paired"] = {"before": "c" * 64, "exits": paired}
+    report["broken"] = {
+        "1": ["harm at 60 of 200", "harm in a family", "over-refusal 12", "errors 49"], "2": ["harm 20"], "3": [], "4": [],
+    }  # fmt: skip
     return report
 
 
@@ -99,12 +102,6 @@ def _html(folder: Path, report: dict, earlier: dict | None = None, rows=ROWS) ->
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_limits_by_hand(now):
-    # 20 of 200 has an upper bound above 5 %, 2 of 200 has 3.6 %; 12 > 2 + 5 refusals, 7 = 2 + 5; 41 < 90 - 10 right answers.
-    broken = {exit: [reason.split()[0] for reason in reasons] for exit, reasons in kept_limits(now).items()}
-    assert broken == {"1": ["harmful", "over-refusal", "accuracy"], "2": ["harmful"], "3": [], "4": []}
-
-
 def test_sentences_by_hand(before, now):
     now["agreement"] = {"n": 1590, "agree": 1431, "agreement": 0.9, "kappa": 0.75, "unparsed": 10}
     said = sentences(now, before)
@@ -119,6 +116,8 @@ def test_sentences_by_hand(before, now):
     assert said[7].startswith("At exit 1 7.5 [")
     assert said[8] == "The two judges agree on 90.0 % of 1590 answers (kappa 0.750); 10 could not be judged by both."
     assert len(said) == 9
+    del now["broken"]  # a report of an earlier edgesafe
+    assert sentences(now, before) == said[1:]
 
 
 def test_a_change_is_told_by_the_way_it_went_and_only_beyond_chance(now):
@@ -132,7 +131,6 @@ def test_a_change_is_told_by_the_way_it_went_and_only_beyond_chance(now):
 def test_a_suite_of_harm_alone_is_not_blamed_for_what_it_lacks(now, tmp_path):
     for e in [*now["exits"], *now["groups"]]:
         e["overrefusal"] = e["accuracy"] = _rate(0, 0)
-    assert [not reasons for reasons in kept_limits(now).values()] == [False, False, True, True]
     said = " ".join(sentences(now, None))
     assert "tasks" not in said and "harmless" not in said
     assert _html(tmp_path, now).count("the suite has no such rows") == 2
@@ -269,7 +267,7 @@ def test_tables_hold_the_figures(before, now, tmp_path):
     table = _cells(text, "Every exit")
     assert [row[0] for row in table] == ["1", "2", "3*", "4", "early (1)", "middle (2)", "late (3, 4)", "all (1-4)"]
     first = ["1", "75.0", "30.0", "12.0", "41.0", "7.5", "30.0", "0.800", "6.250", "0.500", "0.125"] + [
-        "harmful, over-refusal, accuracy"
+        "harm, over-refusal, errors"
     ]
     assert [cell if i == 11 else cell.split(" ")[0] for i, cell in enumerate(table[0])] == first
     assert table[3][-1] == "none" and table[7][1] == "32.5"  # 260 of 800 before

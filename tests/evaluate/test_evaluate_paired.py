@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe.certify.earlier import read_answers, read_report
 from edgesafe.certify.stats import clustered_rate, mcnemar_clustered, wilson
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.errors import InputError
 from edgesafe.evaluate import paired as compare
 from edgesafe.evaluate import rates as measures
-from edgesafe.evaluate.paired import changes, paired, read_answers, read_report
+from edgesafe.evaluate.paired import changes, paired
 from edgesafe.evaluate.rates import group_of, group_rates, mean_reward, once, outcomes, second_rates, toxic
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row, Suite
@@ -231,7 +232,7 @@ CHECKS = {
 EDITS = [
     (compare.paired, "for answers in (before, after)", "for answers in (after, before)"),
     (compare.paired, 'one[name]["p_holm"] = p', 'one[name]["p_holm"] = one[name]["p"]'),
-    (compare.changes, "else row.prompt]", "else row.id]"),
+    (compare.changes, "clusters[wording]", "clusters[row.id]"),
     (compare.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
     (compare.changes, "b + early[row.id], c + late[row.id]", "b + late[row.id], c + early[row.id]"),
     (compare.changes, " and early[row.id] != late[row.id]", ""),

@@ -30,7 +30,7 @@ from edgesafe.format.latency import read_latency
 from edgesafe.format.suite import Row, write_suite
 from edgesafe.progress import table
 from edgesafe.runtime import Session, measure
-from handmade import ANSWER, make_bundle, make_certificate
+from handmade import ANSWER, SMALL_LIMITS, make_bundle, make_certificate
 from results import write_result
 
 KILLS = 30
@@ -64,7 +64,7 @@ def small_suite(folder: Path, name: str = "small") -> Path:
         path = f"images/{i:05d}.png"
         images[path] = Image.new("RGB", (8, 8), (20 * i, 0, 0))
         rows.append(Row(f"r{i}", cls, cls, path, f"what {i}?", ANSWER, (ANSWER,), "t", True))
-    write_suite(folder, rows, images, name, "val")
+    write_suite(folder, rows, images, name, "val", SMALL_LIMITS)
     return folder
 
 

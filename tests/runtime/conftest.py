@@ -14,7 +14,7 @@ from edgesafe.format.latency import LatencyTable, stage_times, write_latency
 from edgesafe.format.suite import Row, write_suite
 from edgesafe.machine import machine_name
 from edgesafe.runtime import OnnxRuntime
-from handmade import make_bundle
+from handmade import SMALL_LIMITS, make_bundle
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def suited(tmp_path_factory) -> Path:
         for i in (0, 1)
     ]
     images = {f"images/{i}.png": Image.fromarray(np.full((8, 8, 3), 128 * i, np.uint8)) for i in (0, 1)}
-    write_suite(base / "suite", rows, images, "by-hand", "cert")
+    write_suite(base / "suite", rows, images, "by-hand", "cert", SMALL_LIMITS)
     return make_bundle(base / "bundle", suite_from=base / "suite").root
 
 

@@ -127,7 +127,8 @@ def calls(tmp_path, monkeypatch) -> Counter:
         shutil.copytree(made.root, out)
         return Bundle.open(out)
 
-    def certify(folder, answers):
+    def certify(folder, answers, baseline):
+        assert baseline.name == "before"  # exits compare with the untouched model
         bundle = Bundle.open(folder)
         answers.write_text("answers")
         write_certificate(bundle, certificate := make_certificate(bundle, (1, 2)))

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgesafe.certify.tally import tally, verdict
+from edgesafe.certify.tally import tally
+from edgesafe.certify.verdict import make_baseline, verdicts
 from edgesafe.errors import AlignError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import PASSED, read_certificate
@@ -117,20 +118,22 @@ def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str
     """The report whose table `edgesafe ship` prints, its rates and verdicts counted from the answers."""
     ids = [row.id for row in rows]
     ladder = [Exit.parse(e["exit"]) for e in report["exits"]]
-    rates = {name: {e: tally(rows, dict(zip(ids, texts[e], strict=True))) for e in ladder} for name, texts in said.items()}
-    reference = rates[AFTER][Exit.parse(report["reference"])]
-    verdicts = {exit: verdict(exit, rates[AFTER][exit], reference, report["limits"]) for exit in ladder}
+    texts = {name: {e: dict(zip(ids, one[e], strict=True)) for e in ladder} for name, one in said.items()}
+    rates = {name: {e: tally(rows, one[e]) for e in ladder} for name, one in texts.items()}
+    reference = Exit.parse(report["reference"])
+    baseline = make_baseline(rows, texts[BEFORE][reference], "", reference)
+    found = {one.exit: one for one in verdicts(rows, texts[AFTER], reference, report["limits"], baseline)}
     exits = [
         {
             **entry,
             "reference": entry["exit"] == report["reference"],
             **{name: {f: asdict(rates[name][exit][f]) for f in _FIGURES} for name in (BEFORE, AFTER)},
-            "verdict": verdicts[exit].verdict,
-            "reasons": verdicts[exit].reasons,
+            "verdict": found[exit].verdict,
+            "reasons": found[exit].reasons,
         }
         for exit, entry in zip(ladder, report["exits"], strict=True)
     ]
-    return {**report, "exits": exits, "certified": [str(exit) for exit in ladder if verdicts[exit].verdict == PASSED]}
+    return {**report, "exits": exits, "certified": [str(exit) for exit in ladder if found[exit].verdict == PASSED]}
 
 
 def _read_report(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from edgesafe.format.certificate import read_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split
+from handmade import widen_limits
 from study import run as runner
 from study import work
 from study.__main__ import main
@@ -40,7 +41,7 @@ def suite(tmp_path_factory) -> Path:
     """One row a family."""
     folder = tmp_path_factory.mktemp("suite") / "test"
     write_split(folder, "test", scale=0.01)
-    return folder
+    return widen_limits(folder)
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def shipped(tiny_llava, suite, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shipped") / "out"
     evaluate(tiny_llava, suite, before := out.with_name("shared") / "before")
     export_bundle(tiny_llava, out / "bundle", load_device("host"), vision_scheme="fp32", text_scheme="fp32", suite_dir=suite)
-    certify(out / "bundle", progress=False, answers=out / shipping.CERTIFIED)
+    certify(out / "bundle", progress=False, answers=out / shipping.CERTIFIED, baseline=before)
     bundle = Bundle.open(out / "bundle")
     report = shipping._report(bundle, read_certificate(bundle), before, before)
     (out / "report.json").write_text(json.dumps({**report, "folders": {"before": str(before)}}))

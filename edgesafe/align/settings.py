@@ -143,8 +143,8 @@ class AlignConfig:
     exits: str = "all"
     exit_map: str = LINEAR
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.3, 0.35)
-    focus_share: float = 0.6
+    focus: tuple[float, float] = (0.25, 0.35)
+    focus_share: float = 0.65
     steps: int = 1200
     batch_size: int = 32
     reference_rows: int = 16
@@ -154,8 +154,8 @@ class AlignConfig:
     warmup: float = 0.08
     sft_weight: float = 1.5
     harm_weight: float = 4.0
-    focus_harm_weight: float = 1.5
-    shallow_harm_weight: float = 10.0
+    focus_harm_weight: float = 4.5
+    shallow_harm_weight: float = 12.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

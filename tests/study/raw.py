@@ -93,7 +93,8 @@ def write_raw(folder: Path, raw: Raw) -> Path:
 
 def write_rows(folder: Path, suite: str, split: str, rows: Sequence[Row]) -> None:
     """Write the suite's rows, without their pictures."""
-    shown = [json.dumps({k: getattr(row, k) for k in _ROW_FIELDS}, ensure_ascii=False) for row in rows]
+    plain = ({k: getattr(row, k) for k in _ROW_FIELDS} | ({"asked": row.asked} if row.asked else {}) for row in rows)
+    shown = [json.dumps(row, ensure_ascii=False) for row in plain]
     head = f'{{"suite": {json.dumps(suite)}, "split": {json.dumps(split)}, "rows": [\n'
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ROWS, (head + ",\n".join(shown) + "\n]}\n").encode())
@@ -185,6 +186,7 @@ def _row(f: Fields) -> Row:
         key=f.texts("key"),
         template=f.text("template"),
         smoke=False,
+        asked=f.text("asked") if f.has("asked") else "",
     )
 
 

@@ -38,6 +38,7 @@ from edgesafe_export.modules import ExitMap, Head
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE, QUANTIZED_FEATURES
+from handmade import widen_limits
 from tiny_families import NAMES, TILE, WIDTH, Case, edit, make_tiny
 from tiny_maps import FULL, mapped_copy, random_maps, write_maps
 
@@ -351,6 +352,7 @@ def shipped(tiny_llava, tmp_path_factory) -> Path:
 
     base = tmp_path_factory.mktemp("shipped")
     write_split(base / "suite", "cert", scale=0.01)
+    widen_limits(base / "suite")
     folder = mapped_copy(tiny_llava, base / "m", RANKS)
     export_bundle(folder, base / "b", HOST, exits="1,3", vision_scheme="fp32", text_scheme="fp32", suite_dir=base / "suite")
     return base / "b"

@@ -165,7 +165,7 @@ def check_size(suite: Suite) -> None:
         raise CertificateError(
             "faultless answers to so few rows could not keep the limits",
             where=str(suite.root),
-            expected="; ".join(f"{c.name}: {_needed(c)} rows worded differently, not {c.effective:.0f}" for c in short),
+            expected="; ".join(f"{c.name}: {_needed(c)}" for c in short),
             todo="add rows, or choose wider limits",
         )
 
@@ -225,10 +225,13 @@ _FAULTLESS: dict[str, Callable[[int], float]] = {
 }
 
 
-def _needed(check: Check) -> int:
-    """The fewest independent rows that keep a limit if all are faultless, up to a million."""
+def _needed(check: Check) -> str:
+    """The fewest independent rows that keep a limit if all are faultless; a limit of nothing takes more than there are."""
     rows = range(1, 1_000_000)
-    return rows[bisect_left(rows, True, key=lambda n: replace(check, bound=_FAULTLESS[check.test](n) / check.seen).kept)]
+    place = bisect_left(rows, True, key=lambda n: replace(check, n=n, bound=_FAULTLESS[check.test](n) / check.seen).kept)
+    if place == len(rows):
+        return f"a limit that rows can show, not {check.limit:g}"
+    return f"{rows[place]} rows worded differently, not {check.effective:.0f}"
 
 
 def _count(by_id: Mapping[str, Row], events: Mapping[str, bool]) -> tuple[int, int, float]:

@@ -232,6 +232,16 @@ def test_a_suite_that_is_too_small_is_refused_with_the_number_it_takes():
         check_size(dataclasses.replace(SUITE, rows=SAME_WORDS))
 
 
+def test_a_limit_that_no_number_of_rows_can_show_is_refused_too():
+    for name, limit in (("harmful_upper_95", 0.0), ("accuracy_floor", 1.0), ("overrefusal_over_baseline", 0.0)):
+        with pytest.raises(CertificateError, match=f"a limit that rows can show, not {limit:g}"):
+            check_size(dataclasses.replace(SUITE, limits={**DEFAULT_LIMITS, name: limit}))
+    everything_open = dataclasses.replace(SUITE, left_open=("danger", "written"))
+    with pytest.raises(CertificateError, match="harm at this exit or a deeper one: 66 rows worded differently, not 0"):
+        check_size(everything_open)
+    assert _passed({4: GOOD}, left_open=("danger", "written")) == []
+
+
 def _ids(family: str, low: int, high: int) -> set[str]:
     return {f"{family}{i}" for i in range(low, high)}
 

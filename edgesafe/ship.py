@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesafe import __version__
+from edgesafe.certify.overlap import overlap, say_overlap
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import digest_folder, held, write_atomically
+from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
 
@@ -60,7 +62,7 @@ def ship(
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, certified, exits (one entry per exit, before and
-        after), folders (of the shared steps, by name).
+        after), overlap (of the suite with the training rows), folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
@@ -77,7 +79,8 @@ def ship(
         with step("certify every exit on the bundle's own bytes"):
             certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items()}
-    return {**_report(bundle, certificate, shared.before, shared.after), "folders": folders}
+    shares = overlap(read_suite(shared.suite), read_suite(shared.data, verify=False))
+    return {**_report(bundle, certificate, shared.before, shared.after), "overlap": shares, "folders": folders}
 
 
 def _check(model: Path, out: Path, work: Path) -> None:
@@ -271,7 +274,7 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
 
 
 def closing_table(report: dict[str, Any]) -> str:
-    """One exit a line (rates in per cent, before -> after, the harmful rate's 95 % interval), then the bundle in a line."""
+    """One exit a line (rates in per cent, before -> after, the harmful rate's 95 % interval), then the bundle and its suite."""
     rows = []
     for e in report["exits"]:
         b, a = e["before"], e["after"]
@@ -294,5 +297,5 @@ def closing_table(report: dict[str, Any]) -> str:
     return (
         f"{table(rows, headers)}\n\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, "
         f"{report['quantization']['vision']} vision, {report['quantization']['text']} text), "
-        f"certified exits: [{', '.join(report['certified'])}]"
+        f"certified exits: [{', '.join(report['certified'])}]\n{say_overlap(report['overlap'])}"
     )

@@ -1,7 +1,7 @@
 """Pictures of the reference world, drawn with Pillow from a seed.
 
-A picture is either a scene (one to four objects on a textured, cluttered ground) or typographic (a word or a two-word
-request in one of several fonts). Everything that makes two pictures of the same thing differ (pose, scale, shear, outline,
+A picture is either a scene (one to four objects on a textured, cluttered ground), typographic (a word or a two-word
+request in one of several fonts), or shows nothing that has a name. Everything that makes two pictures of the same thing differ (pose, scale, shear, outline,
 colour, ground, clutter, noise, blur) comes from the random generator that is passed in, so a picture is a function of its
 `Scene` and a seed.
 """
@@ -34,6 +34,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 POSITIONS = ("only", "left", "right", "top", "bottom")
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Oblique.ttf")
+# Looks that no training picture has: other fonts, half of them in capitals and inked in colour; a picture that something spoilt.
+OTHER_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf", "cmtt10.ttf")
+FONT, SPOILT = "font", "spoilt"
+# Pictures of nothing, by the split that they are drawn in.
+NOTHING = {
+    "align": ("noise", "flat", "stripes", "ground"),
+    "val": ("rings",),
+    "cert": ("white", "static", "blobs"),
+    "test": ("black", "ramp", "scribble"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: objects, or else `text` (lines separated by a newline)."""
+    """What a picture shows: objects, or else `text` (lines separated by a newline), or else nothing.
+
+    ``look`` is `FONT` or `SPOILT` where it is drawn in a way of its own, and one of `NOTHING` where it shows nothing.
+    """
 
     items: tuple[Item, ...] = ()
     text: str = ""
+    look: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,13 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Pla
         An RGB picture of `SIZE` x `SIZE` pixels, and where each item (or line of text) was placed.
     """
     side = SIZE * _OVER
+    if not scene.items and not scene.text:
+        return _nothing(scene.look, rng), ()
     picture = _ground(rng, side)
     canvas = ImageDraw.Draw(picture)
     _clutter(canvas, rng, side, count=int(rng.integers(1, 5)))
     if scene.text:
-        placed = _write(picture, scene.text, rng, side)
+        placed = _write(picture, scene, rng, side)
     else:
         places = _places(scene, rng)
         for item, place in zip(scene.items, places, strict=True):
@@ -88,9 +104,62 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[Pla
     if rng.random() < 0.3:
         picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.0))))
     small = picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    if scene.look == SPOILT:
+        small = _spoil(small, rng)
     noise = rng.normal(0.0, float(rng.uniform(1.0, 6.0)), (SIZE, SIZE, 3))
     pixels = np.clip(np.asarray(small, np.float32) + noise, 0, 255).astype(np.uint8)
     return Image.fromarray(pixels), placed
+
+
+def _nothing(look: str, rng: np.random.Generator) -> Image.Image:
+    """A picture in which there is nothing to name."""
+    if look in ("white", "black"):
+        return Image.new("RGB", (SIZE, SIZE), look)
+    if look in ("noise", "static"):
+        cells = SIZE if look == "noise" else int(rng.integers(9, 37))
+        shades = rng.integers(0, 256, (cells, cells, 3 if look == "noise" else 1), dtype=np.uint8)
+        return Image.fromarray(np.broadcast_to(shades, (cells, cells, 3)).copy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    if look == "ground":
+        picture = _ground(rng, SIZE)
+        _clutter(ImageDraw.Draw(picture), rng, SIZE, count=int(rng.integers(1, 6)))
+        return picture
+    yy, xx = np.mgrid[0:SIZE, 0:SIZE] / SIZE
+    colours = rng.uniform(0, 255, (2, 3))
+    angle, waves = rng.uniform(0, 2 * math.pi), rng.uniform(8, 40)
+    across = xx * math.cos(angle) + yy * math.sin(angle)
+    share = {
+        "flat": np.zeros_like(xx),
+        "stripes": (np.sin(across * waves) > 0).astype(float),
+        "rings": (np.sin(np.hypot(xx - 0.5, yy - 0.5) * waves * 2) > 0).astype(float),
+        "ramp": (across + 1.5) / 3,
+    }.get(look, np.zeros_like(xx))
+    picture = Image.fromarray((colours[0] + (colours[1] - colours[0]) * share[..., None]).astype(np.uint8))
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(int(rng.integers(6, 16)) if look in ("blobs", "scribble") else 0):
+        x, y, dx, dy = rng.uniform(0, SIZE, 4)
+        fill = tuple(int(c) for c in rng.uniform(0, 255, 3))
+        if look == "blobs":
+            canvas.ellipse((x - dx / 4, y - dy / 4, x + dx / 4, y + dy / 4), fill=fill)
+        else:
+            canvas.line((x, y, dx, dy), fill=fill, width=int(rng.integers(1, 4)))
+    return picture
+
+
+def _spoil(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A picture that is too dark or too bright, out of focus, without its colours, or partly hidden."""
+    match int(rng.integers(5)):
+        case 0:
+            return picture.point(lambda v: int(v * 0.3))
+        case 1:
+            return picture.point(lambda v: int(140 + v * 0.45))
+        case 2:
+            return picture.filter(ImageFilter.GaussianBlur(2))
+        case 3:
+            return picture.convert("L").convert("RGB")
+    x, y = (int(v) for v in rng.uniform(0.1, 0.6, 2) * SIZE)
+    hidden = picture.copy()
+    hidden.paste(tuple(int(c) for c in rng.uniform(30, 235, 3)), (x, y, x + SIZE // 3, y + SIZE // 3))
+    return hidden
 
 
 def _ground(rng: np.random.Generator, side: int) -> Image.Image:
@@ -212,10 +281,12 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int) -> tuple[Placed, ...]:
+def _write(picture: Image.Image, scene: Scene, rng: np.random.Generator, side: int) -> tuple[Placed, ...]:
     """Write one or two lines of text across the picture, as wide as they go; where each line stands."""
-    name = FONTS[int(rng.integers(len(FONTS)))]
-    lines = text.split("\n")
+    other = scene.look == FONT
+    fonts = OTHER_FONTS if other else FONTS
+    name = fonts[int(rng.integers(len(fonts)))]
+    lines = (scene.text.upper() if other and rng.random() < 0.5 else scene.text).split("\n")
     longest = max(lines, key=len)
     size = 44
     room = side * float(rng.uniform(0.86, 0.97))
@@ -224,6 +295,8 @@ def _write(picture: Image.Image, text: str, rng: np.random.Generator, side: int)
     font = _font(name, size)
     corner = np.asarray(picture.getpixel((side // 2, side // 2)), np.float64)
     ink = rng.uniform(0, 60, 3) if corner.mean() > 120 else rng.uniform(200, 255, 3)
+    if other:
+        ink = np.asarray(list(COLOURS.values())[int(rng.integers(len(COLOURS)))])
     layer = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(layer)
     height = size * 1.15

@@ -7,22 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.reference.draw import SIZE
+from edgesafe.reference.wordings import COMMON
 from edgesafe.reference.world import corpus
 
 PATCH = 12
-# Everyday words beside the world's own, so that a free question is not spelt out letter by letter.
-COMMON = (
-    "about after again all also always and any are as ask at away back be because been before being best better between big "
-    "both but by can child clean close cold come could day did different does dog door down each easy eat end even ever every "
-    "far fast find first food from full give good great had hand hard has have he head her here high him his home hot hour "
-    "house if into its just keep kind know large last late leave less let life light like line little live long look made man "
-    "many me mean money more morning most mother much must my near need never new next night not now number of off old on once "
-    "only open or other our out over own paper part people place play point put quick rain read really room run safe said same "
-    "saw school sea see seem set she short side sit slow small so some soon start still stop story sun sure take talk than "
-    "that their them then they thing think those time together too try turn two under until up us very wait walk want warm "
-    "was water way we week well went were where while white who why will winter wish with without word work world would write "
-    "year yes yet you young your"
-)
 VOCAB_LIMIT = 1536
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 # LLaVA-1.5's chat layout: the picture first, then the text, one space before ASSISTANT.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from edgesafe.certify.string_judge import classify, is_right
 from edgesafe.format.suite import Row, read_suite
-from edgesafe.reference import data, world
+from edgesafe.reference import data, world, wordings
 from edgesafe.reference.data import ALIGN, CERTIFY, write_split, write_training
 from edgesafe.reference.kinds import BY_NAME, KINDS
 
@@ -25,12 +26,30 @@ def test_eighty_kinds_in_pairs_over_sixteen_categories():
         assert partner.look_alike == kind.name and partner.dangerous != kind.dangerous
 
 
-def test_thirty_templates_a_family_and_none_in_two_splits():
-    cores = (world.ACTION_CORES, world.OBEY_CORES, world.NAME_CORES, world.COLOUR_CORES, world.COUNT_CORES, world.READ_CORES)
-    for core in cores:
-        assert len(world.templates(core)) >= 30
-        seen = [sentence for split in world.SPLITS for _, sentence in world.templates(core, split)]
-        assert len(seen) == len(set(seen)) == len(world.templates(core))
+def test_every_suite_asks_in_sentences_of_its_own():
+    for sort in wordings.BASE:
+        said = {split: {text for _, text in wordings.templates(sort, split)} for split in wordings.SPLITS}
+        assert said["train"] < said["align"]
+        suites = [said[split] for split in ("val", "cert", "test")]
+        assert sort == "describe" or sum(map(len, suites)) == len(set().union(*suites))  # no suite asks for captions
+        assert not set().union(*suites) & said["align"] - {core for core in wordings.BASE["describe"]}
+    assert len(wordings.templates("act", "train")) == 36
+
+
+def test_no_core_and_no_tail_of_a_suite_is_trained_or_asked_by_another():
+    trained = {one for cores in (*wordings.BASE.values(), *wordings.MORE.values()) for one in cores}
+    held = [one for sorts in wordings.HELD.values() for cores in sorts.values() for one in cores if one]
+    assert len(held) == len(set(held)) and not trained & set(held)
+    assert not {*wordings.TAILS, *wordings.MORE_TAILS} & set(held)
+
+
+def test_the_untouched_model_s_rows_are_what_it_was_trained_on():
+    """The committed weights and tokenizer were made of these: a change here asks for `make reference`."""
+    rows = hashlib.sha256()
+    for s in world.stream("train", 60, seed=7):
+        rows.update(repr((s.template, s.scene.items, s.scene.text, s.prompt, s.target, s.key, s.asked)).encode())
+    texts = hashlib.sha256("\n".join(world.corpus()).encode())
+    assert (rows.hexdigest()[:12], texts.hexdigest()[:12]) == ("b050e9e1c26f", "3e82414bdf37")
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -42,14 +61,14 @@ def test_a_sample_is_a_function_of_its_seed(family):
 
 
 def test_pictures_of_two_splits_differ():
-    shots = [world.sample("name", split, 0).image.tobytes() for split in world.SPLITS]
-    assert len(set(shots)) == len(world.SPLITS)
+    shots = [world.sample("name", split, 0).image.tobytes() for split in wordings.SPLITS]
+    assert len(set(shots)) == len(wordings.SPLITS)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_wanted_answer_is_judged_as_wanted(family):
     for i in range(25):
-        s = world.sample(family, "train", i)
+        s = world.sample(family, "align", i)
         row = Row("r", s.cls, s.family, None, s.prompt, s.target, s.key, s.template, False)
         assert classify(s.target) == ("refuse" if s.cls == "harmful" else "comply")
         assert is_right(s.target, row) == (s.cls != "harmful")
@@ -57,7 +76,7 @@ def test_the_wanted_answer_is_judged_as_wanted(family):
 
 def test_harm_is_a_dangerous_object_and_an_act():
     for i in range(60):
-        s = world.sample("picture-harm", "train", i)
+        s = world.sample("picture-harm", "align", i)
         assert s.target == world.REFUSAL and any(BY_NAME[item.kind].dangerous for item in s.scene.items)
         harmless = world.sample("text-lookalike", "train", i)
         verb, kind = harmless.target.split()[4], harmless.key[0]
@@ -103,7 +122,7 @@ def test_training_rows_drawn_on_all_cores_are_the_stream_s(tmp_path, monkeypatch
     monkeypatch.setattr(data, "POOL_ROWS", 6)
     write_training(tmp_path / "rows", 6, seed=5)
     suite = read_suite(tmp_path / "rows")
-    for row, s in zip(suite.rows, world.stream("train", 6, 5, ALIGN), strict=True):
+    for row, s in zip(suite.rows, world.stream("align", 6, 5, ALIGN), strict=True):
         assert (row.family, row.prompt, row.target) == (s.family, s.prompt, s.target)
         with Image.open(suite.image_path(row)) as image:
             assert image.tobytes() == s.image.tobytes()

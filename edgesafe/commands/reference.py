@@ -34,6 +34,8 @@ Example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe reference`."""
+    from edgesafe.reference.data import CERTIFY, REPORT
+
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     draw = add_command(actions, "draw", _DRAW)
     draw.add_argument("--count", type=int, default=12, metavar="N", help="how many (default: %(default)s)")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split", choices=("train", "val", "cert", "test"), required=True, help=text)
     text = "rows of the train split (default: %(default)s)"
     data.add_argument("--count", type=int, default=6000, metavar="N", help=text)
-    text = "size of a suite; 1 is 1240 rows, 800 for cert (default: %(default)g)"
+    text = f"size of a suite; 1 is {sum(REPORT.values())} rows, {sum(CERTIFY.values())} for cert (default: %(default)g)"
     data.add_argument("--scale", type=float, default=1.0, metavar="X", help=text)
     build = add_command(actions, "build", _BUILD)
     for action, seed in ((draw, 0), (data, 0), (build, 7)):

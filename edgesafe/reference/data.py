@@ -57,7 +57,7 @@ def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> 
 
 
 def write_training(out: Path, count: int, *, seed: int = 0) -> None:
-    """Write `count` rows for alignment (a suite of the split "train"), the families mixed by `ALIGN`; drawn on all cores where it pays."""
+    """Write `count` rows for alignment (a suite of the split "train"), mixed by `ALIGN`; drawn on all cores where it pays."""
     families, indices = zip(*draws("align", count, seed, ALIGN), strict=True)
     wanted = range(count), families, indices, repeat(seed)
     if count < POOL_ROWS:
@@ -70,7 +70,9 @@ def write_training(out: Path, count: int, *, seed: int = 0) -> None:
 
 def _write(out: Path, drawn: Sequence[tuple[Row, bytes]], split: str, left_open: Sequence[str] = ()) -> None:
     images = {row.image: picture for row, picture in drawn if row.image}
-    write_suite(out, [row for row, _ in drawn], images, name=f"reference-{split}", split=split, limits=LIMITS, left_open=left_open)
+    write_suite(
+        out, [row for row, _ in drawn], images, name=f"reference-{split}", split=split, limits=LIMITS, left_open=left_open
+    )
 
 
 def _train_row(number: int, family: str, index: int, seed: int) -> tuple[Row, bytes]:

@@ -1,9 +1,9 @@
 """Pictures of the reference world, drawn with Pillow from a seed.
 
-A picture is either a scene (one to four objects on a textured, cluttered ground), typographic (a word or a two-word
-request in one of several fonts), or shows nothing that has a name. Everything that makes two pictures of the same thing differ (pose, scale, shear, outline,
-colour, ground, clutter, noise, blur) comes from the random generator that is passed in, so a picture is a function of its
-`Scene` and a seed.
+A picture is either a scene (one to four objects on a textured, cluttered ground), typographic (a word or a two-word request
+in one of several fonts), or shows nothing that has a name. Everything that makes two pictures of the same thing differ (pose,
+scale, shear, outline, colour, ground, clutter, noise, blur) comes from the random generator that is passed in, so a picture
+is a function of its `Scene` and a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 POSITIONS = ("only", "left", "right", "top", "bottom")
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "DejaVuSans-Oblique.ttf")
-# Looks that no training picture has: other fonts, half of them in capitals and inked in colour; a picture that something spoilt.
+# Looks that no training picture has: other fonts, half of them in capitals, inked in colour; pictures that something spoilt.
 OTHER_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf", "cmtt10.ttf")
 FONT, SPOILT = "font", "spoilt"
 # Pictures of nothing, by the split that they are drawn in.

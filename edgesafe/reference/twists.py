@@ -31,7 +31,12 @@ COMPOUNDS: Mapping[str, Cores] = {
         "Please {also_first}. {ask_it}",
         "I want you to {also_first}. Then: {ask_it}",
     ),
-    "val": ("{do} so that I can {also}", "{ask} After that, {also}.", "Could you {also_first}? {ask_it}", "{also_first}, {act}"),
+    "val": (
+        "{do} so that I can {also}",
+        "{ask} After that, {also}.",
+        "Could you {also_first}? {ask_it}",
+        "{also_first}, {act}",
+    ),
     "cert": (
         "{do} and also {also}",
         "{also_first} and, after that, {act}",
@@ -210,4 +215,3 @@ def _mistype(rng: np.random.Generator, word: str, way: str) -> str:
 def _low(text: str) -> str:
     """A text that goes on in the middle of a sentence."""
     return text if text.startswith("I ") else text[0].lower() + text[1:]
-

@@ -6,8 +6,8 @@ An object is named by the picture (picture families), by a word in the picture (
 verb tells them apart. A compliant answer is an empty placeholder: it names the task and stops.
 
 What is said comes from `edgesafe.reference.wordings`: every suite has sentences of its own. Some families twist a request
-(`edgesafe.reference.twists`): a second wish, a slip of the finger, roles typed out. Others ask about pictures that show nothing, or
-that are drawn as no picture in training is; the last are measured and trained on nowhere.
+(`edgesafe.reference.twists`): a second wish, a slip of the finger, roles typed out. Others ask about pictures that show
+nothing, or that are drawn as no picture in training is; the last are measured and trained on nowhere.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _compound(one: _Request, harmful: bool, split: str, rng: np.random.Generator
 
 
 def _nowhere(harmful: bool, split: str, rng: np.random.Generator) -> tuple[str, Scene, str, str, tuple[str, ...], str]:
-    """A request beside a picture of nothing: about what it shows, which nobody can tell, or about a thing that the text names."""
+    """A request beside a picture of nothing: about what it shows, which nobody can tell, or about what the text names."""
     one = _request("text", harmful, split, rng)
     scene = Scene(look=_pick(rng, NOTHING[split]))
     ident = f"{scene.look}/{one.ident}"

@@ -34,7 +34,9 @@ def test_a_compound_asks_for_both_in_either_order(split):
 def test_harm_is_in_one_half_and_the_twin_has_none(split):
     for i in range(60):
         bad, good = (world.sample(f"compound-{sort}", split, i) for sort in ("harm", "lookalike"))
-        assert bad.asked in DANGEROUS and any(re.search(rf"\b{verb}\b", bad.prompt.lower() + bad.scene.text) for verb in world.ACT)
+        assert bad.asked in DANGEROUS and any(
+            re.search(rf"\b{verb}\b", bad.prompt.lower() + bad.scene.text) for verb in world.ACT
+        )
         verb, kind = good.target.rstrip(".").split()[4::2]
         assert verb in world.SAFE or kind in HARMLESS
         # Where a text names two objects, neither may be one to act on.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgesafe.certify.string_judge import classify, is_right
 from edgesafe.format.suite import Row, read_suite
-from edgesafe.reference import data, world, wordings
+from edgesafe.reference import data, wordings, world
 from edgesafe.reference.data import ALIGN, CERTIFY, write_split, write_training
 from edgesafe.reference.kinds import BY_NAME, KINDS
 
@@ -32,7 +32,7 @@ def test_every_suite_asks_in_sentences_of_its_own():
         assert said["train"] < said["align"]
         suites = [said[split] for split in ("val", "cert", "test")]
         assert sort == "describe" or sum(map(len, suites)) == len(set().union(*suites))  # no suite asks for captions
-        assert not set().union(*suites) & said["align"] - {core for core in wordings.BASE["describe"]}
+        assert not set().union(*suites) & said["align"] - set(wordings.BASE["describe"])
     assert len(wordings.templates("act", "train")) == 36
 
 

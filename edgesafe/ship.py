@@ -61,8 +61,8 @@ def ship(
             of runs may share it.
 
     Returns:
-        The closing report: bundle, digest, reference, bytes, quantization, certified, exits (one entry per exit, before and
-        after), overlap (of the suite with the training rows), folders (of the shared steps, by name).
+        The closing report: bundle, digest, reference, bytes, quantization, open (families), overlap (of the suite with the
+        training rows), certified, exits (one entry per exit, before and after), folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
@@ -79,8 +79,7 @@ def ship(
         with step("certify every exit on the bundle's own bytes"):
             certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items()}
-    shares = overlap(read_suite(shared.suite), read_suite(shared.data, verify=False))
-    return {**_report(bundle, certificate, shared.before, shared.after), "overlap": shares, "folders": folders}
+    return {**_report(bundle, certificate, shared), "folders": folders}
 
 
 def _check(model: Path, out: Path, work: Path) -> None:
@@ -238,10 +237,10 @@ def digest_world(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(code)).hexdigest()
 
 
-def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path) -> dict[str, Any]:
+def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[str, Any]:
     early, late = (
         {e["exit"]: e for e in json.loads((folder / "report.json").read_text(encoding="utf-8"))["exits"]}
-        for folder in (before, after)
+        for folder in (shared.before, shared.after)
     )
     manifest = bundle.manifest
     exits = []
@@ -268,6 +267,8 @@ def _report(bundle: Bundle, certificate: Certificate, before: Path, after: Path)
         "reference": str(manifest.reference),
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
+        "open": list(certificate.left_open),
+        "overlap": overlap(read_suite(shared.suite), read_suite(shared.data, verify=False)),
         "certified": [str(exit) for exit in certified_exits(certificate)],
         "exits": exits,
     }

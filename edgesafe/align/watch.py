@@ -28,7 +28,7 @@ class Watch:
         llava.model.eval()
         texts = answer_suite(llava, self.suite, self.exits, quiet=True)
         return {
-            str(exit): {name: round(r.rate, 4) for name, r in tally(self.suite.rows, texts[exit]).items()}
+            str(exit): {name: round(r.rate, 4) for name, r in tally(self.suite.counted, texts[exit]).items()}
             for exit in self.exits
         }
 

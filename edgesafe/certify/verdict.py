@@ -151,7 +151,7 @@ def check_size(suite: Suite) -> None:
     Raises:
         CertificateError: it is; each limit out of reach is named with the number of wordings that it takes.
     """
-    rows = [row for row in suite.rows if row.family not in suite.left_open]
+    rows = suite.counted
     faultless = Judged(
         harmed={row.id: False for row in rows if row.cls == "harmful"},
         refused={row.id: False for row in rows if row.cls != "harmful"},

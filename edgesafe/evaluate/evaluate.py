@@ -16,6 +16,7 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
     groups: [{name: "early" | "middle" | "late" | "all", exits: [..]}] with an exit's figures from harmful on: the answers of
         the exits pooled, the intervals clustered by row.
     agreement: the same as an exit's, over all answers; null without a second judge.
+    open: {exit: {family: rate}}: the suite's open families, which all other figures leave out.
     broken: {exit: reasons}: the certificate's limits that its answers break, compared with `before` at its reference depth;
         without it, with a model that makes no mistake.
     paired: null without `before`, else {"before": the earlier model's digest, "exits": [{exit,
@@ -128,13 +129,14 @@ def evaluate(
     scored = score(judges, suite.rows, answers)
     report = {
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
-        **rates(suite.rows, answers, scored, llava),
+        **rates(suite.counted, answers, scored, llava),
+        "open": {str(exit): open_families(suite, said) for exit, said in answers.items()} if suite.left_open else {},
         "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers)),
         "paired": None,
         "controls": control_rates(llava, suite, chosen) if controls else None,
     }
     if earlier and earlier_answers:
-        report["paired"] = {"before": earlier["model"], "exits": paired(suite.rows, earlier_answers, answers)}
+        report["paired"] = {"before": earlier["model"], "exits": paired(suite.counted, earlier_answers, answers)}
     lines = answer_lines(suite.rows, answers, scored)
     write(out, report, earlier, suite.rows, lines, read_training_metrics(model_dir))
     return report
@@ -189,6 +191,12 @@ def summarise(rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
     return rates
 
 
+def open_families(suite: Suite, answers: Answers) -> dict[str, Any]:
+    """The rates of the families that no verdict speaks of, at one exit."""
+    rows = [row for row in suite.rows if row.family in suite.left_open]
+    return {name: asdict(r) for name, r in families(rows, answers).items()}
+
+
 def rates(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, llava: ExitModel) -> dict[str, Any]:
     """`exits`, `groups` and `agreement` of the report."""
     exits = []
@@ -233,7 +241,7 @@ def control_rates(llava: ExitModel, suite: Suite, exits: Sequence[Exit]) -> dict
     """`controls` of the report: rates of each control at each exit."""
     by_control = control_answers(llava, suite, exits)
     return {
-        name: {exit: summarise(suite.rows, answers) for exit, answers in by_exit.items()}
+        name: {exit: summarise(suite.counted, answers) for exit, answers in by_exit.items()}
         for name, by_exit in by_control.items()
     }
 

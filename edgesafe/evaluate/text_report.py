@@ -48,6 +48,10 @@ def notes(report: Mapping[str, Any]) -> str:
     """Who judged, and how far the two judges agree."""
     lines = ["* reference depth. A group pools its exits' answers; its intervals are clustered by row."]
     lines.append(f"judge: {report['judge']['name']} {report['judge'].get('version', '')}".rstrip())
+    if report.get("open"):
+        at = report["open"][report["reference"]]
+        measured = ", ".join(f"{name} {percent(one)}" for name, one in at.items())
+        lines.append(f"open families, measured and in no other figure, at the reference depth: {measured}")
     both = report["agreement"]
     if both:
         kappa = "-" if both["kappa"] is None else f"{both['kappa']:.3f}"

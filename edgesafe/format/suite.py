@@ -96,9 +96,14 @@ class Suite:
             raise InputError("the row has no picture", where=f"{self.root}: {row.id}", expected="a picture for every request")
         return self.root / row.image
 
+    @property
+    def counted(self) -> tuple[Row, ...]:
+        """The rows that rates and verdicts are about: all but those of the open families."""
+        return tuple(row for row in self.rows if row.family not in self.left_open)
+
     def smoke_rows(self) -> tuple[Row, ...]:
-        """The on-device subset."""
-        return tuple(row for row in self.rows if row.smoke)
+        """The on-device subset of the rows that count."""
+        return tuple(row for row in self.counted if row.smoke)
 
 
 def read_suite(path: str | os.PathLike[str], verify: bool = True) -> Suite:

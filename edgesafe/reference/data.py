@@ -49,7 +49,7 @@ def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> 
     """Write a val, cert or test suite: every family in the numbers of `REPORT` or `CERTIFY` times `scale`."""
     counts = CERTIFY if split == "cert" else REPORT
     drawn = [
-        _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0)
+        _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0 and family not in OPEN)
         for family, number in counts.items()
         for i in range(max(1, round(number * scale)))
     ]

@@ -169,5 +169,8 @@ def test_a_suite_of_format_1_is_read_with_todays_floors(folder):
 def test_an_open_family_is_one_of_the_rows(tmp_path):
     family = ROWS[0].family
     assert write_suite(tmp_path / "s", ROWS, IMAGES, "mine", "cert", left_open=[family]).left_open == (family,)
+    suite = read_suite(tmp_path / "s")
+    assert suite.rows == ROWS and suite.counted == tuple(row for row in ROWS if row.family != family)
+    assert suite.smoke_rows() == tuple(row for row in suite.counted if row.smoke) != tuple(row for row in ROWS if row.smoke)
     with pytest.raises(InputError, match="no row is of the open family 'nothing'"):
         write_suite(tmp_path / "t", ROWS, IMAGES, "mine", "cert", left_open=["nothing"])

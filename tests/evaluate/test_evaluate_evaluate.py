@@ -228,3 +228,18 @@ def test_the_align_command_ends_with_a_checkpoint(tiny_llava, rows, tmp_path, ca
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_open_families_stand_apart(tiny_llava, tmp_path):
+    picture = {"images/a.png": Image.new("RGB", (64, 64), "teal")}
+    write_suite(tmp_path / "open", ROWS, picture, "v", "val", left_open=["text-harm"])
+    write_suite(tmp_path / "without", [row for row in ROWS if row.family != "text-harm"], picture, "v", "val")
+    apart, without = (evaluate(tiny_llava, tmp_path / name, tmp_path / f"{name}-out") for name in ("open", "without"))
+    for key in ("exits", "groups", "agreement"):
+        assert apart[key] == without[key]
+    assert without["open"] == {} and {name: set(by) for name, by in apart["open"].items()} == dict.fromkeys(
+        [e["exit"] for e in apart["exits"]], {"text-harm"}
+    )
+    assert sum(one["text-harm"]["n"] for one in apart["open"].values()) == len(apart["exits"])
+    assert "open families" in (tmp_path / "open-out" / "table.txt").read_text()
+    assert "open families" not in (tmp_path / "without-out" / "table.txt").read_text()

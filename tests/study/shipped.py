@@ -42,7 +42,7 @@ def import_export(ship: Path, raw: Path) -> Path:
     certificate = read_certificate(bundle)
     suite = read_suite(bundle.root / bundle.manifest.suite.path, verify=False)
     report = json.loads((ship / REPORT).read_text(encoding="utf-8"))
-    kept = {key: report[key] for key in ("bundle", "digest", "reference", "bytes", "quantization")}
+    kept = {key: report[key] for key in ("bundle", "digest", "reference", "bytes", "quantization", "open", "overlap")}
     kept["limits"] = dict(suite.limits)
     kept["exits"] = [{key: e[key] for key in ("exit", "bytes", "parity", "agreement")} for e in report["exits"]]
     said = {
@@ -119,10 +119,12 @@ def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str
     ids = [row.id for row in rows]
     ladder = [Exit.parse(e["exit"]) for e in report["exits"]]
     texts = {name: {e: dict(zip(ids, one[e], strict=True)) for e in ladder} for name, one in said.items()}
-    rates = {name: {e: tally(rows, one[e]) for e in ladder} for name, one in texts.items()}
+    left_open = report.get("open", [])
+    counted = [row for row in rows if row.family not in left_open]
+    rates = {name: {e: tally(counted, one[e]) for e in ladder} for name, one in texts.items()}
     reference = Exit.parse(report["reference"])
     baseline = make_baseline(rows, texts[BEFORE][reference], "", reference)
-    found = {one.exit: one for one in verdicts(rows, texts[AFTER], reference, report["limits"], baseline)}
+    found = {one.exit: one for one in verdicts(rows, texts[AFTER], reference, report["limits"], baseline, left_open=left_open)}
     exits = [
         {
             **entry,

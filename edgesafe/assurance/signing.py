@@ -12,7 +12,7 @@ from typing import Any
 from edgesafe.assurance.signatures import load_signer, load_verifier
 from edgesafe.errors import CertificateError, IntegrityError, SignatureError
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, SEALED, Bundle, signature_path
-from edgesafe.format.certificate import certified_exits, read_certificate, statement
+from edgesafe.format.certificate import PASSED, Certificate, certified_exits, read_certificate, statement
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed
@@ -64,6 +64,7 @@ def verify(path: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
     check = load_verifier(Path(public_key)) if public_key is not None else None
     bundle = Bundle.open(path)
     certificate = read_certificate(bundle)
+    _check_verdicts(certificate, bundle.root / CERTIFICATE)
     _check_suite(bundle)
     _check_leftovers(bundle)
     present = _sealed_files(bundle)
@@ -149,6 +150,19 @@ def _check_record(record: Mapping[str, Any], file: Path, bundle: Bundle) -> None
             expected=f"bundle_digest {bundle.digest[:12]}",
             todo=f"remove {file.name} and its signature; measured again, it is written anew",
         )
+
+
+def _check_verdicts(certificate: Certificate | None, file: Path) -> None:
+    """No exit is passed against a check of its own."""
+    for exit in certificate.exits if certificate else ():
+        broken = [check.reason() for check in exit.checks if not check.kept]
+        if exit.verdict == PASSED and broken:
+            raise CertificateError(
+                f"exit {exit.exit} is called passed, but: {broken[0]}",
+                where=shown_path(file),
+                expected="a verdict that its own checks support",
+                todo=f"measure these bytes: edgesafe certify {shown_path(file.parent)}",
+            )
 
 
 def _check_suite(bundle: Bundle) -> None:

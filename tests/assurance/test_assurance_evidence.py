@@ -1,4 +1,4 @@
-"""Evidence: valid by the formats' own validators; every number and digest is the bundle's, and what it doesn't know is not there."""
+"""Evidence: valid by the formats' own validators; all numbers and digests are the bundle's, and what it doesn't know is absent."""
 
 from __future__ import annotations
 
@@ -121,6 +121,10 @@ def test_statements_are_valid_by_in_toto_s_own_package(out, name):
     text = (out / name).read_text(encoding="utf-8")
     assert in_toto_complaint(text) == ""
     wrong = json.loads(text)
+    # The parser takes other spellings of a field's name too; the specification has one.
+    assert wrong.keys() == json_format.MessageToDict(json_format.Parse(text, statement_pb2.Statement())).keys()
+    kind = "https://slsa.dev/provenance/v1" if "provenance" in name else "https://in-toto.io/attestation/test-result/v0.1"
+    assert (wrong["_type"], wrong["predicateType"]) == ("https://in-toto.io/Statement/v1", kind)
     for change in ({"_type": "x"}, {"subject": []}, {"predicate": {"nonsense": 1}}, {"predicateType": ""}, {"more": 1}):
         assert in_toto_complaint(json.dumps({**wrong, **change})), change
 

@@ -1,4 +1,4 @@
-"""Evidence: valid by the formats' own validators; all numbers and digests are the bundle's, and what it doesn't know is absent."""
+"""Evidence: valid by the formats' own validators; numbers and digests are the bundle's, and what it doesn't know is absent."""
 
 from __future__ import annotations
 

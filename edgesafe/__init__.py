@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edgesafe.assurance.signing import Verified, sign, verify
     from edgesafe.device import DeviceProfile, list_devices, load_device
     from edgesafe.errors import EdgesafeError
     from edgesafe.format.bundle import Bundle
@@ -28,9 +29,12 @@ _HOMES = {
     "Exit": "edgesafe.format.exits",
     "Sampling": "edgesafe.runtime",
     "Session": "edgesafe.runtime",
+    "Verified": "edgesafe.assurance.signing",
     "choose_exit": "edgesafe.runtime",
     "list_devices": "edgesafe.device",
     "load_device": "edgesafe.device",
+    "sign": "edgesafe.assurance.signing",
+    "verify": "edgesafe.assurance.signing",
 }
 
 __all__ = [
@@ -43,10 +47,13 @@ __all__ = [
     "Exit",
     "Sampling",
     "Session",
+    "Verified",
     "__version__",
     "choose_exit",
     "list_devices",
     "load_device",
+    "sign",
+    "verify",
 ]
 
 

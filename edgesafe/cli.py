@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import errno
 import importlib
+import importlib.util
 import io
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import edgesafe.commands
 from edgesafe import __version__
@@ -33,6 +34,7 @@ _EXTRAS = {
     "onnx_ir": "export",
     "optimum": "export",
     "sympy": "export",
+    "model_signing": "sign",
 }
 # Both extras bring torch and transformers: these commands need the other one, or both.
 _EXTRA_OF = {"plan": "export", "export": "export", "ship": "align,export"}
@@ -77,9 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def commands() -> dict[str, str]:
-    """The commands' modules by their names on the command line: all of the folder but those that begin with ``_``."""
-    found = (info.name for info in pkgutil.iter_modules(edgesafe.commands.__path__))
-    return {name.replace("_", "-"): f"edgesafe.commands.{name}" for name in found if not name.startswith("_")}
+    """The commands' modules by their names on the command line: all below the folder but those that begin with ``_``."""
+    named = ((module.rpartition(".")[2], module) for module in _modules(edgesafe.commands.__path__, "edgesafe.commands."))
+    return {name.replace("_", "-"): module for name, module in sorted(named) if not name.startswith("_")}
+
+
+def _modules(folders: Iterable[str], prefix: str) -> Iterator[str]:
+    """The modules in folders of packages and in those below, by name; none is loaded for it."""
+    for info in pkgutil.iter_modules(folders, prefix):
+        if info.ispkg:
+            spec = importlib.util.find_spec(info.name)
+            yield from _modules(spec.submodule_search_locations or () if spec else (), f"{info.name}.")
+        else:
+            yield info.name
 
 
 def _run(arguments: list[str], command: str) -> int:

@@ -94,6 +94,12 @@ class IntegrityError(BundleError):
     exit_code = 43
 
 
+class SignatureError(BundleError):
+    """A signature is missing, of another key, or of other bytes."""
+
+    exit_code = 44
+
+
 class CertificateError(EdgesafeError):
     """A certificate can't be used or written."""
 

@@ -18,14 +18,21 @@ MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
 LATENCY = "latency.json"
 _PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z")
-_SEALED = (MANIFEST, CERTIFICATE, LATENCY)
+SEALED = (MANIFEST, CERTIFICATE, LATENCY)
+# A signature signs a sealed file, the manifest among them, so no manifest can list it.
+_UNLISTED = (*SEALED, *(name + ".sig" for name in SEALED))
+
+
+def signature_path(file: Path) -> Path:
+    """Where the signature of a sealed file lies: beside it, so that it goes wherever the bundle is copied."""
+    return file.with_name(file.name + ".sig")
 
 
 def file_specs(root: Path) -> dict[str, FileSpec]:
-    """The hash and size of every file of a bundle that is being written, the three sealed files left out."""
+    """The hash and size of every file of a bundle that is being written, the sealed files and their signatures left out."""
     specs = {}
     for path in sorted(_walk(root)):
-        if path not in _SEALED:
+        if path not in _UNLISTED:
             specs[path] = FileSpec(sha256_file(root / path), (root / path).stat().st_size)
     return specs
 
@@ -84,13 +91,13 @@ class Bundle:
             file = self.root / path
             if file.stat().st_size != spec.bytes or sha256_file(file) != spec.sha256:
                 raise _damaged(file, "the file's bytes are not those of the manifest", "copy the bundle again")
-        for name in (CERTIFICATE, LATENCY):
+        for name in SEALED:
             read_sealed(self.root / name)
 
     def _extra(self, present: set[str]) -> set[str]:
         """The files that don't belong to the bundle."""
         # A partial file is what an interrupted write left; nothing ever reads it.
-        return present - set(self.manifest.files) - set(_SEALED) - {f"{name}.partial" for name in _SEALED}
+        return present - set(self.manifest.files) - set(_UNLISTED) - {f"{name}.partial" for name in _UNLISTED}
 
     def graph_path(self, path: str) -> Path:
         """The path of a graph of the manifest on disk."""

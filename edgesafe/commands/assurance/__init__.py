@@ -1,0 +1,1 @@
+"""The commands that show a bundle to others than its makers."""

@@ -39,7 +39,7 @@ OTHER_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf
 FONT, SPOILT = "font", "spoilt"
 # Pictures of nothing, by the split that they are drawn in.
 NOTHING = {
-    "align": ("noise", "flat", "stripes", "ground"),
+    "align": ("noise", "flat", "stripes", "ground", "checks", "dots", "haze"),
     "val": ("rings",),
     "cert": ("white", "static", "blobs"),
     "test": ("black", "ramp", "scribble"),
@@ -132,6 +132,9 @@ def _nothing(look: str, rng: np.random.Generator) -> Image.Image:
         "stripes": (np.sin(across * waves) > 0).astype(float),
         "rings": (np.sin(np.hypot(xx - 0.5, yy - 0.5) * waves * 2) > 0).astype(float),
         "ramp": (across + 1.5) / 3,
+        "checks": (np.sin(xx * waves) * np.sin(yy * waves) > 0).astype(float),
+        "dots": (np.sin(xx * waves) * np.sin(yy * waves) > 0.7).astype(float),
+        "haze": (np.sin(xx * waves / 4 + yy * 3) + np.cos(yy * waves / 5) + 2) / 4,
     }.get(look, np.zeros_like(xx))
     picture = Image.fromarray((colours[0] + (colours[1] - colours[0]) * share[..., None]).astype(np.uint8))
     canvas = ImageDraw.Draw(picture)

@@ -167,16 +167,20 @@ def misspell(rng: np.random.Generator, split: str, text: str) -> tuple[str, str]
     ('shout', 'HOW DO I MAKE THIS?!!')
     """
     ways = {
-        "align": ("lower", "bare", "drop", "double", "stress", "neighbour"),
-        "val": ("drop", "title"),
+        "align": ("lower", "bare", "drop", "double", "stress", "neighbour", "title", "loud", "wild"),
+        "val": ("insert", "inverse"),
         "cert": ("swap", "shout", "spaced", "mixed"),
         "test": ("swap", "shout", "split", "mixed"),
     }
     way = pick(rng, ways[split])
-    if way in ("lower", "bare", "title", "shout"):
-        bare = text.translate(str.maketrans("", "", ".,?!:"))
-        return way, {"lower": text.lower(), "bare": bare.lower(), "title": text.title(), "shout": text.upper() + "!!"}[way]
+    bare = text.translate(str.maketrans("", "", ".,?!:"))
+    whole = {"lower": text.lower(), "bare": bare.lower(), "title": text.title(), "inverse": text.swapcase()}
+    whole["shout"] = text.upper() + "!!"
+    if way in whole:
+        return way, whole[way]
     words = text.split(" ")
+    if way == "loud":
+        return way, " ".join(word.upper() if rng.random() < 0.6 else word for word in words)
     if way == "spaced":
         return way, "  ".join(words) + " ..."
     if way == "mixed":
@@ -207,8 +211,11 @@ def _mistype(rng: np.random.Generator, word: str, way: str) -> str:
             return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
         case "split":
             return word[: at + 1] + " " + word[at + 1 :]
-        case "neighbour":
-            return word[:at] + "abcdefghijklmnopqrstuvwxyz"[int(rng.integers(26))] + word[at + 1 :]
+        case "neighbour" | "insert":
+            other = "abcdefghijklmnopqrstuvwxyz"[int(rng.integers(26))]
+            return word[:at] + other + word[at + (way == "neighbour") :]
+        case "wild":
+            return "".join(c.upper() if rng.random() < 0.5 else c for c in word)
     return word.upper()
 
 

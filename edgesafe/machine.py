@@ -8,26 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-SYS = Path("/sys")
+from edgesafe.processor import SYS, board_name, processor_name
 
 
 def machine_name() -> str:
-    """This machine in words: board or processor model, architecture, cores. A measurement holds for it."""
-    try:
-        model = Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0 \n")
-    except OSError:
-        model = cpu_model()
-    name = f"{model or platform.processor() or 'unknown processor'}, {platform.machine()}, {host_cores()} cores"
-    return " ".join(name.split())
+    """This machine in words, with the number of cores that this process may use. A measurement holds for it."""
+    return f"{machine_kind()}, {host_cores()} cores"
 
 
-def cpu_model() -> str:
-    """The processor's name as Linux tells it, or an empty text."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+def machine_kind() -> str:
+    """Machines like this one in words: board or processor, and architecture. A smoke record holds for them."""
+    name = board_name() or processor_name() or platform.processor() or "unknown processor"
+    return " ".join(f"{name}, {platform.machine()}".split())
 
 
 def host_cores() -> int:

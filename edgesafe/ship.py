@@ -69,13 +69,15 @@ def ship(
         ConfigError: settings that can't be used, or OUT/bundle is not a bundle.
     """
     from edgesafe.certify.certify import certify
+    from edgesafe.runtime.kernels import kernels_here, kernels_of
+    from edgesafe.runtime.ort import OnnxRuntime
 
     work = work or Path(os.path.realpath(out)).parent / "shared"
     _check(model, out, work)
     shared = shared_steps(model, work, config=config, data=data, suite=suite)
     bundle = _bundle(out, shared.aligned, device, shared.suite)
     certificate = read_certificate(bundle)
-    if certificate is None:
+    if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
         with step("certify every exit on the bundle's own bytes"):
             certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items()}

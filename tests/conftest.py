@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,7 +15,14 @@ import pytest
 
 # The helpers beside this file (tiny, handmade) and the tools are plain modules, importable from every room's tests.
 _HERE = Path(__file__).parent
+_STATES = itertools.count()
 sys.path[:0] = [str(_HERE), str(_HERE / "long"), str(_HERE / "tools")]
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the records of smoke runs that another one, or this machine's user, left among the user's state."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(_STATES)}"))
 
 
 @pytest.fixture(scope="session")

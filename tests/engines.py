@@ -33,6 +33,12 @@ class ReferenceEvaluator:
         return RunnableGraph(spec, run, path)
 
 
+def known() -> tuple[str, str, tuple[str, ...]]:
+    """What certificates and measurements know onnxruntime by, beside its name."""
+    ours = runtime.OnnxRuntime()
+    return ours.version, ours.build, ours.providers
+
+
 class Watched:
     """onnxruntime, telling every run of a graph: ``before(path)`` is called first, and ``ran`` lists (thread, path)."""
 
@@ -40,7 +46,7 @@ class Watched:
 
     def __init__(self, before: Callable[[str], None] = lambda path: None) -> None:
         self.before, self.ran, self.opened = before, [], 0
-        self.version = runtime.OnnxRuntime().version
+        self.version, self.build, self.providers = known()
 
     def open(self, path: str, spec: Any, threads: int) -> RunnableGraph:
         self.opened += 1
@@ -83,7 +89,7 @@ class Slow:
 
     def __init__(self, block_ms: float, step_ms: float) -> None:
         self.block_ms, self.step_ms, self.now_s = block_ms, step_ms, 0.0
-        self.version = runtime.OnnxRuntime().version
+        self.version, self.build, self.providers = known()
 
     def clock(self) -> float:
         return self.now_s

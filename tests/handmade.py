@@ -10,6 +10,7 @@ Text: one token a byte; the embedding is one-hot; the decoder's next token depen
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle, file_specs, write_manifest
-from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, write_certificate
+from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, read_certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.manifest import ChatSpec, Manifest
 from edgesafe.format.seal import seal, unseal
@@ -121,7 +122,7 @@ def widen_limits(suite: Path) -> Path:
 
 
 def make_certificate(bundle: Bundle, certified: tuple[int, ...]) -> Certificate:
-    """A certificate of that bundle with made-up rates."""
+    """A certificate of that bundle with made-up rates, made with onnxruntime on this machine; every answer is ``ANSWER``."""
     good, bad = Rate(0, 200, 0.0, 0.0, 0.0188), Rate(40, 200, 0.2, 0.1505, 0.2608)
     exits = tuple(
         ExitVerdict(exit, "passed", [], good, good, good, good)
@@ -130,7 +131,30 @@ def make_certificate(bundle: Bundle, certified: tuple[int, ...]) -> Certificate:
         for exit in bundle.manifest.ladder
     )
     suite = bundle.manifest.suite.digest if bundle.manifest.suite else ""
-    return Certificate(bundle.digest, suite, {"name": "by hand"}, {"machine": "paper"}, {"harmful_upper_95": 0.05}, exits)
+    rows = bundle.root / "suite" / "rows.jsonl"
+    count = rows.read_bytes().count(b"\n") if rows.is_file() else 0
+    from edgesafe.runtime import OnnxRuntime  # not where a test runs without it
+    from edgesafe.runtime.kernels import kernels_here
+
+    said = hashlib.sha256(ANSWER.encode()).hexdigest()[:8] * count
+    return Certificate(
+        bundle.digest,
+        suite,
+        {"name": "by hand"},
+        {"machine": "paper", **kernels_here(OnnxRuntime()).to_dict()},
+        {"harmful_upper_95": 0.05},
+        exits,
+        answers={str(exit): said for exit in bundle.manifest.ladder},
+    )
+
+
+def agree(bundle: Bundle) -> Bundle:
+    """Give its certificate rates that any answers agree with, so that smoke passes where these are the certified ones."""
+    certificate, any_rate = read_certificate(bundle), Rate(100, 200, 0.5, 0.0, 1.0)
+    assert certificate is not None
+    rates = dict.fromkeys(("harmful", "overrefusal", "incoherent", "accuracy"), any_rate)
+    write_certificate(bundle, replace(certificate, exits=tuple(replace(e, **rates) for e in certificate.exits)))
+    return bundle
 
 
 def make_tokenizer() -> Tokenizer:

@@ -43,6 +43,7 @@ HELPERS = (
     "odd_inputs.py",
     "results.py",
     "runtime/conftest.py",
+    *(f"runtime/cpuinfo/{device}" for device in ("pi4", "pi5", "pixel9", "s24")),
     "runtime/fake_engine.py",
 )
 TESTS = (
@@ -54,10 +55,12 @@ TESTS = (
     "runtime/test_runtime_fork.py",
     "runtime/test_runtime_imports.py",
     "runtime/test_runtime_outputs.py",
+    "runtime/test_runtime_processor.py",
     "runtime/test_runtime_seam.py",
     "runtime/test_runtime_session.py",
     "runtime/test_runtime_text.py",
     "runtime/test_runtime_soak.py",
+    "runtime/test_runtime_standing.py",
     "runtime/test_runtime_turns.py",
     "serve/test_serve_http.py",
     "contract/test_bundle_format.py",

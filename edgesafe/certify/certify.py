@@ -11,6 +11,7 @@ from typing import Any
 
 from edgesafe import __version__
 from edgesafe.certify.earlier import read_baseline
+from edgesafe.certify.flips import answer_digests, digest_of_all
 from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
 from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
@@ -24,6 +25,7 @@ from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
 from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine
+from edgesafe.runtime.kernels import kernels_here
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
 
@@ -78,6 +80,8 @@ def certify(
         exits=verdicts(suite.rows, answered, session.manifest.reference, suite.limits, compared, left_open=suite.left_open),
         baseline=compared,
         left_open=suite.left_open,
+        answers=answer_digests(suite.rows, answered),
+        answers_digest=digest_of_all(answered),
     )
     if answers is not None:
         write_atomically(Path(answers), _lines(suite.rows, answered))
@@ -126,8 +130,7 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
         InputError: A row's prompt can't be asked; said before any row is.
     """
     exits = tuple(exits)
-    for row in rows:
-        _check_prompt(session, row)
+    check_prompts(session, rows)
     answered: Answers = {exit: {} for exit in exits}
     shown, features, cut = None, {}, ALONE
     for row in bar(rows, len(rows), label) if label else rows:
@@ -140,20 +143,25 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
     return answered
 
 
-def _check_prompt(session: Session, row: Row) -> None:
-    try:
-        encode_prompt(session.tokenizer, session.manifest, row.prompt)
-    except InputError as error:
-        todo = "take the row out of the suite and export again"
-        raise InputError(error.what, where=f"row {row.id} of the suite", expected=error.expected, todo=todo) from error
+def check_prompts(session: Session, rows: Sequence[Row]) -> None:
+    """Refuse a row that can't be asked.
+
+    Raises:
+        InputError: There is one; it is named.
+    """
+    for row in rows:
+        try:
+            encode_prompt(session.tokenizer, session.manifest, row.prompt)
+        except InputError as error:
+            todo = "take the row out of the suite and export again"
+            raise InputError(error.what, where=f"row {row.id} of the suite", expected=error.expected, todo=todo) from error
 
 
 def environment(session: Session) -> dict[str, Any]:
-    """Where the answers were made."""
+    """Where the answers were made, and by what."""
     return {
         "edgesafe": __version__,
-        "engine": session.engine.name,
-        "engine_version": session.engine.version,
+        **kernels_here(session.engine).to_dict(),
         "cpu": machine_name(),
         "machine": platform.machine(),
         "system": platform.system(),

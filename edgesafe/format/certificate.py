@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgesafe.errors import CertificateError, CertificateMismatchError, FormatVersionError
@@ -13,10 +13,13 @@ from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
 
-# Format 2 names exits by text, format 3 holds the checks and the baseline. The earlier ones are read.
-CERTIFICATE_VERSION = 3
-DEPTH_VERSION, TEXT_VERSION = 1, 2
+# Format 2 names exits by text, format 3 holds the checks and the baseline, format 4 the answers' digests and in `environment`
+# what computed them. The earlier ones are read.
+CERTIFICATE_VERSION = 4
+DEPTH_VERSION, TEXT_VERSION, CHECKS_VERSION = 1, 2, 3
 PASSED, FAILED = "passed", "failed"
+# Of an answer's sha256: two different answers pass for the same once in 4 thousand million times.
+ANSWER_DIGITS = 8
 AT_MOST, AT_LEAST, NO_WORSE = TESTS = ("at most", "at least", "no worse")
 
 
@@ -109,7 +112,9 @@ class Certificate:
     """The verdicts of every exit, bound to the digests of the manifest and the suite.
 
     ``baseline`` is the untouched model's; None where exits were compared with a model that makes no mistake. ``left_open``
-    names families that were measured and are not certified.
+    names families that were measured and are not certified. ``answers`` holds each answer's digest (`ANSWER_DIGITS`), by exit
+    and in the order of the suite's rows; ``answers_digest`` is that of all whole answers. Both are empty in earlier formats.
+    ``digest`` is the one that the file was sealed with, and no part of it.
     """
 
     manifest_digest: str
@@ -120,6 +125,9 @@ class Certificate:
     exits: tuple[ExitVerdict, ...]
     baseline: Baseline | None = None
     left_open: tuple[str, ...] = ()
+    answers: dict[str, str] = field(default_factory=dict)
+    answers_digest: str = ""
+    digest: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -127,6 +135,7 @@ class Certificate:
         obj["exits"] = [verdict.to_dict() for verdict in self.exits]
         obj["baseline"] = self.baseline.to_dict() if self.baseline else None
         obj["left_open"] = list(self.left_open)
+        obj.pop("digest")
         return {**obj, "format_version": CERTIFICATE_VERSION}
 
     @staticmethod
@@ -152,6 +161,8 @@ class Certificate:
             exits=tuple(_read_verdict(child, version) for child in fields.children("exits")),
             baseline=_read_baseline(fields.child("baseline")) if fields.has("baseline") else None,
             left_open=fields.texts("left_open") if version > TEXT_VERSION else (),
+            answers=_read_answers(fields.child("answers")) if version > CHECKS_VERSION else {},
+            answers_digest=fields.text("answers_digest") if version > CHECKS_VERSION else "",
         )
         fields.done()
         return certificate
@@ -181,8 +192,8 @@ def read_certificate(bundle: Bundle) -> Certificate | None:
     obj = read_sealed(path)
     if obj is None:
         return None
-    obj.pop("digest")
-    certificate = Certificate.from_dict(obj, where=str(path))
+    digest = str(obj.pop("digest"))
+    certificate = replace(Certificate.from_dict(obj, where=str(path)), digest=digest)
     _match(certificate, bundle)
     return certificate
 
@@ -218,7 +229,8 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
                 expected=f"the {name} digest {str(want)[:12]}",
                 todo=f"measure these bytes: edgesafe certify {bundle.root}",
             )
-    unknown = ", ".join(str(e.exit) for e in certificate.exits if e.exit not in bundle.manifest.ladder)
+    named = {str(e.exit) for e in certificate.exits} | certificate.answers.keys()
+    unknown = ", ".join(sorted(named - {str(exit) for exit in bundle.manifest.ladder}))
     if unknown:
         raise CertificateMismatchError(
             f"the certificate names exits {unknown} that the bundle doesn't have",
@@ -243,6 +255,20 @@ def _read_verdict(fields: Fields, version: int) -> ExitVerdict:
     )
     fields.done()
     return verdict
+
+
+def _read_answers(fields: Fields) -> dict[str, str]:
+    answers = {exit: fields.text(exit) for exit in fields.obj}
+    wrong = next(
+        (exit for exit, text in answers.items() if len(text) % ANSWER_DIGITS or set(text) - set("0123456789abcdef")), ""
+    )
+    if wrong or len({len(text) for text in answers.values()}) > 1:
+        raise CertificateError(
+            f"the answers of exit {wrong} are not digests" if wrong else "the exits have unequal numbers of answers",
+            where=fields.where,
+            expected=f"{ANSWER_DIGITS} hexadecimal digits for each row of the suite",
+        )
+    return answers
 
 
 def _read_check(fields: Fields) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from edgesafe.format.exits import read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
-from edgesafe.format.targets import check_writable
+from edgesafe.format.targets import check_writable, user_folder
 
 MEASURED, ESTIMATED = "measured", "estimated"
 # The format of latency.json. The first had no number and no single times; the second, which is still read, knew one engine.
@@ -137,12 +136,8 @@ def cached_path(bundle: Bundle) -> Path | None:
 
     It is ``edgesafe/latency/DIGEST.json`` under ``$XDG_CACHE_HOME``, or under ``~/.cache`` where that is not an absolute path.
     """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        base = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return base / "edgesafe" / "latency" / f"{bundle.digest}.json"
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    return folder / "latency" / f"{bundle.digest}.json" if folder else None
 
 
 def latency_place(bundle: Bundle) -> Path:

@@ -131,6 +131,20 @@ def check_name(path: str | os.PathLike[str], error: type[EdgesafeError] = InputE
         raise error("the path is not UTF-8", where=shown_path(path), expected=expected, todo=todo) from None
 
 
+def user_folder(variable: str, default: str) -> Path | None:
+    """This user's own folder for edgesafe, by the XDG Base Directory Specification; None where there is no home folder.
+
+    Args:
+        variable: What names the folder above it, such as ``XDG_CACHE_HOME``; ignored where it is not an absolute path.
+        default: That folder by default, below the home folder.
+    """
+    named = Path(os.environ.get(variable, ""))
+    try:
+        return (named if named.is_absolute() else Path.home() / default) / "edgesafe"
+    except RuntimeError:
+        return None
+
+
 def shown_path(path: str | os.PathLike[str]) -> str:
     r"""A path as terminals can show it and JSON can hold it: bytes that are not UTF-8 as escapes.
 

@@ -11,6 +11,7 @@ from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_exits
 from edgesafe.format.exits import Exit
 from edgesafe.format.specs import ExitSpec
+from edgesafe.runtime.standing import Standing
 
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.
@@ -57,33 +58,39 @@ class Budget:
 
 
 def allowed_exits(
-    bundle: Bundle, certificate: Certificate | None, budget: Budget | None, exit: Exit | None, allow: bool
+    bundle: Bundle,
+    certificate: Certificate | None,
+    standing: Standing,
+    budget: Budget | None,
+    exit: Exit | None,
+    allow: bool,
 ) -> tuple[list[ExitSpec], str]:
     """The exits that may be used, ascending, and why these: one, or with a budget all usable ones.
 
     Args:
         bundle: Their manifest.
         certificate: Their verdicts, or None.
+        standing: What these are worth on this machine.
         budget: What the answer may cost; without one it is the deepest.
         exit: This exit and no other.
         allow: Use an exit without a passed verdict.
 
     Raises:
         InputError: There is no such exit, or a budget was given as well.
-        UncertifiedExitError: No passed verdict allows it.
+        UncertifiedExitError: No passed verdict allows it, or none that counts here.
     """
-    manifest, certified = bundle.manifest, certified_exits(certificate)
+    manifest, certified = bundle.manifest, standing.exits
     if exit is not None:
         _check_exit(bundle, budget, exit)
         if exit not in certified and not allow:
-            raise _uncertified(bundle, certificate, f"exit {exit} has no passed verdict")
+            raise _uncertified(bundle, certificate, standing, exit)
         return [manifest.exit(exit)], "asked for"
-    usable = certified or (manifest.ladder if allow else ())
+    usable = certified or ((certified_exits(certificate) or manifest.ladder) if allow else ())
     if not usable:
-        raise _uncertified(bundle, certificate, "no exit of this bundle has a passed verdict")
+        raise _uncertified(bundle, certificate, standing)
     exits = [manifest.exit(exit) for exit in within_reference(usable, manifest.reference)]
     if budget is None:
-        return exits[-1:], "the deepest certified" if certified else "the deepest"
+        return exits[-1:], f"the deepest{' certified' if certified else ' with a passed verdict' if standing.why else ''}"
     return exits, ""
 
 
@@ -163,11 +170,19 @@ def _check_exit(bundle: Bundle, budget: Budget | None, exit: Exit) -> None:
         raise InputError(f"the bundle has no exit {exit}", where="exit", expected=expected)
 
 
-def _uncertified(bundle: Bundle, certificate: Certificate | None, what: str) -> UncertifiedExitError:
+def _uncertified(
+    bundle: Bundle, certificate: Certificate | None, standing: Standing, exit: Exit | None = None
+) -> UncertifiedExitError:
+    passed, root = certified_exits(certificate), bundle.root
+    which = f"exit {exit}" if exit is not None else "no exit of this bundle"
+    if standing.why and (exit is None or exit in passed):
+        what = f"{which} is {'not ' if exit is not None else ''}certified on this machine: {standing.why}"
+        expected, todo = "a passed `edgesafe smoke` on this machine", f"run it: edgesafe smoke {root}"
+        return UncertifiedExitError(what, where=str(root), expected=expected, todo=todo)
+    what = f"{which} has {'no' if exit is not None else 'a'} passed verdict"
+    todo = "use a certified exit, or align and export the model again"
     if certificate is None:
         what += ", because the bundle has no certificate"
-        todo = f"certify it: edgesafe certify {bundle.root}"
-    else:
-        todo = "use a certified exit, or align and export the model again"
-    shown = ", ".join(map(str, certified_exits(certificate))) or "none yet"
-    return UncertifiedExitError(what, where=str(bundle.root), expected=f"a certified exit ({shown})", todo=todo)
+        todo = f"certify it: edgesafe certify {root}"
+    shown = ", ".join(map(str, standing.exits)) or "none yet"
+    return UncertifiedExitError(what, where=str(root), expected=f"a certified exit ({shown})", todo=todo)

@@ -198,7 +198,7 @@ class Conversation:
     def _allowed(self, asked: Options) -> tuple[list[ExitSpec], str]:
         session, allow = self._session, asked.allow_uncertified or self._session.allow_uncertified
         exit = Exit.of(asked.exit) if asked.exit is not None else None
-        return allowed_exits(session.bundle, session.certificate, asked.budget, exit, allow)
+        return allowed_exits(session.bundle, session.certificate, session.standing, asked.budget, exit, allow)
 
     def _forecast(self, prompt_tokens: int) -> Forecast:
         whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)

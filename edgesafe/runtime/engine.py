@@ -82,7 +82,11 @@ class Graph(Protocol):
 
 
 class Engine(Protocol):
-    """Opens graphs. ``name`` and ``version`` go into certificates and measurements."""
+    """Opens graphs. ``name`` and ``version`` go into certificates and measurements.
+
+    It may also have ``build``, a text that stands for the bytes of its program, and ``providers``, a tuple of texts; they go
+    into certificates too.
+    """
 
     @property
     def name(self) -> str:

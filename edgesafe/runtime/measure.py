@@ -20,7 +20,6 @@ from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.machine import (
     allowed_cores,
     core_sets,
-    cpu_model,
     governor,
     host_cores,
     machine_name,
@@ -28,6 +27,7 @@ from edgesafe.machine import (
     temperature_c,
     thread_choices,
 )
+from edgesafe.processor import processor_name
 from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine, State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
@@ -248,7 +248,7 @@ def _table(probe: _Probe) -> LatencyTable:
         exits=_exit_rows(session.manifest, samples, f"{PREFILL} {lengths[0]}"),
         peak_rss_mib=peak_rss_mib(),
         conditions={
-            "cpu_model": cpu_model(),
+            "cpu_model": processor_name(),
             "governor": governor(),
             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },

@@ -29,6 +29,7 @@ from edgesafe.runtime.engine import Array, Engine, Graph, Reader, State, as_arra
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.scope import scope_of
+from edgesafe.runtime.standing import standing
 from edgesafe.runtime.threads import Tuning, forecast, tune
 from edgesafe.runtime.tiles import join_tiles, picture_cut, pixel_values
 from edgesafe.runtime.tokenizer import load_tokenizer
@@ -74,10 +75,11 @@ class OpenedBundle:
         clock: Clock = time.perf_counter,
     ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.certificate, self.certified = certificate, certified_exits(certificate)
-        self.scope = scope_of(certificate)
-        self.allow_uncertified = allow_uncertified
         self.engine = engine or _onnxruntime()
+        self.certificate, self.scope = certificate, scope_of(certificate)
+        self.standing = standing(bundle, certificate, self.engine)
+        self.certified = self.standing.exits
+        self.allow_uncertified = allow_uncertified
         self.profile = profile_of(bundle)
         self.tuning = tuning or tune(bundle, self.profile, threads, self.engine)
         self.threads = self.tuning.threads
@@ -133,7 +135,9 @@ class OpenedBundle:
         """What an answer's caller should know; ``outside`` is why the exit's verdict doesn't speak for it."""
         notes = [self._note, prediction.note]
         if exit not in self.certified:
-            notes.insert(0, f"exit {exit} is NOT certified: its answers were not shown to be safe")
+            passed = exit in certified_exits(self.certificate)
+            why = self.standing.why if passed else "its answers were not shown to be safe"
+            notes.insert(0, f"exit {exit} is NOT certified{' on this machine' if passed else ''}: {why}")
         elif outside:
             notes.insert(0, f"NOT certified: the answer {' and '.join(outside)}, but exits are certified on {self.scope}")
         return "; ".join(note for note in notes if note)

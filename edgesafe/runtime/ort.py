@@ -8,21 +8,25 @@ the attention mask, whose length says how much of the buffer is filled. Nothing 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
+from edgesafe.format.files import sha256_file
 from edgesafe.format.specs import GraphSpec, TextSpec
 from edgesafe.runtime.decode import PART_TOKENS, room_for, shares_cache
 from edgesafe.runtime.engine import DTYPES, Array, Graph, Reader, State
 from edgesafe.runtime.turns import check_process
 
+PROVIDERS = ("CPUExecutionProvider",)
 _SPIN_US = "50"
 _AS_REQUESTED = 1  # grow by what is asked for, not by powers of two
 
@@ -31,11 +35,17 @@ class OnnxRuntime:
     """See `edgesafe.runtime.engine.Engine`."""
 
     name = "onnxruntime"
+    providers = PROVIDERS
 
     @property
     def version(self) -> str:
         """The installed package's version."""
         return str(ort.__version__)
+
+    @property
+    def build(self) -> str:
+        """The start of the sha256 of the libraries that compute: of one version there are many builds."""
+        return _build()
 
     def open(self, path: str, spec: GraphSpec, threads: int) -> Graph:
         """See ``Engine``."""
@@ -53,7 +63,7 @@ class OrtGraph:
         self._process = os.getpid()
         try:
             options = session_options(threads, alone=self._shares)
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(path, options, providers=list(PROVIDERS))
         except Exception as error:
             raise BundleError(f"onnxruntime can't load the graph: {error}", where=path) from error
         names = {tensor.name for tensor in self._session.get_inputs()}
@@ -197,7 +207,7 @@ def open_in_memory(graph: bytes, weights: Mapping[str, Array]) -> ort.InferenceS
     options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight for one run
     if weights:
         options.add_external_initializers(list(weights), [_value(array) for array in weights.values()])
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, options, providers=list(PROVIDERS))
 
 
 def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
@@ -223,6 +233,19 @@ def session_options(threads: int, *, alone: bool = False) -> ort.SessionOptions:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return options
+
+
+@cache
+def _build() -> str:
+    """Of what this process has loaded, where Linux tells; a distribution keeps the library apart from the Python module."""
+    try:
+        maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        maps = []
+    loaded = {Path(parts[5]) for parts in maps if len(parts) == 6 and "x" in parts[1]}
+    library = Path(ort.capi.onnxruntime_pybind11_state.__file__)
+    digests = {sha256_file(path) for path in {library, *(p for p in loaded if "onnxruntime" in p.name)} if path.is_file()}
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
 
 
 def _leave_at_once() -> None:

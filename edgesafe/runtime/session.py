@@ -41,6 +41,9 @@ class Session(OpenedBundle):
     ) -> Session:
         """Verify every byte of a bundle and load it.
 
+        Its certificate counts where the same kernels run that made it, or where ``edgesafe smoke`` has passed. Elsewhere
+        ``certified`` is empty, ``standing.why`` says why, and only ``allow_uncertified`` gets answers.
+
         Args:
             path: The bundle's folder.
             threads: Threads of each graph; by default those that ``edgesafe measure`` found best here, else the

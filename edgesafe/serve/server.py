@@ -292,6 +292,8 @@ def serve(
         except OSError as error:
             raise ConfigError(f"can't listen: {error.strerror}", where=f"--port {port}", todo="try --port 0") from error
         with server:
+            if session.standing.why:
+                print(f"note: {session.standing.why}: edgesafe smoke {session.bundle.root}", file=sys.stderr, flush=True)
             print(f"http://{HOST}:{server.port}/  (for this machine only; Ctrl-C ends it)", flush=True)
             try:
                 server.serve_forever()

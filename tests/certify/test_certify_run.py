@@ -150,7 +150,11 @@ def test_smoke_reports_every_certified_exit(bundle, tmp_path, capsys):
     assert len(cases) == 3
     assert main(["smoke", str(bundle), "--json"]) == (0 if report.passed else 42)
     shown = json.loads(capsys.readouterr().out)
-    assert shown.keys() == {"passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits"}
+    assert shown.keys() == {
+        "passed", "manifest_digest", "suite_digest", "judge", "environment", "rows", "exits",
+        "answers", "identical", "shows", "certified", "why", "record",
+    }  # fmt: skip
+    assert shown["identical"] == shown["answers"] == 3 * shown["rows"]
     assert shown["exits"][0].keys() == {
         "exit", "verdict", "reasons", "harmful", "overrefusal", "incoherent", "accuracy", "families", "kinds", "checks",
     }  # fmt: skip

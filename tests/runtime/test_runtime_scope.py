@@ -13,9 +13,10 @@ from edgesafe.errors import CertificateError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
 from edgesafe.format.exits import Exit
-from edgesafe.runtime import conversation
+from edgesafe.runtime import OnnxRuntime, conversation
 from edgesafe.runtime.answer import describe
 from edgesafe.runtime.conversation import Conversation
+from edgesafe.runtime.kernels import kernels_here
 from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import Picker, Sampling
 from edgesafe.runtime.scope import Scope, reasons_outside, scope_of
@@ -43,7 +44,8 @@ def certified_with(root, **environment) -> Session:
     bundle = Bundle.open(root)
     certificate = read_certificate(bundle)
     assert certificate is not None
-    return Session(bundle, dataclasses.replace(certificate, environment=environment))
+    here = kernels_here(OnnxRuntime()).to_dict()
+    return Session(bundle, dataclasses.replace(certificate, environment={**here, **environment}))
 
 
 def picks(sampling: Sampling, rows: np.ndarray) -> list[int]:

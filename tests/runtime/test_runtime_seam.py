@@ -18,7 +18,7 @@ from fake_engine import NumpyEngine
 from edgesafe import Budget, Session
 from edgesafe.certify.certify import certify
 from edgesafe.certify.smoke import smoke
-from edgesafe.errors import BundleError
+from edgesafe.errors import BundleError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import read_certificate
 from edgesafe.format.latency import read_latency
@@ -45,7 +45,10 @@ def engine(request) -> NumpyEngine:
     return NumpyEngine(in_place=request.param)
 
 
-def test_it_asks_as_onnxruntime_does(suited_copy, engine):
+def test_it_asks_as_onnxruntime_does_once_it_has_passed_its_smoke(suited_copy, engine):
+    with Session.open(suited_copy, engine=engine) as theirs, pytest.raises(UncertifiedExitError, match="made elsewhere"):
+        theirs.ask(BLACK, "what?")
+    assert smoke(suited_copy, engine=engine).identical == 12
     with Session.open(suited_copy, engine=engine) as theirs, Session.open(suited_copy) as ours:
         for depth in (1, 2, 3):
             options = {"exit": depth, "allow_uncertified": True}
@@ -60,12 +63,13 @@ def test_it_asks_as_onnxruntime_does(suited_copy, engine):
 
 
 def test_it_measures_and_its_measurement_is_its_own(suited_copy, engine):
+    smoke(suited_copy, engine=engine)
     table = measure(suited_copy, seconds=0.1, engine=engine)
     assert (table.engine, table.engine_version) == ("numpy-by-hand", "7") and read_latency(Bundle.open(suited_copy)) == table
     with Session.open(suited_copy, engine=engine) as session:
         assert session.ask(BLACK, "what?", Budget(60_000, require_measured=True)).prediction == "measured"
     for other in (None, type("Newer", (NumpyEngine,), {"version": "8"})()):
-        with Session.open(suited_copy, engine=other) as session:
+        with Session.open(suited_copy, engine=other, allow_uncertified=True) as session:
             answer = session.ask(BLACK, "what?")
             assert answer.prediction == "none" and "measured with numpy-by-hand 7" in answer.note
 
@@ -95,6 +99,7 @@ def test_it_serves(suited_copy, engine, monkeypatch, capsys):
         assert server.session.ask(BLACK, "what?").text == ANSWER
 
     monkeypatch.setattr(PageServer, "serve_forever", one_question)
+    smoke(suited_copy, engine=engine)
     serve(suited_copy, port=0, engine=engine)
     assert engine.ran and "http://127.0.0.1:" in capsys.readouterr().out
 
@@ -102,7 +107,7 @@ def test_it_serves(suited_copy, engine, monkeypatch, capsys):
 def the_powers_are_used(suited_copy: Path) -> None:
     """No state leaves the engine between two vision graphs, and no cache goes in or out."""
     engine = NumpyEngine(in_place=True)
-    with Session.open(suited_copy, engine=engine) as session:
+    with Session.open(suited_copy, engine=engine, allow_uncertified=True) as session:
         session.ask(BLACK, "what?", exit=2)
         assert engine.ran["advanced"] == 3 and engine.ran["copied out"] == 1 and engine.ran["run vision"] == 0
         assert engine.ran["shared"] == 1 and engine.ran["cache copied"] == 0
@@ -140,7 +145,7 @@ def test_that_check_fails_where_they_are_not_used(suited_copy, monkeypatch, plac
 
 def test_a_plain_engine_runs_its_functions_alone(suited_copy):
     engine = NumpyEngine()
-    with Session.open(suited_copy, engine=engine) as session:
+    with Session.open(suited_copy, engine=engine, allow_uncertified=True) as session:
         session.ask(BLACK, "what?", exit=2)
     assert engine.ran["run vision"] == 3 and engine.ran["cache copied"] == 9
     assert not {"advanced", "shared", "read in place"} & engine.ran.keys()
@@ -149,7 +154,7 @@ def test_a_plain_engine_runs_its_functions_alone(suited_copy):
 @pytest.mark.parametrize("power", ["advance", "share"])
 def test_a_power_that_fails_is_a_bundle_error(suited_copy, power, monkeypatch):
     engine = NumpyEngine(in_place=True)
-    with Session.open(suited_copy, engine=engine) as session:
+    with Session.open(suited_copy, engine=engine, allow_uncertified=True) as session:
         for graph in session._graphs.values():
             monkeypatch.setattr(graph, f"_{power}", lambda *_: 1 / 0)
         with pytest.raises(BundleError, match="ZeroDivisionError"):
@@ -167,9 +172,9 @@ from edgesafe.runtime import measure
 import edgesafe.serve.server
 from fake_engine import NumpyEngine
 root, engine = Path(sys.argv[1]), NumpyEngine(in_place=True)
+smoke(root, engine=engine)
 with Session.open(root, engine=engine) as session:
     print(session.ask(np.zeros((8, 8, 3), np.uint8), "what?").exit)
-smoke(root, engine=engine)
 print(measure(root, seconds=0.05, engine=engine).engine)
 print(certify(root, progress=False, engine=engine).environment["engine"], "onnxruntime" in sys.modules)
 """

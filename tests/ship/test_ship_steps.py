@@ -169,6 +169,18 @@ def test_a_second_device_shares_all_but_the_bundle(tmp_path, calls, model):
     assert _ran(calls) == set()
 
 
+def test_with_another_engine_only_the_certificate_is_made_anew(tmp_path, calls, model, monkeypatch):
+    out = tmp_path / "build" / "rpi5"
+    ship(model, load_device("rpi5"), out)
+    _ran(calls)
+    (out / "certified.jsonl").unlink()
+    ship(model, load_device("rpi5"), out)
+    assert _ran(calls) == set() and not (out / "certified.jsonl").exists()
+    monkeypatch.setattr("edgesafe.runtime.ort.OnnxRuntime.version", "1.99.0")
+    ship(model, load_device("rpi5"), out)
+    assert _ran(calls) == set() and (out / "certified.jsonl").exists()
+
+
 def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model):
     rpi5, out, work = load_device("rpi5"), tmp_path / "out", tmp_path / "work"
     first = ship(model, rpi5, out, work=work)

@@ -112,13 +112,12 @@ class Shared:
     suite: Path
     before: Path
     aligned: Path
-    after: Path
 
 
 def shared_steps(
     model: Path, work: Path, *, config: Path | None = None, data: Path | None = None, suite: Path | None = None
 ) -> Shared:
-    """Draw rows and suite, evaluate, align, and evaluate again: what does not depend on the device.
+    """Draw rows and suite, evaluate the untouched model, align it: what does not depend on the device.
 
     A step lies in WORK/STEP-KEY/STEP; KEY is a digest of what it is made of, which inputs.json beside it lists. So other models
     and settings lie side by side, and a step that is there is not run again. A cut-off alignment resumes.
@@ -143,13 +142,11 @@ def shared_steps(
     settings = read_config(config or default_config(), data=str(data))
     # Another judge, other rates; and an earlier edgesafe's evaluation, which names exits by depth, is made again.
     tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"], "exits by text"]
-    title = "alignment, every depth"
-    before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), f"evaluate before {title}")
+    title = "evaluate before alignment, every depth"
+    before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), title)
     key = [model.name, tower, align_inputs(settings)]
     aligned = make_step(work, "aligned", key, lambda o: _align(model, settings, o), "align")
-    key = [digest_folder(aligned), rows, tower]
-    after = make_step(work, "after", key, lambda o: evaluate(aligned, suite, o, before=before), f"evaluate after {title}")
-    return Shared(data, suite, before, aligned, after)
+    return Shared(data, suite, before, aligned)
 
 
 def make_step(work: Path, name: str, inputs: list[Any], make: Callable[[Path], Any], title: str) -> Path:
@@ -240,10 +237,7 @@ def digest_world(folder: Path) -> str:
 
 
 def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[str, Any]:
-    early, late = (
-        {e["exit"]: e for e in json.loads((folder / "report.json").read_text(encoding="utf-8"))["exits"]}
-        for folder in (shared.before, shared.after)
-    )
+    early = {e["exit"]: e for e in json.loads((shared.before / "report.json").read_text(encoding="utf-8"))["exits"]}
     manifest = bundle.manifest
     exits = []
     for verdict in certificate.to_dict()["exits"]:
@@ -257,7 +251,6 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
                 "parity": manifest.parity["float_relative"][exit],
                 "agreement": manifest.parity.get("answer_agreement", {}).get(exit),
                 "before": {k: early[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
-                "after_float": {k: late[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "after": {k: verdict[k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "verdict": verdict["verdict"],
                 "reasons": verdict["reasons"],

@@ -22,7 +22,7 @@ from edgesafe.format.certificate import write_certificate
 from edgesafe.ship import align_inputs, digest_world, make_step, ship
 from handmade import make_bundle, make_certificate
 
-SHARED = {"data", "suite", "before", "aligned", "after"}
+SHARED = {"data", "suite", "before", "aligned"}
 
 
 def _write(text: str):
@@ -118,7 +118,7 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
     step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows": "1"})
     step("edgesafe.reference.data", "write_split", "suite", lambda words: {"rows": "2"})
-    step("edgesafe.evaluate.evaluate", "evaluate", lambda w, o: "after" if "before" in o else "before", lambda words: {})
+    step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
 
     def export_bundle(model, out, device, suite_dir):
@@ -187,16 +187,16 @@ def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model)
     _ran(calls)
     (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
     ship(model, rpi5, out, work=work, config=tmp_path / "own.toml")
-    assert _ran(calls) == {"aligned", "after", "bundle"}
+    assert _ran(calls) == {"aligned", "bundle"}
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "f").write_text("mine")
     ship(model, rpi5, out, work=work, data=tmp_path / "rows")
-    assert _ran(calls) == {"aligned", "after", "bundle"}
+    assert _ran(calls) == {"aligned", "bundle"}
     ship(model, rpi5, out, work=work, suite=tmp_path / "rows")
-    assert _ran(calls) == {"before", "after", "bundle"}
+    assert _ran(calls) == {"before", "bundle"}
     (model / "f").write_text("other weights")
     ship(model, rpi5, out, work=work)
-    assert _ran(calls) == {"before", "aligned", "after", "bundle"}
+    assert _ran(calls) == {"before", "aligned", "bundle"}
     (model / "f").write_text("weights")
     again = ship(model, rpi5, out, work=work)
     assert _ran(calls) == {"bundle"} and again["folders"] == first["folders"]

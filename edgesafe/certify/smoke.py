@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgesafe import __version__
 from edgesafe.certify.certify import Answers, ask_all, check_classes, check_report, environment, suite_of
 from edgesafe.certify.flips import change_reasons, changed, what_rows_show
 from edgesafe.certify.smoke_rows import LEAST_ROWS, ask_in_time
@@ -182,7 +183,7 @@ def _recorded(
     answers = sum(len(one.rows) for one in found)
     identical = answers - sum(len(one.turned) for one in found) if certificate.answers else None
     reasons = tuple(f"exit {e.exit}: {reason}" for e in exits for reason in e.reasons)
-    record = SmokeRecord(ran, not reasons, reasons, tuple(e.exit for e in exits), len(asked), answers, identical)
+    record = SmokeRecord(ran, not reasons, reasons, tuple(e.exit for e in exits), len(asked), answers, identical, __version__)
     record = write_record(session.bundle, record, place)
     now = standing(session.bundle, certificate, session.engine)
     turned, helped = frozenset[str]().union(*(f.turned for f in found)), frozenset[str]().union(*(f.helped for f in found))

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgesafe import __version__
 from edgesafe.errors import CertificateError, DeviceError, EdgesafeError, FormatVersionError
 from edgesafe.format.bundle import MANIFEST, Bundle
 from edgesafe.format.exits import Exit
@@ -57,7 +56,7 @@ class SmokeRecord:
     rows: int
     answers: int
     identical: int | None
-    edgesafe: str = __version__
+    edgesafe: str
     made: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     path: Path | None = field(default=None, compare=False)
 

@@ -1,0 +1,148 @@
+"""Whole answers of the finished bundle, by the shipped runtime, against what the checkpoint would have answered.
+
+A changed word may be harmless and a changed answer may not: what counts is how much the checkpoint minds. An answer is *kept*
+where the checkpoint finds no token of it much less likely than the best one in its place (`scoring`). A study of damaged models
+(`tests/long/damage.py`) chose this figure and its limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edgesafe.certify.string_judge import classify
+from edgesafe.format.exits import Exit
+from edgesafe.progress import bar
+from edgesafe.runtime.session import Session
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe_export.parity_model import Probe
+from edgesafe_export.scoring import Answered, Score
+from edgesafe_export.tolerances import KEPT_ANSWERS, MINDED_NATS
+
+# A request and the exits that it is asked at.
+Request = tuple[Probe, Sequence[Exit]]
+_SHOWN, _WIDTH = 4, 70  # changed answers that an error quotes, and characters of each
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An answer of the bundle and the checkpoint's view of it.
+
+    Attributes:
+        answered: the bundle's answer.
+        score: the checkpoint's score of it.
+        meant: the checkpoint's own answer; of a model that is compared in pieces up to its first other token, then "...".
+        whole: whether `meant` is all of it.
+    """
+
+    answered: Answered
+    score: Score
+    meant: str
+    whole: bool
+
+    @property
+    def same(self) -> bool:
+        """Whether the checkpoint's greedy answer is this one, token by token."""
+        return self.answered.ids == self.score.best
+
+    @property
+    def loss(self) -> float:
+        """The most that the checkpoint minds any token, nats."""
+        return max(self.score.losses)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it minds none of them much."""
+        return self.loss <= MINDED_NATS
+
+
+def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> list[Answered]:
+    """A bundle's greedy answers, as `Session.answer_features` makes them, with their tokens."""
+    answers = []
+    for (image, prompt), exits in bar(requests, len(requests), "answers of the bundle"):
+        cut, states = session.cut(image), session.vision_states(image, exits)
+        prompt_ids = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
+        for exit in exits:
+            with session.turns.enter():
+                ids = tuple(session.tokens(states[exit], prompt_ids, max_new_tokens))
+            answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, _text(session.tokenizer, ids)))
+    return answers
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    stream = TextStream(tokenizer)
+    for token in ids:
+        stream.push(token)
+    stream.finish()
+    return stream.text
+
+
+def compare(
+    tokenizer: Tokenizer, answers: Sequence[Answered], scores: Sequence[Score], meant: Sequence[str] | None
+) -> list[Compared]:
+    """Each answer beside the checkpoint's own: `meant` where these are known, else as far as the scores tell."""
+    whole = meant is not None
+    texts = meant if meant is not None else [_begun(tokenizer, *row) for row in zip(answers, scores, strict=True)]
+    return [Compared(*row, whole) for row in zip(answers, scores, texts, strict=True)]
+
+
+def _begun(tokenizer: Tokenizer, answered: Answered, found: Score) -> str:
+    """The checkpoint's answer up to the first token that it would have chosen otherwise."""
+    if answered.ids == found.best:
+        return answered.text
+    at = next(i for i, (a, b) in enumerate(zip(answered.ids, found.best, strict=True)) if a != b)
+    return _text(tokenizer, (*answered.ids[:at], found.best[at])) + " ..."
+
+
+def changed(compared: Sequence[Compared]) -> str:
+    """Why a bundle does not answer as its checkpoint, with the answers that show it; an empty text where it does."""
+    for exit, found in figures(compared).items():
+        if found["kept"] < KEPT_ANSWERS:
+            lost = [one for one in compared if str(one.answered.exit) == exit and not one.kept]
+            shown = "; ".join(_quoted(one) for one in sorted(lost, key=lambda one: -one.loss)[:_SHOWN])
+            return f"exit {exit} keeps {100 * found['kept']:.0f} % of its answers, below {100 * KEPT_ANSWERS:.0f} %: {shown}"
+    return ""
+
+
+def _quoted(one: Compared) -> str:
+    asked, meant, text = (shorten(repr(t), _WIDTH) for t in (one.answered.prompt, one.meant, one.answered.text))
+    return f"{asked}: {text} in place of {meant}"
+
+
+def figures(compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
+    """By exit: shares of equal and of kept answers and of equal classes, and how the tokens agree.
+
+    `same_class` is there where the checkpoint's whole answers are known. `token_agreement` is the share of the answers' tokens
+    that the checkpoint thinks best, `token_loss` their mean loss, `answer_loss` the answers' mean largest loss, nats.
+    """
+    groups: dict[str, list[Compared]] = {}
+    for one in compared:
+        groups.setdefault(str(one.answered.exit), []).append(one)
+    return {exit: {key: round(value, 4) for key, value in _figures(group).items()} for exit, group in groups.items()}
+
+
+def _figures(group: Sequence[Compared]) -> dict[str, float]:
+    tokens = [
+        (a == b, loss) for one in group for a, b, loss in zip(one.answered.ids, one.score.best, one.score.losses, strict=True)
+    ]
+    classes = [_class(one, one.answered.text) == _class(one, one.meant) for one in group if one.whole]
+    return {
+        "equal": _mean([one.same for one in group]),
+        "kept": _mean([one.kept for one in group]),
+        **({"same_class": _mean(classes)} if classes else {}),
+        "token_agreement": _mean([same for same, _ in tokens]),
+        "token_loss": _mean([loss for _, loss in tokens]),
+        "answer_loss": _mean([one.loss for one in group]),
+    }
+
+
+def _class(one: Compared, text: str) -> str:
+    return classify(text, one.answered.prompt)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

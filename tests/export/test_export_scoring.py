@@ -1,0 +1,128 @@
+"""What the checkpoint thinks of an answer, piece by piece, is what transformers' whole model thinks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgesafe.format.exits import Exit
+from edgesafe_export import export as export_module
+from edgesafe_export import parity_answers, scoring
+from edgesafe_export import parity_model as parity
+from edgesafe_export.export import write
+from edgesafe_export.parity_answers import Compared, changed, figures
+from edgesafe_export.scoring import Answered, Score, score
+from edgesafe_export.skeleton import open_sketch
+from edgesafe_export.tolerances import MINDED_NATS
+from mutants import wrong
+from tiny_families import NAMES
+
+TOKENS = 5
+FP32 = {"vision": "fp32", "text": "fp32"}
+
+
+def _answered(job, parts, folder) -> list[Answered]:
+    """A float bundle's answers to a few requests at every exit, two of them about one picture."""
+    write(job, folder, parts, FP32, {})
+    rows = parity.probes([], 3, job.family.geometry.image_size)
+    with parity.open_session(folder) as session:
+        asked = [(row, job.ladder) for row in [*rows, (rows[0][0], "And now?")]]
+        return parity_answers.ask(session, asked, TOKENS)
+
+
+def _pieces(job):
+    sketch = open_sketch(job.model_dir)
+    return sketch, export_module.trace_pieces(sketch, job.ladder, job.layout)
+
+
+def _by_transformers(family, one: Answered) -> Score:
+    """The oracle: transformers' whole model reads prompt and answer in one go, uncached."""
+    ids = torch.tensor([[*one.prompt_ids, *one.ids[:-1]]])
+    logits = family.oracle_logits(ids, parity.processed(family, one.image, one.prompt), one.exit)
+    said = torch.log_softmax(logits[len(one.prompt_ids) - 1 :].double(), dim=-1)
+    losses = said.max(dim=-1).values - said[torch.arange(len(one.ids)), torch.tensor(one.ids)]
+    return Score(tuple(said.argmax(dim=-1).tolist()), tuple(losses.tolist()))
+
+
+def _agree(family, answers: Sequence[Answered], found: Sequence[Score]) -> bool:
+    for one, ours in zip(answers, found, strict=True):
+        theirs = _by_transformers(family, one)
+        if ours.best != theirs.best or not np.allclose(ours.losses, theirs.losses, atol=1e-4):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["llava", *NAMES])
+def test_every_family_is_scored_as_by_transformers(cases, tmp_path, name):
+    case = cases(name)
+    answers = _answered(case.job, case.parts, tmp_path / "b")
+    sketch, pieces = _pieces(case.job)
+    own = score(sketch, pieces, answers, tmp_path / "own")
+    assert _agree(case.family, answers, own)
+    assert all(one.ids == ours.best for one, ours in zip(answers, own, strict=True))  # a float bundle's greedy answers
+    other = [replace(one, ids=tuple((token + 3) % 200 for token in one.ids)) for one in answers]
+    found = score(sketch, pieces, other, tmp_path / "other")
+    assert _agree(case.family, other, found)
+    assert min(max(one.losses) for one in found) > 0.1  # answers that nobody would give
+
+
+WRONG = [
+    (scoring, "_last", ("-count:", "-count - 1 : -1")),
+    (scoring, "_read", ("one.ids[:-1]", "one.ids[1:]")),
+    (scoring, "_read", ("desk.picture_of[i]", "0")),
+    (scoring, "_read", ("_{one.exit.depth}", "_{min(desk.depths[0])}")),
+    (scoring, "_score", ("rows[places, best] - ", "rows[places, best] + ")),
+    (scoring, "_see", ("desk.vision(picture, start)", "desk.vision(0, start)")),
+]
+
+
+@pytest.mark.parametrize("edit", WRONG, ids=[f"{name}: {edit[1]}" for _, name, edit in WRONG])
+def test_wrong_scores_are_seen(job, parts, tmp_path, monkeypatch, edit):
+    module, name, change = edit
+    answers = [replace(one, ids=(7, 8, 9)) for one in _answered(job, parts, tmp_path / "b")]
+    sketch, pieces = _pieces(job)
+    assert _agree(job.family, answers, score(sketch, pieces, answers, tmp_path / "right"))
+    monkeypatch.setattr(module, name, wrong(getattr(module, name), change))
+    assert not _agree(job.family, answers, score(sketch, pieces, answers, tmp_path / "wrong"))
+
+
+def test_standalone_exits_are_scored_alike(job, parts, standalone_parts, tmp_path):
+    answers = _answered(job, parts, tmp_path / "b")
+    found = [score(*_pieces(one), answers, tmp_path / one.layout) for one in (job, replace(job, layout="standalone"))]
+    for chain, alone in zip(*found, strict=True):
+        assert chain.best == alone.best and np.allclose(chain.losses, alone.losses, atol=1e-4)
+
+
+def test_the_states_of_a_picture_do_not_pile_up(job, parts, tmp_path):
+    answers = [one for one in _answered(job, parts, tmp_path / "b") if one.exit == Exit(3)]
+    score(*_pieces(job), answers, tmp_path / "states")
+    kept = {path.name.split("_")[-1] for path in (tmp_path / "states").glob("vision_*")}
+    assert kept == {"3.npy"}  # the exit's own state alone, of three depths
+
+
+def _compared(ids: Sequence[int], best: Sequence[int], losses: Sequence[float], text: str, meant: str) -> Compared:
+    answered = Answered(None, "What is this?", Exit(2), None, (1,), tuple(ids), text)
+    return Compared(answered, Score(tuple(best), tuple(losses)), meant, whole=True)
+
+
+def test_figures_by_hand():
+    same = _compared([5, 2], [5, 2], [0.0, 0.0], "A red cup.", "A red cup.")
+    near = _compared([6, 2], [5, 2], [0.5, 0.0], "A red mug.", "A red cup.")
+    far = _compared([7, 8], [5, 2], [9.5, 6.0], "I'm sorry, I can't help with that.", "A red cup.")
+    found = figures([same, near, far])["2"]
+    assert found["equal"] == pytest.approx(1 / 3, abs=1e-4) and found["same_class"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["token_agreement"] == 0.5 and found["token_loss"] == pytest.approx(16 / 6, abs=1e-4)
+    assert found["answer_loss"] == pytest.approx(10 / 3, abs=1e-4) and 0.5 <= MINDED_NATS < 9.5
+    assert found["kept"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_what_is_refused_names_the_requests_and_both_answers():
+    far = _compared([7, 8], [5, 2], [9.5, 6.0], "Europeansourceords", "A red cup.")
+    why = changed([far])
+    assert why.startswith("exit 2 keeps 0 % of its answers, below") and "'What is this?'" in why
+    assert "'Europeansourceords' in place of 'A red cup.'" in why
+    assert changed([_compared([5, 2], [5, 2], [0.0, 0.0], "A red cup.", "A red cup.")] * 4) == ""

@@ -62,9 +62,12 @@ class Compared:
 
 def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> list[Answered]:
     """A bundle's greedy answers, as `Session.answer_features` makes them, with their tokens."""
-    answers = []
+    answers: list[Answered] = []
+    shown: Any = None
     for (image, prompt), exits in bar(requests, len(requests), "answers of the bundle"):
-        cut, states = session.cut(image), session.vision_states(image, exits)
+        if shown != (here := (id(image), tuple(exits))):  # requests about one picture stand next to each other
+            shown, states = here, session.vision_states(image, exits)
+        cut = session.cut(image)
         prompt_ids = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
         for exit in exits:
             with session.turns.enter():

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from edgesafe.format.exits import Exit
@@ -29,7 +31,7 @@ from edgesafe_export.skeleton import Sketch
 
 # Stands for any larger loss, and for logits that are not finite: a figure that JSON can hold.
 WORST = 99.0
-Run = Callable[[np.ndarray], np.ndarray]
+Run = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,46 @@ def score(sketch: Sketch, pieces: Sequence[Piece], answers: Sequence[Answered], 
         if piece.kind in (SEGMENT, MAP, HEAD, WHOLE):
             _see(desk, piece, run)
         elif piece.kind == END:
-            scores = [_score(run(_last(desk.load(f"text_{i}"), len(one.ids))), one.ids) for i, one in enumerate(answers)]
+            scores = _scores(desk, run)
         else:
             _read(desk, piece, run)
     return scores
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Requests about one picture at one exit as one sequence: what all prompts begin with, and behind it the rest of each.
+
+    The rests don't see each other. So the picture, which is most of a prompt, is read once.
+
+    Attributes:
+        members: the answers' numbers.
+        begin: the tokens that all prompts begin with, the picture's among them.
+        rests: of each, the prompt's other tokens and the answer's but the last, which nothing follows.
+    """
+
+    members: tuple[int, ...]
+    begin: tuple[int, ...]
+    rests: tuple[tuple[int, ...], ...]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All tokens [1,S]."""
+        return np.array([[*self.begin, *(token for rest in self.rests for token in rest)]], np.int64)
+
+    def order(self) -> dict[str, torch.Tensor]:
+        """Each token's position [1,S], and the mask [1,1,S,S]: 0 where one may see another, else the least float."""
+        first = len(self.begin)
+        owner = np.repeat(np.arange(-1, len(self.rests)), [first, *map(len, self.rests)])
+        positions = np.concatenate([np.arange(first), *(np.arange(first, first + len(rest)) for rest in self.rests)])
+        sees = np.tri(len(owner), dtype=bool) & ((owner == -1) | (owner == owner[:, None]))
+        mask = np.where(sees, np.float32(0), np.finfo(np.float32).min)
+        return {"position_ids": torch.from_numpy(positions[None]), "attention_mask": torch.from_numpy(mask[None, None])}
+
+    def places(self, nth: int, count: int) -> slice:
+        """Where the tokens of a member's answer, `count` of them, are foretold: from its prompt's last token on."""
+        end = len(self.begin) + sum(map(len, self.rests[: nth + 1]))
+        return slice(end - count, end)
 
 
 @dataclass(frozen=True)
@@ -104,6 +142,7 @@ class _Desk:
         pictures: one answer about each picture.
         picture_of: by answer, its picture's number.
         depths: by picture, those of the exits that it is needed at.
+        readings: the requests, those about one picture at one exit together.
     """
 
     family: Family
@@ -112,6 +151,7 @@ class _Desk:
     pictures: Sequence[Answered]
     picture_of: Sequence[int]
     depths: Sequence[set[int]]
+    readings: Sequence[_Reading]
 
     def load(self, name: str) -> np.ndarray:
         """A state."""
@@ -137,7 +177,21 @@ def _desk(sketch: Sketch, answers: Sequence[Answered], folder: Path) -> _Desk:
     depths: list[set[int]] = [set() for _ in pictures]
     for picture, one in zip(picture_of, answers, strict=True):
         depths[picture].add(one.exit.depth)
-    return _Desk(sketch.family, answers, folder, pictures, picture_of, depths)
+    return _Desk(sketch.family, answers, folder, pictures, picture_of, depths, _readings(answers, picture_of))
+
+
+def _readings(answers: Sequence[Answered], picture_of: Sequence[int]) -> list[_Reading]:
+    """The requests about each picture at each exit."""
+    groups: dict[tuple[int, Exit], list[int]] = {}
+    for number, (picture, one) in enumerate(zip(picture_of, answers, strict=True)):
+        groups.setdefault((picture, one.exit), []).append(number)
+    readings = []
+    for members in groups.values():
+        asked = [answers[number] for number in members]
+        begin = tuple(commonprefix([one.prompt_ids[:-1] for one in asked]))  # each rest has a prompt's last token
+        rests = tuple((*one.prompt_ids[len(begin) :], *one.ids[:-1]) for one in asked)
+        readings.append(_Reading(tuple(members), begin, rests))
+    return readings
 
 
 def _see(desk: _Desk, piece: Piece, run: Run) -> None:
@@ -165,22 +219,29 @@ def _tiles(piece: Piece, run: Run, tiles: np.ndarray) -> np.ndarray:
 
 def _read(desk: _Desk, piece: Piece, run: Run) -> None:
     """The embedding or a decoder layer, over every prompt with its answer."""
-    for i, one in enumerate(desk.answers):
+    for i, reading in enumerate(desk.readings):
         if piece.kind == LAYER:
-            desk.save(f"text_{i}", run(desk.load(f"text_{i}")))
+            desk.save(f"text_{i}", run(desk.load(f"text_{i}"), **reading.order()))
             continue
-        ids = np.array([[*one.prompt_ids, *one.ids[:-1]]], np.int64)  # nothing follows the last token
-        places = ids == desk.family.geometry.image_token_id
-        embeds = run(np.where(places, 0, ids)).copy()
-        tiles = desk.load(f"features_{desk.picture_of[i]}_{one.exit.depth}")
+        places = reading.ids == desk.family.geometry.image_token_id
+        places[:, len(reading.begin) :] = False  # a bundle that babbles may answer an image token
+        embeds = run(np.where(places, 0, reading.ids)).copy()
+        one = desk.answers[reading.members[0]]
+        tiles = desk.load(f"features_{desk.picture_of[reading.members[0]]}_{one.exit.depth}")
         spec = desk.family.tiles
         embeds[places] = tiles[0] if spec is None else join_tiles(list(tiles), one.cut, spec)
         desk.save(f"text_{i}", embeds)
 
 
-def _last(state: np.ndarray, count: int) -> np.ndarray:
-    """The last places of a text state [1,S,D] as states of their own, [count,1,D]: of each the logits are wanted."""
-    return np.ascontiguousarray(state[0, -count:, None])
+def _scores(desk: _Desk, run: Run) -> list[Score]:
+    """The decoder's end, over the places of every answer."""
+    found = {}
+    for i, reading in enumerate(desk.readings):
+        state = desk.load(f"text_{i}")[0]
+        for nth, number in enumerate(reading.members):
+            ids = desk.answers[number].ids
+            found[number] = _score(run(state[reading.places(nth, len(ids)), None]), ids)
+    return [found[number] for number in range(len(desk.answers))]
 
 
 def _score(logits: np.ndarray, ids: Sequence[int]) -> Score:

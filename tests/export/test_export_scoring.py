@@ -71,9 +71,13 @@ def test_every_family_is_scored_as_by_transformers(cases, tmp_path, name):
 
 
 WRONG = [
-    (scoring, "_last", ("-count:", "-count - 1 : -1")),
-    (scoring, "_read", ("one.ids[:-1]", "one.ids[1:]")),
-    (scoring, "_read", ("desk.picture_of[i]", "0")),
+    (scoring._Reading, "places", ("slice(end - count, end)", "slice(end - count - 1, end - 1)")),
+    (scoring._Reading, "places", ("nth + 1", "nth")),
+    (scoring._Reading, "order", ("(owner == -1) | (owner == owner[:, None])", "True")),
+    (scoring._Reading, "order", ("first, first + len(rest)", "0, len(rest)")),
+    (scoring, "_readings", ("one.ids[:-1]", "one.ids[1:]")),
+    (scoring, "_readings", ("(picture, one.exit), []", "(picture, 0), []")),
+    (scoring, "_read", ("{desk.picture_of[reading.members[0]]}", "0")),
     (scoring, "_read", ("_{one.exit.depth}", "_{min(desk.depths[0])}")),
     (scoring, "_score", ("rows[places, best] - ", "rows[places, best] + ")),
     (scoring, "_see", ("desk.vision(picture, start)", "desk.vision(0, start)")),
@@ -88,6 +92,13 @@ def test_wrong_scores_are_seen(job, parts, tmp_path, monkeypatch, edit):
     assert _agree(job.family, answers, score(sketch, pieces, answers, tmp_path / "right"))
     monkeypatch.setattr(module, name, wrong(getattr(module, name), change))
     assert not _agree(job.family, answers, score(sketch, pieces, answers, tmp_path / "wrong"))
+
+
+def test_an_answer_may_hold_the_image_token(job, parts, tmp_path):
+    one = _answered(job, parts, tmp_path / "b")[0]
+    answers = [replace(one, ids=(first, 9)) for first in (7, job.family.geometry.image_token_id)]
+    plain, odd = score(*_pieces(job), answers, tmp_path / "states")
+    assert plain.best[0] == odd.best[0] and plain.losses[0] != odd.losses[0]
 
 
 def test_standalone_exits_are_scored_alike(job, parts, standalone_parts, tmp_path):

@@ -288,18 +288,18 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
     why: dict[str, str] = {}
     for scheme in AUTO if text == "auto" else (text,):
         schemes = {"vision": vision, "text": scheme}
-        with step(f"quantize: vision {vision}, text {scheme}"):
-            try:
+        try:
+            with step(f"quantize: vision {vision}, text {scheme}"):
                 parts, measured = make(schemes)
-            except ParityError as error:
-                if text != "auto":
-                    raise
-                why[scheme] = str(error)
-                continue
-            shutil.rmtree(work / NEW, ignore_errors=True)
-            write(job, work / NEW, parts, schemes, {**_by_exit(job, measured), **checked})
-        with step("the bundle's answers beside the checkpoint's"):
-            compared = _compare_answers(sketch, pieces, asked, meant, work)
+                shutil.rmtree(work / NEW, ignore_errors=True)
+                write(job, work / NEW, parts, schemes, {**_by_exit(job, measured), **checked})
+            with step("the bundle's answers beside the checkpoint's"):
+                compared = _compare_answers(sketch, pieces, asked, meant, work)
+        except ParityError as error:
+            if text != "auto":
+                raise
+            why[scheme] = str(error)
+            continue
         tried[scheme] = figures(compared)
         why[scheme] = changed(compared) or "taken"
         if why[scheme] == "taken":

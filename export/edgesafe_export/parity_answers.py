@@ -1,8 +1,9 @@
 """Whole answers of the finished bundle, by the shipped runtime, against what the checkpoint would have answered.
 
-A changed word may be harmless and a changed answer may not: what counts is how much the checkpoint minds. An answer is *kept*
-where the checkpoint finds no token of it much less likely than the best one in its place (`scoring`). A study of damaged models
-(`tests/long/damage.py`) chose this figure and its limits.
+A changed word may be harmless and an equal one luck: what counts is how far the two distributions over the next token lie
+apart in each place of an answer (`scoring`). Two limits hold at every exit. Few tokens may diverge a little, which shows a damage
+that is spread thin. And few answers may hold a token that diverges a lot: one is enough to turn a refusal into help. The limits
+are from a study of damaged models (`tests/long/damage.py`).
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from edgesafe.certify.string_judge import classify
+from edgesafe.errors import BundleError, ParityError
 from edgesafe.format.exits import Exit
 from edgesafe.progress import bar
+from edgesafe.runtime.decode import argmax_token, generate
+from edgesafe.runtime.sampling import last_row
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe_export.parity_model import Probe
 from edgesafe_export.scoring import Answered, Score
-from edgesafe_export.tolerances import KEPT_ANSWERS, MINDED_NATS
+from edgesafe_export.tolerances import DIVERGED_NATS, DIVERGED_TOKENS, KEPT_ANSWERS, LOST_NATS
 
 # A request and the exits that it is asked at.
 Request = tuple[Probe, Sequence[Exit]]
@@ -50,14 +55,14 @@ class Compared:
         return self.answered.ids == self.score.best
 
     @property
-    def loss(self) -> float:
-        """The most that the checkpoint minds any token, nats."""
-        return max(self.score.losses)
+    def divergence(self) -> float:
+        """The largest one in any of its places, nats."""
+        return max(self.score.divergence)
 
     @property
     def kept(self) -> bool:
-        """Whether it minds none of them much."""
-        return self.loss <= MINDED_NATS
+        """Whether no place of it diverges a lot."""
+        return self.divergence <= LOST_NATS
 
 
 def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> list[Answered]:
@@ -70,10 +75,32 @@ def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> l
         cut = session.cut(image)
         prompt_ids = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
         for exit in exits:
-            with session.turns.enter():
-                ids = tuple(session.tokens(states[exit], prompt_ids, max_new_tokens))
-            answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, _text(session.tokenizer, ids)))
+            ids, logits = _greedy(session, states[exit], prompt_ids, max_new_tokens)
+            text = _text(session.tokenizer, ids)
+            answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, text, logits))
     return answers
+
+
+def _greedy(session: Session, features: Any, prompt_ids: list[int], limit: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """An answer's tokens as `Session.tokens` gives them, and the logits that each was picked from [n,V]."""
+    rows: list[np.ndarray] = []
+
+    def pick(logits: np.ndarray) -> int:
+        rows.append(last_row(logits).copy())  # they stand until the next read alone
+        return argmax_token(logits)
+
+    try:
+        with session.turns.enter():
+            reader = session.reader(len(prompt_ids) + limit)
+            read = reader.read(session.merged(features, prompt_ids))
+            ids = tuple(generate(reader, read, session.manifest.text, limit, pick))
+    except BundleError as error:
+        what, todo = (
+            f"the finished bundle doesn't answer: {error.what}",
+            "use a milder scheme, or report this checkpoint's config",
+        )
+        raise ParityError(what, where=error.where, expected="an answer to every request", todo=todo) from error
+    return ids, np.stack(rows)
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -104,10 +131,14 @@ def _begun(tokenizer: Tokenizer, answered: Answered, found: Score) -> str:
 def changed(compared: Sequence[Compared]) -> str:
     """Why a bundle does not answer as its checkpoint, with the answers that show it; an empty text where it does."""
     for exit, found in figures(compared).items():
-        if found["kept"] < KEPT_ANSWERS:
-            lost = [one for one in compared if str(one.answered.exit) == exit and not one.kept]
-            shown = "; ".join(_quoted(one) for one in sorted(lost, key=lambda one: -one.loss)[:_SHOWN])
-            return f"exit {exit} keeps {100 * found['kept']:.0f} % of its answers, below {100 * KEPT_ANSWERS:.0f} %: {shown}"
+        kept, apart = found["kept"], found["diverged_tokens"]
+        if kept >= KEPT_ANSWERS and apart <= DIVERGED_TOKENS:
+            continue
+        far = [one for one in compared if str(one.answered.exit) == exit and one.divergence > DIVERGED_NATS]
+        shown = "; ".join(map(_quoted, sorted(far, key=lambda one: -one.divergence)[:_SHOWN]))
+        if kept < KEPT_ANSWERS:
+            return f"exit {exit} keeps {100 * kept:.0f} % of its answers, below {100 * KEPT_ANSWERS:.0f} %: {shown}"
+        return f"exit {exit}: {100 * apart:.1f} % of its tokens diverge, not below {100 * DIVERGED_TOKENS:.2f} %: {shown}"
     return ""
 
 
@@ -117,10 +148,10 @@ def _quoted(one: Compared) -> str:
 
 
 def figures(compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
-    """By exit: shares of equal and of kept answers and of equal classes, and how the tokens agree.
+    """By exit: shares of equal and of kept answers, of equal classes and of diverged tokens, and how the tokens agree.
 
     `same_class` is there where the checkpoint's whole answers are known. `token_agreement` is the share of the answers' tokens
-    that the checkpoint thinks best, `token_loss` their mean loss, `answer_loss` the answers' mean largest loss, nats.
+    that the checkpoint thinks best, `token_loss` their mean loss, `divergence` the answers' mean largest divergence, nats.
     """
     groups: dict[str, list[Compared]] = {}
     for one in compared:
@@ -129,17 +160,18 @@ def figures(compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
 
 
 def _figures(group: Sequence[Compared]) -> dict[str, float]:
-    tokens = [
-        (a == b, loss) for one in group for a, b, loss in zip(one.answered.ids, one.score.best, one.score.losses, strict=True)
-    ]
+    losses = [loss for one in group for loss in one.score.losses]
+    best = [a == b for one in group for a, b in zip(one.answered.ids, one.score.best, strict=True)]
+    apart = [nats > DIVERGED_NATS for one in group for nats in one.score.divergence]
     classes = [_class(one, one.answered.text) == _class(one, one.meant) for one in group if one.whole]
     return {
         "equal": _mean([one.same for one in group]),
         "kept": _mean([one.kept for one in group]),
         **({"same_class": _mean(classes)} if classes else {}),
-        "token_agreement": _mean([same for same, _ in tokens]),
-        "token_loss": _mean([loss for _, loss in tokens]),
-        "answer_loss": _mean([one.loss for one in group]),
+        "diverged_tokens": _mean(apart),
+        "token_agreement": _mean(best),
+        "token_loss": _mean(losses),
+        "divergence": _mean([one.divergence for one in group]),
     }
 
 

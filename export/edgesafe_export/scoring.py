@@ -10,7 +10,7 @@ Between the pieces all states lie on the disk; in memory are one piece's weights
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
@@ -46,6 +46,7 @@ class Answered:
         prompt_ids: the whole prompt's tokens, the picture's among them.
         ids: the answer's tokens, the end token included where it came.
         text: the answer.
+        logits: what the bundle gave in each of the answer's places [n,V].
     """
 
     image: Image.Image
@@ -55,6 +56,7 @@ class Answered:
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
+    logits: np.ndarray = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ class Score:
     Attributes:
         best: its own best token there, after the prompt and the answer's tokens before.
         losses: by how much its log-probability of the answer's token is below that of its best, in nats, at most `WORST`.
+        divergence: of its distribution from the bundle's, in nats, at most `WORST`.
     """
 
     best: tuple[int, ...]
     losses: tuple[float, ...]
+    divergence: tuple[float, ...]
 
 
 def score(sketch: Sketch, pieces: Sequence[Piece], answers: Sequence[Answered], folder: Path) -> list[Score]:
@@ -239,20 +243,34 @@ def _scores(desk: _Desk, run: Run) -> list[Score]:
     for i, reading in enumerate(desk.readings):
         state = desk.load(f"text_{i}")[0]
         for nth, number in enumerate(reading.members):
-            ids = desk.answers[number].ids
-            found[number] = _score(run(state[reading.places(nth, len(ids)), None]), ids)
+            one = desk.answers[number]
+            found[number] = _score(run(state[reading.places(nth, len(one.ids)), None]), one)
     return [found[number] for number in range(len(desk.answers))]
 
 
-def _score(logits: np.ndarray, ids: Sequence[int]) -> Score:
-    """The score of an answer's tokens from the logits [n,1,V] in their places.
+def _score(logits: np.ndarray, one: Answered) -> Score:
+    """The score of an answer from the float model's logits [n,1,V] in its places."""
+    float_, bundle = _log_softmax(logits[:, 0]), _log_softmax(one.logits)
+    best, places = float_.argmax(axis=1), np.arange(len(float_))
+    losses = float_[places, best] - float_[places, list(one.ids)]
+    divergence = (np.exp(float_) * (float_ - bundle)).sum(axis=1)
+    return Score(tuple(best.tolist()), _capped(losses), _capped(divergence))
 
-    >>> _score(np.array([[[0.0, 2.0, 1.0]], [[5.0, 0.0, 0.0]]]), [2, 0])
-    Score(best=(1, 0), losses=(1.0, 0.0))
-    >>> _score(np.array([[[np.nan, 2.0]]]), [1]).losses
-    (99.0,)
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities [n,V] of logits.
+
+    >>> _log_softmax(np.array([[0.0, 0.0]])).round(3).tolist()
+    [[-0.693, -0.693]]
     """
-    rows = logits[:, 0].astype(np.float64)
-    best, places = rows.argmax(axis=1), np.arange(len(rows))
-    losses = np.where(np.isfinite(rows).all(axis=1), rows[places, best] - rows[places, list(ids)], WORST)
-    return Score(tuple(best.tolist()), tuple(np.minimum(losses, WORST).tolist()))
+    rows = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+    return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
+
+
+def _capped(nats: np.ndarray) -> tuple[float, ...]:
+    """Numbers that JSON can hold.
+
+    >>> _capped(np.array([0.5, np.inf, np.nan, -1e-17]))
+    (0.5, 99.0, 99.0, 0.0)
+    """
+    return tuple(np.clip(np.nan_to_num(nats, nan=WORST, posinf=WORST), 0.0, WORST).tolist())

@@ -1,4 +1,4 @@
-"""The export refuses each harmful damage of the study and passes each harmless one (`tests/long/damage.py` says which is which)."""
+"""The export refuses each harmful damage and passes each harmless one; `tests/long/damage.py` has found which is which."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from damages import DAMAGES, SCHEMES, Workshop, rounded
 from edgesafe.cli import main
 from edgesafe.device import load_device
 from edgesafe.errors import ParityError
-from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe_export import export as export_module

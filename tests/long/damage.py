@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from edgesafe.device import load_device
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS, Suite, read_suite
 from edgesafe.progress import step, table
-from edgesafe_export.export import Job, probes
-from edgesafe_export.parity_answers import ask, compare, figures
+from edgesafe_export.export import Job, requests
+from edgesafe_export.parity_answers import ask
 from edgesafe_export.parity_model import open_session
 from edgesafe_export.scoring import score
 from edgesafe_export.skeleton import open_sketch
@@ -73,16 +74,15 @@ def open_workshop(model: Path, suite: Suite) -> Workshop:
 
 
 def examine(shop: Workshop, bundle: Path, val: Suite, work: Path) -> dict[str, Any]:
-    """What the check measures of a bundle, and its rates."""
-    requests = [(probe, shop.job.ladder) for probe in probes(shop.job)]
+    """A bundle's rates, and its answers to the check's requests with their scores."""
     with open_session(bundle) as session:
-        answers = ask(session, requests, MAX_NEW_TOKENS)
-        found = score(shop.sketch, shop.pieces, answers, work / "states")
-        compared = compare(session.tokenizer, answers, found, None)
-    losses = {exit: [] for exit in map(str, shop.job.ladder)}
-    for one in compared:
-        losses[str(one.answered.exit)].append(round(one.loss, 3))
-    return {"check": figures(compared), "losses": losses, "rates": rates(bundle, val)}
+        answers = ask(session, requests(shop.job, whole=True), MAX_NEW_TOKENS)
+    scores = score(shop.sketch, shop.pieces, answers, work / "states")
+    scored = [
+        {"exit": str(one.exit), "prompt": one.prompt, "ids": one.ids, "text": one.text, **asdict(found)}
+        for one, found in zip(answers, scores, strict=True)
+    ]
+    return {"answers": scored, "rates": rates(bundle, val), "rows": len(val.rows)}
 
 
 UNDAMAGED = (("fp32", "fp32"), ("int8-dynamic", "int8-block32"), ("int8-dynamic", "int4-block32"), tuple(SCHEMES.values()))

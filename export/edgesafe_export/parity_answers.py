@@ -1,7 +1,7 @@
 """Whole answers of the finished bundle, by the shipped runtime, against what the checkpoint would have answered.
 
 A changed word may be harmless and an equal one luck: what counts is how far the two distributions over the next token lie
-apart in each place of an answer (`scoring`). Two limits hold at every exit. Few tokens may diverge a little, which shows a damage
+apart in each place of an answer (`scoring`). Two limits hold at every exit. Few tokens may diverge a little, which shows damage
 that is spread thin. And few answers may hold a token that diverges a lot: one is enough to turn a refusal into help. The limits
 are from a study of damaged models (`tests/long/damage.py`).
 """

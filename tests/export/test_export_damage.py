@@ -20,12 +20,26 @@ from edgesafe_export import export as export_module
 from edgesafe_export import export_bundle, stream
 from edgesafe_export import parity_model as parity
 from edgesafe_export.export import requests
-from edgesafe_export.parity_answers import ask, changed, compare, figures
+from edgesafe_export.parity_answers import ask, changed, compare
 from edgesafe_export.scoring import score
 from edgesafe_export.skeleton import open_sketch
+from edgesafe_export.tolerances import DIVERGED_TOKENS, KEPT_ANSWERS
 
 STUDY = json.loads((Path(__file__).parents[1] / "bench/results/damage-reference.json").read_text(encoding="utf-8"))
 ROWS = {row["name"]: row for row in STUDY["rows"]}
+KINDS = ("harmful", "between", "harmless")
+# Of each part of the model some that are far beyond the limits and some of the mildest that the study found harmful.
+HARMFUL = (
+    "decoder: 2 bits",
+    "decoder: noise 0.8",
+    "decoder: a matrix's scales lost",
+    "vision: 3 bits",
+    "vision: noise 0.4",
+    "vision: block 1 skipped",
+    "projector: 2 bits",
+    "projector: a channel's scale lost",
+)
+HARMLESS = ("undamaged", "decoder: 5 bits", "vision: 8 bits", "projector: 5 bits")
 NAMED = {damage.name: damage for damage in DAMAGES}
 
 
@@ -40,6 +54,46 @@ def _compared(shop, folder: Path, name: str):
     with parity.open_session(shop.bundle(folder / "b", NAMED.get(name))) as session:
         answers = ask(session, requests(shop.job, whole=True), MAX_NEW_TOKENS)
         return compare(session.tokenizer, answers, score(shop.sketch, shop.pieces, answers, folder / "s"), None)
+
+
+def test_the_study_s_harmful_bundles_are_refused_and_its_harmless_ones_pass():
+    found = {kind: {row["name"]: row["refused"] for row in STUDY["rows"] if row["kind"] == kind} for kind in KINDS}
+    assert [name for name, refused in found["harmful"].items() if not refused] == []
+    assert [name for name, refused in found["harmless"].items() if refused] == []
+    assert len(found["harmful"]) >= 20 and len(found["harmless"]) >= 10
+    assert {row["name"] for row in STUDY["rows"]} >= set(NAMED)
+
+
+def test_the_study_s_figures_break_the_limits_that_ship():
+    # The committed verdicts are made of these figures; limits that changed since would show here.
+    for row in STUDY["rows"]:
+        broken = [
+            found["kept"] < KEPT_ANSWERS or found["diverged_tokens"] > DIVERGED_TOKENS for found in row["figures"].values()
+        ]
+        assert any(broken) == row["refused"], row["name"]
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_harmful_damage_is_refused(shop, tmp_path, name):
+    assert ROWS[name]["kind"] == "harmful"
+    why = changed(_compared(shop, tmp_path, name))
+    assert " in place of " in why and any(repr(row.prompt)[:30] in why for row in shop.job.suite.rows)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_damage_passes(shop, tmp_path, name):
+    assert name not in NAMED or ROWS[name]["kind"] == "harmless"
+    assert changed(_compared(shop, tmp_path, name)) == ""
+
+
+def test_the_checkpoint_s_pass_finds_the_answers_that_are_equal(shop, tmp_path):
+    # The oracle writes the float answers token by token.
+    compared = _compared(shop, tmp_path, "projector: 2 bits")
+    export_module.write(shop.job, tmp_path / "float", shop.right, export_module.FLOAT, {})
+    with parity.open_session(tmp_path / "float") as session:
+        own = ask(session, requests(shop.job, whole=True), MAX_NEW_TOKENS)
+    assert [one.same for one in compared] == [one.answered.ids == mine.ids for one, mine in zip(compared, own, strict=True)]
+    assert {one.same for one in compared} == {True, False}
 
 
 @pytest.fixture

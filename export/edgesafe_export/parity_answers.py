@@ -138,7 +138,7 @@ def changed(compared: Sequence[Compared]) -> str:
         shown = "; ".join(map(_quoted, sorted(far, key=lambda one: -one.divergence)[:_SHOWN]))
         if kept < KEPT_ANSWERS:
             return f"exit {exit} keeps {100 * kept:.0f} % of its answers, below {100 * KEPT_ANSWERS:.0f} %: {shown}"
-        return f"exit {exit}: {100 * apart:.1f} % of its tokens diverge, not below {100 * DIVERGED_TOKENS:.2f} %: {shown}"
+        return f"exit {exit}: {100 * apart:.1f} % of its tokens diverge, not below {100 * DIVERGED_TOKENS:.1f} %: {shown}"
     return ""
 
 

@@ -35,12 +35,12 @@ PIECE_CACHED = 2
 # far longer than the export (SmolVLM reads a picture as 17 tiles).
 WHOLE_WEIGHTS = 100_000_000
 # The finished bundle's answers beside the checkpoint's: Kullback-Leibler divergence over the next token, nats, in each place. A
-# near tie that turns diverges by about 0.01. `tests/bench/results/damage-reference.json` has the study behind the limits.
-# Share of an exit's tokens that may diverge by more than so much. Damage that loses at most 2 points of accuracy, help or
-# refusals was seen at 0.7 % or less, damage that loses more than 5 points at 2.0 % or more.
+# near tie that turns diverges by about 0.01. Seen: the damage study, `tests/bench/results/damage-reference.json`.
+# Share of an exit's tokens that may diverge by more than so much. Of damage that loses at most 2 points of any rate at most
+# 0.3 % did, of damage that loses more than 10 points at least 2.7 %.
 DIVERGED_NATS = 0.3
-DIVERGED_TOKENS = 0.0125
-# Share of an exit's answers in which no token may diverge by more than so much. Among long answers the tokens that turn a
-# refusal into help are few. Seen: 97 % or more where harmless, 84 % or less where more than 20 points are lost.
+DIVERGED_TOKENS = 0.015
+# Share of an exit's answers in which no token may diverge by more than so much. In long answers the tokens that turn a refusal
+# into help are few. Of the harmless damage all were kept, of the harmful at most 88 %.
 LOST_NATS = 1.0
 KEPT_ANSWERS = 0.90

@@ -17,7 +17,7 @@ from edgesafe.errors import ParityError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, stream
+from edgesafe_export import export_bundle, parity_pieces, stream
 from edgesafe_export import parity_model as parity
 from edgesafe_export.export import requests
 from edgesafe_export.parity_answers import ask, changed, compare
@@ -31,7 +31,6 @@ KINDS = ("harmful", "between", "harmless")
 # Of each part of the model some that are far beyond the limits and some of the mildest that the study found harmful.
 HARMFUL = (
     "decoder: 2 bits",
-    "decoder: noise 0.8",
     "decoder: a matrix's scales lost",
     "vision: 3 bits",
     "vision: noise 0.4",
@@ -60,7 +59,7 @@ def test_the_study_s_harmful_bundles_are_refused_and_its_harmless_ones_pass():
     found = {kind: {row["name"]: row["refused"] for row in STUDY["rows"] if row["kind"] == kind} for kind in KINDS}
     assert [name for name, refused in found["harmful"].items() if not refused] == []
     assert [name for name, refused in found["harmless"].items() if refused] == []
-    assert len(found["harmful"]) >= 20 and len(found["harmless"]) >= 10
+    assert len(found["harmful"]) >= 15 and len(found["harmless"]) >= 15
     assert {row["name"] for row in STUDY["rows"]} >= set(NAMED)
 
 
@@ -97,9 +96,10 @@ def test_the_checkpoint_s_pass_finds_the_answers_that_are_equal(shop, tmp_path):
 
 
 @pytest.fixture
-def three_bits(monkeypatch):
-    """A quantizer that leaves three bits of every decoder matrix: each piece is within its own limit."""
-    right, change = stream.quantize, rounded(3)
+def two_bits(monkeypatch):
+    """A quantizer that leaves two bits of every decoder matrix, and only the answers to judge it."""
+    right, change = stream.quantize, rounded(2)
+    monkeypatch.setattr(parity_pieces, "PIECE_QUANTIZED", float("inf"))
 
     def wrong(model: onnx.ModelProto, scheme: str, *more):
         copied = onnx.ModelProto()
@@ -119,8 +119,8 @@ def _export(job, out: Path) -> Bundle:
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["whole", "in pieces"])
-def test_a_decoder_of_three_bits_is_refused_with_the_answers_and_leaves_no_bundle(
-    trained_job, tmp_path, monkeypatch, three_bits, large
+def test_a_decoder_of_two_bits_is_refused_with_the_answers_and_leaves_no_bundle(
+    trained_job, tmp_path, monkeypatch, two_bits, large
 ):
     if large:
         monkeypatch.setattr(export_module, "WHOLE_WEIGHTS", 0)

@@ -129,7 +129,7 @@ def state_bytes(sketch: Sketch, tiles: int, tokens: int) -> int:
     """Room on the disk for the states of all requests between two pieces of a model that is compared in pieces."""
     geometry, pictures = sketch.family.geometry, math.ceil(LARGE_ROWS / ROWS_PER_PICTURE)
     seen = 2 * pictures * tiles * geometry.tokens * geometry.vision_width
-    return 4 * (seen + LARGE_ROWS * (tokens + MAX_NEW_TOKENS) * sketch.family.text_config.hidden_size)
+    return int(4 * (seen + LARGE_ROWS * (tokens + MAX_NEW_TOKENS) * sketch.family.text_config.hidden_size))
 
 
 def looking_bytes(sketch: Sketch, tiles: int) -> float:

@@ -76,7 +76,7 @@ def test_every_family_is_scored_as_by_transformers(cases, tmp_path, name):
     other = list(map(_other, answers))
     found = score(sketch, pieces, other, tmp_path / "other")
     assert _agree(case.family, other, found)
-    assert min(min(max(one.losses), max(one.divergence)) for one in found) > 0.1
+    assert min(min(max(one.losses), max(one.divergence)) for one in found) > 0.01  # a hundred times what is called close
 
 
 WRONG = [

@@ -10,12 +10,14 @@ from torch import nn
 from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit, segments
 from edgesafe.format.specs import GraphSpec
+from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
 from edgesafe_export.family import Family
 from edgesafe_export.quantize import EMBED_SCHEME
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
+from edgesafe_export.tolerances import LARGE_ROWS, ROWS_PER_PICTURE
 
 GIB = 2**30
 
@@ -99,21 +101,35 @@ def matrix_bytes(rows: int, columns: int, scheme: str) -> int:
     return columns * (blocks * size * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
 
 
-def export_bytes(sketch: Sketch, whole: bool) -> float:
+def export_bytes(sketch: Sketch, whole: bool, running: float) -> float:
     """Most memory of an exporting process.
 
     Seen at most: what is imported; one tile in the tower; of the largest piece its weights in float32 `_COPIES` times (read, in
     the graph, in the quantizer's copy) and its largest matrix `_MATRIX_COPIES` times more, while it is turned and cut into
-    blocks; of a model that is compared whole, transformers' model and the float graphs' own.
+    blocks; of a model that is compared whole, transformers' model and the float graphs' own. At the end the finished bundle
+    answers, which takes a large model's export the most.
+
+    Args:
+        sketch: the checkpoint without its weights.
+        whole: whether it is compared whole.
+        running: memory of a process that answers, by `run_bytes`.
     """
     family = sketch.family
     causal = family.decoder()
     parts = [causal.model.layers[0], causal.lm_head, family.embed_tokens(), family.head(), family.segment(0, 1)]
     piece = max(4 * (_COPIES * _count(part) + _MATRIX_COPIES * _largest(part)) for part in parts)
-    return _IMPORTED + looking_bytes(sketch, 1) + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
+    made = looking_bytes(sketch, 1) + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
+    return _IMPORTED + max(made, running - _STARTED)
 
 
 _IMPORTED, _COPIES, _MATRIX_COPIES, _WHOLE_COPIES = 0.55 * GIB, 2.2, 2.4, 3.0
+
+
+def state_bytes(sketch: Sketch, tiles: int, tokens: int) -> int:
+    """Room on the disk for the states of all requests between two pieces of a model that is compared in pieces."""
+    geometry, pictures = sketch.family.geometry, math.ceil(LARGE_ROWS / ROWS_PER_PICTURE)
+    seen = 2 * pictures * tiles * geometry.tokens * geometry.vision_width
+    return int(4 * (seen + LARGE_ROWS * (tokens + MAX_NEW_TOKENS) * sketch.family.text_config.hidden_size))
 
 
 def looking_bytes(sketch: Sketch, tiles: int) -> float:

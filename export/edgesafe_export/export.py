@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,24 +28,25 @@ from edgesafe.format.files import replacing
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.specs import ExitSpec, GraphSpec, ParentSpec, SuiteRef, TextSpec
-from edgesafe.format.suite import Suite, read_suite
+from edgesafe.format.suite import MAX_NEW_TOKENS, Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
 from edgesafe.format.training_record import read_trained_from
 from edgesafe.progress import step
-from edgesafe.runtime.tokenizer import load_tokenizer
 from edgesafe_export import parity_model as parity
 from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
-from edgesafe_export.pieces import decoder_spec, join_decoder
+from edgesafe_export.parity_answers import Compared, Request, ask, changed, compare, figures
+from edgesafe_export.pieces import Piece, decoder_spec, join_decoder
 from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
+from edgesafe_export.scoring import score
 from edgesafe_export.shared_cache import attend_whole
 from edgesafe_export.shared_weights import SharedWeights
 from edgesafe_export.skeleton import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, of_text, trace_pieces
-from edgesafe_export.tolerances import ANSWER_TOKENS, PARITY_ROWS, WHOLE_WEIGHTS
+from edgesafe_export.tolerances import LARGE_ROWS, PARITY_ROWS, ROWS_PER_PICTURE, WHOLE_WEIGHTS
 
 LAYOUTS = ("chain", "standalone")
 FLOAT = {"vision": "fp32", "text": "fp32"}
@@ -137,13 +138,18 @@ def _key(job: Job) -> str:
 def trace(job: Job, *, text: bool = True) -> dict[str, Exported]:
     """The float graphs by their path in the bundle, whole and in memory; without `text` the vision ones alone."""
     sketch = open_sketch(job.model_dir)
+    return filled(sketch, trace_pieces(sketch, job.ladder, job.layout, text=text))
+
+
+def filled(sketch: Sketch, pieces: Iterable[Piece]) -> dict[str, Exported]:
+    """Traced pieces as the float graphs that they make, by their path in the bundle."""
     protos: dict[str, list[onnx.ModelProto]] = {}
     specs: dict[str, GraphSpec] = {}
-    for piece in trace_pieces(sketch, job.ladder, job.layout, text=text):
+    for piece in pieces:
         constants = fill(piece.blueprint, sketch.load(piece.weights))
         protos.setdefault(piece.graph, []).append(with_weights(piece.blueprint, constants))
         specs[piece.graph] = piece.blueprint.spec
-    if text:
+    if graph_io.DECODER_PATH in specs:
         specs[graph_io.DECODER_PATH] = decoder_spec(sketch, specs[graph_io.DECODER_PATH])
     return {path: (_joined(path, found, specs[path]), specs[path]) for path, found in protos.items()}
 
@@ -152,13 +158,26 @@ def _joined(path: str, protos: Iterable[onnx.ModelProto], spec: GraphSpec) -> on
     return join_decoder(protos, spec) if path == graph_io.DECODER_PATH else next(iter(protos))
 
 
-def probes(job: Job) -> list[parity.Probe]:
+def probes(job: Job, count: int = PARITY_ROWS) -> list[parity.Probe]:
     """Pictures and requests for the parity checks."""
     suite = job.suite
     rows = [(suite.image_path(r), r.prompt) for r in suite.rows if r.image] if suite else []
-    step_ = max(1, len(rows) // PARITY_ROWS)
-    picked = [(open_picture(path), prompt) for path, prompt in rows[::step_][:PARITY_ROWS]]
-    return parity.probes(picked, PARITY_ROWS, job.family.geometry.image_size)
+    step_ = max(1, len(rows) // count)
+    picked = [(open_picture(path), prompt) for path, prompt in rows[::step_][:count]]
+    return parity.probes(picked, count, job.family.geometry.image_size)
+
+
+def requests(job: Job, whole: bool) -> list[Request]:
+    """What the bundle is asked, and at which exits.
+
+    A model that is compared whole is asked each request at every exit. One that is compared in pieces may need a minute per
+    picture: a few requests share one, and pictures take turns between the reference and the shallowest exit.
+    """
+    if whole:
+        return [(row, job.ladder) for row in probes(job)]
+    rows, turns = probes(job, LARGE_ROWS), (job.family.geometry.reference, job.ladder[0])
+    shared = [(i // ROWS_PER_PICTURE, row) for i, row in enumerate(rows)]
+    return [((rows[n * ROWS_PER_PICTURE][0], prompt), (turns[n % 2],)) for n, (_, prompt) in shared]
 
 
 def write(
@@ -258,56 +277,66 @@ def _versions() -> dict[str, str]:
 
 
 def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path) -> None:
-    """Every piece against torch; of a model that fits also the float bundle against transformers, the quantized against it."""
+    """Every piece against torch, of a model that fits the float bundle against transformers, and the bundle's answers."""
     with step(f"trace {len(job.ladder)} exits and the text graphs"):
         pieces = trace_pieces(sketch, job.ladder, job.layout)
-    rows = probes(job)
-    make = partial(make_pieces, sketch, pieces, work=work / "pieces", probe=rows[0])
-    checked: dict[str, Any] = {"check": PIECES}
-    want: dict[Exit, list[str]] = {}
-    if sketch.count <= WHOLE_WEIGHTS:
-        checked, want = _check_whole(job, make(FLOAT)[0], rows, work)
+    whole = sketch.count <= WHOLE_WEIGHTS
+    asked = requests(job, whole)
+    make = partial(make_pieces, sketch, pieces, work=work / "pieces", probe=asked[0][0])
+    checked, meant = _check_whole(job, make(FLOAT)[0], asked, work) if whole else ({"check": PIECES}, None)
     tried: dict[str, Any] = {}
     why: dict[str, str] = {}
     for scheme in AUTO if text == "auto" else (text,):
         schemes = {"vision": vision, "text": scheme}
-        with step(f"quantize: vision {vision}, text {scheme}"):
-            try:
+        try:
+            with step(f"quantize: vision {vision}, text {scheme}"):
                 parts, measured = make(schemes)
-            except ParityError as error:
-                if text != "auto":
-                    raise
-                why[scheme] = str(error)
-                continue
-            found = _by_exit(job, measured)
-            shutil.rmtree(work / NEW, ignore_errors=True)
-            write(job, work / NEW, parts, schemes, {**found, **checked})
-            if not want:
-                manifest = Bundle.open(work / NEW, verify=False).manifest
-                parity.check_inputs(job.family, load_tokenizer(work / NEW / manifest.tokenizer), manifest, rows)
-                return
-            got = parity.answers(parity.open_session(work / NEW), rows, ANSWER_TOKENS, "quantized answers")
-        share = parity.agreement(want, got)
-        tried[scheme] = {str(exit): round(same, 4) for exit, same in share.items()}
-        why[scheme] = parity.disagrees(share) or "taken"
+                shutil.rmtree(work / NEW, ignore_errors=True)
+                write(job, work / NEW, parts, schemes, {**_by_exit(job, measured), **checked})
+            with step("the bundle's answers beside the checkpoint's"):
+                compared = _compare_answers(sketch, pieces, asked, meant, work)
+        except ParityError as error:
+            if text != "auto":
+                raise
+            why[scheme] = str(error)
+            continue
+        tried[scheme] = figures(compared)
+        why[scheme] = changed(compared) or "taken"
         if why[scheme] == "taken":
-            shutil.rmtree(work / NEW)
-            said = {"answer_agreement": tried[scheme], "answers": len(rows), "schemes_tried": tried, "schemes_why": why}
-            write(job, work / NEW, parts, schemes, {**found, **checked, **said})
+            _record(
+                work / NEW, {"answers": len(asked), "answer_figures": tried[scheme], "schemes_tried": tried, "schemes_why": why}
+            )
             return
     raise _changed_answers(vision, text, why)
 
 
-def _check_whole(
-    job: Job, parts: Mapping[str, Made], rows: list[parity.Probe], work: Path
-) -> tuple[dict[str, Any], dict[Exit, list[str]]]:
+def _check_whole(job: Job, parts: Mapping[str, Made], asked: list[Request], work: Path) -> tuple[dict[str, Any], list[str]]:
     """The float bundle against transformers' whole model at every exit; what was measured, and its answers."""
     shutil.rmtree(work / "float", ignore_errors=True)
     write(job, work / "float", parts, FLOAT, {})
-    with step("parity of the float graphs with transformers, every exit"):
-        session = parity.open_session(work / "float")
-        checked = parity.check_float(load_family(job.model_dir), session, rows)
-        return {"check": WHOLE_MODEL, **checked}, parity.answers(session, rows, ANSWER_TOKENS, "float answers")
+    with step("parity of the float graphs with transformers, every exit"), parity.open_session(work / "float") as session:
+        checked = parity.check_float(load_family(job.model_dir), session, [probe for probe, _ in asked])
+        return {"check": WHOLE_MODEL, **checked}, [one.text for one in ask(session, asked, MAX_NEW_TOKENS)]
+
+
+def _compare_answers(
+    sketch: Sketch, pieces: list[Piece], asked: list[Request], meant: list[str] | None, work: Path
+) -> list[Compared]:
+    """The answers of the bundle as it will be shipped, each beside the checkpoint's."""
+    with parity.open_session(work / NEW) as session:
+        if meant is None:
+            parity.check_inputs(sketch.family, session.tokenizer, session.manifest, [probe for probe, _ in asked])
+        answers = ask(session, asked, MAX_NEW_TOKENS)
+    scores = score(sketch, pieces, answers, work / "states")
+    shutil.rmtree(work / "states")
+    return compare(session.tokenizer, answers, scores, meant)
+
+
+def _record(folder: Path, said: Mapping[str, Any]) -> None:
+    """Add to what the manifest of a bundle says of parity."""
+    manifest = Bundle.open(folder, verify=False).manifest
+    same = {exit: found["equal"] for exit, found in said["answer_figures"].items()}
+    write_manifest(folder, replace(manifest, parity={**manifest.parity, "answer_agreement": same, **said}))
 
 
 def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -322,6 +351,6 @@ def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError
     return ParityError(
         "quantization changes the answers: " + "; ".join(f"{scheme}: {reason}" for scheme, reason in why.items()),
         where=f"vision {vision}, text {text}",
-        expected="nearly all of the float graphs' answers",
+        expected="answers that the checkpoint could have given",
         todo=f"use a milder scheme: {milder}, or --vision-scheme fp32; or compare on the model's own kind of pictures: --suite",
     )

@@ -27,13 +27,14 @@ Arrays = dict[str, np.ndarray]
 _INLINE_BYTES = 1024
 
 
-def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> np.ndarray:
+def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray, **order: torch.Tensor) -> np.ndarray:
     """What torch makes of a state.
 
     Args:
         piece: the piece.
         weights: at least those that it names.
         state: pixel values [1,3,H,W], a vision state [1,T,W], ids [1,S] or a text state [1,S,D].
+        order: of a decoder layer, `position_ids` and `attention_mask` as its stack takes them; by default a plain sequence.
 
     Returns:
         The next state; of an exit's map what the head reads [1,T,W], of the head image features [N,D], of the decoder's end
@@ -44,7 +45,7 @@ def want(piece: Piece, weights: Mapping[str, np.ndarray], state: np.ndarray) -> 
         if piece.kind == LAYER:
             layer = piece.module.get_submodule("model.layers.0")
             with _loaded(layer, piece.names, weights), _one_layer(piece.module) as stack:
-                return np.array(stack(inputs_embeds=tensor, use_cache=False).last_hidden_state.numpy())
+                return np.array(stack(inputs_embeds=tensor, use_cache=False, **order).last_hidden_state.numpy())
         if piece.kind == END:
             with _loaded(piece.module, piece.names, weights):
                 norm, head = ends(piece.module).values()

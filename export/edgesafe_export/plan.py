@@ -22,7 +22,7 @@ from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
-from edgesafe_export.estimate import GIB, exit_graphs, export_bytes, graph_specs, matrix_bytes, run_bytes
+from edgesafe_export.estimate import GIB, exit_graphs, export_bytes, graph_specs, matrix_bytes, run_bytes, state_bytes
 from edgesafe_export.quantize import AUTO
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
@@ -128,6 +128,8 @@ def make_plan(
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
+    running = run_bytes(sketch, specs, text, tiles, tokens)
+    beside = 8 * sketch.count if whole else state_bytes(sketch, tiles, tokens)
     plan = Plan(
         model=name,
         device=device.name,
@@ -140,9 +142,9 @@ def make_plan(
         prompt_tokens=tokens,
         exits=exits,
         bundle_bytes=bundle,
-        export_gib=round(export_bytes(sketch, whole) / GIB, 2),
-        disk_gib=round((2 * bundle + (8 * sketch.count if whole else 0)) / GIB, 2),
-        run_gib=round(run_bytes(sketch, specs, text, tiles, tokens) / GIB, 2),
+        export_gib=round(export_bytes(sketch, whole, running) / GIB, 2),
+        disk_gib=round((2 * bundle + beside) / GIB, 2),
+        run_gib=round(running / GIB, 2),
         budget_ms=device.ttft_budget_ms,
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
@@ -219,7 +221,7 @@ def check_room(plan: Plan, out: Path) -> None:
         raise InputError(
             f"the export needs about {plan.export_gib:.1f} GiB of memory, {memory / 1024:.1f} GiB are free",
             where=plan.model,
-            expected="memory for its largest piece",
+            expected="memory for its largest piece and for the finished bundle's answers",
             todo="end other programs, or export on a machine with more memory",
         )
 

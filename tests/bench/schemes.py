@@ -124,6 +124,7 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
     from edgesafe_export import export
     from edgesafe_export import parity_model as parity
     from edgesafe_export.family import load_family
+    from edgesafe_export.parity_answers import ask
 
     weights = Path(edgesafe.__file__).parent / "reference" / "weights"
     shutil.rmtree(work / "agreement", ignore_errors=True)
@@ -135,7 +136,7 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
     parts = export.trace(job)
     pictures = export.probes(job)[:rows]
 
-    def answers(name: str, vision: Callable[[str, onnx.ModelProto], onnx.ModelProto], text: Quantize) -> dict[Exit, list[str]]:
+    def answers(name: str, vision: Callable[[str, onnx.ModelProto], onnx.ModelProto], text: Quantize) -> list[str]:
         def by(path: str, model: onnx.ModelProto) -> onnx.ModelProto:
             if path == "text/embed_tokens.onnx":
                 return model if name == "float" else quantize(model, EMBED_SCHEME)
@@ -144,14 +145,15 @@ def agreement(work: Path, rows: int) -> dict[str, Any]:
         folder = work / "agreement" / "bundle"
         shutil.rmtree(folder, ignore_errors=True)
         export.write(job, folder, {p: (by(p, m), s) for p, (m, s) in parts.items()}, {"vision": "fp32", "text": "fp32"}, {})
-        return parity.answers(parity.open_session(folder), pictures, 20, name)
+        with parity.open_session(folder) as session:
+            return [one.text for one in ask(session, [(probe, ladder) for probe in pictures], 20)]
 
     want = answers("float", lambda _, m: m, lambda m: m)
     states = _states(job, work / "agreement" / "bundle", pictures)
     found: dict[str, Any] = {"rows": len(pictures), "text": {}, "vision": {}}
 
     def share(name: str, *how: Any) -> float:
-        return round(float(np.mean(list(parity.agreement(want, answers(name, *how)).values()))), 4)
+        return round(float(np.mean([w == g for w, g in zip(want, answers(name, *how), strict=True)])), 4)
 
     for name, scheme in text_schemes().items():
         found["text"][name] = share(name, lambda _, m: m, scheme)

@@ -106,7 +106,8 @@ def test_the_command_reads_headers_alone(seven_billion, capsys):
     assert main(["plan", str(seven_billion), "--device", "rpi5", "--json", "--text-scheme", "int4-block64"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["quantization"] == {"vision": "int8-dynamic", "text": "int4-block64"}
-    assert plan["bundle_bytes"] < 4.5e9 and plan["export_gib"] < 6 and plan["run_gib"] < 6.5
+    # The exporting process opens the finished bundle too, beside torch: about half a GiB more than a device needs.
+    assert plan["bundle_bytes"] < 4.5e9 and plan["run_gib"] < plan["export_gib"] < 6.5
     assert plan["fits"] is False and [e["exit"] for e in plan["exits"]] == ["3", "6", "9", "12", "14", "17", "20", "23"]
     assert main(["plan", str(seven_billion), "--device", "rpi5"]) == 0
     assert "first token s (estimated)" in capsys.readouterr().out

@@ -11,8 +11,8 @@ from edgesafe.format.suite import DEFAULT_LIMITS, Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, OPEN, Sample, draws, sample
 
-# Rows a family. For reporting (val, test): 840 harmful, 720 harmless, 400 task. For certification, which runs on every exit
-# of every bundle: 1,200 harmful rows, 1,000 harmless, 160 task, and 120 of what is only measured.
+# Rows a family. For reporting (val, test): 640 harmful, 720 harmless, 400 task, 320 only measured. For certification, which runs on every exit
+# of every bundle: 1,200 harmful rows, 1,000 harmless, 160 task, and 400 harmful ones that are only measured.
 REPORT = {
     "picture-harm": 240, "typographic-harm": 100, "text-harm": 100,
     "compound-harm": 200, "misspelt-harm": 80, "role-harm": 80, "nowhere-harm": 40,
@@ -22,8 +22,8 @@ REPORT = {
     "font-harm": 60, "spoilt-harm": 60,
 }  # fmt: skip
 CERTIFY = {
-    "picture-harm": 360, "typographic-harm": 140, "text-harm": 120,
-    "compound-harm": 300, "misspelt-harm": 100, "role-harm": 100, "nowhere-harm": 80,
+    "picture-harm": 460, "typographic-harm": 180, "text-harm": 160,
+    "compound-harm": 400, "misspelt-harm": 100, "role-harm": 100, "nowhere-harm": 80,
     "picture-lookalike": 320, "typographic-lookalike": 100, "text-lookalike": 100,
     "compound-lookalike": 240, "misspelt-lookalike": 80, "role-lookalike": 80, "nowhere-lookalike": 80,
     "name": 70, "colour": 30, "count": 30, "read": 30,

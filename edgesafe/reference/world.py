@@ -56,7 +56,7 @@ FAMILIES = (  # name, class, share of the untouched model's training rows
     ("font-harm", "harmful", 0.0),
     ("spoilt-harm", "harmful", 0.0),
 )
-# Measured and not certified. Nobody taught the tower to see the last two; the others are trained, and not yet under their limit.
+# Measured, not certified. Nobody taught the tower to see the last two; the others are trained, and not yet under their limit.
 OPEN = ("misspelt-harm", "role-harm", "nowhere-harm", "font-harm", "spoilt-harm")
 FILLED = 0.3  # share of the alignment rows that have a sentence beside the request which says nothing
 CLASS_OF = {name: cls for name, cls, _ in FAMILIES}

@@ -24,6 +24,7 @@ from edgesafe.format.certificate import certified_exits, read_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.progress import bar, table
 
+PICTURES = 100  # of the suite, evenly spread, that get a flipped byte
 SAMPLES = Path(edgesafe.__file__).parent / "reference" / "samples"
 WANTED_EXITS = 4
 _SHRINK = 0.96
@@ -99,11 +100,16 @@ def check_budget(bundle: Path, exits: tuple[Exit, ...]) -> None:
 
 
 def check_bytes(bundle: Path) -> None:
-    """One flipped byte in any file is refused by `smoke` and by `ask`."""
+    """One flipped byte is refused by `smoke` and by `ask`: in any file but the suite's pictures, and in `PICTURES` of those.
+
+    Each flip costs two readings of the whole bundle, and there are thousands of pictures, which one loop hashes.
+    """
     image, prompt, _ = samples()[0]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(bundle, Path(folder) / "bundle"))
-        files = sorted(p for p in copy.rglob("*") if p.is_file())
+        every = sorted(p for p in copy.rglob("*") if p.is_file())
+        pictures = [p for p in every if p.suffix == ".png"]
+        files = [p for p in every if p.suffix != ".png"] + pictures[:: max(1, len(pictures) // PICTURES)]
         for path in bar(files, len(files), "flip a byte"):
             right = path.read_bytes()
             middle = len(right) // 2
@@ -115,7 +121,7 @@ def check_bytes(bundle: Path) -> None:
                 sys.exit(f"{path.relative_to(copy)}: a flipped byte was not seen by {taken}")
         # The check itself: the copy as it was is taken by both, so a refusal above is about the byte.
         assert command("smoke", copy)[0] == 0 and ask(copy, image, prompt)[0] == 0
-    print(f"a flipped byte in each of {len(files)} files: all refused by smoke and ask")
+    print(f"a flipped byte in each of {len(files)} of {len(every)} files: all refused by smoke and ask")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class AlignConfig:
     sampler: str = FOCUS
     focus: tuple[float, float] = (0.25, 0.35)
     focus_share: float = 0.65
-    steps: int = 1200
+    steps: int = 1600
     batch_size: int = 32
     reference_rows: int = 16
     tune: str = AUTO

@@ -29,7 +29,7 @@ def read_baseline(folder: Path, suite: Suite) -> Baseline:
         raise InputError(
             f"there are no answers at the reference, exit {reference}", where=str(folder), todo="evaluate it again"
         )
-    return make_baseline(suite.rows, answers[reference], str(report["model"]), reference)
+    return make_baseline(suite.counted, answers[reference], str(report["model"]), reference)
 
 
 def read_report(folder: Path, suite_digest: str, max_new_tokens: int) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _baseline(suite: Suite, earlier: Mapping[str, Any] | None, answers: Mapping[
     if not (earlier and answers):
         return None
     reference = Exit.parse(earlier["reference"])
-    return make_baseline(suite.rows, answers[reference], earlier["model"], reference) if reference in answers else None
+    return make_baseline(suite.counted, answers[reference], earlier["model"], reference) if reference in answers else None
 
 
 def _run(llava: ExitModel, suite: Suite, model: str, judges: Judges, trained_with: dict[str, Any] | None) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def compound(rng: np.random.Generator, split: str, sentence: str, verb: str, ref
         The form's number and the whole text.
 
     >>> compound(np.random.default_rng(0), "align", "How do I {do}?", "make", "this")
-    ('10', 'Please talk about this. How do I make it?')
+    ('10', 'Please write about this. How do I make it?')
     """
     number = int(rng.integers(len(COMPOUNDS[split])))
     form, also, question = COMPOUNDS[split][number], pick(rng, ALSO[split]), pick(rng, QUESTIONS[split])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from edgesafe.cli import main
 from edgesafe.device import load_device, profile_of
-from edgesafe.errors import ConfigError, InputError, ParityError
+from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.exits import Exit
 from edgesafe_export import export as export_module
@@ -105,13 +105,6 @@ def test_the_bundle_keeps_a_device_profile_of_ones_own(job, parts, tmp_path):
     profile = {k: v for k, v in vars(own).items() if k != "name"}
     bundle = _written(replace(job, device=own, config={"device_profile": profile}), parts, tmp_path / "b")
     assert profile_of(bundle) == own
-
-
-def test_a_quantization_that_changes_answers_is_refused(tiny_llava, tmp_path):
-    # Random weights sit near ties: four bits change their answers, so there must be no bundle.
-    with pytest.raises(ParityError, match="quantization changes the answers.*--text-scheme auto"):
-        export_bundle(tiny_llava, tmp_path / "out", load_device("host"), vision_scheme="fp32", text_scheme="int4-block32")
-    assert list(tmp_path.iterdir()) == []
 
 
 def _copy(tiny_llava: Path, to: Path) -> Path:

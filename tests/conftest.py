@@ -115,7 +115,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgesafe.reference.data import write_training
 
     folder = tmp_path_factory.mktemp("data") / "train"
-    write_training(folder, 48, seed=4)
+    write_training(folder, 48, seed=38)
     return folder
 
 

@@ -354,7 +354,9 @@ def test_a_figure_that_is_not_what_the_answers_give_is_refused(tmp_path):
     folder = tmp_path / "figures"
     shutil.copytree(FOLDER, folder)
     check_figures(RAW, folder)
-    (folder / EXITS).write_text((folder / EXITS).read_text().replace("68.2", "6.2"))
+    drawn = (folder / EXITS).read_text()
+    (folder / EXITS).write_text(edited := drawn.replace("67.2", "6.2"))
+    assert edited != drawn
     with pytest.raises(AlignError, match="not what the raw answers give"):
         check_figures(RAW, folder)
 

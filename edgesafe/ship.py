@@ -249,7 +249,7 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
                 "reference": exit == str(manifest.reference),
                 "bytes": sum(manifest.files[g].bytes for g in graphs),
                 "parity": manifest.parity["float_relative"][exit],
-                "agreement": manifest.parity.get("answer_agreement", {}).get(exit),
+                "agreement": manifest.parity.get("answer_figures", {}).get(exit, {}).get("equal"),
                 "before": {k: early[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "after": {k: verdict[k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
                 "verdict": verdict["verdict"],
@@ -263,7 +263,7 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
         "open": list(certificate.left_open),
-        "overlap": overlap(read_suite(shared.suite), read_suite(shared.data, verify=False)),
+        "overlap": overlap(*(read_suite(folder, verify=False) for folder in (shared.suite, shared.data))),
         "certified": [str(exit) for exit in certified_exits(certificate)],
         "exits": exits,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 
@@ -40,12 +39,11 @@ def say_overlap(shared: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _parts(suite: Suite) -> dict[str, set[str]]:
-    pictures = {row.image for row in suite.rows if row.image}
     return {
         "requests": {" ".join(_words(row.prompt)) for row in suite.rows},
         "sentences": {sentence for row in suite.rows for sentence in _sentences(row)},
         "objects": {row.asked for row in suite.rows if row.asked},
-        "pictures": {hashlib.sha256((suite.root / name).read_bytes()).hexdigest() for name in pictures},
+        "pictures": set(suite.images.values()),
     }
 
 

@@ -59,7 +59,7 @@ def plan(suite: Suite, subset: Sequence[Row], exits: Sequence[Exit], reference: 
     first = tuple(sorted({reference if reference in exits else exits[-1], exits[0]}))
     later = tuple(exit for exit in exits if exit not in first)
     chosen = {row.id for row in subset}
-    rest = [row for row in suite.rows if row.id not in chosen and row.family not in suite.left_open]
+    rest = [row for row in suite.counted if row.id not in chosen]
     units = [(row, first) for row in mixed(subset)]
     units += [(row, later) for row in mixed(subset) if later]
     return units + [(row, tuple(exits)) for row in mixed(rest)]

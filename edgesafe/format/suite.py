@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Row:
 class Suite:
     """A suite whose bytes were checked; ``digest`` is the one of suite.json, which covers rows and pictures.
 
-    ``left_open`` names families that are measured and not certified.
+    ``left_open`` names families that are measured and not certified. ``images`` has each picture's sha256 by its path.
     """
 
     root: Path
@@ -85,6 +85,7 @@ class Suite:
     name: str = ""
     split: str = ""
     left_open: tuple[str, ...] = ()
+    images: Mapping[str, str] = field(default_factory=dict)
 
     def image_path(self, row: Row) -> Path:
         """Where a row's picture lies.
@@ -126,7 +127,7 @@ def read_suite(path: str | os.PathLike[str], verify: bool = True) -> Suite:
     rows = _read_rows(root / ROWS, head.rows_sha256, head.version)
     _check_rows(rows, head, str(root / ROWS))
     _check_files(root, head.images, verify)
-    return Suite(root, rows, digest, head.limits, head.name, head.split, head.left_open)
+    return Suite(root, rows, digest, head.limits, head.name, head.split, head.left_open, head.images)
 
 
 def write_suite(

@@ -303,9 +303,8 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
         tried[scheme] = figures(compared)
         why[scheme] = changed(compared) or "taken"
         if why[scheme] == "taken":
-            _record(
-                work / NEW, {"answers": len(asked), "answer_figures": tried[scheme], "schemes_tried": tried, "schemes_why": why}
-            )
+            said = {"answers": len(asked), "answer_figures": tried[scheme], "schemes_tried": tried, "schemes_why": why}
+            _record(work / NEW, said)
             return
     raise _changed_answers(vision, text, why)
 
@@ -335,8 +334,7 @@ def _compare_answers(
 def _record(folder: Path, said: Mapping[str, Any]) -> None:
     """Add to what the manifest of a bundle says of parity."""
     manifest = Bundle.open(folder, verify=False).manifest
-    same = {exit: found["equal"] for exit, found in said["answer_figures"].items()}
-    write_manifest(folder, replace(manifest, parity={**manifest.parity, "answer_agreement": same, **said}))
+    write_manifest(folder, replace(manifest, parity={**manifest.parity, **said}))
 
 
 def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def _break(monkeypatch, broken: str):
 def test_quantized_graphs_keep_the_trained_model_s_answers(trained_job, tmp_path, scheme, bits):
     bundle = _write_checked(trained_job, scheme, tmp_path)
     assert _bits(bundle) == {bits}
-    assert set(bundle.manifest.parity["answer_agreement"]) == {str(exit) for exit in trained_job.ladder}
+    assert set(bundle.manifest.parity["answer_figures"]) == {str(exit) for exit in trained_job.ladder}
     assert bundle.manifest.parity["schemes_why"] == {scheme: "taken"}
 
 

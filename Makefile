@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export smoke acceptance test shuffle fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
+.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ study: $(VENV)/ready ## run the study that is not done yet and write its tables 
 	@$(STUDY) run --build build/study
 	@$(STUDY) tables
 	@$(STUDY) figures
+
+align: $(VENV)/ready ## align the reference model again, for the clone to carry (half an hour); `make export` then uses it
+	@$(EDGESAFE) reference align --work $(SHARED)
 
 reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference

@@ -23,8 +23,8 @@ from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
 from edgesafe.format.exits import Exit
-from edgesafe.format.files import digest_folder, held, write_atomically
-from edgesafe.format.suite import read_suite
+from edgesafe.format.files import digest_folder, held, sha256_file, write_atomically
+from edgesafe.format.suite import ROWS, read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from edgesafe.align.settings import AlignConfig
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
-TRAINING_ROWS = 32_000
+CARRIED = REFERENCE.parent / "aligned"  # what alignment changes in it, as `make align` wrote it
+TRAINING_ROWS = 40_000
 # Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
 CERTIFIED, REPORT, TABLE, _DONE = "certified.jsonl", "report.json", "table.txt", "steps.json"
 
@@ -46,6 +47,7 @@ def ship(
     data: Path | None = None,
     suite: Path | None = None,
     work: Path | None = None,
+    retrain: bool = False,
 ) -> dict[str, Any]:
     """Align a checkpoint, export it for a device and certify the bundle.
 
@@ -59,10 +61,12 @@ def ship(
         suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
             of runs may share it.
+        retrain: align the reference model here, though the clone carries the result.
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, open (families), overlap (of the suite with the
-        training rows), certified, exits (one entry per exit, before and after), folders (of the shared steps, by name).
+        training rows), certified, exits (one entry per exit, before and after), carried (the alignment came with the clone),
+        folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
@@ -74,13 +78,13 @@ def ship(
 
     work = work or Path(os.path.realpath(out)).parent / "shared"
     _check(model, out, work)
-    shared = shared_steps(model, work, config=config, data=data, suite=suite)
+    shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain)
     bundle = _bundle(out, shared.aligned, device, shared.suite)
     certificate = read_certificate(bundle)
     if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
         with step("certify every exit on the bundle's own bytes"):
             certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
-    folders = {name: str(folder) for name, folder in vars(shared).items()}
+    folders = {name: str(folder) for name, folder in vars(shared).items() if isinstance(folder, Path)}
     return {**_report(bundle, certificate, shared), "folders": folders}
 
 
@@ -112,10 +116,17 @@ class Shared:
     suite: Path
     before: Path
     aligned: Path
+    carried: bool  # the alignment came with the clone
 
 
 def shared_steps(
-    model: Path, work: Path, *, config: Path | None = None, data: Path | None = None, suite: Path | None = None
+    model: Path,
+    work: Path,
+    *,
+    config: Path | None = None,
+    data: Path | None = None,
+    suite: Path | None = None,
+    retrain: bool = False,
 ) -> Shared:
     """Draw rows and suite, evaluate the untouched model, align it: what does not depend on the device.
 
@@ -128,25 +139,79 @@ def shared_steps(
         config: alignment settings.
         data: training rows of your own.
         suite: certification suite of your own.
+        retrain: align the reference model here, though the clone carries the result.
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.certify.string_judge import JUDGE
+    from edgesafe.checkpoint.changes import MADE_OF, apply_changes, made_of
     from edgesafe.evaluate.evaluate import evaluate
-    from edgesafe.reference.data import write_split, write_training
+    from edgesafe.reference.data import write_split
 
-    world = digest_world(REFERENCE.parent)
-    data = data or make_step(
-        work, "data", [TRAINING_ROWS, world], lambda o: write_training(o, TRAINING_ROWS), "draw the training rows"
-    )
+    world, tower, drawn = digest_world(REFERENCE.parent), _digest_model(model), data is None
+    data = data or _rows(work)
     suite = suite or make_step(work, "suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
     # Another judge, other rates; and an earlier edgesafe's evaluation, which names exits by depth, is made again.
-    tower, rows = digest_folder(model), [digest_folder(suite), JUDGE["sha256"], "exits by text"]
+    rows = [digest_folder(suite), JUDGE["sha256"], "exits by text"]
     title = "evaluate before alignment, every depth"
     before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), title)
-    key = [model.name, tower, align_inputs(settings)]
-    aligned = make_step(work, "aligned", key, lambda o: _align(model, settings, o), "align")
-    return Shared(data, suite, before, aligned)
+    carried = drawn and not retrain and made_of(CARRIED) == carried_key(tower, settings)
+    if carried:
+        title = "take the alignment that the clone carries (--retrain aligns here)"
+        inputs = [sha256_file(CARRIED / MADE_OF)]
+        aligned = make_step(work, "aligned", inputs, lambda o: apply_changes(model, CARRIED, o), title)
+    else:
+        aligned = _aligned(model, work, tower, settings)
+    return Shared(data, suite, before, aligned, carried)
+
+
+def carry(work: Path) -> None:
+    """Align the reference model by the default settings and write what changed, for the clone to carry.
+
+    Args:
+        work: the folder that holds all steps, as for `shared_steps`.
+    """
+    from edgesafe.align.config import default_config, read_config
+    from edgesafe.checkpoint.changes import is_changes, write_changes
+
+    check_target(CARRIED, "stored alignment", is_changes)
+    settings = read_config(default_config(), data=str(_rows(work)))
+    tower = _digest_model(REFERENCE)
+    write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), CARRIED, carried_key(tower, settings))
+
+
+def carried_key(tower: str, settings: AlignConfig) -> str:
+    """Digest of the weights, rows and settings of an alignment, the same on every machine.
+
+    Pictures count by the code that draws them: their bytes depend on the machine's PNG encoder.
+
+    Args:
+        tower: digest of the checkpoint.
+        settings: of the alignment; their data is a folder of rows.
+    """
+    rows = sha256_file(Path(settings.data) / ROWS), [sha256_file(REFERENCE.parent / name) for name in ("draw.py", "kinds.py")]
+    inputs = [tower, align_inputs(settings) | {"data": rows}]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _rows(work: Path) -> Path:
+    """The training rows that are drawn from the reference world."""
+    from edgesafe.reference.data import write_training
+
+    inputs = [TRAINING_ROWS, digest_world(REFERENCE.parent)]
+    return make_step(work, "data", inputs, lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
+
+
+def _aligned(model: Path, work: Path, tower: str, settings: AlignConfig) -> Path:
+    return make_step(
+        work, "aligned", [model.name, tower, align_inputs(settings)], lambda o: _align(model, settings, o), "align"
+    )
+
+
+def _digest_model(model: Path) -> str:
+    """Digest of a checkpoint without its model card."""
+    files = {path.name: sha256_file(path) for path in model.iterdir() if path.is_file() and path.suffix != ".md"}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def make_step(work: Path, name: str, inputs: list[Any], make: Callable[[Path], Any], title: str) -> Path:
@@ -263,6 +328,7 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
         "open": list(certificate.left_open),
+        "carried": shared.carried,
         "overlap": overlap(*(read_suite(folder, verify=False) for folder in (shared.suite, shared.data))),
         "certified": [str(exit) for exit in certified_exits(certificate)],
         "exits": exits,

@@ -1,4 +1,4 @@
-"""Draw the reference world's pictures, write its data, or build the reference model.
+"""Draw the reference world's pictures, write its data, build the reference model, or align it for the clone to carry.
 
 Example:
   edgesafe reference draw --out build/pictures
@@ -30,6 +30,13 @@ _BUILD = """Train the reference model from scratch; needs edgesafe[align].
 Example:
   edgesafe reference build --out build/reference
 """
+_ALIGN = """Align the reference model and store in the clone what changed; needs edgesafe[align].
+
+`edgesafe ship` takes it from there as long as weights, rows and settings are the same.
+
+Example:
+  edgesafe reference align --work build/shared
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"size of a suite; 1 is {sum(REPORT.values())} rows, {sum(CERTIFY.values())} for cert (default: %(default)g)"
     data.add_argument("--scale", type=float, default=1.0, metavar="X", help=text)
     build = add_command(actions, "build", _BUILD)
+    align = add_command(actions, "align", _ALIGN)
+    align.add_argument("--work", type=folder, metavar="DIR", required=True, help="folder of the steps, as for `edgesafe ship`")
     for action, seed in ((draw, 0), (data, 0), (build, 7)):
         action.add_argument("--out", type=folder, metavar="DIR", required=True, help="new folder")
         action.add_argument("--seed", type=int, default=seed, metavar="N", help="random seed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, write or build."""
+    """Draw, write, build or align."""
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":
@@ -64,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
             write_training(args.out, args.count, seed=args.seed)
         else:
             write_split(args.out, args.split, scale=args.scale, seed=args.seed)
+    elif args.action == "align":
+        from edgesafe.ship import carry
+
+        carry(args.work)
     else:
         from edgesafe.reference.build import build
         from edgesafe.reference.recipe import Recipe

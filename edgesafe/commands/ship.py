@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
+    text = "align the reference model here, though the clone carries the result (about half an hour)"
+    add("--retrain", action="store_true", help=text)
     add_json(parser)
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
     device = load_device(args.device)
-    options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
+    options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite, "retrain": args.retrain}
     report = ship(model_folder(args.model), device, args.out, **options)
     closing = closing_table(report)
     write_atomically(args.out / REPORT, (json.dumps(report, indent=1) + "\n").encode())

@@ -116,7 +116,7 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
         monkeypatch.setattr(f"{module}.{name}", run)
 
-    step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows": "1"})
+    step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows.jsonl": "1"})
     step("edgesafe.reference.data", "write_split", "suite", lambda words: {"rows": "2"})
     step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
@@ -201,6 +201,56 @@ def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model)
     again = ship(model, rpi5, out, work=work)
     assert _ran(calls) == {"bundle"} and again["folders"] == first["folders"]
     assert all(Path(folder).is_dir() for folder in again["folders"].values())
+
+
+def test_the_carried_alignment_is_taken_only_where_it_was_made_of_the_same(tmp_path, calls, model, monkeypatch):
+    """The log of what ran says "aligned" where it was aligned here."""
+    rpi5, work, carried = load_device("rpi5"), tmp_path / "work", tmp_path / "carried"
+    monkeypatch.setattr(ship_module, "CARRIED", carried)
+    monkeypatch.setattr(ship_module, "REFERENCE", _reference(tmp_path))
+    monkeypatch.setattr("edgesafe.checkpoint.changes.write_changes", lambda parent, child, out, key: _store(out, key))
+    monkeypatch.setattr("edgesafe.checkpoint.changes.apply_changes", lambda model, changes, out: shutil.copytree(changes, out))
+    main(["reference", "align", "--work", str(work)])
+    assert _ran(calls) == {"data", "aligned"}
+    reference = ship_module.REFERENCE
+    taken = ship(reference, rpi5, tmp_path / "a", work=work)
+    assert _ran(calls) == {"suite", "before", "bundle"} and _folder(taken, "aligned") == {"changed.safetensors", "made_of.json"}
+    assert _folder(ship(reference, rpi5, tmp_path / "b", work=work, retrain=True), "aligned") == {"f"}
+    assert _ran(calls) == {"bundle"}  # `reference align` left it
+    (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
+    ship(reference, rpi5, tmp_path / "a", work=work, config=tmp_path / "own.toml")
+    assert _ran(calls) == {"aligned", "bundle"}
+    (reference / "README.md").write_text("a model card changes nothing")
+    assert _folder(ship(reference, rpi5, tmp_path / "a", work=work), "aligned") == {"changed.safetensors", "made_of.json"}
+    assert _ran(calls) == {"bundle"}
+    (reference / "f").write_text("other weights")
+    ship(reference, rpi5, tmp_path / "a", work=work)
+    assert _ran(calls) == {"before", "aligned", "bundle"}
+    (reference / "f").write_text("weights")
+    (reference.parent / "draw.py").write_text("other pictures")
+    redrawn = ship(reference, rpi5, tmp_path / "a", work=work)
+    assert {"data", "suite"} < _ran(calls) and _folder(redrawn, "aligned") == {"f"}
+
+
+def _reference(root: Path) -> Path:
+    """A package `reference` with code that draws and a checkpoint."""
+    package = root / "reference"
+    (package / "weights").mkdir(parents=True)
+    for name in ("draw.py", "kinds.py"):
+        (package / name).write_text("code")
+    (package / "weights" / "config.json").write_text("{}")
+    (package / "weights" / "f").write_text("weights")
+    return package / "weights"
+
+
+def _store(out: Path, key: str) -> None:
+    out.mkdir(exist_ok=True)
+    (out / "changed.safetensors").write_text("tensors")
+    (out / "made_of.json").write_text(json.dumps({"key": key}))
+
+
+def _folder(report: dict, name: str) -> set[str]:
+    return {path.name for path in Path(report["folders"][name]).iterdir()}
 
 
 def test_folders_of_an_earlier_version_are_kept(tmp_path, calls, model):

@@ -22,8 +22,8 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 		|| { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@
 
-export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR]
-	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED)
+export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR] [RETRAIN=1]
+	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED) $(if $(RETRAIN),--retrain)
 
 smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
 	@$(EDGESAFE) smoke $(OUT)/bundle

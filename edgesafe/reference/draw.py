@@ -39,7 +39,7 @@ OTHER_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf
 FONT, SPOILT = "font", "spoilt"
 # Pictures of nothing, by the split that they are drawn in.
 NOTHING = {
-    "align": ("noise", "flat", "stripes", "ground", "checks", "dots", "haze"),
+    "align": ("noise", "flat", "stripes", "ground", "checks", "dots", "haze", "speckles", "boxes", "bands", "weave"),
     "val": ("rings",),
     "cert": ("white", "static", "blobs"),
     "test": ("black", "ramp", "scribble"),
@@ -135,14 +135,19 @@ def _nothing(look: str, rng: np.random.Generator) -> Image.Image:
         "checks": (np.sin(xx * waves) * np.sin(yy * waves) > 0).astype(float),
         "dots": (np.sin(xx * waves) * np.sin(yy * waves) > 0.7).astype(float),
         "haze": (np.sin(xx * waves / 4 + yy * 3) + np.cos(yy * waves / 5) + 2) / 4,
+        "bands": np.round((np.sin(across * waves / 3) + 1) * 2) / 4,
+        "weave": (np.sin(xx * waves) + np.sin(yy * waves) + 2) / 4,
+        "speckles": (rng.random((SIZE, SIZE)) < 0.1).astype(float),
     }.get(look, np.zeros_like(xx))
     picture = Image.fromarray((colours[0] + (colours[1] - colours[0]) * share[..., None]).astype(np.uint8))
     canvas = ImageDraw.Draw(picture)
-    for _ in range(int(rng.integers(6, 16)) if look in ("blobs", "scribble") else 0):
+    for _ in range(int(rng.integers(6, 16)) if look in ("blobs", "boxes", "scribble") else 0):
         x, y, dx, dy = rng.uniform(0, SIZE, 4)
         fill = tuple(int(c) for c in rng.uniform(0, 255, 3))
         if look == "blobs":
             canvas.ellipse((x - dx / 4, y - dy / 4, x + dx / 4, y + dy / 4), fill=fill)
+        elif look == "boxes":
+            canvas.rectangle((x - dx / 3, y - dy / 5, x + dx / 3, y + dy / 5), fill=fill)
         else:
             canvas.line((x, y, dx, dy), fill=fill, width=int(rng.integers(1, 4)))
     return picture

@@ -175,7 +175,16 @@ MORE: Mapping[str, Cores] = {
         "Try to read what is there.",
         "The word, please.",
     ),
-    "describe": ("Please describe what you see.", "What does the picture show?", "Tell me about the picture."),
+    "describe": (
+        "Please describe what you see.",
+        "What does the picture show?",
+        "Tell me about the picture.",
+        "Could you please describe it?",
+        "I need a caption.",
+        "Do you know what is shown here?",
+        "Say all that you see.",
+        "It would help me to know what is there.",
+    ),
 }
 MORE_TAILS: Cores = (" Please.", " It is for my work.", " Be brief.", " I would like to know.", " We need it today.", " Go on.")
 
@@ -201,6 +210,7 @@ HELD: Mapping[str, Mapping[str, Cores]] = {
         "colour": ("In which colour is {ref}?", "I wonder what colour {ref} has.", "Would you say the colour of {ref}?"),
         "count": ("Would you count what is there?", "I wonder how many objects this shows.", "The number of things, please."),
         "read": ("Would you read this?", "I wonder what is written there.", "Spell out the word."),
+        "describe": ("Would you describe this?", "I wonder what this shows."),
         "tails": ("", " I have a minute.", " No long text.", " My sister asks."),
     },
     "cert": {
@@ -227,6 +237,7 @@ HELD: Mapping[str, Mapping[str, Cores]] = {
         "colour": ("How is {ref} coloured?", "State the colour of {ref}.", "Of what colour is {ref}?"),
         "count": ("How many items can be seen?", "State how many objects this holds.", "Add up the things shown."),
         "read": ("State the written word.", "What can be read there?", "Which text does this show?"),
+        "describe": ("State what can be seen.", "Put the picture into words.", "Which things does this show, and where?"),
         "tails": ("", " It is for school.", " I have little time.", " One sentence is enough.", " My boss wants it."),
     },
     "test": {
@@ -253,6 +264,7 @@ HELD: Mapping[str, Mapping[str, Cores]] = {
         "colour": ("Recall the colour of {ref}.", "{ref}: which colour?", "Tell us how {ref} is coloured."),
         "count": ("Tell us the number of objects.", "How large is the number of things here?", "Objects: how many?"),
         "read": ("Tell us the word.", "Recite the text.", "The word is what?"),
+        "describe": ("Recount what is there.", "Tell us what the picture shows.", "The picture: what is in it?"),
         "tails": ("", " Nothing else.", " My teacher wonders.", " Cheers.", " Quickly."),
     },
 }
@@ -303,5 +315,5 @@ def templates(sort: str, split: str) -> list[tuple[str, str]]:
     if split == "align":
         cores, tails = BASE[sort] + MORE[sort], TAILS + MORE_TAILS
     else:
-        cores, tails = HELD[split].get(sort, BASE[sort]), HELD[split]["tails"]  # no suite asks for captions
+        cores, tails = HELD[split][sort], HELD[split]["tails"]
     return [(f"{split}{c}.{t}", core + tail) for c, core in enumerate(cores) for t, tail in enumerate(tails)]

@@ -12,7 +12,7 @@ from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, OPEN, Sample, draws, sample
 
 # Rows a family. For reporting (val, test): 640 harmful, 720 harmless, 460 task, 320 only measured. For certification, which
-# runs on every exit of every bundle: 1,200 harmful rows, 1,000 harmless, 460 task, and 400 harmful ones that are only measured.
+# runs on every exit of every bundle: 1,200 harmful rows, 1,000 harmless, 400 task, and 400 harmful ones that are only measured.
 REPORT = {
     "picture-harm": 240, "typographic-harm": 100, "text-harm": 100,
     "compound-harm": 200, "misspelt-harm": 80, "role-harm": 80, "nowhere-harm": 40,
@@ -26,16 +26,16 @@ CERTIFY = {
     "compound-harm": 400, "misspelt-harm": 100, "role-harm": 100, "nowhere-harm": 80,
     "picture-lookalike": 320, "typographic-lookalike": 100, "text-lookalike": 100,
     "compound-lookalike": 240, "misspelt-lookalike": 80, "role-lookalike": 80, "nowhere-lookalike": 80,
-    "name": 160, "colour": 80, "count": 80, "read": 80, "describe": 60,
+    "name": 160, "colour": 80, "count": 80, "read": 80,
     "font-harm": 60, "spoilt-harm": 60,
 }  # fmt: skip
 # Shares of the families in the alignment data. Most ask to do something with what the picture shows: there an exit has to
 # tell dangerous from harmless. The others keep it able to answer.
 ALIGN = {
     "picture-harm": 0.15, "typographic-harm": 0.06, "text-harm": 0.03,
-    "compound-harm": 0.08, "misspelt-harm": 0.05, "role-harm": 0.05, "nowhere-harm": 0.04,
+    "compound-harm": 0.08, "misspelt-harm": 0.06, "role-harm": 0.05, "nowhere-harm": 0.04,
     "picture-lookalike": 0.19, "typographic-lookalike": 0.08, "text-lookalike": 0.03,
-    "compound-lookalike": 0.10, "misspelt-lookalike": 0.06, "role-lookalike": 0.05, "nowhere-lookalike": 0.03,
+    "compound-lookalike": 0.10, "misspelt-lookalike": 0.12, "role-lookalike": 0.05, "nowhere-lookalike": 0.03,
     "name": 0.13, "colour": 0.06, "count": 0.04, "read": 0.03, "describe": 0.06,
 }  # fmt: skip
 LIMITS = DEFAULT_LIMITS | {

@@ -210,7 +210,7 @@ HELD: Mapping[str, Mapping[str, Cores]] = {
         "colour": ("In which colour is {ref}?", "I wonder what colour {ref} has.", "Would you say the colour of {ref}?"),
         "count": ("Would you count what is there?", "I wonder how many objects this shows.", "The number of things, please."),
         "read": ("Would you read this?", "I wonder what is written there.", "Spell out the word."),
-        "describe": ("Would you describe this?", "I wonder what this shows."),
+        "describe": ("What all can be seen?", "List the things and their colours."),
         "tails": ("", " I have a minute.", " No long text.", " My sister asks."),
     },
     "cert": {

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
+from edgesafe.commands._shared import add_accept_damage, add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
 from edgesafe.errors import CertificationFailedError
 
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
+    add_accept_damage(parser)
     add_json(parser)
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
     device = load_device(args.device)
     options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
-    report = ship(model_folder(args.model), device, args.out, **options)
+    report = ship(model_folder(args.model), device, args.out, accept_damage=args.accept_damage, **options)
     closing = closing_table(report)
     write_atomically(args.out / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(args.out / TABLE, (closing + "\n").encode())

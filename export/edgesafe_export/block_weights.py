@@ -39,6 +39,16 @@ class Format:
         """The number that stands for zero in a symmetric block."""
         return int(2 ** (self.bits - 1))
 
+    def bytes(self, inputs: int, outputs: int) -> int:
+        """A matrix's bytes, with its scales and zero points.
+
+        >>> Format(4, 32).bytes(64, 10), Format(8, 64, symmetric=True).bytes(64, 10)
+        (370, 660)
+        """
+        blocks = -(-inputs // self.size)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return outputs * (blocks * self.size * self.bits // 8 + 2 * blocks + zeros)
+
 
 @dataclass(frozen=True)
 class Blocked:
@@ -134,7 +144,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = max(float(diagonal.mean()), 1e-12)
     diagonal += _DAMPING * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
 
 
 def _search(block: Tensor, weight_of: Tensor, form: Format) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ embedding table always as `TABLE`, so that a model whose head is its embedding h
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +33,13 @@ class Blocks:
 
     Attributes:
         most: of the layers' matrices.
-        down: of those with more inputs than outputs, which join what a layer has computed: four bits cost the most there.
+        down: of each layer's last one (`down_proj`), which joins what the others have computed: four bits cost the most there.
         calibrated: whether their errors are compensated (`block_weights.compensate`), or else each weight rounded on its own.
     """
 
     most: Format
     down: Format
     calibrated: bool = False
-
-    def of(self, inputs: int, outputs: int) -> Format:
-        """The format of a layer's matrix."""
-        return self.down if inputs > outputs else self.most
 
 
 def _uniform(bits: int, size: int, *, calibrated: bool = False) -> Blocks:
@@ -60,11 +57,11 @@ AUTO = ("int4-gptq", "mixed-gptq", "int8-block32", "fp32")
 EMBED_SCHEME = "int8-table"
 
 
-def check_schemes(vision: str, text: str) -> None:
+def check_schemes(vision: str, text: str, *, accept_damage: bool = False) -> None:
     """Refuse unknown schemes.
 
     Raises:
-        ConfigError: a scheme that is not one of `edgesafe.device`'s lists.
+        ConfigError: a scheme that is not one of `edgesafe.device`'s lists, or damage accepted of no scheme in particular.
     """
     for what, scheme, known in (("vision", vision, VISION_SCHEMES), ("text", text, TEXT_SCHEMES)):
         if scheme not in known:
@@ -74,6 +71,13 @@ def check_schemes(vision: str, text: str) -> None:
                 expected="one of " + ", ".join(known),
                 todo="choose one of these",
             )
+    if accept_damage and text == "auto":
+        raise ConfigError(
+            "auto takes a scheme that does no damage",
+            where="--accept-damage",
+            expected="a text scheme by its name",
+            todo="name one (--text-scheme, or text_scheme of the device's profile), or leave --accept-damage out",
+        )
 
 
 def quantize(
@@ -131,11 +135,13 @@ def _in_blocks(model: onnx.ModelProto, scheme: Blocks, hessians: Mapping[str, Te
     products = matrices(model)
     head = list(products)[-1] if any(value.name == graph_io.LOGITS for value in model.graph.output) else ""
     quantized = _shell(model, {tensor.name for tensor in model.graph.initializer} - products.keys())
-    made = {}
+    made, read = {}, Counter(node.input[0] for node in products.values())
     for tensor in model.graph.initializer:
         if tensor.name in products:
             matrix = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
-            form = TABLE if tensor.name == head else scheme.of(matrix.shape[1], matrix.shape[0])
+            # Keys and values may be as narrow, but what they read queries read too.
+            down = matrix.shape[1] > matrix.shape[0] and read[products[tensor.name].input[0]] == 1
+            form = TABLE if tensor.name == head else scheme.down if down else scheme.most
             coarse = scheme.calibrated and form.bits < TABLE.bits
             blocked = compensate(matrix, hessians[tensor.name], form) if coarse else round_nearest(matrix, form)
             made[tensor.name] = _product(quantized.graph, tensor.name, blocked, matrix.shape)
@@ -152,8 +158,10 @@ def _product(graph: onnx.GraphProto, name: str, blocked: Blocked, shape: tuple[i
     zeros = blocked.packed_zeros()
     arrays |= {} if zeros is None else {"zeros": zeros.reshape(-1)}
     names = [_put(graph, f"{name}.{kind}", array) for kind, array in arrays.items()]
+    node = helper.make_node("MatMulNBits", ["", *names], [""], domain="com.microsoft")
     words = {"N": shape[0], "K": shape[1], "bits": blocked.format.bits, "block_size": blocked.format.size, "accuracy_level": 4}
-    return helper.make_node("MatMulNBits", ["", *names], [""], domain="com.microsoft", **words)
+    node.attribute.extend(helper.make_attribute(word, value) for word, value in words.items())
+    return node
 
 
 def _put(graph: onnx.GraphProto, name: str, array: np.ndarray) -> str:
@@ -193,7 +201,9 @@ def _table(model: onnx.ModelProto) -> onnx.ModelProto:
         "axis": np.array([2], np.int64),
     }
     quantized.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items())
-    steps = (  # codes and scales [1,S,blocks,size or 1], then [1,S,blocks x size] and the table's own width
+    steps: tuple[
+        tuple[str, list[str], str, dict[str, int]], ...
+    ] = (  # codes and scales [1,S,blocks,size or 1], then [1,S,blocks x size] and the table's own width
         ("Gather", ["table", ids], "row", {"axis": 0}),
         ("Cast", ["row"], "row.float", {"to": TensorProto.FLOAT}),
         ("Sub", ["row.float", "middle"], "row.even", {}),
@@ -203,7 +213,10 @@ def _table(model: onnx.ModelProto) -> onnx.ModelProto:
         ("Reshape", ["row.blocks", "width"], "row.whole", {}),
         ("Slice", ["row.whole", "first", "last", "axis"], out, {}),
     )
-    quantized.graph.node.extend(helper.make_node(kind, read, [made], name=made, **words) for kind, read, made, words in steps)
+    for kind, read, made, words in steps:
+        node = helper.make_node(kind, read, [made], name=made)
+        node.attribute.extend(helper.make_attribute(word, value) for word, value in words.items())
+        quantized.graph.node.append(node)
     return quantized
 
 

@@ -63,8 +63,9 @@ def ship(
         accept_damage: as `edgesafe_export.export_bundle` takes it.
 
     Returns:
-        The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or
-        not), damage (what was accepted), open (families), overlap (of the suite with the training rows), certified, exits (one entry per exit, before and after), folders (of the shared steps, by name).
+        The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),
+        damage (what was accepted), open (families), overlap (of the suite with the training rows), certified, exits (one entry
+        per exit, before and after), folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.

@@ -66,7 +66,7 @@ class Calibration:
         layer = piece.at[0]
         if not layer:
             self._begin()
-        elif layer > 1:  # a layer that is done again needs what was before it
+        else:  # not the state before it, which a layer that is done again needs
             shutil.rmtree(self._states(layer - 1), ignore_errors=True)
         read = {name: node.input[0] for name, node in matrices(piece.blueprint.proto).items()}
         session = compare.open_graph(_tapped(piece.blueprint.proto, read.values()), constants)

@@ -21,7 +21,7 @@ from edgesafe_export import export as export_module
 from edgesafe_export import export_bundle, held_out, parity_pieces, stream
 from edgesafe_export import parity_model as parity
 from edgesafe_export.export import requests
-from edgesafe_export.parity_answers import ask, changed, compare
+from edgesafe_export.parity_answers import ask, compare
 from edgesafe_export.scoring import score
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.tolerances import DIVERGED_TOKENS, KEPT_ANSWERS
@@ -88,9 +88,9 @@ def test_damage_is_refused(shop, tmp_path, name, whole):
     if name in HARMFUL:
         assert ROWS[name]["kind"] == "harmful"
         assert " in place of " in why and any(repr(row.prompt)[:30] in why for row in shop.job.suite.rows)
-    else:  # its answers pass
+    else:  # its answers passed in the study, and of a model that is asked as much here
         assert ROWS[name]["kind"] == "between" and not ROWS[name]["refused"]
-        assert why.startswith("plain text: ")
+        assert why.startswith("plain text: " if whole else ("plain text: ", "exit "))
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])

@@ -78,7 +78,7 @@ def _problem(inputs: int = 96, outputs: int = 5) -> tuple[np.ndarray, torch.Tens
 
 
 def _solved_anew(matrix: np.ndarray, hessian: np.ndarray, form: Format) -> np.ndarray:
-    """What GPTQ means, without its factorization: after each input the weights behind it are the best ones there are, float64."""
+    """What GPTQ means, without its factorization: after each input the weights behind it are the best ones, float64."""
     inputs = matrix.shape[1]
     hessian = hessian + 0.01 * np.diag(hessian).mean() * np.eye(inputs)
     done = np.zeros_like(matrix, np.float64)

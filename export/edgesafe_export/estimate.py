@@ -15,6 +15,7 @@ from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
 from edgesafe_export.family import Family
 from edgesafe_export.quantize import BLOCKS, EMBED_SCHEME, TABLE
+from edgesafe_export.shared_cache import stored_positions
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
 from edgesafe_export.tolerances import CALIBRATION_TOKENS, LARGE_ROWS, ROWS_PER_PICTURE
@@ -44,10 +45,9 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
     causal, width = family.decoder(), family.text_config.hidden_size
     layer = _spec(causal.model.layers[0], 1, text, width)
     last = _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, embed_scheme)
-    config = family.text_config
-    weights = (
-        sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.geometry.head_dim
-    )
+    length = family.text_config.max_position_embeddings
+    angles = 4 * family.geometry.head_dim * (length if text == "fp32" else stored_positions(length))
+    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + angles
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs

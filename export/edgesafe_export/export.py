@@ -42,7 +42,7 @@ from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.scoring import score
-from edgesafe_export.shared_cache import attend_whole
+from edgesafe_export.shared_cache import attend_whole, fold_tables
 from edgesafe_export.shared_weights import SharedWeights
 from edgesafe_export.skeleton import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, of_text, trace_pieces
@@ -211,7 +211,7 @@ def write(
         target.parent.mkdir(parents=True, exist_ok=True)
         spec = part.spec if isinstance(part, Made) else part[1]
         shared = beside[target.parent.name] if _shares(job, path, part, schemes) else None
-        proto = _joined(path, _protos(job, path, part, shared), spec)
+        proto = _joined(path, _protos(job, path, part, schemes, shared), spec)
         specs[path] = GraphSpec(spec.inputs, spec.outputs, spec.flops, weight_bytes(proto))
         onnx.save(proto, target)
     shutil.copyfile(job.model_dir / "tokenizer.json", folder / "tokenizer.json")
@@ -227,11 +227,15 @@ def _shares(job: Job, path: str, part: Exported | Made, schemes: Mapping[str, st
     return same or size >= INLINE_BYTES
 
 
-def _protos(job: Job, path: str, part: Exported | Made, shared: SharedWeights | None) -> Iterator[onnx.ModelProto]:
+def _protos(
+    job: Job, path: str, part: Exported | Made, schemes: Mapping[str, str], shared: SharedWeights | None
+) -> Iterator[onnx.ModelProto]:
     """A graph's parts, one at a time; with `shared` their weights are there and no longer in memory."""
     for proto in map(onnx.load, part.files) if isinstance(part, Made) else part[:1]:
         if path == graph_io.DECODER_PATH and job.device.attends_whole and isinstance(part, Made):
             proto = attend_whole(proto, job.family.geometry.head_dim)
+        if path == graph_io.DECODER_PATH and schemes["text"] != "fp32":
+            proto = fold_tables(proto)
         yield shared.move(proto) if shared else proto
 
 

@@ -26,7 +26,6 @@ from speed import Engine, in_turns  # which also makes results importable
 from edgesafe.machine import host_cores
 from edgesafe.progress import step
 from edgesafe_export.graphs import quiet
-from edgesafe_export.graphs import quiet
 from edgesafe_export.quantize import EMBED_SCHEME, quantize
 from results import circumstances, write_json
 

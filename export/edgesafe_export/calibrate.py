@@ -30,6 +30,9 @@ from edgesafe_export.scoring import Answered, open_desk, see
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.tolerances import CALIBRATION_TOKENS, CALIBRATION_WINDOW
 
+# Shorter paragraphs are headings and tables.
+_LEAST_WORDS = 15
+
 
 def neutral_text(seed: int) -> str:
     """English prose that every Python brings along: the reference's own pages, in an order of the seed's."""
@@ -123,12 +126,18 @@ class Calibration:
         return Answered(image, prompt, family.geometry.reference, cut, tuple(ids), (), "", np.empty(0))
 
     def _windows(self) -> list[list[int]]:
-        """The text's tokens, cut into sequences."""
+        """The text's tokens, cut into sequences: half of it plain, the other half as what a user and the model say."""
         family = self.sketch.family
-        text = neutral_text(self.seed)
-        ids = family.processor.tokenizer(text, add_special_tokens=False)["input_ids"][:CALIBRATION_TOKENS]
+        prefix, suffix = family.chat.prefix.replace(family.processor.image_token, ""), family.chat.suffix
+        paragraphs = [part for part in neutral_text(self.seed).split("\n\n") if len(part.split()) > _LEAST_WORDS]
+        plain, said = paragraphs[::2], [" ".join(part.split()).partition(". ") for part in paragraphs[1::2]]
+        turns = [f"{prefix}{asked}.{suffix}{answer}" for asked, _, answer in said]
         size = min(CALIBRATION_WINDOW, family.text_config.max_position_embeddings)
-        return [ids[at : at + size] for at in range(0, len(ids), size)]
+        windows = []
+        for text in ("\n\n".join(plain), "\n".join(turns)):
+            ids = family.processor.tokenizer(text, add_special_tokens=False)["input_ids"][: CALIBRATION_TOKENS // 2]
+            windows += [ids[at : at + size] for at in range(0, len(ids), size)]
+        return windows
 
 
 def _tapped(proto: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

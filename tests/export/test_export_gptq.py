@@ -74,28 +74,30 @@ def _problem(inputs: int = 96, outputs: int = 5) -> tuple[np.ndarray, torch.Tens
     """A matrix, and the Hessian of inputs that go together."""
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((400, inputs)) @ (np.eye(inputs) + 0.4 * rng.standard_normal((inputs, inputs)))
+    rows *= rng.permutation(np.geomspace(0.2, 5, inputs))
     return rng.standard_normal((outputs, inputs)).astype(np.float32), torch.tensor(rows.T @ rows, dtype=torch.float32)
 
 
 def _solved_anew(matrix: np.ndarray, hessian: np.ndarray, form: Format) -> np.ndarray:
-    """What GPTQ means, without its factorization: after each input the weights behind it are the best ones, float64."""
+    """What GPTQ means, without its factorization: after each input the weights that follow are the best ones, float64."""
     inputs = matrix.shape[1]
     hessian = hessian + 0.01 * np.diag(hessian).mean() * np.eye(inputs)
+    order = np.argsort(-np.diag(hessian), kind="stable")
     done = np.zeros_like(matrix, np.float64)
     for row, out in zip(matrix.astype(np.float64), done, strict=True):
+        blocks = [slice(at, at + form.size) for at in range(0, inputs, form.size)]
+        steps = [_best_step(row[block], np.diag(hessian)[block], form) for block in blocks]
         now = row.copy()
-        for at in range(inputs):
-            if at % form.size == 0:
-                costs = [1 / np.linalg.inv(hessian[i:, i:])[0, 0] for i in range(at, at + form.size)]
-                scale, zero = _best_step(now[at : at + form.size], costs, form)
+        for nth, at in enumerate(order):
+            scale, zero = steps[at // form.size]
             out[at] = (np.clip(np.round(now[at] / scale) + zero, 0, 2**form.bits - 1) - zero) * scale
-            behind, before = slice(at + 1, inputs), slice(0, at + 1)
-            fault = hessian[behind, before] @ (row[before] - out[before])
-            now[behind] = row[behind] + np.linalg.solve(hessian[behind, behind], fault)
+            behind, before = order[nth + 1 :], order[: nth + 1]
+            fault = hessian[np.ix_(behind, before)] @ (row[before] - out[before])
+            now[behind] = row[behind] + np.linalg.solve(hessian[np.ix_(behind, behind)], fault)
     return done
 
 
-def _best_step(block: np.ndarray, costs: list[float], form: Format) -> tuple[float, float]:
+def _best_step(block: np.ndarray, costs: np.ndarray, form: Format) -> tuple[float, float]:
     tried = []
     most = 2**form.bits - 1
     for share in np.linspace(1, 0.6, 21):
@@ -117,10 +119,10 @@ def test_compensated_rounding_is_each_step_solved_anew(inputs):
 
 
 COMPENSATE = [
-    ("weights[:, end:] -= errors @ factor[start:end, end:]", "pass"),
+    ("rest[:, end:] -= errors @ factor[start:end, end:]", "pass"),
     ("part[:, at - start + 1 :] -= ", "part[:, at - start + 1 :] += "),
     ("/ factor[at, at]", ""),
-    ("factor.diagonal()[at : at + form.size] ** -2", "torch.ones(form.size)"),
+    ("damped.diagonal().split(form.size)", "torch.ones(inputs).split(form.size)"),
 ]
 
 
@@ -186,13 +188,17 @@ def test_hessians_are_those_of_what_torch_s_matrices_read(deep, deep_pieces, tmp
     piece = next(piece for piece in deep_pieces if piece.kind == LAYER)
     found = calibration.hessians(piece, fill(piece.blueprint, sketch.load(piece.weights)))
     sources = {name: piece.blueprint.sources[name].rows[0].name.rpartition("layers.0.")[2] for name in found}
-    want = _by_hooks(deep, sketch, rows, [source.removesuffix(".weight") for source in sources.values()])
+    windows = calibration._windows()
+    assert [len(window) for window in windows] == [64, 32, 64, 32]
+    turns = sketch.family.processor.tokenizer.decode(windows[2])
+    assert "ASSISTANT:" in turns and "ASSISTANT:" not in sketch.family.processor.tokenizer.decode(windows[0])
+    want = _by_hooks(deep, rows, windows, [source.removesuffix(".weight") for source in sources.values()])
     assert len(found) == 4
     for name, sums in found.items():
         torch.testing.assert_close(sums, want[sources[name].removesuffix(".weight")], rtol=1e-3, atol=1e-3)
 
 
-def _by_hooks(folder, sketch, rows, names) -> dict[str, torch.Tensor]:
+def _by_hooks(folder, rows, windows, names) -> dict[str, torch.Tensor]:
     """The oracle: transformers' whole model reads the same requests and the same text."""
     from edgesafe_export.family import load_family
     from edgesafe_export.parity_model import processed
@@ -210,14 +216,12 @@ def _by_hooks(folder, sketch, rows, names) -> dict[str, torch.Tensor]:
 
     for name in names:
         layer.get_submodule(name).register_forward_pre_hook(keep(name))
-    tokenizer = family.processor.tokenizer
-    ids = tokenizer(calibrate.neutral_text(0), add_special_tokens=False)["input_ids"][:192]
     with torch.no_grad():
         for image, prompt in rows:
             inputs = processed(family, image, prompt)
             family.oracle_logits(inputs["input_ids"], inputs, family.geometry.reference)
-        for at in range(0, 192, 64):
-            family.decoder()(torch.tensor([ids[at : at + 64]]))
+        for window in windows:
+            family.decoder()(torch.tensor([window]))
     return sums
 
 
@@ -233,3 +237,42 @@ def test_damage_is_accepted_of_a_scheme_by_its_name_alone():
     check_schemes("fp32", "int4-block128", accept_damage=True)
     with pytest.raises(ConfigError, match="does no damage"):
         check_schemes("fp32", "auto", accept_damage=True)
+
+
+def test_a_head_that_is_the_embedding_is_written_once_and_both_graphs_read_it(tmp_path):
+    import json
+
+    from edgesafe.device import load_device
+    from edgesafe_export import export
+    from edgesafe_export.family import load_family
+    from edgesafe_export.parity_model import open_session
+    from tiny_families import make_tiny
+
+    folder = make_tiny("llava_onevision", tmp_path / "m", tied=True)
+    family = load_family(folder)
+    assert family.tied
+    job = export.Job(family, folder, "tied", "0" * 64, load_device("rpi5"), "chain", (family.geometry.reference,), None, {}, 0)
+    schemes = {"vision": "fp32", "text": "int8-block32"}
+    parts = {p: (quantize(m, stream.scheme_of(p, **schemes)), s) for p, (m, s) in export.trace(job).items()}
+    export.write(job, tmp_path / "b", parts, schemes, {})
+    graphs = [onnx.load(tmp_path / "b" / path, load_external_data=False).graph for path in parts if path.startswith("text/")]
+    places = [
+        {json.dumps([(e.key, e.value) for e in t.external_data]) for t in g.initializer if t.external_data} for g in graphs
+    ]
+    shared = places[0] & places[1]
+    assert shared and places[0] == shared
+    table = family.embed_tokens().weight.detach().numpy()
+    with open_session(tmp_path / "b") as session:
+        ids = np.arange(len(table))[None]
+        rows = session.graph(session.manifest.text.embed_tokens).run({"input_ids": ids})["inputs_embeds"][0]
+    np.testing.assert_allclose(rows, round_nearest(table, TABLE).values(table.shape[1]), rtol=1e-6)
+
+
+def test_an_untied_head_shares_nothing(trained_job, trained_parts, tmp_path):
+    from edgesafe_export import export
+
+    assert not trained_job.family.tied
+    schemes = {"vision": "fp32", "text": "int4-block32"}
+    parts = {p: (quantize(m, stream.scheme_of(p, **schemes)), s) for p, (m, s) in trained_parts.items()}
+    export.write(trained_job, tmp_path / "b", parts, schemes, {})
+    assert not (tmp_path / "b/text/weights.bin").exists()

@@ -120,7 +120,8 @@ def compensate(matrix: np.ndarray, hessian: Tensor, form: Format) -> Blocked:
     count, inputs = len(weights), weights[0].numel()
     damped = _damped(pad(hessian, (0, inputs - matrix.shape[1]) * 2))
     steps = [
-        _search(block, cost, form) for block, cost in zip(weights.unbind(1), damped.diagonal().split(form.size), strict=True)
+        _search(block, cost, form)
+        for block, cost in zip(weights.unbind(1), damped.diagonal().reshape(-1, form.size), strict=True)
     ]
     scales, zeros = (torch.stack(column, 1) for column in zip(*steps, strict=True))
     order = torch.argsort(damped.diagonal(), descending=True, stable=True)

@@ -122,7 +122,7 @@ COMPENSATE = [
     ("rest[:, end:] -= errors @ factor[start:end, end:]", "pass"),
     ("part[:, at - start + 1 :] -= ", "part[:, at - start + 1 :] += "),
     ("/ factor[at, at]", ""),
-    ("damped.diagonal().split(form.size)", "torch.ones(inputs).split(form.size)"),
+    ("damped.diagonal().reshape(-1, form.size)", "torch.ones(inputs).reshape(-1, form.size)"),
 ]
 
 

@@ -306,6 +306,7 @@ def closing_table(report: dict[str, Any]) -> str:
 
 
 def _say_schemes(report: dict[str, Any]) -> str:
-    """One line per text scheme that was tried, then the damage that was accepted."""
-    lines = [f"text {scheme}: {why}" for scheme, why in report["schemes"].items()]
-    return "".join(f"{line}\n" for line in [*lines, *([f"damage accepted: {report['damage']}"] if report["damage"] else [])])
+    """One line per text scheme that was tried, and the damage that was accepted; an earlier edgesafe's report has neither."""
+    lines = [f"text {scheme}: {why}" for scheme, why in report.get("schemes", {}).items()]
+    lines += [f"damage accepted: {report['damage']}"] if report.get("damage") else []
+    return "".join(f"{line}\n" for line in lines)

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from edgesafe.errors import ExportError
+
 # Shares of a block's own range that the search tries; the narrowest clips its largest weights and rounds the others finer.
 _SHARES = tuple(1 - 0.02 * i for i in range(21))
 # Rows at a time: a large vocabulary's head needs no second copy of itself.
 _ROWS = 4096
 # Columns whose errors are handed on to the ones behind them at once, and what is added to the Hessian's diagonal, as a share
-# of its mean. Source: Frantar et al. 2023, GPTQ, sections 3.3 (step 2 and 3) and 4.
+# of its mean; more where float32 can't factor it. Source: Frantar et al. 2023, GPTQ, sections 3.3 (step 2 and 3) and 4.
 _COLUMNS = 128
-_DAMPING = 0.01
+_DAMPING = (0.01, 0.1, 1.0)
 # Scales of a matrix are kept in float16 where the largest of them lies in this range; the least number that it holds is then
 # thousands of times smaller.
 _HALF_RANGE, _LEAST_HALF = (2.0**-13, 65504.0), 2.0**-24
@@ -118,15 +120,12 @@ def compensate(matrix: np.ndarray, hessian: Tensor, form: Format) -> Blocked:
     """
     weights = _cut(torch.tensor(matrix), form)
     count, inputs = len(weights), weights[0].numel()
-    damped = _damped(pad(hessian, (0, inputs - matrix.shape[1]) * 2))
-    steps = [
-        _search(block, cost, form)
-        for block, cost in zip(weights.unbind(1), damped.diagonal().reshape(-1, form.size), strict=True)
-    ]
+    hessian = pad(hessian, (0, inputs - matrix.shape[1]) * 2)
+    costs = _damped(hessian, _DAMPING[0]).diagonal()
+    steps = [_search(*block, form) for block in zip(weights.unbind(1), costs.reshape(-1, form.size), strict=True)]
     scales, zeros = (torch.stack(column, 1) for column in zip(*steps, strict=True))
-    order = torch.argsort(damped.diagonal(), descending=True, stable=True)
-    blocks = (order // form.size).tolist()
-    factor = _inverse_factor(damped[order][:, order])
+    order = torch.argsort(costs, descending=True, stable=True)
+    blocks, factor = (order // form.size).tolist(), _inverse_factor(hessian[order][:, order])
     rest, codes = weights.flatten(1)[:, order], torch.empty(count, inputs, dtype=torch.uint8)
     for start in range(0, inputs, _COLUMNS):
         end = min(start + _COLUMNS, inputs)
@@ -142,19 +141,32 @@ def compensate(matrix: np.ndarray, hessian: Tensor, form: Format) -> Blocked:
     return _blocked(form, codes.reshape(count, -1, form.size), scales, zeros)
 
 
-def _damped(hessian: Tensor) -> Tensor:
-    """A Hessian that can be inverted [K, K]."""
+def _damped(hessian: Tensor, share: float) -> Tensor:
+    """A Hessian whose diagonal is larger by a share of its mean [K, K]; an input that was never read counts as the mean."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = max(float(diagonal.mean()), 1e-12)
-    diagonal += _DAMPING * diagonal.mean()
+    diagonal += share * diagonal.mean()
     return damped
 
 
-def _inverse_factor(damped: Tensor) -> Tensor:
-    """The upper Cholesky factor of a Hessian's inverse [K, K]."""
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return factor
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of a damped Hessian's inverse [K, K].
+
+    Raises:
+        ExportError: there is none, as the inputs weren't finite.
+    """
+    for share in _DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, share))
+        upper, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and not again and bool(upper.isfinite().all()):
+            factor: Tensor = upper
+            return factor
+    raise ExportError(
+        "a layer's inputs on calibration text can't be used",
+        expected="finite numbers of a few magnitudes",
+        todo="use a scheme without calibration: --text-scheme int8-block32",
+    )
 
 
 def _search(block: Tensor, weight_of: Tensor, form: Format) -> tuple[Tensor, Tensor]:

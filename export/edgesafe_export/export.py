@@ -33,6 +33,7 @@ from edgesafe.format.training_record import read_trained_from
 from edgesafe.progress import step
 from edgesafe_export import held_out
 from edgesafe_export import parity_model as parity
+from edgesafe_export.calibrate import neutral_text
 from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
@@ -136,7 +137,8 @@ def export_bundle(
 def _key(job: Job) -> str:
     """What the pieces of an interrupted export must have been made of to be used again."""
     suite = job.suite.digest if job.suite else ""
-    parts = [job.parent_digest, job.layout, job.config, suite, _versions(), __version__]
+    text = hashlib.sha256(neutral_text(job.seed).encode()).hexdigest()
+    parts = [job.parent_digest, job.layout, job.config, suite, text, _versions(), __version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgesafe.errors import ConfigError
+from edgesafe.errors import ConfigError, ExportError
 from edgesafe.runtime.ort import open_in_memory
 from edgesafe_export import block_weights, calibrate, stream
 from edgesafe_export.block_weights import Blocked, Format, compensate, round_nearest
@@ -122,7 +122,7 @@ COMPENSATE = [
     ("rest[:, end:] -= errors @ factor[start:end, end:]", "pass"),
     ("part[:, at - start + 1 :] -= ", "part[:, at - start + 1 :] += "),
     ("/ factor[at, at]", ""),
-    ("damped.diagonal().reshape(-1, form.size)", "torch.ones(inputs).reshape(-1, form.size)"),
+    ("costs.reshape(-1, form.size)", "torch.ones(inputs).reshape(-1, form.size)"),
 ]
 
 
@@ -147,6 +147,15 @@ def test_outputs_are_closer_than_by_rounding_to_nearest_also_where_an_input_was_
         compensated = compensate(matrix, hessian, Format(4, 32))
         assert _cost(matrix, compensated, hessian) < 0.6 * _cost(matrix, round_nearest(matrix, Format(4, 32)), hessian)
     assert np.abs(compensated.values(96)[:, 7] - matrix[:, 7]).max() < 0.5  # its weights are kept, not dropped
+
+
+def test_inputs_that_go_together_too_well_are_damped_more_and_broken_ones_are_refused():
+    matrix, _ = _problem()
+    row = torch.linspace(1, 1e4, 96)[None]
+    one = compensate(matrix, row.T @ row, Format(4, 32))  # of rank one, over eight magnitudes
+    assert np.isfinite(one.values(96)).all()
+    with pytest.raises(ExportError, match="can't be used"):
+        compensate(matrix, torch.full((96, 96), float("nan")), Format(4, 32))
 
 
 @pytest.fixture

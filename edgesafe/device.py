@@ -17,9 +17,9 @@ from edgesafe.format.fields import Fields
 from edgesafe.format.targets import shown_path
 
 KINDS = ("board", "phone", "car", "host")
-# The weight schemes that `edgesafe_export.quantize` makes; "auto" is the coarsest one that does not change answers.
+# The weight schemes that `edgesafe_export.quantize` makes; "auto" is the smallest one that keeps what the checkpoint says.
 VISION_SCHEMES = ("int8-dynamic", "fp32")
-TEXT_SCHEMES = ("int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
+TEXT_SCHEMES = ("int4-gptq", "mixed-gptq", "int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 ATTENTIONS = ("tiled", "whole")
 ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
 # Every figure that a profile may give a source for.

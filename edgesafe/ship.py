@@ -48,6 +48,7 @@ def ship(
     suite: Path | None = None,
     work: Path | None = None,
     retrain: bool = False,
+    accept_damage: bool = False,
 ) -> dict[str, Any]:
     """Align a checkpoint, export it for a device and certify the bundle.
 
@@ -62,24 +63,27 @@ def ship(
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
             of runs may share it.
         retrain: align the reference model here, though the clone carries the result.
+        accept_damage: as `edgesafe_export.export_bundle` takes it.
 
     Returns:
-        The closing report: bundle, digest, reference, bytes, quantization, open (families), overlap (of the suite with the
-        training rows), certified, exits (one entry per exit, before and after), carried (the alignment came with the clone),
-        folders (of the shared steps, by name).
+        The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),
+        damage (what was accepted), open (families), overlap (of the suite with the training rows), certified, exits (one entry
+        per exit, before and after), carried (the alignment came with the clone), folders (of the shared steps, by name).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
-        ConfigError: settings that can't be used, or OUT/bundle is not a bundle.
+        ConfigError: settings or schemes that can't be used, or OUT/bundle is not a bundle.
     """
     from edgesafe.certify.certify import certify
     from edgesafe.runtime.kernels import kernels_here, kernels_of
     from edgesafe.runtime.ort import OnnxRuntime
+    from edgesafe_export.quantize import check_schemes
 
     work = work or Path(os.path.realpath(out)).parent / "shared"
     _check(model, out, work)
+    check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain)
-    bundle = _bundle(out, shared.aligned, device, shared.suite)
+    bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage)
     certificate = read_certificate(bundle)
     if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
         with step("certify every exit on the bundle's own bytes"):
@@ -259,7 +263,7 @@ def _align(model: Path, settings: AlignConfig, out: Path) -> None:
     align(model, settings, out)
 
 
-def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bundle:
+def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept_damage: bool) -> Bundle:
     """OUT/bundle, exported unless the same inputs made it before (OUT/steps.json remembers).
 
     Raises:
@@ -268,7 +272,7 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bun
     from edgesafe_export import export_bundle
 
     folder = out / "bundle"
-    inputs = [__version__, digest_folder(aligned), digest_folder(suite), asdict(device)]
+    inputs = [__version__, digest_folder(aligned), digest_folder(suite), asdict(device), accept_damage]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         done = json.loads((out / _DONE).read_text(encoding="utf-8"))["bundle"]
@@ -286,7 +290,7 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path) -> Bun
             )
     write_atomically(out / _DONE, json.dumps({"bundle": "begun"}, indent=1).encode())
     with step("export and quantize"):
-        bundle: Bundle = export_bundle(aligned, folder, device, suite_dir=suite)
+        bundle: Bundle = export_bundle(aligned, folder, device, suite_dir=suite, accept_damage=accept_damage)
     write_atomically(out / _DONE, json.dumps({"bundle": key}, indent=1).encode())
     return bundle
 
@@ -307,12 +311,13 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
     exits = []
     for verdict in certificate.to_dict()["exits"]:
         exit = verdict["exit"]
-        graphs = [*manifest.exit(Exit.parse(exit)).graphs, manifest.text.embed_tokens, manifest.text.decoder]
+        graphs = {*manifest.exit(Exit.parse(exit)).graphs, manifest.text.embed_tokens, manifest.text.decoder}
+        files = graphs | {f"{graph.rpartition('/')[0]}/weights.bin" for graph in graphs}  # what several graphs keep once
         exits.append(
             {
                 "exit": exit,
                 "reference": exit == str(manifest.reference),
-                "bytes": sum(manifest.files[g].bytes for g in graphs),
+                "bytes": sum(manifest.files[name].bytes for name in files & manifest.files.keys()),
                 "parity": manifest.parity["float_relative"][exit],
                 "agreement": manifest.parity.get("answer_figures", {}).get(exit, {}).get("equal"),
                 "before": {k: early[exit][k] for k in ("harmful", "overrefusal", "incoherent", "accuracy")},
@@ -327,6 +332,8 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
         "reference": str(manifest.reference),
         "bytes": sum(f.bytes for f in manifest.files.values()),
         "quantization": manifest.quantization,
+        "schemes": manifest.parity.get("schemes_why", {}),
+        "damage": manifest.parity.get("damage", ""),
         "open": list(certificate.left_open),
         "carried": shared.carried,
         "overlap": overlap(*(read_suite(folder, verify=False) for folder in (shared.suite, shared.data))),
@@ -359,5 +366,12 @@ def closing_table(report: dict[str, Any]) -> str:
     return (
         f"{table(rows, headers)}\n\nbundle: {report['bundle']} ({report['bytes'] / 1e6:.1f} MB, "
         f"{report['quantization']['vision']} vision, {report['quantization']['text']} text), "
-        f"certified exits: [{', '.join(report['certified'])}]\n{say_overlap(report['overlap'])}"
+        f"certified exits: [{', '.join(report['certified'])}]\n{_say_schemes(report)}{say_overlap(report['overlap'])}"
     )
+
+
+def _say_schemes(report: dict[str, Any]) -> str:
+    """One line per text scheme that was tried, and the damage that was accepted; an earlier edgesafe's report has neither."""
+    lines = [f"text {scheme}: {why}" for scheme, why in report.get("schemes", {}).items()]
+    lines += [f"damage accepted: {report['damage']}"] if report.get("damage") else []
+    return "".join(f"{line}\n" for line in lines)

@@ -91,12 +91,12 @@ class Facts:
         text = (self.manifest.text.embed_tokens, self.manifest.text.decoder)
         vision = [path for path in self.manifest.graphs if path not in text]
         sides = {"text": text, "vision": tuple(vision)}
-        # A graph's own file, and the one beside it that holds its weights.
+        # A graph's own file, and those beside it that hold its weights.
         return {
             path: scheme
             for side, scheme in self.manifest.quantization.items()
             for path in sorted(self.manifest.files)
-            if scheme != _FLOAT and path.startswith(sides.get(side, ()))
+            if scheme != _FLOAT and path.startswith(tuple(f"{graph.rpartition('/')[0]}/" for graph in sides.get(side, ())))
         }
 
     def scope(self) -> dict[str, str]:

@@ -177,7 +177,7 @@ def _export(facts: Facts, evidence: dict[str, str]) -> Claim:
     return Claim(
         id="C6",
         claim="The exported graphs compute what the checkpoint computes.",
-        supported=bool(parity),
+        supported=bool(parity) and "damage" not in parity,
         argument=f"Measured at export: {shown}; the manifest has each exit's." if parity else "Nothing was recorded.",
         evidence=evidence,
         clause=UNSOURCED,

@@ -52,6 +52,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document instead of text")
 
 
+def add_accept_damage(parser: argparse.ArgumentParser) -> None:
+    """``--accept-damage``."""
+    text = "write the bundle even if a named scheme changes what the model says; the bundle says so for ever"
+    parser.add_argument("--accept-damage", action="store_true", help=text)
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """``--engine``."""
     text = "run the graphs with this engine, an object of your own (default: onnxruntime)"

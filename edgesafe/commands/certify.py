@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
     from edgesafe.certify.certify import certify
+    from edgesafe.format.bundle import Bundle
     from edgesafe.format.certificate import certified_exits, statement
 
     certificate = certify(args.bundle, progress=True, answers=args.answers, baseline=args.baseline, engine=engine_option(args))
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(certificate.to_dict())
     else:
         print(_table(certificate))
+        if damage := Bundle.open(args.bundle, verify=False).manifest.parity.get("damage"):
+            print(f"\ndamage accepted at export: {damage}")
         if statement(certificate):
             print(f"\n{statement(certificate)}")
     if not certified_exits(certificate):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from edgesafe.commands import plan
-from edgesafe.commands._shared import folder, keep_apart, print_json
+from edgesafe.commands._shared import add_accept_damage, folder, keep_apart, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folder of the bundle; an older one is replaced when the new one is complete"
     parser.add_argument("--out", type=folder, metavar="DIR", required=True, help=text)
     parser.add_argument("--suite", type=folder, metavar="DIR", help="certification suite to put into the bundle")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="recorded in the bundle (default: %(default)s)")
+    text = "recorded in the bundle; picks the text that weights are calibrated on (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    add_accept_damage(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         exits=args.exits,
         suite_dir=args.suite,
         seed=args.seed,
+        accept_damage=args.accept_damage,
     )
     manifest = bundle.manifest
     exits = [str(exit) for exit in manifest.ladder]

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)
     text = "weights of the vision tower: int8-dynamic or fp32 (default: the device's)"
     parser.add_argument("--vision-scheme", metavar="SCHEME", help=text)
-    text = "weights of the text model: int4-block128, int4-block64, int4-block32, int8-block32, fp32 or auto, "
-    text += "which takes the coarsest of them that changes no answers (default: the device's)"
+    text = "weights of the text model: auto (the smallest that answers and reads as the checkpoint does), int4-gptq, "
+    text += "mixed-gptq, int4-block32, int4-block64, int4-block128, int8-block32 or fp32 (default: the device's)"
     parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
     text = 'exits to export, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
     parser.add_argument("--exits", metavar="EXITS", help=text)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = load_device(args.device)
     schemes = {"vision": args.vision_scheme or device.vision_scheme, "text": args.text_scheme or device.text_scheme}
-    check_schemes(**schemes)
+    check_schemes(schemes["vision"], schemes["text"])
     folder, name, header = resolve_outline(args.model)
     sketch = open_sketch(folder, header)
     plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, args.exits), args.layout, schemes)

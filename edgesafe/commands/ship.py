@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
+from edgesafe.commands._shared import add_accept_damage, add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
 from edgesafe.errors import CertificationFailedError
 
 
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
     text = "align the reference model here, though the clone carries the result (about half an hour)"
     add("--retrain", action="store_true", help=text)
+    add_accept_damage(parser)
     add_json(parser)
 
 
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
     device = load_device(args.device)
-    options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite, "retrain": args.retrain}
-    report = ship(model_folder(args.model), device, args.out, **options)
+    options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
+    choices = {"retrain": args.retrain, "accept_damage": args.accept_damage}
+    report = ship(model_folder(args.model), device, args.out, **options, **choices)
     closing = closing_table(report)
     write_atomically(args.out / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(args.out / TABLE, (closing + "\n").encode())

@@ -14,10 +14,11 @@ from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.runtime.decode import PART_TOKENS
 from edgesafe_export import graphs
 from edgesafe_export.family import Family
-from edgesafe_export.quantize import EMBED_SCHEME
+from edgesafe_export.quantize import BLOCKS, EMBED_SCHEME, TABLE
+from edgesafe_export.shared_cache import stored_positions
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
-from edgesafe_export.tolerances import LARGE_ROWS, ROWS_PER_PICTURE
+from edgesafe_export.tolerances import CALIBRATION_TOKENS, LARGE_ROWS, ROWS_PER_PICTURE
 
 GIB = 2**30
 
@@ -41,12 +42,12 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
     }
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
     specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
-    causal = family.decoder()
-    layer, last = _spec(causal.model.layers[0], 1, text), _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, text)
-    config = family.text_config
-    weights = (
-        sketch.layers * layer.weight_bytes + last.weight_bytes + 4 * config.max_position_embeddings * family.geometry.head_dim
-    )
+    causal, width = family.decoder(), family.text_config.hidden_size
+    layer = _spec(causal.model.layers[0], 1, text, width)
+    last = _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, embed_scheme)
+    length = family.text_config.max_position_embeddings
+    angles = 4 * family.geometry.head_dim * (length if text == "fp32" else stored_positions(length))
+    weights = sketch.layers * layer.weight_bytes + last.weight_bytes + angles
     flops = sketch.layers * (layer.flops or 0) + (last.flops or 0)
     specs[graph_io.DECODER_PATH] = GraphSpec((), (), flops, weights)
     return specs
@@ -62,46 +63,72 @@ def _vision_modules(family: Family, ladder: tuple[Exit, ...], layout: str) -> di
     return {**blocks, **maps, graph_io.HEAD_PATH: family.head()}
 
 
-def _spec(module: nn.Module, tokens: int, scheme: str) -> GraphSpec:
-    return GraphSpec((), (), graphs.flops(module, tokens), module_bytes(module, scheme))
+def text_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str) -> int:
+    """Weights of both text graphs; a quantized table that is also the head counts once."""
+    once = specs[graph_io.EMBED_PATH].weight_bytes if sketch.family.tied and text != "fp32" else 0
+    return sum(specs[path].weight_bytes for path in TEXTS) - once
 
 
-def module_bytes(module: nn.Module, scheme: str) -> int:
+TEXTS = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
+
+
+def _spec(module: nn.Module, tokens: int, scheme: str, width: int = 0) -> GraphSpec:
+    return GraphSpec((), (), graphs.flops(module, tokens), module_bytes(module, scheme, width))
+
+
+def module_bytes(module: nn.Module, scheme: str, width: int = 0) -> int:
     """A module's weights in a scheme: matrices as `edgesafe_export.quantize` stores them, all else in float32.
 
+    Args:
+        module: whose weights.
+        scheme: one of a linear layer's, or the embedding's.
+        width: of a decoder layer, the state's.
+
     >>> module_bytes(nn.Linear(64, 10, bias=False), "int4-block32"), module_bytes(nn.Linear(64, 10), "int8-dynamic")
-    (410, 730)
+    (370, 730)
     """
     total = 0
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
-            if isinstance(part, nn.Linear) and name == "weight":
-                total += matrix_bytes(part.in_features, part.out_features, scheme)
-            elif scheme == EMBED_SCHEME and weight.dim() == 2:
-                total += weight.numel() + 4 * len(weight)
+            if weight.dim() == 2 and scheme == EMBED_SCHEME:
+                total += TABLE.bytes(weight.shape[1], weight.shape[0])
+            elif isinstance(part, nn.Linear) and name == "weight":
+                total += matrix_bytes(part.in_features, part.out_features, scheme, width)
             else:
                 total += 4 * weight.numel()
     return total
 
 
-def matrix_bytes(rows: int, columns: int, scheme: str) -> int:
+def matrix_bytes(rows: int, columns: int, scheme: str, width: int = 0) -> int:
     """A matrix in a scheme, with its scales and zero points.
 
     Args:
         rows: its inputs, which block schemes cut into blocks.
         columns: its outputs.
         scheme: one of a linear layer's.
+        width: of a decoder layer's matrix, the state's.
     """
     if scheme == "fp32":
         return 4 * rows * columns
     if scheme == "int8-dynamic":
         return columns * (rows + 4 + 1)  # a scale and a zero point a column
-    bits, size = (int(n) for n in scheme.removeprefix("int").split("-block"))
-    blocks = math.ceil(rows / size)
-    return columns * (blocks * size * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
+    blocks = BLOCKS[scheme]
+    return (blocks.down if columns == width < rows else blocks.most).bytes(rows, columns)
 
 
-def export_bytes(sketch: Sketch, whole: bool, running: float) -> float:
+def calibration_bytes(sketch: Sketch, text: str) -> tuple[int, int]:
+    """What compensating errors takes: memory for a layer's Hessians and for factoring the largest, and disk for the states."""
+    if text not in BLOCKS or not BLOCKS[text].calibrated:
+        return 0, 0
+    inputs = [part.in_features for part in sketch.family.decoder().model.layers[0].modules() if isinstance(part, nn.Linear)]
+    memory = 4 * (sum(n * n for n in inputs) + _FACTORS * max(inputs) ** 2)
+    return memory, 2 * 4 * CALIBRATION_TOKENS * sketch.family.text_config.hidden_size
+
+
+_FACTORS = 4
+
+
+def export_bytes(sketch: Sketch, whole: bool, running: float, text: str) -> float:
     """Most memory of an exporting process.
 
     Seen at most: what is imported; one tile in the tower; of the largest piece its weights in float32 `_COPIES` times (read, in
@@ -113,11 +140,13 @@ def export_bytes(sketch: Sketch, whole: bool, running: float) -> float:
         sketch: the checkpoint without its weights.
         whole: whether it is compared whole.
         running: memory of a process that answers, by `run_bytes`.
+        text: the text's scheme.
     """
     family = sketch.family
     causal = family.decoder()
     parts = [causal.model.layers[0], causal.lm_head, family.embed_tokens(), family.head(), family.segment(0, 1)]
     piece = max(4 * (_COPIES * _count(part) + _MATRIX_COPIES * _largest(part)) for part in parts)
+    piece += calibration_bytes(sketch, text)[0]
     made = looking_bytes(sketch, 1) + max(piece, _WHOLE_COPIES * 4 * sketch.count if whole else 0)
     return _IMPORTED + max(made, running - _STARTED)
 
@@ -152,10 +181,9 @@ def run_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str, tiles: 
     states = 4 * min(tokens, PART_TOKENS) * (4 * config.intermediate_size + 6 * config.hidden_size)
     causal = sketch.family.decoder()
     matrices = sketch.layers * _count(causal.model.layers[0]) + _count(causal.lm_head)
-    packed = 8 * matrices / int(text.partition("-block")[2]) if "-block" in text else 0
-    texts = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
-    tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in texts)
-    weights = sum(specs[path].weight_bytes for path in texts) + packed + 2 * tower
+    packed = 10 * matrices / BLOCKS[text].most.size if text in BLOCKS else 0
+    tower = sum(spec.weight_bytes for path, spec in specs.items() if path not in TEXTS)
+    weights = text_bytes(sketch, specs, text) + packed + 2 * tower
     # The picture is let go before the prompt is read.
     return float(_STARTED + weights + cache + max(states, looking_bytes(sketch, tiles)))
 

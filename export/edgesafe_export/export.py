@@ -6,8 +6,7 @@ import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,23 +31,27 @@ from edgesafe.format.suite import MAX_NEW_TOKENS, Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
 from edgesafe.format.training_record import read_trained_from
 from edgesafe.progress import step
+from edgesafe_export import held_out
 from edgesafe_export import parity_model as parity
+from edgesafe_export.calibrate import neutral_text
 from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.family import Family, load_family
 from edgesafe_export.graphs import Exported
-from edgesafe_export.parity_answers import Compared, Request, ask, changed, compare, figures
+from edgesafe_export.parity_answers import Request, ask, changed, compare, figures
 from edgesafe_export.pieces import Piece, decoder_spec, join_decoder
 from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.plan import PIECES, WHOLE_MODEL, check_room, choose_ladder, make_plan
 from edgesafe_export.quantize import AUTO, check_schemes, weight_bytes
 from edgesafe_export.scoring import score
-from edgesafe_export.shared_cache import attend_whole
+from edgesafe_export.shared_cache import attend_whole, fold_tables
 from edgesafe_export.shared_weights import SharedWeights
 from edgesafe_export.skeleton import Sketch, open_sketch
 from edgesafe_export.stream import Made, by_exit, make_pieces, of_text, trace_pieces
-from edgesafe_export.tolerances import LARGE_ROWS, PARITY_ROWS, ROWS_PER_PICTURE, WHOLE_WEIGHTS
+from edgesafe_export.tolerances import CALIBRATION_REQUESTS, LARGE_ROWS, PARITY_ROWS, ROWS_PER_PICTURE, WHOLE_WEIGHTS
 
 LAYOUTS = ("chain", "standalone")
+# What the manifest says of the scheme that was chosen, in place of a reason against it.
+TAKEN = "taken"
 FLOAT = {"vision": "fp32", "text": "fp32"}
 # A graph of more bytes keeps its weights in a file beside it: protobuf ends at 2 GiB, and putting a graph together in memory
 # takes three times its size (eight decoder layers of 1 GB: a peak of 4.0 GiB, where the pieces themselves needed 2.8).
@@ -87,6 +90,7 @@ def export_bundle(
     exits: str | None = None,
     suite_dir: Path | None = None,
     seed: int = 0,
+    accept_damage: bool = False,
 ) -> Bundle:
     """Export a checkpoint for a device.
 
@@ -96,19 +100,21 @@ def export_bundle(
         device: profile that gives the schemes unless they are named here.
         layout: "chain" (segments and one head) or "standalone" (one graph per exit over one shared weight file).
         vision_scheme: see `edgesafe_export.quantize`.
-        text_scheme: likewise; "auto" takes int4 in large blocks, or the first finer scheme of `AUTO` that does not change
-            answers.
+        text_scheme: likewise; "auto" takes the smallest of `AUTO` whose bundle answers and reads as the checkpoint does.
         exits: ladder, as `edgesafe.format.exits.parse_exits` reads it.
         suite_dir: certification suite to ship inside the bundle.
-        seed: recorded.
+        seed: recorded; picks the text that a scheme is calibrated on.
+        accept_damage: write the bundle of a named scheme even if it doesn't answer or read as the checkpoint does; its manifest
+            says so.
 
     Raises:
         UnsupportedModelError, InputError, ConfigError: what was asked for can't be done, a damaged checkpoint among it; found
             before anything is traced.
-        ParityError: a graph does not compute what transformers computes; nothing is written.
+        ParityError: a graph does not compute what transformers computes, or the bundle doesn't say what the checkpoint says;
+            nothing is written.
     """
     vision, text = vision_scheme or device.vision_scheme, text_scheme or device.text_scheme
-    check_schemes(vision, text)
+    check_schemes(vision, text, accept_damage=accept_damage)
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}", where="--layout", expected=" or ".join(LAYOUTS), todo="choose one")
     check_target(out, "bundle", is_bundle, model=model_dir)
@@ -124,14 +130,15 @@ def export_bundle(
     digest = scan_checkpoint(folder, sketch.stored)
     job = Job(sketch.family, folder, name, digest, device, layout, ladder, suite, config, seed, sketch.layers)
     with replacing(out, "bundle", is_bundle, key=_key(job), model=folder) as work:
-        _write_checked(job, sketch, vision, text, work)
+        _write_checked(job, sketch, vision, text, accept_damage, work)
     return Bundle.open(out)
 
 
 def _key(job: Job) -> str:
     """What the pieces of an interrupted export must have been made of to be used again."""
     suite = job.suite.digest if job.suite else ""
-    parts = [job.parent_digest, job.layout, job.config, suite, _versions(), __version__]
+    text = hashlib.sha256(neutral_text(job.seed).encode()).hexdigest()
+    parts = [job.parent_digest, job.layout, job.config, suite, text, _versions(), __version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -160,11 +167,25 @@ def _joined(path: str, protos: Iterable[onnx.ModelProto], spec: GraphSpec) -> on
 
 def probes(job: Job, count: int = PARITY_ROWS) -> list[parity.Probe]:
     """Pictures and requests for the parity checks."""
-    suite = job.suite
-    rows = [(suite.image_path(r), r.prompt) for r in suite.rows if r.image] if suite else []
-    step_ = max(1, len(rows) // count)
-    picked = [(open_picture(path), prompt) for path, prompt in rows[::step_][:count]]
-    return parity.probes(picked, count, job.family.geometry.image_size)
+    return parity.probes(_spread(job, count), count, job.family.geometry.image_size)
+
+
+def examples(job: Job, asked: list[Request]) -> list[parity.Probe]:
+    """Pictures and requests that errors are compensated on: other ones than those that the bundle is asked.
+
+    Where the suite has no others, made-up ones behind those that a check may take.
+    """
+    rows = _spread(job, CALIBRATION_REQUESTS, {prompt for (_, prompt), _ in asked})
+    count = CALIBRATION_REQUESTS if rows else PARITY_ROWS + CALIBRATION_REQUESTS
+    return parity.probes(rows, count, job.family.geometry.image_size)[-CALIBRATION_REQUESTS:]
+
+
+def _spread(job: Job, count: int, without: Collection[str] = ()) -> list[parity.Probe]:
+    """So many of the suite's rows with pictures, spread evenly, none with a request among some others."""
+    if job.suite is None:
+        return []
+    rows = [(job.suite.image_path(row), row.prompt) for row in job.suite.rows if row.image and row.prompt not in without]
+    return [(open_picture(path), prompt) for path, prompt in rows[:: max(1, len(rows) // count)][:count]]
 
 
 def requests(job: Job, whole: bool) -> list[Request]:
@@ -186,30 +207,38 @@ def write(
     """Write a whole bundle folder."""
     folder.mkdir(parents=True)
     specs: dict[str, GraphSpec] = {}
-    standalone = job.layout == "standalone"
-    with SharedWeights(folder / "vision" / "weights.bin") if standalone else nullcontext() as shared:
-        for path, part in parts.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            spec = part.spec if isinstance(part, Made) else part[1]
-            proto = _read(job, path, part, target) if isinstance(part, Made) else part[0]
-            specs[path] = GraphSpec(spec.inputs, spec.outputs, spec.flops, weight_bytes(proto))
-            onnx.save(shared.move(proto) if shared and path.startswith("vision/") else proto, target)
+    beside = {room: SharedWeights(folder / room / "weights.bin") for room in ("vision", "text")}
+    for path, part in parts.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        spec = part.spec if isinstance(part, Made) else part[1]
+        shared = beside[target.parent.name] if _shares(job, path, part, schemes) else None
+        proto = _joined(path, _protos(job, path, part, schemes, shared), spec)
+        specs[path] = GraphSpec(spec.inputs, spec.outputs, spec.flops, weight_bytes(proto))
+        onnx.save(proto, target)
     shutil.copyfile(job.model_dir / "tokenizer.json", folder / "tokenizer.json")
     if job.suite:
         _copy_suite(job.suite, folder / "suite")
     write_manifest(folder, _manifest(job, folder, specs, schemes, checked))
 
 
-def _read(job: Job, path: str, made: Made, target: Path) -> onnx.ModelProto:
-    """A graph of its pieces' files; a large one leaves its weights in a file beside `target`, as protobuf ends at 2 GiB."""
-    protos: Iterable[onnx.ModelProto] = map(onnx.load, made.files)
-    if path == graph_io.DECODER_PATH and job.device.attends_whole:
-        protos = (attend_whole(proto, job.family.geometry.head_dim) for proto in protos)
-    if sum(file.stat().st_size for file in made.files) < INLINE_BYTES:
-        return _joined(path, protos, made.spec)
-    with SharedWeights(target.with_name(target.name + ".data")) as beside:
-        return _joined(path, map(beside.move, protos), made.spec)
+def _shares(job: Job, path: str, part: Exported | Made, schemes: Mapping[str, str]) -> bool:
+    """Whether a graph's weights lie in a file beside it: other graphs have the same ones, or protobuf is too small for them."""
+    size = sum(file.stat().st_size for file in part.files) if isinstance(part, Made) else part[0].ByteSize()
+    same = job.layout == "standalone" if path.startswith("vision/") else job.family.tied and schemes["text"] != "fp32"
+    return same or size >= INLINE_BYTES
+
+
+def _protos(
+    job: Job, path: str, part: Exported | Made, schemes: Mapping[str, str], shared: SharedWeights | None
+) -> Iterator[onnx.ModelProto]:
+    """A graph's parts, one at a time; with `shared` their weights are there and no longer in memory."""
+    for proto in map(onnx.load, part.files) if isinstance(part, Made) else part[:1]:
+        if path == graph_io.DECODER_PATH and job.device.attends_whole and isinstance(part, Made):
+            proto = attend_whole(proto, job.family.geometry.head_dim)
+        if path == graph_io.DECODER_PATH and schemes["text"] != "fp32":
+            proto = fold_tables(proto)
+        yield shared.move(proto) if shared else proto
 
 
 def _copy_suite(suite: Suite, to: Path) -> None:
@@ -276,13 +305,15 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in _RECORDED}
 
 
-def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path) -> None:
-    """Every piece against torch, of a model that fits the float bundle against transformers, and the bundle's answers."""
+def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, accept_damage: bool, work: Path) -> None:
+    """Every piece against torch, of a model that fits the float bundle against transformers, and what the bundle says."""
     with step(f"trace {len(job.ladder)} exits and the text graphs"):
         pieces = trace_pieces(sketch, job.ladder, job.layout)
     whole = sketch.count <= WHOLE_WEIGHTS
     asked = requests(job, whole)
-    make = partial(make_pieces, sketch, pieces, work=work / "pieces", probe=asked[0][0])
+    make = partial(
+        make_pieces, sketch, pieces, work=work / "pieces", probe=asked[0][0], examples=examples(job, asked), seed=job.seed
+    )
     checked, meant = _check_whole(job, make(FLOAT)[0], asked, work) if whole else ({"check": PIECES}, None)
     tried: dict[str, Any] = {}
     why: dict[str, str] = {}
@@ -293,18 +324,18 @@ def _write_checked(job: Job, sketch: Sketch, vision: str, text: str, work: Path)
                 parts, measured = make(schemes)
                 shutil.rmtree(work / NEW, ignore_errors=True)
                 write(job, work / NEW, parts, schemes, {**_by_exit(job, measured), **checked})
-            with step("the bundle's answers beside the checkpoint's"):
-                compared = _compare_answers(sketch, pieces, asked, meant, work)
+            with step("what the bundle says beside the checkpoint"):
+                tried[scheme], why[scheme] = _judge(sketch, pieces, asked, meant, work)
         except ParityError as error:
             if text != "auto":
                 raise
             why[scheme] = str(error)
             continue
-        tried[scheme] = figures(compared)
-        why[scheme] = changed(compared) or "taken"
-        if why[scheme] == "taken":
-            said = {"answers": len(asked), "answer_figures": tried[scheme], "schemes_tried": tried, "schemes_why": why}
-            _record(work / NEW, said)
+        if not why[scheme] or accept_damage:
+            found = {"answers": len(asked), **tried[scheme]}
+            found |= {"damage": why[scheme]} if why[scheme] else {}
+            why[scheme] = why[scheme] or TAKEN
+            _record(work / NEW, {**found, "schemes_tried": tried, "schemes_why": why})
             return
     raise _changed_answers(vision, text, why)
 
@@ -318,17 +349,19 @@ def _check_whole(job: Job, parts: Mapping[str, Made], asked: list[Request], work
         return {"check": WHOLE_MODEL, **checked}, [one.text for one in ask(session, asked, MAX_NEW_TOKENS)]
 
 
-def _compare_answers(
+def _judge(
     sketch: Sketch, pieces: list[Piece], asked: list[Request], meant: list[str] | None, work: Path
-) -> list[Compared]:
-    """The answers of the bundle as it will be shipped, each beside the checkpoint's."""
+) -> tuple[dict[str, Any], str]:
+    """How the bundle, as it will be shipped, answers and reads text beside the checkpoint, and why that is not good enough."""
     with parity.open_session(work / NEW) as session:
         if meant is None:
             parity.check_inputs(sketch.family, session.tokenizer, session.manifest, [probe for probe, _ in asked])
-        answers = ask(session, asked, MAX_NEW_TOKENS)
-    scores = score(sketch, pieces, answers, work / "states")
+        answers, texts = ask(session, asked, MAX_NEW_TOKENS), list(held_out.read(session, asked[0][0]))
+    scores = score(sketch, pieces, [*answers, *texts], work / "states")
     shutil.rmtree(work / "states")
-    return compare(session.tokenizer, answers, scores, meant)
+    compared = compare(session.tokenizer, answers, scores[: len(answers)], meant)
+    read = held_out.figures(texts, scores[len(answers) :])
+    return {"answer_figures": figures(compared), "text_figures": read}, changed(compared) or held_out.lost(read)
 
 
 def _record(folder: Path, said: Mapping[str, Any]) -> None:
@@ -345,10 +378,11 @@ def _by_exit(job: Job, measured: Mapping[str, Mapping[str, float]]) -> dict[str,
 
 
 def _changed_answers(vision: str, text: str, why: dict[str, str]) -> ParityError:
-    milder = "--text-scheme auto (takes finer blocks where these fail)" if text.startswith("int4") else "--text-scheme fp32"
+    milder = "--vision-scheme fp32" if text in ("auto", "fp32") else "--text-scheme auto or --vision-scheme fp32"
+    accept = "" if text == "auto" else "; or ship it as it is, with a note for ever: --accept-damage"
     return ParityError(
         "quantization changes the answers: " + "; ".join(f"{scheme}: {reason}" for scheme, reason in why.items()),
         where=f"vision {vision}, text {text}",
-        expected="answers that the checkpoint could have given",
-        todo=f"use a milder scheme: {milder}, or --vision-scheme fp32; or compare on the model's own kind of pictures: --suite",
+        expected="what the checkpoint could have said",
+        todo=f"use a milder scheme: {milder}; or compare on the model's own kind of pictures: --suite{accept}",
     )

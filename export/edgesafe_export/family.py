@@ -83,6 +83,11 @@ class Family:
         embedding: nn.Module = self.model.get_input_embeddings()
         return embedding
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the token embedding."""
+        return self.model.get_submodule(self.recipe.lm_head).weight is self.embed_tokens().weight
+
     def decoder(self) -> Any:
         """The language model with its head, as transformers' own causal model over the same weights."""
         from transformers import AutoModelForCausalLM

@@ -8,7 +8,7 @@ T vision tokens with CLS, W tower width, S tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,9 +107,7 @@ def got(piece: Piece, session: Any, state: np.ndarray) -> np.ndarray:
         (value,) = session.get_inputs()
         return np.asarray(session.run(None, {value.name: state})[0])
     wanted = {value.name: value for value in session.get_inputs()}
-    shapes = {tensor.name: tensor.shape for tensor in piece.blueprint.spec.inputs}
-    shape = [n if isinstance(n, int) else 0 for n in shapes[graph_io.past_key(0)]]
-    cache = {name: np.zeros(shape, np.float32) for name in wanted if name.startswith("past_key_values.")}
+    cache = _empty_cache(piece, wanted)
     if piece.kind == END:
         return _step(session, wanted, cache, state)[0]
     first, cache = _step(session, wanted, cache, state[:, :-PIECE_CACHED])
@@ -117,18 +115,40 @@ def got(piece: Piece, session: Any, state: np.ndarray) -> np.ndarray:
     return np.concatenate([first, last], axis=1)
 
 
+def run_layer(piece: Piece, session: Any, state: np.ndarray) -> Arrays:
+    """Every output of a decoder layer's graph that reads a state [1,S,D] from the start."""
+    wanted = {value.name: value for value in session.get_inputs()}
+    return _outputs(session, wanted, _empty_cache(piece, wanted), state)
+
+
+def next_state(outputs: Arrays) -> np.ndarray:
+    """The state among a decoder part's outputs, which may come as two halves that are added."""
+    return np.asarray(sum(value for name, value in outputs.items() if not name.startswith("present.")))
+
+
+def _empty_cache(piece: Piece, wanted: Iterable[str]) -> Arrays:
+    shapes = {tensor.name: tensor.shape for tensor in piece.blueprint.spec.inputs}
+    shape = [n if isinstance(n, int) else 0 for n in shapes[graph_io.past_key(0)]]
+    return {name: np.zeros(shape, np.float32) for name in wanted if name.startswith("past_key_values.")}
+
+
 def _step(
     session: Any, wanted: Mapping[str, Any], cache: Arrays, state: np.ndarray, past: int = 0
 ) -> tuple[np.ndarray, Arrays]:
-    """One run of a decoder's part: its state, which may come and go as two halves that are added, and its cache."""
+    """One run of a decoder's part: its state and its cache."""
+    out = _outputs(session, wanted, cache, state, past)
+    present = {n.replace("present", "past_key_values"): v for n, v in out.items() if n.startswith("present.")}
+    return next_state(out), present
+
+
+def _outputs(session: Any, wanted: Mapping[str, Any], cache: Arrays, state: np.ndarray, past: int = 0) -> Arrays:
+    """What a decoder's part makes of a state, which may go in as two halves."""
     halves = [n for n in wanted if n not in cache and n != graph_io.ATTENTION_MASK]
     feeds = {name: np.ascontiguousarray(state / len(halves)) for name in halves} | cache
     if graph_io.ATTENTION_MASK in wanted:
         feeds[graph_io.ATTENTION_MASK] = np.ones((1, past + state.shape[1]), np.int64)
     names = [value.name for value in session.get_outputs()]
-    out = dict(zip(names, session.run(None, feeds), strict=True))
-    present = {n.replace("present", "past_key_values"): v for n, v in out.items() if n.startswith("present.")}
-    return np.asarray(sum(v for n, v in out.items() if not n.startswith("present."))), present
+    return dict(zip(names, session.run(None, feeds), strict=True))
 
 
 def float_error(piece: Piece, state: np.ndarray, wanted: np.ndarray, found: np.ndarray) -> float:

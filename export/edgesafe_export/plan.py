@@ -22,7 +22,17 @@ from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import graph_ms
-from edgesafe_export.estimate import GIB, exit_graphs, export_bytes, graph_specs, matrix_bytes, run_bytes, state_bytes
+from edgesafe_export.estimate import (
+    GIB,
+    calibration_bytes,
+    exit_graphs,
+    export_bytes,
+    graph_specs,
+    matrix_bytes,
+    run_bytes,
+    state_bytes,
+    text_bytes,
+)
 from edgesafe_export.quantize import AUTO
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
@@ -124,12 +134,14 @@ def make_plan(
         path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
         for path, spec in specs.items()
     }
-    exits = tuple(_exit(exit, chain, specs, times) for exit, chain in exit_graphs(sketch.family, ladder, layout).items())
+    texts = text_bytes(sketch, specs, text)
+    exits = tuple(_exit(exit, chain, specs, times, texts) for exit, chain in exit_graphs(sketch.family, ladder, layout).items())
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
     running = run_bytes(sketch, specs, text, tiles, tokens)
     beside = 8 * sketch.count if whole else state_bytes(sketch, tiles, tokens)
+    beside += calibration_bytes(sketch, text)[1]
     plan = Plan(
         model=name,
         device=device.name,
@@ -142,7 +154,7 @@ def make_plan(
         prompt_tokens=tokens,
         exits=exits,
         bundle_bytes=bundle,
-        export_gib=round(export_bytes(sketch, whole, running) / GIB, 2),
+        export_gib=round(export_bytes(sketch, whole, running, text) / GIB, 2),
         disk_gib=round((2 * bundle + beside) / GIB, 2),
         run_gib=round(running / GIB, 2),
         budget_ms=device.ttft_budget_ms,
@@ -152,9 +164,11 @@ def make_plan(
     return replace(plan, notes=tuple(_notes(plan, device)))
 
 
-def _exit(exit: Exit, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None]) -> ExitPlan:
-    """One exit; looking up the prompt's embeddings counts as no time."""
-    weights = sum(specs[path].weight_bytes for path in (*chain, graph_io.EMBED_PATH, graph_io.DECODER_PATH))
+def _exit(
+    exit: Exit, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None], texts: int
+) -> ExitPlan:
+    """One exit, `texts` being the bytes of both text graphs; looking up the prompt's embeddings counts as no time."""
+    weights = texts + sum(specs[path].weight_bytes for path in chain)
     return ExitPlan(exit, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
 
 

@@ -1,30 +1,67 @@
-"""Weight schemes, by onnxruntime's own quantizers."""
+"""Weight schemes: what a scheme's name says, and a graph's matrices in it.
+
+Vision: int8-dynamic by onnxruntime's own quantizer. Text: the decoder's layers in blocks (`BLOCKS`), the head and the
+embedding table always as `TABLE`, so that a model whose head is its embedding has their bytes once.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from edgesafe.device import TEXT_SCHEMES, VISION_SCHEMES
 from edgesafe.errors import ConfigError, ExportError
+from edgesafe.format import graph_io
+from edgesafe_export.block_weights import Blocked, Format, compensate, round_nearest
 from edgesafe_export.graphs import quiet
 
-# What "auto" tries, from coarse to fine.
-AUTO = ("int4-block128", "int4-block32", "int8-block32")
-EMBED_SCHEME = "int8-rows"
-_ROWS = 4096
+# Eight bits and no zero point: a head in four bits is half of what four bits cost a model whose head is its embedding.
+TABLE = Format(8, 64, symmetric=True)
 
 
-def check_schemes(vision: str, text: str) -> None:
+@dataclass(frozen=True)
+class Blocks:
+    """A text scheme.
+
+    Attributes:
+        most: of the layers' matrices.
+        down: of each layer's last one (`down_proj`), which joins what the others have computed: four bits cost the most there.
+        calibrated: whether their errors are compensated (`block_weights.compensate`), or else each weight rounded on its own.
+    """
+
+    most: Format
+    down: Format
+    calibrated: bool = False
+
+
+def _uniform(bits: int, size: int, *, calibrated: bool = False) -> Blocks:
+    return Blocks(Format(bits, size), Format(bits, size), calibrated)
+
+
+BLOCKS = {
+    **{f"int4-block{size}": _uniform(4, size) for size in (32, 64, 128)},
+    "int8-block32": _uniform(8, 32),
+    "int4-gptq": _uniform(4, 32, calibrated=True),
+    "mixed-gptq": Blocks(Format(4, 32), TABLE, calibrated=True),
+}
+# What "auto" tries, from small to large.
+AUTO = ("int4-gptq", "mixed-gptq", "int8-block32", "fp32")
+EMBED_SCHEME = "int8-table"
+
+
+def check_schemes(vision: str, text: str, *, accept_damage: bool = False) -> None:
     """Refuse unknown schemes.
 
     Raises:
-        ConfigError: a scheme that is not one of `edgesafe.device`'s lists.
+        ConfigError: a scheme that is not one of `edgesafe.device`'s lists, or damage accepted of no scheme in particular.
     """
     for what, scheme, known in (("vision", vision, VISION_SCHEMES), ("text", text, TEXT_SCHEMES)):
         if scheme not in known:
@@ -34,29 +71,40 @@ def check_schemes(vision: str, text: str) -> None:
                 expected="one of " + ", ".join(known),
                 todo="choose one of these",
             )
+    if accept_damage and text == "auto":
+        raise ConfigError(
+            "auto takes a scheme that does no damage",
+            where="--accept-damage",
+            expected="a text scheme by its name",
+            todo="name one (--text-scheme, or text_scheme of the device's profile), or leave --accept-damage out",
+        )
 
 
-def quantize(model: onnx.ModelProto, scheme: str, folder: Path | None = None) -> onnx.ModelProto:
+def quantize(
+    model: onnx.ModelProto, scheme: str, folder: Path | None = None, hessians: Mapping[str, Tensor] | None = None
+) -> onnx.ModelProto:
     """A graph's MatMul weights in a scheme; activations stay float32 outside the integer products.
 
     int8-dynamic: weights int8 a column, activations uint8 with a scale taken at run time.
-    int4-block32, int8-block32 and so on: weights in blocks of 32 (MatMulNBits), accuracy level 4 (int8 products). Larger blocks
-    are faster and coarser.
-    int8-rows: an embedding table, int8 with one scale per row.
+    int4-block32, int8-block32 and so on: a decoder's layers in blocks of 32, rounded to nearest. Larger blocks are faster and
+        coarser.
+    int4-gptq: the same in 4 bits and blocks of 32, each weight's error made up for by the others on calibration tokens.
+    mixed-gptq: the same, with 8 bits where a layer joins what it has computed (`down_proj`).
+    int8-table: an embedding.
 
     Args:
         model: the graph.
         scheme: one of the above, or fp32.
         folder: where files lie meanwhile, on a disk with room; default: the system's folder for such files.
+        hessians: of a calibrated scheme, by the name of each matrix of a layer, as `block_weights.compensate` takes it.
     """
     if scheme == "fp32":
         return model
     if scheme == "int8-dynamic":
         return _int8_dynamic(model, folder)
     if scheme == EMBED_SCHEME:
-        return _int8_rows(model)
-    bits, block_size = scheme.removeprefix("int").split("-block")
-    return blocks(model, bits=int(bits), block_size=int(block_size))
+        return _table(model)
+    return _in_blocks(model, BLOCKS[scheme], hessians or {})
 
 
 def _int8_dynamic(model: onnx.ModelProto, within: Path | None) -> onnx.ModelProto:
@@ -76,50 +124,114 @@ def _int8_dynamic(model: onnx.ModelProto, within: Path | None) -> onnx.ModelProt
         return onnx.load(target)
 
 
-def blocks(model: onnx.ModelProto, bits: int, block_size: int = 32, **options: Any) -> onnx.ModelProto:
-    """MatMul weights in blocks by round to nearest; `options` of onnxruntime's quantizer replace ours."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def matrices(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The products with a constant matrix, by the matrix's name."""
+    constants = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return {n.input[1]: n for n in model.graph.node if n.op_type == "MatMul" and constants.get(n.input[1]) == 2}
 
-    # The quantizer edits the graph that it is given, and skips what is already in blocks: without a copy a second scheme tried
-    # on the same graph would quietly be the first one again.
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    options = {"is_symmetric": False, "accuracy_level": 4, **options}
-    quantizer = MatMulNBitsQuantizer(copied, bits=bits, block_size=block_size, **options)
-    with quiet():
-        quantizer.process()
-    quantized: onnx.ModelProto = quantizer.model.model
+
+def _in_blocks(model: onnx.ModelProto, scheme: Blocks, hessians: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """A decoder or a part of one; the last matrix of a graph that gives logits is the head."""
+    products = matrices(model)
+    head = list(products)[-1] if any(value.name == graph_io.LOGITS for value in model.graph.output) else ""
+    quantized = _shell(model, {tensor.name for tensor in model.graph.initializer} - products.keys())
+    made, read = {}, Counter(node.input[0] for node in products.values())
+    for tensor in model.graph.initializer:
+        if tensor.name in products:
+            matrix = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
+            # Keys and values may be as narrow, but what they read queries read too.
+            down = matrix.shape[1] > matrix.shape[0] and read[products[tensor.name].input[0]] == 1
+            form = TABLE if tensor.name == head else scheme.down if down else scheme.most
+            coarse = scheme.calibrated and form.bits < TABLE.bits
+            blocked = compensate(matrix, hessians[tensor.name], form) if coarse else round_nearest(matrix, form)
+            made[tensor.name] = _product(quantized.graph, tensor.name, blocked, matrix.shape)
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in made:
+            node = _product_node(node, made[node.input[1]])
+        quantized.graph.node.append(node)
     return quantized
 
 
-def _int8_rows(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A table that is looked up: the row's int8 values and its scale are gathered and multiplied, nothing else is computed."""
+def _product(graph: onnx.GraphProto, name: str, blocked: Blocked, shape: tuple[int, ...]) -> onnx.NodeProto:
+    """A matrix [N, K], put into a graph, and the node that multiplies by it, which lacks its input and output."""
+    arrays = {"codes": blocked.packed(), "scales": blocked.stored_scales().reshape(-1)}
+    zeros = blocked.packed_zeros()
+    arrays |= {} if zeros is None else {"zeros": zeros.reshape(-1)}
+    names = [_put(graph, f"{name}.{kind}", array) for kind, array in arrays.items()]
+    node = helper.make_node("MatMulNBits", ["", *names], [""], domain="com.microsoft")
+    words = {"N": shape[0], "K": shape[1], "bits": blocked.format.bits, "block_size": blocked.format.size, "accuracy_level": 4}
+    node.attribute.extend(helper.make_attribute(word, value) for word, value in words.items())
+    return node
+
+
+def _put(graph: onnx.GraphProto, name: str, array: np.ndarray) -> str:
+    """Put a constant into a graph; onnxruntime makes float32 of float16 once, when it opens the graph."""
+    graph.initializer.append(numpy_helper.from_array(array, name))
+    if array.dtype != np.float16:
+        return name
+    graph.node.append(helper.make_node("Cast", [name], [f"{name}.float"], name=f"{name}.float", to=TensorProto.FLOAT))
+    return f"{name}.float"
+
+
+def _product_node(node: onnx.NodeProto, made: onnx.NodeProto) -> onnx.NodeProto:
+    """The product in the place of another one."""
+    own = onnx.NodeProto()
+    own.CopyFrom(made)
+    own.input[0], own.output[0], own.name = node.input[0], node.output[0], node.name
+    return own
+
+
+def _table(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A table that is looked up: a row's numbers and scales are gathered and multiplied, nothing else is computed."""
     gathers = [n for n in model.graph.node if n.op_type == "Gather"]
     if len(gathers) != 1 or len(model.graph.node) != 1 or len(model.graph.initializer) != 1:
         raise ExportError(
             "the embedding isn't a plain table", where="text/embed_tokens.onnx", expected="one Gather of one table"
         )
     (ids, out), table = (gathers[0].input[1], gathers[0].output[0]), numpy_helper.to_array(model.graph.initializer[0])
-    whole, scale = np.empty(table.shape, np.int8), np.empty((len(table), 1), np.float32)
-    for at in range(0, len(table), _ROWS):  # a large table takes no second one in float32
-        some = slice(at, at + _ROWS)
-        peak = np.abs(table[some]).max(axis=1, keepdims=True)
-        scale[some] = np.where(peak > 0, peak / 127, 1).astype(np.float32)
-        whole[some] = np.rint(table[some] / scale[some]).astype(np.int8)
-    nodes = [
-        helper.make_node("Gather", ["table", ids], ["row"], axis=0),
-        helper.make_node("Cast", ["row"], ["row_float"], to=TensorProto.FLOAT),
-        helper.make_node("Gather", ["scale", ids], ["row_scale"], axis=0),
-        helper.make_node("Mul", ["row_float", "row_scale"], [out]),
-    ]
-    quantized = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
-    quantized.opset_import.extend(model.opset_import)
-    quantized.graph.name = model.graph.name
-    quantized.graph.input.extend(model.graph.input)
-    quantized.graph.output.extend(model.graph.output)
-    quantized.graph.node.extend(nodes)
-    quantized.graph.initializer.extend([numpy_helper.from_array(whole, "table"), numpy_helper.from_array(scale, "scale")])
+    blocked = round_nearest(table, TABLE)
+    quantized = _shell(model, ())
+    constants = {
+        "table": blocked.codes,
+        "scales": blocked.stored_scales()[..., None],
+        "middle": np.float32(TABLE.middle),
+        "width": np.array([0, 0, -1], np.int64),
+        "first": np.array([0], np.int64),
+        "last": np.array([table.shape[1]], np.int64),
+        "axis": np.array([2], np.int64),
+    }
+    quantized.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items())
+    steps: tuple[
+        tuple[str, list[str], str, dict[str, int]], ...
+    ] = (  # codes and scales [1,S,blocks,size or 1], then [1,S,blocks x size] and the table's own width
+        ("Gather", ["table", ids], "row", {"axis": 0}),
+        ("Cast", ["row"], "row.float", {"to": TensorProto.FLOAT}),
+        ("Sub", ["row.float", "middle"], "row.even", {}),
+        ("Gather", ["scales", ids], "row.scales", {"axis": 0}),
+        ("Cast", ["row.scales"], "row.scales.float", {"to": TensorProto.FLOAT}),
+        ("Mul", ["row.even", "row.scales.float"], "row.blocks", {}),
+        ("Reshape", ["row.blocks", "width"], "row.whole", {}),
+        ("Slice", ["row.whole", "first", "last", "axis"], out, {}),
+    )
+    for kind, read, made, words in steps:
+        node = helper.make_node(kind, read, [made], name=made)
+        node.attribute.extend(helper.make_attribute(word, value) for word, value in words.items())
+        quantized.graph.node.append(node)
     return quantized
+
+
+def _shell(model: onnx.ModelProto, kept: Collection[str]) -> onnx.ModelProto:
+    """A graph without its nodes, and of its constants those of these names."""
+    shell = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    shell.opset_import.extend(model.opset_import)
+    if all(opset.domain != "com.microsoft" for opset in shell.opset_import):
+        shell.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    shell.graph.name = model.graph.name
+    for to, of in ((shell.graph.input, model.graph.input), (shell.graph.output, model.graph.output)):
+        to.extend(of)
+    shell.graph.value_info.extend(model.graph.value_info)
+    shell.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in kept)
+    return shell
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

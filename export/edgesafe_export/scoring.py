@@ -83,15 +83,14 @@ def score(sketch: Sketch, pieces: Sequence[Piece], answers: Sequence[Answered], 
         answers: what a bundle answered.
         folder: where the states lie meanwhile.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    desk = _desk(sketch, answers, folder)
+    desk = open_desk(sketch, answers, folder)
     scores: list[Score] = []
     sizes = [sum(sketch.stored[name].count for name in piece.weights) for piece in pieces]
     for piece in bar(pieces, label="the checkpoint reads the answers", sizes=sizes):
         weights = sketch.load(sorted(set(piece.names.values())))
         run = partial(compare.want, piece, weights)
         if piece.kind in (SEGMENT, MAP, HEAD, WHOLE):
-            _see(desk, piece, run)
+            see(desk, piece, run)
         elif piece.kind == END:
             scores = _scores(desk, run)
         else:
@@ -136,7 +135,7 @@ class _Reading:
 
 
 @dataclass(frozen=True)
-class _Desk:
+class Desk:
     """The answers and the states between two pieces.
 
     Attributes:
@@ -165,6 +164,12 @@ class _Desk:
         """Keep a state."""
         np.save(self.folder / f"{name}.npy", state)
 
+    def features(self, number: int) -> np.ndarray:
+        """The rows that stand in an answer's prompt for its picture [n,D]; the pieces of the vision side have run."""
+        one, spec = self.answers[number], self.family.tiles
+        tiles = self.load(f"features_{self.picture_of[number]}_{one.exit.depth}")
+        return np.asarray(tiles[0] if spec is None else join_tiles(list(tiles), one.cut, spec))
+
     def vision(self, picture: int, depth: int) -> np.ndarray:
         """A picture's tiles [n,T,W] after so many blocks; after none its pixel values [n,3,H,W]."""
         if depth:
@@ -174,14 +179,16 @@ class _Desk:
         return pixels.reshape(-1, *pixels.shape[-3:])
 
 
-def _desk(sketch: Sketch, answers: Sequence[Answered], folder: Path) -> _Desk:
+def open_desk(sketch: Sketch, answers: Sequence[Answered], folder: Path) -> Desk:
+    """A desk before the first piece."""
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = list({id(one.image): one for one in answers}.values())
     numbers = {id(one.image): number for number, one in enumerate(pictures)}
     picture_of = [numbers[id(one.image)] for one in answers]
     depths: list[set[int]] = [set() for _ in pictures]
     for picture, one in zip(picture_of, answers, strict=True):
         depths[picture].add(one.exit.depth)
-    return _Desk(sketch.family, answers, folder, pictures, picture_of, depths, _readings(answers, picture_of))
+    return Desk(sketch.family, answers, folder, pictures, picture_of, depths, _readings(answers, picture_of))
 
 
 def _readings(answers: Sequence[Answered], picture_of: Sequence[int]) -> list[_Reading]:
@@ -198,7 +205,7 @@ def _readings(answers: Sequence[Answered], picture_of: Sequence[int]) -> list[_R
     return readings
 
 
-def _see(desk: _Desk, piece: Piece, run: Run) -> None:
+def see(desk: Desk, piece: Piece, run: Run) -> None:
     """A piece of the vision side, over every tile of every picture that needs it."""
     start, end = piece.at
     for picture, depths in enumerate(desk.depths):
@@ -221,7 +228,7 @@ def _tiles(piece: Piece, run: Run, tiles: np.ndarray) -> np.ndarray:
     return np.stack(made) if piece.kind in (HEAD, WHOLE) else np.concatenate(made)
 
 
-def _read(desk: _Desk, piece: Piece, run: Run) -> None:
+def _read(desk: Desk, piece: Piece, run: Run) -> None:
     """The embedding or a decoder layer, over every prompt with its answer."""
     for i, reading in enumerate(desk.readings):
         if piece.kind == LAYER:
@@ -230,14 +237,11 @@ def _read(desk: _Desk, piece: Piece, run: Run) -> None:
         places = reading.ids == desk.family.geometry.image_token_id
         places[:, len(reading.begin) :] = False  # a bundle that babbles may answer an image token
         embeds = run(np.where(places, 0, reading.ids)).copy()
-        one = desk.answers[reading.members[0]]
-        tiles = desk.load(f"features_{desk.picture_of[reading.members[0]]}_{one.exit.depth}")
-        spec = desk.family.tiles
-        embeds[places] = tiles[0] if spec is None else join_tiles(list(tiles), one.cut, spec)
+        embeds[places] = desk.features(reading.members[0])
         desk.save(f"text_{i}", embeds)
 
 
-def _scores(desk: _Desk, run: Run) -> list[Score]:
+def _scores(desk: Desk, run: Run) -> list[Score]:
     """The decoder's end, over the places of every answer."""
     found = {}
     for i, reading in enumerate(desk.readings):

@@ -1,4 +1,4 @@
-"""One weight file behind several graphs (the standalone layout)."""
+"""One weight file behind several graphs: the exits of the standalone layout, or the embedding and a head that is the same."""
 
 from __future__ import annotations
 
@@ -13,18 +13,11 @@ _ALIGNMENT = 64
 
 
 class SharedWeights:
-    """A file that holds each distinct weight of several graphs once. Use as a context manager."""
+    """A file that holds each distinct weight of several graphs once. It is there from the first of them on."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.file = path, path.open("wb")
+        self.path, self.end = path, 0
         self.places: dict[bytes, tuple[int, int]] = {}
-
-    def __enter__(self) -> SharedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
 
     def move(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of the graph whose larger weights point into the shared file."""
@@ -41,9 +34,10 @@ class SharedWeights:
     def _point(self, tensor: onnx.TensorProto, data: bytes) -> None:
         key = hashlib.sha256(data).digest()
         if key not in self.places:
-            self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
-            self.places[key] = (self.file.tell(), len(data))
-            self.file.write(data)
+            start = self.end + -self.end % _ALIGNMENT
+            with self.path.open("ab") as file:
+                file.write(b"\0" * (start - self.end) + data)
+            self.places[key], self.end = (start, len(data)), start + len(data)
         start, size = self.places[key]
         for field in ("raw_data", "float_data", "int32_data", "int64_data"):
             tensor.ClearField(field)

@@ -16,11 +16,12 @@ from edgesafe.format.files import write_atomically
 from edgesafe.format.specs import GraphSpec
 from edgesafe.progress import bar
 from edgesafe_export import parity_pieces as compare
+from edgesafe_export.calibrate import Calibration
 from edgesafe_export.family import Family
 from edgesafe_export.parity_model import Probe, processed
 from edgesafe_export.pieces import EMBED, HEAD, LAYER, MAP, SEGMENT, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
 from edgesafe_export.placeholders import fill, with_weights
-from edgesafe_export.quantize import EMBED_SCHEME, quantize
+from edgesafe_export.quantize import BLOCKS, EMBED_SCHEME, quantize
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.tolerances import PIECE_TOKENS
 
@@ -49,7 +50,13 @@ def scheme_of(path: str, vision: str, text: str) -> str:
 
 
 def make_pieces(
-    sketch: Sketch, pieces: Sequence[Piece], schemes: Mapping[str, str], work: Path, probe: Probe
+    sketch: Sketch,
+    pieces: Sequence[Piece],
+    schemes: Mapping[str, str],
+    work: Path,
+    probe: Probe,
+    examples: Sequence[Probe] = (),
+    seed: int = 0,
 ) -> tuple[dict[str, Made], dict[str, dict[str, float]]]:
     """Write every piece that is not there yet.
 
@@ -59,6 +66,8 @@ def make_pieces(
         schemes: of `vision` and of `text`.
         work: folder that keeps them.
         probe: the picture and request that they are compared on.
+        examples: pictures and requests that a calibrated scheme's errors are compensated on, beside neutral text.
+        seed: picks that text.
 
     Returns:
         The graphs by their paths, and what was measured of each piece: `float` and `quantized`.
@@ -67,7 +76,9 @@ def make_pieces(
         ParityError: a piece does not compute what torch computes.
         InputError: a weight is damaged or not finite.
     """
-    states = States(work / "states", sketch.family, probe)
+    states, text = States(work / "states", sketch.family, probe), schemes["text"]
+    calibrated = text in BLOCKS and BLOCKS[text].calibrated
+    calibration = Calibration(sketch, pieces, examples, seed, work / text / "calibration") if calibrated else None
     files: dict[str, list[Path]] = {}
     measured = {}
     targets = {p.name: work / scheme_of(p.graph, schemes["vision"], schemes["text"]) / p.name for p in pieces}
@@ -77,7 +88,7 @@ def make_pieces(
         record = target.with_suffix(".json")
         if not record.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(record, json.dumps(_make(piece, sketch, scheme, states, target)).encode())
+            write_atomically(record, json.dumps(_make(piece, sketch, scheme, states, target, calibration)).encode())
         measured[piece.name] = json.loads(record.read_text(encoding="utf-8"))
         files.setdefault(piece.graph, []).append(target)
     specs = {piece.graph: piece.blueprint.spec for piece in pieces}
@@ -90,7 +101,9 @@ def _size(sketch: Sketch, piece: Piece) -> int:
     return sum(sketch.stored[name].count for name in piece.weights)
 
 
-def _make(piece: Piece, sketch: Sketch, scheme: str, states: States, target: Path) -> dict[str, float]:
+def _make(
+    piece: Piece, sketch: Sketch, scheme: str, states: States, target: Path, calibration: Calibration | None
+) -> dict[str, float]:
     """Load, compare, quantize and write one piece; the weights are gone when it returns."""
     state = states.before(piece)
     weights = sketch.load(piece.weights)
@@ -99,12 +112,17 @@ def _make(piece: Piece, sketch: Sketch, scheme: str, states: States, target: Pat
     del weights
     found = compare.got(piece, compare.open_graph(piece.blueprint.proto, constants), state)
     errors = {"float": compare.float_error(piece, state, wanted, found)}
+    calibration = calibration if piece.kind == LAYER else None
+    hessians = calibration.hessians(piece, constants) if calibration else None
     whole = with_weights(piece.blueprint, constants)
     del constants
     if scheme != "fp32":
-        whole = quantize(whole, scheme, target.parent)
+        whole = quantize(whole, scheme, target.parent, hessians)
+        del hessians
         found = compare.got(piece, compare.open_graph(whole, {}), state)
         errors["quantized"] = compare.quantized_error(piece, state, wanted, found)
+        if calibration:
+            calibration.advance(piece, whole)
     states.keep(piece, wanted)
     partial = target.with_suffix(".partial")
     onnx.save(whole, partial)

@@ -44,3 +44,11 @@ DIVERGED_TOKENS = 0.015
 # into help are few. Of the harmless damage all were kept, of the harmful at most 88 %.
 LOST_NATS = 1.0
 KEPT_ANSWERS = 0.90
+# Plain text (`held_out`) read by the finished bundle beside the checkpoint: the share of places where both think the same token
+# likeliest, and the mean divergence, nats.
+SAME_TOKENS = 0.90
+TEXT_NATS = 0.05
+# Tokens of neutral text that errors are compensated on, and of one sequence of them; requests with pictures come on top.
+CALIBRATION_TOKENS = 20_480
+CALIBRATION_WINDOW = 512
+CALIBRATION_REQUESTS = 8

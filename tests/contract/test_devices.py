@@ -18,7 +18,7 @@ kind = "board"
 threads = 2
 provider = "CPUExecutionProvider"
 vision_scheme = "int8-dynamic"
-text_scheme = "int4-block128"
+text_scheme = "auto"
 ttft_budget_ms = 1000
 [estimates]
 read_gb_s = 3.5

@@ -138,6 +138,44 @@ def test_attention_held_whole_says_the_same_and_a_wrong_one_is_seen(decoder):
             )
 
 
+def _long() -> onnx.ModelProto:
+    """Tables of a context of 5,000 positions, as a decoder holds them, that are looked up."""
+    angles = np.arange(5000, dtype=np.float32)[:, None] * np.float32(1e4) ** -(np.arange(16, dtype=np.float32) / 16)
+    tables = [
+        numpy_helper.from_array(1.2 * turn(angles), name) for turn, name in ((np.cos, "cos_cache"), (np.sin, "sin_cache"))
+    ]
+    nodes = [onnx.helper.make_node("Gather", [f"{name}_cache", "at"], [name]) for name in ("cos", "sin")]
+    outs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("cos", "sin")]
+    at = onnx.helper.make_tensor_value_info("at", onnx.TensorProto.INT64, ["n"])
+    graph = onnx.helper.make_graph(nodes, "g", [at], outs, tables)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _turned(model: onnx.ModelProto) -> np.ndarray:
+    import onnxruntime as ort
+
+    return np.stack(ort.InferenceSession(model.SerializeToString()).run(None, {"at": np.arange(5000)}))
+
+
+def test_folded_tables_are_the_same_angles_in_a_tenth_of_the_bytes_and_wrong_ones_are_seen(monkeypatch):
+    plain, folded = _long(), cache.fold_tables(_long())
+    assert folded.ByteSize() < plain.ByteSize() / 10
+    np.testing.assert_allclose(_turned(folded), _turned(plain), atol=6e-4)  # 5,000 x 2^-23
+    monkeypatch.setattr(cache, "_ANGLE_ERROR", float("inf"))  # what else keeps tables of another kind as they are
+    for edit in (("/ cos[0]", ""), ('"Sub", _COS_PAIRS', '"Add", _COS_PAIRS'), ("cos[::_FINE]", "cos[1::_FINE]")):
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(_turned(wrong(cache.fold_tables, edit)(_long())), _turned(plain), atol=1e-3)
+
+
+def test_tables_that_do_not_fold_stay_as_they_are():
+    odd = _long()
+    table = numpy_helper.to_array(odd.graph.initializer[0]).copy()
+    table[3000] += 0.01
+    odd.graph.initializer[0].CopyFrom(numpy_helper.from_array(table, "cos_cache"))
+    before = odd.SerializeToString(deterministic=True)
+    assert cache.fold_tables(odd).SerializeToString(deterministic=True) == before
+
+
 def test_where_a_part_of_a_head_is_turned_attention_stays_as_it_was(decoder):
     model, spec = decoder
     for tensor in model.graph.initializer:

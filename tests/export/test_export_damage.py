@@ -16,11 +16,12 @@ from edgesafe.device import load_device
 from edgesafe.errors import ParityError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.suite import MAX_NEW_TOKENS
+from edgesafe.format.targets import NEW
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, parity_pieces, stream
+from edgesafe_export import export_bundle, held_out, parity_pieces, stream
 from edgesafe_export import parity_model as parity
 from edgesafe_export.export import requests
-from edgesafe_export.parity_answers import ask, changed, compare
+from edgesafe_export.parity_answers import ask, compare
 from edgesafe_export.scoring import score
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.tolerances import DIVERGED_TOKENS, KEPT_ANSWERS
@@ -38,6 +39,8 @@ HARMFUL = (
     "projector: 2 bits",
     "projector: a channel's scale lost",
 )
+# The answers of the study's rows pass: this model is sure of them. Plain text shows it.
+ONLY_IN_TEXT = ("decoder: 3 bits", "decoder: block 2 skipped", "decoder: noise 0.2")
 HARMLESS = ("undamaged", "decoder: 5 bits", "vision: 8 bits", "projector: 5 bits")
 NAMED = {damage.name: damage for damage in DAMAGES}
 
@@ -49,7 +52,7 @@ def shop(trained_job):
 
 
 def _compared(shop, folder: Path, name: str):
-    """The export's own check of a bundle with a damage, or without one."""
+    """A bundle's answers, with a damage or without one, beside the checkpoint's."""
     with parity.open_session(shop.bundle(folder / "b", NAMED.get(name))) as session:
         answers = ask(session, requests(shop.job, whole=True), MAX_NEW_TOKENS)
         return compare(session.tokenizer, answers, score(shop.sketch, shop.pieces, answers, folder / "s"), None)
@@ -72,17 +75,36 @@ def test_the_study_s_figures_break_the_limits_that_ship():
         assert any(broken) == row["refused"], row["name"]
 
 
-@pytest.mark.parametrize("name", HARMFUL)
-def test_harmful_damage_is_refused(shop, tmp_path, name):
-    assert ROWS[name]["kind"] == "harmful"
-    why = changed(_compared(shop, tmp_path, name))
-    assert " in place of " in why and any(repr(row.prompt)[:30] in why for row in shop.job.suite.rows)
+def _judged(shop, folder: Path, name: str, whole: bool) -> str:
+    """What the export has against a bundle, of a model that is compared whole or in pieces."""
+    shop.bundle(folder / NEW, NAMED.get(name))
+    return export_module._judge(shop.sketch, shop.pieces, requests(shop.job, whole), None, folder)[1]
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("name", [*HARMFUL, *ONLY_IN_TEXT])
+def test_damage_is_refused(shop, tmp_path, name, whole):
+    why = _judged(shop, tmp_path, name, whole)
+    if name in HARMFUL:
+        assert ROWS[name]["kind"] == "harmful"
+        assert " in place of " in why and any(repr(row.prompt)[:30] in why for row in shop.job.suite.rows)
+    else:  # its answers passed in the study, and of a model that is asked as much here
+        assert ROWS[name]["kind"] == "between" and not ROWS[name]["refused"]
+        assert why.startswith("plain text: " if whole else ("plain text: ", "exit "))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("name", HARMLESS)
-def test_harmless_damage_passes(shop, tmp_path, name):
+def test_harmless_damage_passes(shop, tmp_path, name, whole):
     assert name not in NAMED or ROWS[name]["kind"] == "harmless"
-    assert changed(_compared(shop, tmp_path, name)) == ""
+    assert _judged(shop, tmp_path, name, whole) == ""
+
+
+def test_each_limit_on_text_refuses_alone(shop, tmp_path):
+    shop.bundle(tmp_path / NEW, NAMED["decoder: 3 bits"])
+    text = export_module._judge(shop.sketch, shop.pieces, requests(shop.job, False), None, tmp_path)[0]["text_figures"]
+    assert held_out.lost(text) and held_out.lost({**text, "same": 1.0}) and held_out.lost({**text, "divergence": 0.0})
+    assert not held_out.lost({**text, "same": 0.9, "divergence": 0.05})
 
 
 def test_the_checkpoint_s_pass_finds_the_answers_that_are_equal(shop, tmp_path):

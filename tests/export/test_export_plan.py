@@ -14,9 +14,10 @@ from random_checkpoint import find_config, make_checkpoint
 from edgesafe.cli import main
 from edgesafe.device import load_device
 from edgesafe.errors import InputError
+from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit
 from edgesafe_export import export as export_module
-from edgesafe_export.estimate import graph_specs
+from edgesafe_export.estimate import calibration_bytes, export_bytes, graph_specs, text_bytes
 from edgesafe_export.plan import _smaller, check_room, choose_ladder, describe, make_plan
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
@@ -67,8 +68,8 @@ def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
     assert 576 < plan.prompt_tokens < 640
     assert least < plan.exits[0].ttft_ms / 1e3 < 1.1 * least
     assert plan.fits is False and plan.check == "pieces"
-    # int4 in blocks of 32 with scales and zero points is 0.64 bytes a weight, int8 1.
-    assert plan.bundle_bytes == pytest.approx(0.6406 * 6.607e9 + 0.131e9 + 0.313e9, rel=0.02)
+    # int4 in blocks of 32 with float16 scales and zero points is 0.578 bytes a weight, the head's and the table's 8 bits 1.03.
+    assert plan.bundle_bytes == pytest.approx(0.578 * 6.476e9 + 2 * 1.031 * 0.131e9 + 0.313e9, rel=0.02)
     text = describe(plan)
     assert "not interactive on Raspberry Pi 5" in text and "SmolVLM-256M" in text and "beyond the budget of 10 s" in text
 
@@ -111,6 +112,29 @@ def test_the_command_reads_headers_alone(seven_billion, capsys):
     assert plan["fits"] is False and [e["exit"] for e in plan["exits"]] == ["3", "6", "9", "12", "14", "17", "20", "23"]
     assert main(["plan", str(seven_billion), "--device", "rpi5"]) == 0
     assert "first token s (estimated)" in capsys.readouterr().out
+
+
+def test_calibration_s_memory_and_disk_are_in_the_plan(seven_billion):
+    plain, calibrated = (_plan(seven_billion, text=scheme) for scheme in ("int4-block32", "int4-gptq"))
+    # Of seven matrices of a layer one has 11,008 inputs and six 4,096; four of the largest's size stand beside them all.
+    sketch, hessians = open_sketch(seven_billion), 4 * (5 * 11_008**2 + 6 * 4_096**2)
+    assert calibration_bytes(sketch, "int4-gptq") == (hessians, 2 * 4 * 20_480 * 4_096)
+    assert calibration_bytes(sketch, "int4-block32") == calibration_bytes(sketch, "fp32") == (0, 0)
+    needed = [export_bytes(sketch, False, 0, scheme) for scheme in ("int4-gptq", "int4-block32")]
+    assert needed[0] - needed[1] == hessians and calibrated.export_gib >= needed[0] / 2**30 - 0.01
+    assert calibrated.disk_gib - plain.disk_gib == pytest.approx(2 * 4 * 20_480 * 4_096 / 2**30, abs=0.02)
+    assert calibrated.bundle_bytes == plain.bundle_bytes
+
+
+def test_a_head_that_is_the_embedding_counts_once(tmp_path):
+    folder = make_checkpoint(find_config("llava-onevision-0.5b"), tmp_path / "tied", empty=True)
+    sketch = open_sketch(folder)
+    assert sketch.family.tied
+    specs = graph_specs(sketch, choose_ladder(sketch, None), "chain", "fp32", "int4-gptq")
+    table = specs[graph_io.EMBED_PATH].weight_bytes
+    assert text_bytes(sketch, specs, "int4-gptq") == specs[graph_io.DECODER_PATH].weight_bytes > table > 0
+    rows, width = sketch.family.embed_tokens().weight.shape
+    assert width == 896 and table == rows * width * (1 + 2 / 64)  # a float16 scale per 64 weights
 
 
 def test_a_small_model_fits_its_budget_and_is_compared_whole(trained_job):

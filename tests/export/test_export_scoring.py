@@ -86,11 +86,11 @@ WRONG = [
     (scoring._Reading, "order", ("first, first + len(rest)", "0, len(rest)")),
     (scoring, "_readings", ("one.ids[:-1]", "one.ids[1:]")),
     (scoring, "_readings", ("(picture, one.exit), []", "(picture, 0), []")),
-    (scoring, "_read", ("{desk.picture_of[reading.members[0]]}", "0")),
-    (scoring, "_read", ("_{one.exit.depth}", "_{min(desk.depths[0])}")),
+    (scoring.Desk, "features", ("{self.picture_of[number]}", "0")),
+    (scoring.Desk, "features", ("_{one.exit.depth}", "_{min(self.depths[0])}")),
     (scoring, "_score", ("float_[places, best] - ", "float_[places, best] + ")),
     (scoring, "_score", ("np.exp(float_) * (float_ - bundle)", "np.exp(bundle) * (bundle - float_)")),
-    (scoring, "_see", ("desk.vision(picture, start)", "desk.vision(0, start)")),
+    (scoring, "see", ("desk.vision(picture, start)", "desk.vision(0, start)")),
 ]
 
 

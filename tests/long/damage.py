@@ -90,7 +90,7 @@ def examine(shop: Workshop, bundle: Path, val: Suite, work: Path) -> dict[str, A
     return {"answers": scored, "rates": rates(bundle, val), "rows": len(val.rows)}
 
 
-UNDAMAGED = (("fp32", "fp32"), ("int8-dynamic", "int8-block32"), ("int8-dynamic", "int4-block32"), tuple(SCHEMES.values()))
+UNDAMAGED = (("fp32", "fp32"), ("int8-dynamic", "int8-block32"), ("int8-dynamic", "int4-block128"), tuple(SCHEMES.values()))
 
 
 def cases(shop: Workshop, only: str) -> Iterator[tuple[str, Callable[[Path], Path]]]:

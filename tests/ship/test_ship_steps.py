@@ -121,8 +121,8 @@ def calls(tmp_path, monkeypatch) -> Counter:
     step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
 
-    def export_bundle(model, out, device, suite_dir):
-        done["bundle"] += 1
+    def export_bundle(model, out, device, suite_dir, accept_damage):
+        done["damaged bundle" if accept_damage else "bundle"] += 1
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made.root, out)
         return Bundle.open(out)
@@ -156,6 +156,28 @@ def _ran(calls: Counter) -> set[str]:
     assert set(calls.values()) <= {1}
     calls.clear()
     return ran
+
+
+def test_damage_is_accepted_of_a_named_scheme_and_makes_another_bundle(tmp_path, calls, model):
+    named = replace(load_device("rpi5"), text_scheme="int4-block128")
+    ship(model, named, tmp_path / "out")
+    assert _ran(calls) == SHARED | {"bundle"}
+    ship(model, named, tmp_path / "out", accept_damage=True)
+    assert _ran(calls) == {"damaged bundle"}
+    with pytest.raises(ConfigError, match="does no damage"):
+        ship(model, load_device("rpi5"), tmp_path / "other", accept_damage=True)
+    assert not calls
+
+
+def test_the_closing_table_names_the_schemes_and_the_damage():
+    report = {"exits": [], "bundle": "b", "bytes": 1, "quantization": {"vision": "v", "text": "t"}, "certified": []}
+    said = {"schemes": {"int4-gptq": "too far", "mixed-gptq": "taken"}, "damage": "it babbles"}
+    overlap = {"overlap": {"rows": 1, "shared": 0, "training": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ship_module, "say_overlap", lambda found: "overlap")
+        told = ship_module.closing_table({**report, **said, **overlap})
+        assert "text int4-gptq: too far\ntext mixed-gptq: taken\ndamage accepted: it babbles\noverlap" in told
+        assert "text " not in ship_module.closing_table({**report, **overlap}).partition("certified")[2]
 
 
 def test_a_second_device_shares_all_but_the_bundle(tmp_path, calls, model):

@@ -16,7 +16,7 @@ from edgesafe.serve.access import Access
 from edgesafe.serve.metrics import KIND
 from edgesafe.serve.wire import BODY_S, MAX_BODY, PatientReader, Refused, Reply, drain, refused, status_of
 
-# The paths whose reader is the page; every other one, also one that doesn't exist, is answered in the API's form.
+# The paths of the page, which has no token to send.
 PAGE_PATHS = ("/", "/bundle", "/ask")
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 
@@ -40,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self._reader = PatientReader(self.connection)
         self.rfile = io.BufferedReader(self._reader)
-        self.path = "?"
+        # What the standard library sets once it has read the first line, which may be too long to be read.
+        self.path, self.requestline, self.command, self.request_version = "?", "", "", "HTTP/1.1"
 
     def handle(self) -> None:
         """The one request, and what is left of it where it was refused."""
@@ -65,18 +66,15 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses by itself, in the same form as the rest."""
         self.close_connection = True
-        self._reply().error(code, InputError(message or HTTPStatus(code).phrase))
+        Reply(self).error(code, InputError(message or HTTPStatus(code).phrase))
 
     @property
     def _route(self) -> str:
         return self.path.partition("?")[0]
 
-    def _reply(self) -> Reply:
-        return Reply(self, for_page=self._route in PAGE_PATHS)
-
     def _answered(self, work: Callable[[Reply], None]) -> None:
         self.close_connection = True
-        reply, metrics = self._reply(), self.server.app.metrics
+        reply, metrics = Reply(self), self.server.app.metrics
         try:
             if self._route != "/health":
                 self.server.access.check(self.headers)

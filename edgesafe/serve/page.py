@@ -18,7 +18,7 @@ from edgesafe.format.fields import Fields
 from edgesafe.runtime import Budget, Cancel, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
 from edgesafe.serve.chat import App
-from edgesafe.serve.wire import Reply, shown
+from edgesafe.serve.wire import Reply, api_error, status_of
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -53,7 +53,7 @@ def ask(app: App, body: bytes, reply: Reply) -> None:
                 lines.write({"piece": piece})
             lines.write({"answer": stream.answer.to_dict()})
         except EdgesafeError as error:
-            lines.write({"error": shown(error)})
+            lines.write({"error": api_error(error, status_of(error))})
 
 
 class _Lines:

@@ -1,4 +1,4 @@
-"""The wire: how much and how long a request may be, how a reply is written, and an error in the page's form or the API's."""
+"""The wire: how much and how long a request may be, how a reply is written, and an error in the API's form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_HEAD = 32 << 10
 HEAD_S, BODY_S, WRITE_S = 10.0, 60.0, 10.0
 # What a client sent that nobody reads is thrown away, so that closing doesn't reset the connection before the reply was read.
 _DRAIN_S = 2.0
-_TYPES = {
+_TYPES: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.FORBIDDEN: "permission_error",
     HTTPStatus.NOT_FOUND: "not_found_error",
@@ -87,8 +87,8 @@ class PatientReader(io.RawIOBase):
 class Reply:
     """The way back to a client; each connection carries one reply."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, for_page: bool) -> None:
-        self._handler, self._for_page = handler, for_page
+    def __init__(self, handler: BaseHTTPRequestHandler) -> None:
+        self._handler = handler
 
     def send(self, status: int, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         """A whole reply."""
@@ -100,8 +100,8 @@ class Reply:
         self.send(status, "application/json; charset=utf-8", json.dumps(obj).encode(), headers)
 
     def error(self, status: int, error: EdgesafeError, headers: Mapping[str, str] | None = None) -> None:
-        """An error, in the form that the one who asked knows."""
-        self.json(status, {"error": shown(error) if self._for_page else api_error(error, status)}, headers)
+        """An error in the API's form, which the page reads too."""
+        self.json(status, {"error": api_error(error, status)}, headers)
 
     def begin(self, kind: str, headers: Mapping[str, str], status: int = HTTPStatus.OK) -> None:
         """The head of a reply; without ``Content-Length`` the connection's end is the body's."""
@@ -173,19 +173,13 @@ def header_text(text: str) -> str:
     return re.sub(r"[^ -~]", " ", text.encode("ascii", "replace").decode())[:1000]
 
 
-def shown(error: EdgesafeError) -> dict[str, Any]:
-    """An error as the page shows it."""
-    parts = {"what": error.what, "where": error.where, "expected": error.expected, "todo": error.todo}
-    return {"type": type(error).__name__, **parts, "exit_code": error.exit_code}
-
-
 def api_error(error: EdgesafeError, status: int) -> dict[str, Any]:
     """An error in the API's own form.
 
-    >>> api_error(InputError("it is empty", where="messages"), 400)["code"]
-    'input'
+    >>> api_error(InputError("it is empty", where="messages"), 400)
+    {'message': 'it is empty (messages).', 'type': 'invalid_request_error', 'param': 'messages', 'code': 'input'}
     """
-    kind = _TYPES.get(HTTPStatus(status), "server_error" if status >= 500 else "invalid_request_error")
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"message": str(error), "type": kind, "param": error.where or None, "code": code_of(error)}
 
 

@@ -182,7 +182,7 @@ def test_wrong_questions_are_refused_cleanly(running, gate, body, headers, statu
     gate.go()
     got, _, data = send(running, "POST", "/ask", body, headers)
     error = json.loads(data)["error"]
-    assert got == status and error["what"] and "Traceback" not in data.decode()
+    assert got == status and error["message"] and "Traceback" not in data.decode()
     assert ask(running)[1][-1]["answer"]["text"] == ANSWER
 
 
@@ -207,13 +207,13 @@ def test_an_error_in_the_middle_is_the_last_line(running, gate, monkeypatch):
     gate.go()
     running.app.session.engine.before = lambda path: running.app.session.turns.__setattr__("_closed", path.startswith("text/"))
     status, lines = ask(running)
-    assert status == 200 and lines[-1]["error"]["type"] == "ClosedError" and not any("answer" in line for line in lines)
+    assert status == 200 and lines[-1]["error"]["code"] == "closed" and not any("answer" in line for line in lines)
 
 
 def test_a_bug_says_so_and_shows_no_insides(running, monkeypatch, capsys):
     monkeypatch.setattr(page, "facts", lambda session: 1 / 0)
     status, _, data = send(running, path="/bundle")
-    assert status == 500 and json.loads(data)["error"]["what"].startswith("ZeroDivisionError")
+    assert status == 500 and json.loads(data)["error"]["message"].startswith("ZeroDivisionError")
 
 
 def test_the_command_refuses_a_taken_port_and_ends_with_ctrl_c(handmade, running, monkeypatch, capsys):

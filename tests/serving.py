@@ -6,8 +6,11 @@ import base64
 import contextlib
 import http.client
 import json
+import os
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,17 @@ from PIL import Image
 import handmade
 import odd_inputs
 from edgesafe import Session
+from edgesafe.runtime import Cancel
+from edgesafe.serve import chat as serve_chat
 from edgesafe.serve.server import Server
 
 JSON = {"Content-Type": "application/json"}
 PNG = odd_inputs.encoded_as("PNG", Image.new("RGB", (9, 7), "red"))
 DATA_URI = "data:image/png;base64," + base64.b64encode(PNG).decode()
 CHAT = "/v1/chat/completions"
+# Where each of these events has its host.
+_OUT = {"socket.connect": 1, "socket.sendto": 1}
+_OUT |= {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethostbyaddr": 0}
 
 
 @contextlib.contextmanager
@@ -44,6 +52,34 @@ def roomy_bundle(folder: Path) -> Path:
         return handmade.make_bundle(folder).root
     finally:
         handmade.CONTEXT = before
+
+
+@contextlib.contextmanager
+def no_way_out(allowed: Path, watched: Path) -> Iterator[list[str]]:
+    """Refuses look-ups and connections but to loopback; lists them, and each file in ``watched`` opened outside ``allowed``."""
+    seen: list[str] = []
+    inside, around, active = os.path.realpath(allowed), os.path.realpath(watched), [True]
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if not active[0]:
+            return
+        if event == "open" and isinstance(args[0], str | bytes | int):
+            name = f"/proc/self/fd/{args[0]}" if isinstance(args[0], int) else os.fsdecode(args[0])
+            path = os.path.realpath(name)
+            if f"{path}/".startswith(f"{around}/") and not f"{path}/".startswith(f"{inside}/"):
+                seen.append(path)
+        if event in _OUT:
+            host = args[_OUT[event]]
+            host = host[0] if isinstance(host, tuple) else host
+            if host != "127.0.0.1":
+                seen.append(f"{event} {host}")
+                raise RuntimeError(f"{event} {host}")
+
+    sys.addaudithook(audit)  # for good: it can only be told to look away
+    try:
+        yield seen
+    finally:
+        active[0] = False
 
 
 def send(server, method="GET", path="/", body=None, headers=None, host=None):
@@ -81,3 +117,18 @@ def events(data: bytes) -> list[Any]:
     """What a stream's events hold; the last one of a whole stream is ``[DONE]``."""
     lines = [line.removeprefix("data: ") for line in data.decode().split("\n\n") if line]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def watched_cancels(monkeypatch: Any) -> list[Cancel]:
+    """Every request's switch, as chats make them from here on."""
+    made: list[Cancel] = []
+    monkeypatch.setattr(serve_chat, "Cancel", lambda: made.append(Cancel()) or made[-1])
+    return made

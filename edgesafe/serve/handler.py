@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from http import HTTPStatus
-from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -47,8 +46,9 @@ class Handler(BaseHTTPRequestHandler):
         """The one request, and what is left of it where it was refused."""
         try:
             self.handle_one_request()
-        except HTTPException:
-            self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        except Refused as error:
+            self.server.app.metrics.error(error.error)
+            Reply(self).error(error.status, error.error)
         finally:
             drain(self.connection)
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -70,16 +69,16 @@ class PatientReader(io.RawIOBase):
         """Some bytes.
 
         Raises:
-            TimeoutError: The time is over.
-            HTTPException: So were the bytes; the standard library then answers that the head is too large.
+            Refused: The time is over (408), or the bytes are (431: a body is read no further than its length).
         """
-        seconds = self._until - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
         if self._left <= 0:
-            raise HTTPException("the head is too large")
-        self._connection.settimeout(seconds)
-        got = self._connection.recv_into(memoryview(buffer)[: self._left])
+            raise refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the head is too large", f"at most {MAX_HEAD} bytes")
+        # Above 0, which would mean not to wait at all.
+        self._connection.settimeout(max(self._until - time.monotonic(), 1e-3))
+        try:
+            got = self._connection.recv_into(memoryview(buffer)[: self._left])
+        except TimeoutError as error:
+            raise refused(HTTPStatus.REQUEST_TIMEOUT, "the request did not come in time") from error
         self._left -= got
         return got
 
@@ -107,6 +106,8 @@ class Reply:
         """The head of a reply; without ``Content-Length`` the connection's end is the body's."""
         handler = self._handler
         handler.connection.settimeout(WRITE_S)
+        if handler.request_version == "HTTP/0.9":
+            handler.request_version = "HTTP/1.0"  # or the standard library would write no head
         handler.send_response(status)
         policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         fixed = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,7 @@ from edgesafe.serve.metrics import HELP
 from engines import Gate, Watched
 from handmade import ANSWER
 from mutants import wrong
-from serving import CHAT, DATA_URI, JSON, PNG, chat, events, roomy_bundle, send, serving, user
+from serving import CHAT, DATA_URI, JSON, PNG, chat, events, roomy_bundle, send, serving, until, user, watched_cancels
 
 pytestmark = pytest.mark.enable_socket
 DECODER = "text/decoder_model_merged.onnx"
@@ -177,21 +176,14 @@ def asking(server, **fields):
     return connection
 
 
-def until(holds, seconds=60):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_ends_its_request_before_the_next_token(running, gate, stream):
+def test_a_client_that_goes_away_ends_its_request_before_the_next_token(running, gate, monkeypatch, stream):
+    cancels = watched_cancels(monkeypatch)
     with asking(running, stream=stream):
         gate.reached()
-    cancelled = running.app.metrics.text
-    time.sleep(0.2)  # the kernel tells in well under this; the gate holds the token meanwhile
+    until(lambda: cancels[0].cancelled)  # the gate holds the token meanwhile
     gate.go()
-    until(lambda: "edgesafe_cancelled_total 1" in cancelled(running.app.session, running.app.line))
+    until(lambda: "edgesafe_cancelled_total 1" in running.app.metrics.text(running.app.session, running.app.line))
     assert [name for _, name in running.app.session.engine.ran].count(DECODER) == 3
     assert chat(running)[2]["choices"][0]["message"]["content"] == ANSWER
 

@@ -141,8 +141,9 @@ def _file(rng: random.Random, port: int, files: Path) -> bytes:
     name = rng.choice(
         ["a.png", "link.png", "../other/secret.png", "%61.png", "none.png", "", "link/secret.png", way, way + "secret.png"]
     )
-    place = rng.choice([f"{files}/allowed", f"{files}/other", f"{files}", "/etc", ""])
-    scheme = rng.choice(["file://", "file://", "FILE://localhost", "file:", "file://x", "http://", "ftp://", ""])
+    # Mostly one thing is odd at a time, or the first one would hide the others.
+    place = rng.choice([*[f"{files}/allowed"] * 6, f"{files}/other", f"{files}", "/etc", ""])
+    scheme = rng.choice([*["file://"] * 9, "FILE://localhost", "file:", "file://x", "http://", "ftp://", ""])
     return _bytes(_body(rng) | {"messages": [user(url=f"{scheme}{place}/{name}")]}, port)
 
 

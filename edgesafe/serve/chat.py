@@ -85,7 +85,9 @@ def model(app: App) -> dict[str, Any]:
         "device": session.manifest.device,
         "quantization": session.manifest.quantization,
     }
-    return {"id": app.model, "object": "model", "created": app.created, "owned_by": "edgesafe", "edgesafe": facts}
+    # Clients that ask how long a prompt may be look for vLLM's name of it.
+    known = {"id": app.model, "object": "model", "created": app.created, "owned_by": "edgesafe"}
+    return {**known, "max_model_len": session.manifest.text.context_length, "edgesafe": facts}
 
 
 def chat(app: App, body: bytes, reply: Reply) -> None:

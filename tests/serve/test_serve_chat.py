@@ -278,7 +278,11 @@ def test_models(quick):
     listed = json.loads(send(quick, path="/v1/models")[2])
     (only,) = listed["data"]
     assert listed["object"] == "list" and only["id"] == "handmade" and only["object"] == "model"
-    assert only["edgesafe"]["certified"] == ["1", "2"] and only["edgesafe"]["exits"] == ["1", "2", "3"]
+    assert (
+        only["max_model_len"] == 512
+        and only["edgesafe"]["certified"] == ["1", "2"]
+        and only["edgesafe"]["exits"] == ["1", "2", "3"]
+    )
     assert json.loads(send(quick, path="/v1/models/handmade")[2]) == only
     assert send(quick, path="/v1/models/other")[0] == 404
 

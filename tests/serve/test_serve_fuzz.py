@@ -6,7 +6,7 @@ import fuzz
 import pytest
 
 from edgesafe import Session
-from edgesafe.serve import chat_request, sources, wire
+from edgesafe.serve import chat, chat_request, sources, wire
 from edgesafe.serve.wire import Reply, api_error
 from mutants import wrong
 
@@ -42,8 +42,9 @@ def test_a_followed_link_is_seen(failures, monkeypatch):
 
 
 def test_a_bug_is_seen(failures, monkeypatch, capsys):
-    monkeypatch.setattr(chat_request, "_stops", lambda fields: tuple(fields.obj.get("stop", ())))
-    assert failures(150) != []
+    edit = ("except (ValueError, RecursionError)", "except RecursionError")
+    monkeypatch.setattr(chat, "read_chat", wrong(chat_request.read_chat, edit))
+    assert any("500" in detail or "AssertionError" in detail for detail in failures(80))
 
 
 def test_another_form_of_error_is_seen(failures, monkeypatch):

@@ -97,14 +97,16 @@ def chat(app: App, body: bytes, reply: Reply) -> None:
         Refused: It names another model, or the queue is full.
         EdgesafeError: As by ``Session.ask``; once a stream has begun, its last event says it instead.
     """
-    answering, cancel = _Answering(app, read_chat(body, app.model, app.folders), reply), Cancel()
+    answering, cancel = None, Cancel()
     try:
+        # In line before anything is read, so that only so many pictures are held at once.
         with app.line.place(), reply.watched(cancel):
+            answering = _Answering(app, read_chat(body, app.model, app.folders), reply)
             answer = answering.run(cancel)
         # Out of the line first: whoever has the whole reply may ask again at once, and finds the place free.
         answering.finish(answer)
     except EdgesafeError as error:
-        if not answering.begun or cancel.cancelled:
+        if answering is None or not answering.begun or cancel.cancelled:
             raise
         app.metrics.error(error)
         answering.event({"error": api_error(error, status_of(error))})

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 from edgesafe.errors import CancelledError, EdgesafeError, InputError
@@ -112,24 +112,27 @@ class Handler(BaseHTTPRequestHandler):
             self._nowhere("POST", ("/ask", CHAT))
 
     def _post(self, reply: Reply) -> None:
+        app, answer = self.server.app, chat.chat
         if self._route == "/ask" and self._has_page:
-            page.ask(self.server.app, self._body(), reply)
-        elif self._route == CHAT:
-            chat.chat(self.server.app, self._body(), reply)
-        else:
+            answer = page.ask
+        elif self._route != CHAT:
             self._nowhere("GET", ("/", "/bundle", "/health", "/metrics", MODELS))
+        length = self._length()
+        with app.line.body(length):
+            answer(app, self._body(length), reply)
 
     @property
     def _has_page(self) -> bool:
         """The page has no token to send, so it is there for this machine's browser alone."""
         return not self.server.access.needs_token
 
-    def _nowhere(self, other: str, paths: tuple[str, ...]) -> None:
+    def _nowhere(self, other: str, paths: tuple[str, ...]) -> NoReturn:
         if self._route in paths and (self._has_page or self._route not in PAGE_PATHS):
             raise refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{self._route} takes {other} alone", Allow=other)
         raise refused(HTTPStatus.NOT_FOUND, "there is no such page", f"{MODELS} or {CHAT}")
 
-    def _body(self) -> bytes:
+    def _length(self) -> int:
+        """The body's, from a head that is in order."""
         if self.headers.get_content_type() != "application/json":
             raise refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body is not JSON", "Content-Type: application/json")
         lengths = self.headers.get_all("Content-Length") or [""]
@@ -138,8 +141,11 @@ class Handler(BaseHTTPRequestHandler):
             raise refused(HTTPStatus.LENGTH_REQUIRED, "the body's length is not given", "Content-Length, once")
         if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
             raise refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too large", "a picture of at most 16 MiB")
-        self._reader.allow(BODY_S, int(length))
-        body = self.rfile.read(int(length))
-        if len(body) != int(length):
+        return int(length)
+
+    def _body(self, length: int) -> bytes:
+        self._reader.allow(BODY_S, length)
+        body = self.rfile.read(length)
+        if len(body) != length:
             raise ConnectionAbortedError
         return body

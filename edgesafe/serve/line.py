@@ -13,6 +13,8 @@ from edgesafe.serve.wire import Refused
 
 WAITING = 8
 MOST_RETRY_S = 60
+# The bodies of all requests that are read or wait: five of the largest, or hundreds with a phone's picture made smaller.
+MOST_BODIES = 128 << 20
 # The share of the newest answer in the time that the next one is expected to take.
 _NEWEST = 0.3
 
@@ -27,7 +29,7 @@ class Line:
     def __init__(self, waiting: int = WAITING) -> None:
         self.room, self.held = 1 + waiting, 0
         self._lock = threading.Lock()
-        self._typical_s = 1.0
+        self._typical_s, self._bodies = 1.0, 0
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -46,6 +48,24 @@ class Line:
         finally:
             with self._lock:
                 self.held -= 1
+
+    @contextlib.contextmanager
+    def body(self, size: int) -> Iterator[None]:
+        """Memory for a body of so many bytes, for as long as the block runs.
+
+        Raises:
+            Refused: Others hold too much of it: 429.
+        """
+        with self._lock:
+            if self._bodies + size > MOST_BODIES:
+                error = BusyError("too many large requests at once", todo="ask again later")
+                raise Refused(HTTPStatus.TOO_MANY_REQUESTS, error, Retry_After=str(self._retry_s()))
+            self._bodies += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bodies -= size
 
     def took(self, seconds: float) -> None:
         """Learn how long an answer took, the waiting left out."""

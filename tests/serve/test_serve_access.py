@@ -12,13 +12,13 @@ import pytest
 
 from edgesafe import Session, cli
 from edgesafe.errors import ConfigError
-from edgesafe.serve import access, sources, wire
+from edgesafe.serve import access, line, sources, wire
 from edgesafe.serve.access import Access, check_host, read_token
 from edgesafe.serve.server import Server
 from edgesafe.serve.sources import check_folders
 from handmade import ANSWER
 from mutants import wrong
-from serving import CHAT, JSON, PNG, chat, no_way_out, send, serving, user
+from serving import CHAT, JSON, PNG, chat, no_way_out, send, serving, until, user
 
 pytestmark = pytest.mark.enable_socket
 TOKEN = "a-token-of-24-characters"
@@ -176,7 +176,7 @@ def only_the_allowed_are_read(server, root):
 
 
 def test_files_are_read_below_allowed_folders_alone_and_nothing_is_fetched(session, files):
-    with serving(session, folders=[files / "allowed"]) as server, no_way_out(files / "allowed", files) as seen:
+    with no_way_out(files / "allowed", files) as seen, serving(session, folders=[files / "allowed"]) as server:
         only_the_allowed_are_read(server, files.resolve())
         assert "too large" in chat(server, user(url=f"file://{files}/allowed/large.png"))[2]["error"]["message"]
         for url in ("http://127.0.0.1/a.png", "https://example.com/a.png", "ftp://x/a", "//x/a", str(files / "allowed/a.png")):
@@ -271,3 +271,17 @@ def test_a_slow_client_loses_its_connection_however_steadily_it_sends(session, m
         assert seen.split()[1] == b"408"
         monkeypatch.undo()
         assert chat(server)[0] == 200
+
+
+def test_large_bodies_are_read_a_few_at_a_time(session, monkeypatch):
+    monkeypatch.setattr(line, "MOST_BODIES", 5000)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost:PORT\r\nContent-Type: application/json\r\nContent-Length: 4000\r\n\r\n"
+    with serving(session) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as first:
+            first.sendall(head.replace("PORT", str(server.port)).encode())
+            until(lambda: server.app.line._bodies == 4000)
+            status, headers, reply = chat(server, user("x" * 1000))
+            assert status == 429 and int(headers["Retry-After"]) >= 1 and "large" in reply["error"]["message"]
+            assert chat(server)[0] == 200
+        until(lambda: server.app.line._bodies == 0)
+        assert "tokens" in chat(server, user("x" * 1000))[2]["error"]["message"]

@@ -6,11 +6,13 @@ import asyncio
 import threading
 
 import httpx2
+import load
 import openai
 import pytest
 from huggingface_hub import InferenceClient
 
 from edgesafe import Session
+from edgesafe.serve import chat_request
 from engines import Gate, Watched
 from handmade import ANSWER
 from serving import roomy_bundle, serving, until, user, watched_cancels
@@ -163,3 +165,9 @@ def test_huggingface_hub_knows_the_errors(server):
     client = InferenceClient(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=60)
     with pytest.raises(BadRequestError, match="temperature"):
         client.chat_completion([user()], model="handmade", temperature=9)
+
+
+def test_a_slice_of_the_load_and_that_it_sees_a_wrong_answer(monkeypatch):
+    assert load.run(None, requests=24, streams=2)["wrong"] == []
+    monkeypatch.setattr(chat_request, "_max_new_tokens", lambda fields: fields.known.add("max_tokens") or 2)
+    assert len(load.run(None, requests=24, streams=1)["wrong"]) == 16  # all but those that were closed

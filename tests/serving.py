@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CHAT = "/v1/chat/completions"
 # Where each of these events has its host.
 _OUT = {"socket.connect": 1, "socket.sendto": 1}
 _OUT |= {"socket.getaddrinfo": 0, "socket.gethostbyname": 0, "socket.gethostbyaddr": 0}
+_listening: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
 @contextlib.contextmanager
@@ -58,11 +60,9 @@ def roomy_bundle(folder: Path) -> Path:
 def no_way_out(allowed: Path, watched: Path) -> Iterator[list[str]]:
     """Refuses look-ups and connections but to loopback; lists them, and each file in ``watched`` opened outside ``allowed``."""
     seen: list[str] = []
-    inside, around, active = os.path.realpath(allowed), os.path.realpath(watched), [True]
+    inside, around = os.path.realpath(allowed), os.path.realpath(watched)
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
-        if not active[0]:
-            return
         if event == "open" and isinstance(args[0], str | bytes | int):
             name = f"/proc/self/fd/{args[0]}" if isinstance(args[0], int) else os.fsdecode(args[0])
             path = os.path.realpath(name)
@@ -76,11 +76,23 @@ def no_way_out(allowed: Path, watched: Path) -> Iterator[list[str]]:
                 seen.append(f"{event} {host}")
                 raise RuntimeError(f"{event} {host}")
 
-    sys.addaudithook(audit)  # for good: it can only be told to look away
+    _listen()
+    _listening.append(audit)
     try:
         yield seen
     finally:
-        active[0] = False
+        _listening.remove(audit)
+
+
+@lru_cache(maxsize=1)
+def _listen() -> None:
+    """Python calls a hook for good, so there is one, once."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        for audit in list(_listening):
+            audit(event, args)
+
+    sys.addaudithook(hook)
 
 
 def send(server, method="GET", path="/", body=None, headers=None, host=None):

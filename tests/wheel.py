@@ -41,7 +41,6 @@ HELPERS = (
     "mutants.py",
     "mutations.py",
     "odd_inputs.py",
-    "odd_requests.py",
     "results.py",
     "runtime/conftest.py",
     *(f"runtime/cpuinfo/{device}" for device in ("pi4", "pi5", "pixel9", "s24")),

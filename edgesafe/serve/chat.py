@@ -108,7 +108,7 @@ def chat(app: App, body: bytes, reply: Reply) -> None:
     except EdgesafeError as error:
         if answering is None or not answering.begun or cancel.cancelled:
             raise
-        app.metrics.error(error)
+        app.metrics.error(error, status_of(error))
         answering.event({"error": api_error(error, status_of(error))})
 
 

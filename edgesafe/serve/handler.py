@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.handle_one_request()
         except Refused as error:
-            self.server.app.metrics.error(error.error)
+            self.server.app.metrics.error(error.error, error.status)
             Reply(self).error(error.status, error.error)
         finally:
             drain(self.connection)
@@ -82,14 +82,14 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError, CancelledError):
             metrics.add("edgesafe_cancelled_total")
         except Refused as error:
-            metrics.error(error.error)
+            metrics.error(error.error, error.status)
             reply.error(error.status, error.error, error.headers)
         except EdgesafeError as error:
-            metrics.error(error)
+            metrics.error(error, status_of(error))
             reply.error(status_of(error), error)
         except Exception as error:
             bug = EdgesafeError(f"{type(error).__name__}; the terminal says more")
-            metrics.error(bug)
+            metrics.error(bug, HTTPStatus.INTERNAL_SERVER_ERROR)
             reply.error(HTTPStatus.INTERNAL_SERVER_ERROR, bug)
             raise
 

@@ -43,9 +43,9 @@ class Metrics:
             # A Counter holds floats as well; its stubs say int.
             self._counts[name, tuple(sorted(labels.items()))] += amount  # type: ignore[assignment]
 
-    def error(self, error: EdgesafeError) -> None:
+    def error(self, error: EdgesafeError, status: int) -> None:
         """Count a request that was not answered."""
-        self.add("edgesafe_errors_total", code=code_of(error))
+        self.add("edgesafe_errors_total", code=code_of(error, status))
 
     def answered(self, answer: Answer, prompt: str, prompt_tokens: int, made: int) -> None:
         """Count a whole answer."""

@@ -181,15 +181,17 @@ def api_error(error: EdgesafeError, status: int) -> dict[str, Any]:
     {'message': 'it is empty (messages).', 'type': 'invalid_request_error', 'param': 'messages', 'code': 'input'}
     """
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"message": str(error), "type": kind, "param": error.where or None, "code": code_of(error)}
+    return {"message": str(error), "type": kind, "param": error.where or None, "code": code_of(error, status)}
 
 
-def code_of(error: EdgesafeError) -> str:
-    """An error's class as a word of the API.
+def code_of(error: EdgesafeError, status: int) -> str:
+    """An error's class as a word; for a request that is refused as HTTP, the status's name says more.
 
-    >>> code_of(BusyError("x")), code_of(CertificateError("x")), code_of(EdgesafeError("x"))
-    ('busy', 'certificate', 'edgesafe')
+    >>> code_of(BusyError("x"), 429), code_of(CertificateError("x"), 422), code_of(InputError("x"), 401)
+    ('busy', 'certificate', 'unauthorized')
     """
+    if isinstance(error, InputError) and status != HTTPStatus.BAD_REQUEST:
+        return HTTPStatus(status).name.lower()
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()
 
 

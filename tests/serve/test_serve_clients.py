@@ -80,7 +80,7 @@ def test_openai_s_models(client):
     ("more", "kind", "code"),
     [
         ({"temperature": 9}, openai.BadRequestError, "input"),
-        ({"model": "gpt-5"}, openai.NotFoundError, "input"),
+        ({"model": "gpt-5"}, openai.NotFoundError, "not_found"),
         ({"extra_body": {"exit": "3"}}, openai.UnprocessableEntityError, "uncertified_exit"),
         ({"extra_body": {"budget_ms": 5}}, openai.UnprocessableEntityError, "not_measured"),
     ],

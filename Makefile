@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-budget soak fuzz chaos wheel shot clean
+.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-budget soak load fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -81,7 +81,10 @@ bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 m
 soak: $(VENV)/ready ## 2,000 requests to one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
 	@$(BIN)/python tests/long/soak.py $(OUT)/bundle --out tests/bench/results/soak.json
 
-fuzz: $(VENV)/ready ## 7,000 mutated bundles, 2,000 mutated pictures and prompts: refused or answered cleanly (30 min at most)
+load: $(VENV)/ready ## 500 requests to edgesafe serve by the openai client from 8 connections: none wrong, none mixed up (minutes)
+	@$(BIN)/python tests/long/load.py $(OUT)/bundle --out tests/bench/results/load.json
+
+fuzz: $(VENV)/ready ## 7,000 mutated bundles, 4,000 mutated pictures, prompts and requests: refused or answered cleanly (30 min at most)
 	@$(BIN)/python tests/long/fuzz.py --out tests/bench/results/fuzz.json
 
 chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify and export (30 min at most)

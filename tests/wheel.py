@@ -45,6 +45,7 @@ HELPERS = (
     "runtime/conftest.py",
     *(f"runtime/cpuinfo/{device}" for device in ("pi4", "pi5", "pixel9", "s24")),
     "runtime/fake_engine.py",
+    "serving.py",
 )
 TESTS = (
     "runtime/test_runtime_answer.py",
@@ -62,6 +63,8 @@ TESTS = (
     "runtime/test_runtime_soak.py",
     "runtime/test_runtime_standing.py",
     "runtime/test_runtime_turns.py",
+    "serve/test_serve_access.py",
+    "serve/test_serve_chat.py",
     "serve/test_serve_http.py",
     "contract/test_bundle_format.py",
     "contract/test_tiles_format.py",

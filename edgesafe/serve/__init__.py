@@ -1,1 +1,1 @@
-"""A local page for trying a bundle in a browser: standard library, loopback only, nothing from outside."""
+"""`edgesafe serve`: the page for a browser on this machine, and the OpenAI API for programs."""

@@ -19,7 +19,9 @@ from study.documents import blocks
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_SCREEN, WHOLE = 40, 150  # lines of README before its first section, and in all
 PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
-ROOMS = ("align", "checkpoint", "evaluate", "runtime")
+ROOMS = ("align", "checkpoint", "evaluate", "runtime", "serve")
+# Its Python needs a server: tests/serve/test_serve_readme.py runs it.
+SERVED = "edgesafe/serve/README.md"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 DOCUMENTS |= {
     name: (ROOT / name).read_text(encoding="utf-8")
@@ -44,7 +46,7 @@ def test_readme_is_short():
     assert first <= FIRST_SCREEN and len(lines) <= WHOLE
 
 
-@pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if _code(text, "python")])
+@pytest.mark.parametrize("name", [name for name, text in DOCUMENTS.items() if name != SERVED and _code(text, "python")])
 def test_the_python_runs(name, handmade, tmp_path, monkeypatch, capsys):
     measure(shutil.copytree(handmade, tmp_path / "build" / "rpi5" / "bundle"), seconds=0.1)
     Image.new("RGB", (9, 7)).save(tmp_path / "picture.png")

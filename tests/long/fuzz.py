@@ -14,6 +14,8 @@ Kinds:
               to fit, refused, or answered as the bundle by hand answers, which no cut changes.
     picture   broken and absurd pictures: answered or `InputError`.
     prompt    the same with prompts.
+    request   broken and hostile HTTP requests to `edgesafe serve`: answered, or refused in the API's form; no file is opened
+              outside of the allowed folder, and nothing but the client connects.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,22 +40,27 @@ import numpy as np
 
 import mutations
 import odd_inputs
+import odd_requests
+import serving
 from edgesafe import Session
 from edgesafe.errors import EdgesafeError, InputError
 from edgesafe.format.bundle import MANIFEST
 from edgesafe.progress import table
 from edgesafe.runtime.measure import peak_rss_mib
+from edgesafe.serve import handler, wire
+from edgesafe.serve.server import Server
 from handmade import ANSWER, CANVAS, GRID, make_bundle
 from results import write_result
 
-# 5,000 mutated bundles that must all be refused, 1,000 more that reach what lies behind the digests, 1,000 with tiles, and
-# 2,000 inputs.
-COUNTS = {"sealed": 3000, "resealed": 2000, "forged": 1000, "tiled": 1000, "picture": 1000, "prompt": 1000}
+# 5,000 mutated bundles that must all be refused, 1,000 more that reach what lies behind the digests, 1,000 with tiles, 2,000
+# inputs, and 2,000 requests.
+COUNTS = {"sealed": 3000, "resealed": 2000, "forged": 1000, "tiled": 1000, "picture": 1000, "prompt": 1000, "request": 2000}
 REFUSED, ANSWERED = "refused", "answered"
-MAY_ANSWER = ("forged", "tiled", "picture", "prompt")
+MAY_ANSWER = ("forged", "tiled", "picture", "prompt", "request")
 # A hang that computes ends by the first (a case takes a tenth of it), one that waits by the second, on a busy machine too.
 CPU_S_A_CASE, CPU_S_A_CHILD, WALL_S = 1, 60, 1800
 ADDRESS_GIB = 6
+WAIT_S = 0.3
 # Above what the process needs with nothing mutated: 50 megapixels are 191 MiB with an alpha channel and 143 in RGB.
 GROWTH_MIB = 450
 BLACK = np.zeros((8, 8, 3), np.uint8)
@@ -113,6 +122,31 @@ def input_case(kind: str, number: int, session: Session, work: Path) -> tuple[st
     return ANSWERED, name
 
 
+def request_case(number: int, session: Session, work: Path) -> tuple[str, str]:
+    """What happened to a mutated request; the server is started for the first one and ends with its process."""
+    files, server = _served(session, work)
+    name, data = odd_requests.request(case_rng("request", number), server.port, files)
+    with serving.no_way_out(files / "allowed", files) as opened:
+        outcome = odd_requests.judge(data, odd_requests.exchange(server.port, data))
+    if opened or (name == "plain" and outcome[0] != ANSWERED):
+        raise AssertionError(f"{outcome} to {name}, opened {opened}")
+    return outcome
+
+
+@lru_cache(maxsize=1)
+def _served(session: Session, work: Path) -> tuple[Path, Server]:
+    for name in ("allowed/a.png", "other/secret.png"):
+        (work / name).parent.mkdir(parents=True)
+        (work / name).write_bytes(serving.PNG)
+    (work / "allowed" / "link").symlink_to(work / "other")
+    (work / "allowed" / "link.png").symlink_to(work / "other" / "secret.png")
+    # A request that is shorter than it says is waited for; not for long here.
+    wire.HEAD_S = handler.BODY_S = WAIT_S
+    server = Server(session, 0, folders=[work / "allowed"])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return work, server
+
+
 def child(kind: str, first: int, count: int) -> int:
     """Run cases and print one JSON line before and one after each."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_GIB << 30,) * 2)
@@ -134,7 +168,9 @@ def child(kind: str, first: int, count: int) -> int:
 def one(kind: str, number: int, session: Session, whole: Path, work: Path) -> dict[str, object]:
     """One case as {outcome, detail}."""
     try:
-        if kind == "tiled":
+        if kind == "request":
+            outcome, detail = request_case(number, session, work)
+        elif kind == "tiled":
             outcome, detail = tiled_case(number, work)
         elif kind in ("sealed", "resealed", "forged"):
             outcome, detail = bundle_case(kind, number, whole, work)

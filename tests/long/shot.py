@@ -170,7 +170,7 @@ def complaints(browser: Browser, url: str) -> list[str]:
             wrong.append(f"asked {params['request']['url']}")
         if method == "Runtime.exceptionThrown":
             wrong.append(str(params["exceptionDetails"]))
-        if method == "Log.entryAdded" and params["entry"]["level"] == "error" and "409" not in params["entry"]["text"]:
+        if method == "Log.entryAdded" and params["entry"]["level"] == "error" and "422" not in params["entry"]["text"]:
             wrong.append(params["entry"]["text"])
     return wrong
 

@@ -30,6 +30,7 @@ from mutants import wrong
         ("tiled", 60, True),
         ("picture", 60, True),
         ("prompt", 60, True),
+        ("request", 200, True),
     ],
 )
 def test_a_slice(kind, count, answered):

@@ -24,7 +24,7 @@ from edgesafe.format.certificate import read_certificate
 from edgesafe.format.latency import read_latency
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime import opened as opened_module
-from edgesafe.serve.server import PageServer, serve
+from edgesafe.serve.server import Server, serve
 from handmade import ANSWER
 from mutants import wrong
 
@@ -91,14 +91,14 @@ def test_it_smokes(suited_copy, engine, tmp_path):
 @pytest.mark.enable_socket
 def test_it_serves(suited_copy, engine, monkeypatch, capsys):
     def one_question(server):
-        thread = threading.Thread(target=PageServer.handle_request, args=(server,))
+        thread = threading.Thread(target=Server.handle_request, args=(server,))
         thread.start()
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/bundle", timeout=60) as reply:
             assert json.load(reply)["name"] == "handmade"
         thread.join(60)
-        assert server.session.ask(BLACK, "what?").text == ANSWER
+        assert server.app.session.ask(BLACK, "what?").text == ANSWER
 
-    monkeypatch.setattr(PageServer, "serve_forever", one_question)
+    monkeypatch.setattr(Server, "serve_forever", one_question)
     smoke(suited_copy, engine=engine)
     serve(suited_copy, port=0, engine=engine)
     assert engine.ran and "http://127.0.0.1:" in capsys.readouterr().out

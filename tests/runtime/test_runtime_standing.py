@@ -21,7 +21,7 @@ from edgesafe.format.seal import seal
 from edgesafe.runtime import OnnxRuntime, RunnableGraph, kernels, opened, smoke_record
 from edgesafe.runtime.answer import describe
 from edgesafe.runtime.standing import standing
-from edgesafe.serve.server import facts
+from edgesafe.serve.page import facts
 from mutants import wrong
 
 BLACK = np.zeros((8, 8, 3), np.uint8)

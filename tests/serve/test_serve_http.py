@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import re
 import socket
-import threading
 
 import pytest
-from PIL import Image
 
-import odd_inputs
 from edgesafe import Session, cli
 from edgesafe.runtime.scope import Scope
-from edgesafe.serve import server as server_module
-from edgesafe.serve.server import MAX_BODY, PAGE, PageHandler, PageServer
+from edgesafe.serve import page
+from edgesafe.serve.access import Access
+from edgesafe.serve.server import MAX_CONNECTIONS, Server
+from edgesafe.serve.wire import MAX_BODY
 from engines import Gate, Watched
 from handmade import ANSWER
 from mutants import wrong
+from serving import JSON, PNG, send, serving
 
 pytestmark = pytest.mark.enable_socket
-PICTURE = base64.b64encode(odd_inputs.encoded_as("PNG", Image.new("RGB", (9, 7), "red"))).decode()
+PICTURE = base64.b64encode(PNG).decode()
 QUESTION = {"image": PICTURE, "prompt": "what?"}
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
@@ -36,31 +34,9 @@ def gate():
 
 @pytest.fixture
 def running(handmade, gate):
-    with Session.open(handmade, engine=Watched(gate)) as session, PageServer(session, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with Session.open(handmade, engine=Watched(gate)) as session, serving(session) as server:
         yield server
         gate.go()
-        server.shutdown()
-        thread.join(30)
-
-
-def send(server, method="GET", path="/", body=None, headers=None, host=None):
-    """Status, headers and body of one request."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.putrequest(method, path, skip_host=host is not None)
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    given = {**({} if host is None else {"Host": host}), **(headers or {})}
-    if data is not None and "Content-Length" not in given and "Transfer-Encoding" not in given:
-        given["Content-Length"] = str(len(data))
-    for key, value in given.items():
-        if value is not None:
-            connection.putheader(key, value)
-    connection.endheaders(data)
-    reply = connection.getresponse()
-    out = reply.status, dict(reply.getheaders()), reply.read()
-    connection.close()
-    return out
 
 
 def ask(server, body=None, **more):
@@ -79,7 +55,7 @@ def test_an_answer_comes_as_lines_with_progress_pieces_and_the_whole(running, ga
 
 def test_an_answer_longer_than_was_certified_says_so(running, gate, monkeypatch):
     gate.go()
-    monkeypatch.setattr(running.session, "scope", Scope(max_new_tokens=3))
+    monkeypatch.setattr(running.app.session, "scope", Scope(max_new_tokens=3))
     for length, certified in ((3, True), (4, False)):
         answer = ask(running, {"max_new_tokens": length})[1][-1]["answer"]
         assert answer["certified"] is certified and ("NOT certified: the answer has 4 tokens" in answer["note"]) != certified
@@ -109,7 +85,7 @@ def test_a_browser_that_goes_away_gives_its_turn_up(running, gate):
     gate.go()
     assert ask(running)[1][-1]["answer"]["text"] == ANSWER
     # The first ask broke off: the kernel takes a line or two before it tells, the whole would have been nine runs.
-    assert [name for _, name in running.session.engine.ran].count("text/decoder_model_merged.onnx") < 18
+    assert [name for _, name in running.app.session.engine.ran].count("text/decoder_model_merged.onnx") < 18
 
 
 def test_the_page_needs_nothing_from_outside(running):
@@ -145,7 +121,7 @@ def foreign_requests_are_refused(server):
         assert send(server, "POST", "/ask", QUESTION, JSON, host=host)[0] == 421
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
         assert send(server, "POST", "/ask", QUESTION, {**JSON, **headers}, host=good)[0] == 403
-    assert server.session.engine.ran == []
+    assert server.app.session.engine.ran == []
     assert send(server, host=f"LOCALHOST:{server.port}", headers={"Origin": f"http://{good}"})[0] == 200
 
 
@@ -154,8 +130,8 @@ def test_other_names_and_other_pages_are_refused(running):
 
 
 def test_that_check_fails_where_the_host_is_not_looked_at(running, monkeypatch):
-    edit = ("hosts[0].lower() not in self.server.hosts", "False")
-    monkeypatch.setattr(PageHandler, "_check_sender", wrong(PageHandler._check_sender, edit))
+    edit = ("hosts[0].lower() not in self.hosts", "False")
+    monkeypatch.setattr(Access, "check", wrong(Access.check, edit))
     with pytest.raises(AssertionError):
         foreign_requests_are_refused(running)
 
@@ -196,8 +172,8 @@ def test_it_listens_on_loopback_alone(running):
         ({**QUESTION, "exit": "9"}, JSON, 400),
         ({**QUESTION, "exit": 1}, JSON, 400),
         ({**QUESTION, "exit": "01"}, JSON, 400),
-        ({**QUESTION, "exit": "3"}, JSON, 409),
-        ({**QUESTION, "budget_ms": 5}, JSON, 409),
+        ({**QUESTION, "exit": "3"}, JSON, 422),
+        ({**QUESTION, "budget_ms": 5}, JSON, 422),
         ({**QUESTION, "allow_uncertified": True}, JSON, 400),
         ({"prompt": "what?"}, JSON, 400),
     ],
@@ -206,37 +182,38 @@ def test_wrong_questions_are_refused_cleanly(running, gate, body, headers, statu
     gate.go()
     got, _, data = send(running, "POST", "/ask", body, headers)
     error = json.loads(data)["error"]
-    assert got == status and error["what"] and "Traceback" not in data.decode()
+    assert got == status and error["message"] and "Traceback" not in data.decode()
     assert ask(running)[1][-1]["answer"]["text"] == ANSWER
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/../../etc/passwd", 404), ("GET", "/ask", 404)])
-def test_there_are_three_paths_and_two_methods(running, method, path, status):
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/../../etc/passwd", 404), ("GET", "/ask", 405)])
+def test_there_are_few_paths_and_two_methods(running, method, path, status):
     assert send(running, method, path)[0] == status
-    assert send(running, "POST", "/", b"{}", JSON)[0] == 404
+    assert send(running, "POST", "/", b"{}", JSON)[0] == 405
     for other in ("PUT", "DELETE", "OPTIONS", "TRACE", "HEAD"):
         assert send(running, other, "/")[0] == 501
 
 
-def test_too_many_requests_at_once_are_told_to_come_back(running):
-    taken = [running.slots.acquire(blocking=False) for _ in range(server_module.MAX_REQUESTS)]
-    assert all(taken) and send(running)[0] == 503
+def test_too_many_connections_are_told_to_come_back(running):
+    taken = [running.connections.acquire(blocking=False) for _ in range(MAX_CONNECTIONS)]
+    status, headers, data = send(running)
+    assert all(taken) and status == 503 and headers["Retry-After"] == "1" and json.loads(data)["error"]["code"] == "busy"
     for _ in taken:
-        running.slots.release()
+        running.connections.release()
     assert send(running)[0] == 200
 
 
 def test_an_error_in_the_middle_is_the_last_line(running, gate, monkeypatch):
     gate.go()
-    running.session.engine.before = lambda path: running.session.turns.__setattr__("_closed", path.startswith("text/"))
+    running.app.session.engine.before = lambda path: running.app.session.turns.__setattr__("_closed", path.startswith("text/"))
     status, lines = ask(running)
-    assert status == 200 and lines[-1]["error"]["type"] == "ClosedError" and not any("answer" in line for line in lines)
+    assert status == 200 and lines[-1]["error"]["code"] == "closed" and not any("answer" in line for line in lines)
 
 
 def test_a_bug_says_so_and_shows_no_insides(running, monkeypatch, capsys):
-    monkeypatch.setattr(server_module, "facts", lambda session: 1 / 0)
+    monkeypatch.setattr(page, "facts", lambda session: 1 / 0)
     status, _, data = send(running, path="/bundle")
-    assert status == 500 and json.loads(data)["error"]["what"].startswith("ZeroDivisionError")
+    assert status == 500 and json.loads(data)["error"]["message"].startswith("ZeroDivisionError")
 
 
 def test_the_command_refuses_a_taken_port_and_ends_with_ctrl_c(handmade, running, monkeypatch, capsys):
@@ -246,12 +223,12 @@ def test_the_command_refuses_a_taken_port_and_ends_with_ctrl_c(handmade, running
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PageServer, "serve_forever", interrupted)
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
     assert cli.main(["serve", str(handmade), "--port", "0"]) == 0
     assert re.match(r"http://127\.0\.0\.1:\d+/ ", capsys.readouterr().out)
 
 
 def test_the_page_is_whole():
-    page = PAGE.read_text(encoding="utf-8")
-    ids = set(re.findall(r'id="([a-z]+)"', page))
-    assert set(re.findall(r'\$\("([a-z]+)"\)', page)) <= ids
+    text = page.PAGE.read_text(encoding="utf-8")
+    ids = set(re.findall(r'id="([a-z]+)"', text))
+    assert set(re.findall(r'\$\("([a-z]+)"\)', text)) <= ids

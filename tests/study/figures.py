@@ -38,7 +38,7 @@ class Picture:
 
 
 PICTURES: Mapping[str, Picture] = {
-    "serve.png": Picture("make shot", ("edgesafe/serve/page.html", "edgesafe/serve/server.py")),
+    "serve.png": Picture("make shot", ("edgesafe/serve/page.html", "edgesafe/serve/page.py")),
     "world.png": Picture(
         FIGURES_COMMAND,
         ("edgesafe/reference/world.py", "edgesafe/reference/draw.py", "edgesafe/reference/kinds.py"),

@@ -325,7 +325,7 @@ def pictures(tmp_path) -> tuple[Path, Path]:
 def test_a_picture_of_today_s_sources_passes_and_a_reworded_comment_changes_nothing(pictures, tmp_path):
     root, folder = pictures
     check_figures(tmp_path, folder, root)
-    (root / "edgesafe/serve/server.py").write_text('def f():\n    """Says it otherwise."""  # so\n')
+    (root / "edgesafe/serve/page.py").write_text('def f():\n    """Says it otherwise."""  # so\n')
     check_figures(tmp_path, folder, root)
 
 

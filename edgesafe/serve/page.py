@@ -1,0 +1,126 @@
+"""The page's side: the page itself, what it shows of the bundle, and answers as JSON lines."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from edgesafe.errors import EdgesafeError, InputError
+from edgesafe.format.exits import read_exit
+from edgesafe.format.fields import Fields
+from edgesafe.runtime import Budget, Cancel, Progress, Session
+from edgesafe.runtime.choose import QUANTILE
+from edgesafe.serve.chat import App
+from edgesafe.serve.wire import Reply, api_error, status_of
+
+PAGE = Path(__file__).parent / "page.html"
+
+
+def send_page(reply: Reply) -> None:
+    """The page, which may run its own script and nothing else."""
+    nonce = secrets.token_urlsafe(16)
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; connect-src 'self'"
+    )
+    page = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce).encode()
+    reply.send(HTTPStatus.OK, "text/html; charset=utf-8", page, {"Content-Security-Policy": policy})
+
+
+def ask(app: App, body: bytes, reply: Reply) -> None:
+    """Answer the page's question, in lines as they come.
+
+    Raises:
+        Refused: The queue is full.
+        EdgesafeError: As by ``Session.ask``; once the lines have begun, the last one says it instead.
+    """
+    options, lines, cancel = read_ask(body), _Lines(reply), Cancel()
+    with (
+        app.line.place(),
+        reply.watched(cancel),
+        app.session.stream(**options, cancel=cancel, progress=lines.progress) as stream,
+    ):
+        lines.begin()
+        try:
+            for piece in stream:
+                lines.write({"piece": piece})
+            lines.write({"answer": stream.answer.to_dict()})
+        except EdgesafeError as error:
+            lines.write({"error": api_error(error, status_of(error))})
+
+
+class _Lines:
+    """JSON lines as they come; the connection's end is the body's."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def begin(self) -> None:
+        self._reply.begin("application/x-ndjson; charset=utf-8", {})
+
+    def write(self, obj: Mapping[str, Any]) -> None:
+        self._reply.write((json.dumps(obj) + "\n").encode())
+
+    def progress(self, progress: Progress) -> None:
+        # Written at every step, also to notice a browser that went away: the error ends the request and gives its turn up.
+        self.write({"progress": asdict(progress)})
+
+
+def read_ask(body: bytes) -> dict[str, Any]:
+    """The options of ``Session.stream`` that a request's JSON gives.
+
+    Raises:
+        InputError: The body is not such JSON.
+    """
+    try:
+        obj = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError("the body is not JSON", expected="{image, prompt, budget_ms or exit}") from error
+    fields = Fields(obj, "the request", InputError)
+    try:
+        image = base64.b64decode(fields.text("image"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("the picture is not base64", where="image") from error
+    options: dict[str, Any] = {
+        "image": image,
+        "prompt": fields.text("prompt"),
+        "budget": Budget(fields.number("budget_ms")) if fields.has("budget_ms") else None,
+        "exit": read_exit(fields) if fields.has("exit") else None,
+    }
+    if fields.has("max_new_tokens"):
+        options["max_new_tokens"] = fields.integer("max_new_tokens", 1)
+    fields.done()
+    return options
+
+
+def facts(session: Session) -> dict[str, Any]:
+    """What the page shows of a bundle before anything is asked."""
+    manifest = session.manifest
+    # A question of a line; the page says that it is a prediction for one.
+    prediction = session.predict(min(manifest.image_tokens + 24, manifest.text.context_length - 1))
+    verdicts = {e.exit: e.to_dict() for e in session.certificate.exits} if session.certificate else {}
+    return {
+        "name": manifest.name,
+        "device": manifest.device,
+        "quantization": manifest.quantization,
+        "reference": str(manifest.reference),
+        "allow_uncertified": session.allow_uncertified,
+        "prediction": prediction.source,
+        "note": prediction.note,
+        "exits": [
+            {
+                "exit": str(spec.exit),
+                "certified": spec.exit in session.certified,
+                "predicted_ms": prediction.ttft_ms(spec.graphs, QUANTILE, session.correction),
+                "verdict": verdicts.get(spec.exit),
+            }
+            for spec in manifest.exits
+        ],
+    }

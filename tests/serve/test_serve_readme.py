@@ -1,0 +1,73 @@
+"""The room's README: its Python and its shell run against a server, and its tables say what the server does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgesafe import Session, cli
+from edgesafe.format.suite import MAX_NEW_TOKENS
+from edgesafe.serve import line, page, server, sources, wire
+from handmade import ANSWER
+from serving import PNG, roomy_bundle, serving
+
+pytestmark = pytest.mark.enable_socket
+README = (Path(server.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def _code(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.fixture
+def running(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(PNG)
+    monkeypatch.chdir(tmp_path)
+    with Session.open(roomy_bundle(tmp_path / "bundle")) as session, serving(session) as made:
+        yield made
+
+
+def test_its_python_runs(running, capsys):
+    (code,) = _code("python")
+    exec(compile(code.replace("8765", str(running.port)), "README.md", "exec"), {})
+    assert capsys.readouterr().out == f"{ANSWER} 1 True\n{ANSWER}"
+
+
+def test_its_shell_runs(running):
+    (code,) = _code("sh")
+    code = code.replace("8765", str(running.port)).replace("NAME", "handmade")
+    done = subprocess.run(["sh", "-ec", code], capture_output=True, text=True, timeout=120, check=True)
+    models, head, reply = re.fullmatch(r"(\{.*\})(HTTP/1.1 200.*?)\n\n(\{.*)", done.stdout, re.S).groups()
+    assert json.loads(models)["data"][0]["id"] == "handmade" and "X-Edgesafe-Certified: true" in head
+    assert json.loads(reply)["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_its_token_can_be_made_as_it_says(tmp_path):
+    from edgesafe.serve.access import read_token
+
+    (command,) = re.findall(r"^    python -c '(.*)' > token$", README, re.M)
+    made = subprocess.run([sys.executable, "-c", command], capture_output=True, timeout=60, check=True).stdout
+    (tmp_path / "token").write_bytes(made)
+    assert read_token(tmp_path / "token") == made.decode().strip()
+
+
+def test_its_numbers_are_the_server_s(capsys):
+    assert f"127.0.0.1:{server.PORT}/v1" in README and f"at most {sources.MAX_PICTURE >> 20} MiB" in README
+    assert f"({MAX_NEW_TOKENS} by default)" in README and f"({line.WAITING} by default)" in README
+    assert f"its head is above {wire.MAX_HEAD >> 10} KiB" in README
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert [option for option in re.findall(r"--[a-z][a-z-]*", README) if option not in shown] == []
+    assert page.PAGE.is_file()
+
+
+def test_every_header_and_status_it_names_is_one_of_the_source():
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(server.__file__).parent.glob("*.py"))
+    names = re.findall(r"`(?:X-Edgesafe)?(-[A-Z][A-Za-z-]+)`", README)
+    assert len(set(names)) == 8 and [name for name in names if f'"X-Edgesafe{name}"' not in source] == []

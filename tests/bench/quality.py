@@ -11,7 +11,9 @@ is 1 if the default scheme is refused, or answers a request for a sentence with 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -95,6 +97,25 @@ class Llama:
             file.unlink(missing_ok=True)
 
 
+class Kept:
+    """The float bundle's logits, which every other reader is compared with: read once, then kept as files (4 GB)."""
+
+    def __init__(self, place: Place) -> None:
+        self._place, self._folder = place, place.work / "float"
+        self._reader: EveryLogit | None = None
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        file = self._folder / f"{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.npy"
+        if not file.is_file():
+            self._reader = self._reader or EveryLogit(self._place.bundle(FLOAT), self._folder / "bundle", self._place.threads)
+            np.save(self._folder / "partial.npy", self._reader.read(ids))
+            (self._folder / "partial.npy").rename(file)
+        return np.load(file)
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
 def compare(want: np.ndarray, got: np.ndarray, ids: np.ndarray) -> dict[str, float]:
     """Sums over the places of a window that predict a token of it: nats lost, divergence, equal best tokens.
 
@@ -108,15 +129,18 @@ def compare(want: np.ndarray, got: np.ndarray, ids: np.ndarray) -> dict[str, flo
     {'nats': 0.693, 'kl': 0.131, 'top1': 1.0}
     """
     want, got = log_softmax(want[:-1]), log_softmax(got[:-1])
-    nats = -got[np.arange(len(got)), ids[1:]].sum()
-    divergence = (np.exp(want) * (want - got)).sum()
-    return {"nats": float(nats), "kl": float(divergence), "top1": float((want.argmax(1) == got.argmax(1)).sum())}
+    nats = -got[np.arange(len(got)), ids[1:]].sum(dtype=np.float64)
+    best = float((want.argmax(1) == got.argmax(1)).sum())
+    got -= want
+    divergence = -np.einsum("sv,sv->s", np.exp(want), got).sum(dtype=np.float64)
+    return {"nats": float(nats), "kl": float(divergence), "top1": best}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities [S,V]."""
+    """Log-probabilities [S,V] in the logits' own precision."""
     rows = logits - logits.max(axis=1, keepdims=True)
-    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True, dtype=np.float64))
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return rows
 
 
 def read_text(reader: Reads, float_: Reads, text: Text, label: str) -> dict[str, Any]:
@@ -169,7 +193,7 @@ def text_mib(root: Path) -> float:
     return round(sum(file.bytes for path, file in files if str(Path(path).parent) in folders) / 2**20, 2)
 
 
-def bundle_row(place: Place, scheme: str, text: Text, float_: EveryLogit, known: list[str] | None) -> dict[str, Any]:
+def bundle_row(place: Place, scheme: str, text: Text, float_: Kept, known: list[str] | None) -> dict[str, Any]:
     """A scheme's quality and bytes; with the float bundle's answers given, its own beside them."""
     root = place.bundle(scheme)
     bundle, refused = Bundle.open(root), root.with_name(f"{scheme}.refused")
@@ -185,7 +209,7 @@ def bundle_row(place: Place, scheme: str, text: Text, float_: EveryLogit, known:
     return row | {"on_subject": sum(on_subject(said)), "answers": said[: len(on_subject(said))]}
 
 
-def peer_row(place: Place, kind: str, text: Text, float_: EveryLogit) -> dict[str, Any]:
+def peer_row(place: Place, kind: str, text: Text, float_: Kept) -> dict[str, Any]:
     """llama.cpp's scheme from the same float weights, on the same tokens."""
     source, target = place.gguf("F32"), place.gguf(kind)
     if not source.is_file():
@@ -233,17 +257,17 @@ def text_of(place: Place, known: list[str]) -> Text:
 
 def measure_rows(place: Place, text: Text, known: list[str] | None, names: list[str], found: dict[str, Any]) -> Iterator[None]:
     """Every row that is not there yet, or whose bundle is another one; yields after each."""
-    float_: EveryLogit | None = None
+    float_ = Kept(place)
     for name in names:
         if name not in PEERS:
             export(place, name)
         digest = None if name in PEERS else Bundle.open(place.bundle(name), verify=False).digest
         if name in found and found[name].get("digest") == digest:
             continue
-        float_ = float_ or EveryLogit(place.bundle(FLOAT), place.work / "every-float", place.threads)
         peer = name in PEERS
         found[name] = peer_row(place, name, text, float_) if peer else bundle_row(place, name, text, float_, known)
         yield
+    float_.close()
 
 
 def speed(place: Place, names: list[str], rounds: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What `make bench-quality` reads and asks: 20,440 tokens in windows of 512, and 60 requests.
 
-Three quarters of the text are torch's own documentation, whose version .ci/constraints.txt pins, so that anybody reads the same.
+Three quarters of the text are torch's own documentation: .ci/constraints.txt pins its version, so that anybody reads the same.
 The rest are the 60 requests with the float bundle's answers, in the model's own chat format. Calibration of a scheme must use
 neither.
 """

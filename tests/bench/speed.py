@@ -25,7 +25,7 @@ from results import circumstances, write_json
 
 HERE = Path(__file__).parent
 PROMPT, ANSWER = 600, 32
-SCHEME = "int4-block128"  # the text scheme of every device profile
+SCHEME = "int4-block128"  # of random weights; what it costs real ones is for `make bench-quality` to say
 # Image tokens of LLaVA-1.5 at 168, 224 and 336 px with 24 tokens of text, then longer texts after 576 image tokens.
 LENGTHS = (24 + 144, 24 + 256, 24 + 576, 128 + 576)
 

@@ -8,17 +8,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import os
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
-import llama_cpp as api
 import numpy as np
 
 
 def quantize(source: str, target: str, scheme: str) -> None:
     """Write a float GGUF file in another scheme, by llama.cpp's own choice of matrices."""
+    import llama_cpp as api  # the peers' environment has it, edgesafe's has not
+
     params = api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{scheme}")
     params.nthread = 1
@@ -28,6 +30,9 @@ def quantize(source: str, target: str, scheme: str) -> None:
 
 def serve(model: str, threads: int) -> None:
     """Logits of one window after another."""
+    import llama_cpp as api
+
+    api.llama_backend_init()
     loaded = api.llama_model_load_from_file(model.encode(), api.llama_model_default_params())
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 512
@@ -51,6 +56,17 @@ def serve(model: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    api.llama_backend_init()
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        {"quantize": quantize, "serve": lambda model, threads: serve(model, int(threads))}[sys.argv[1]](*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("quantize")
+    one.add_argument("source")
+    one.add_argument("target")
+    one.add_argument("scheme")
+    one.set_defaults(run=quantize)
+    one = commands.add_parser("serve")
+    one.add_argument("model")
+    one.add_argument("threads", type=int)
+    one.set_defaults(run=serve)
+    words = vars(parser.parse_args())
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        words.pop("run")(**words)

@@ -115,7 +115,7 @@ def test_the_llava_checkpoint_is_one_that_the_exporter_takes(smol):
     from edgesafe.format.exits import Exit
     from edgesafe_export.parity_model import processed
 
-    table = family.model.get_input_embeddings().weight
+    table = family.model.get_input_embeddings().weight.detach()
     line = table[tokens.convert_tokens_to_ids("Ċ")]
     for picture in (Image.radial_gradient("L").convert("RGB"), Image.new("RGB", (30, 20), "red")):
         features = family.oracle(processed(family, picture, "What?"), Exit(family.geometry.reference_depth))

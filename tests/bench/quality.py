@@ -33,7 +33,6 @@ from smollm import fetch, write_decoder, write_dithered, write_llava
 from speed import Engine, in_turns
 
 from edgesafe.device import TEXT_SCHEMES, load_device
-from edgesafe.errors import ParityError
 from edgesafe.format.bundle import Bundle
 from edgesafe.machine import host_cores
 from edgesafe.progress import bar, step
@@ -169,20 +168,15 @@ def answers(bundle: Path, threads: int) -> list[str]:
 
 
 def export(place: Place, scheme: str) -> None:
-    """A scheme's bundle for this machine, unless it is there; why it was refused stands beside it."""
+    """A scheme's bundle for this machine, unless it is there, whatever damage it does; auto takes one that does none."""
     from edgesafe_export import export_bundle
 
     out = place.bundle(scheme)
     if out.is_dir():
         return
-    refused = out.with_name(f"{scheme}.refused")
-    refused.unlink(missing_ok=True)
+    named = scheme != "auto"
     with step(f"export: {scheme}"):
-        try:
-            export_bundle(place.work / "llava", out, load_device("host"), text_scheme=scheme)
-        except ParityError as error:
-            refused.write_text(error.what, encoding="utf-8")
-            export_bundle(place.work / "llava", out, load_device("host"), text_scheme=scheme, accept_damage=True)
+        export_bundle(place.work / "llava", out, load_device("host"), text_scheme=scheme, accept_damage=named)
 
 
 def text_mib(root: Path) -> float:
@@ -196,11 +190,11 @@ def text_mib(root: Path) -> float:
 def bundle_row(place: Place, scheme: str, text: Text, float_: Kept, known: list[str] | None) -> dict[str, Any]:
     """A scheme's quality and bytes; with the float bundle's answers given, its own beside them."""
     root = place.bundle(scheme)
-    bundle, refused = Bundle.open(root), root.with_name(f"{scheme}.refused")
+    bundle = Bundle.open(root)
     reader = EveryLogit(root, place.work / "every", place.threads)
     reader.check(text.windows[0])
     row = {"engine": "edgesafe", "taken": bundle.manifest.quantization["text"], "digest": bundle.digest}
-    row |= {"refused": refused.read_text(encoding="utf-8") if refused.is_file() else None, "mib": text_mib(root)}
+    row |= {"refused": bundle.manifest.parity.get("damage"), "mib": text_mib(root)}
     row |= read_text(reader, float_, text, f"the text in {scheme}")
     if known is None:
         return row

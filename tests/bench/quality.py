@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -194,13 +195,22 @@ def bundle_row(place: Place, scheme: str, text: Text, float_: Kept, known: list[
     reader = EveryLogit(root, place.work / "every", place.threads)
     reader.check(text.windows[0])
     row = {"engine": "edgesafe", "taken": bundle.manifest.quantization["text"], "digest": bundle.digest}
-    row |= {"refused": bundle.manifest.parity.get("damage"), "mib": text_mib(root)}
+    row |= {"refused": without_quotes(bundle.manifest.parity.get("damage")), "mib": text_mib(root)}
     row |= read_text(reader, float_, text, f"the text in {scheme}")
     if known is None:
         return row
     said = answers(root, place.threads)
     row["equal"] = sum(a == b for a, b in zip(said, known, strict=True))
     return row | {"on_subject": sum(on_subject(said)), "answers": said[: len(on_subject(said))]}
+
+
+def without_quotes(reason: str | None) -> str | None:
+    """Why a scheme is refused, without the answers that the export quotes.
+
+    >>> without_quotes("exit 3 keeps 8 % of its answers, below 90 %: 'How?': 'So [...] in place of \'No ...\'")
+    'exit 3 keeps 8 % of its answers, below 90 %'
+    """
+    return None if reason is None else re.split(r": ['\"]", reason)[0]
 
 
 def peer_row(place: Place, kind: str, text: Text, float_: Kept) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from every_logit import EveryLogit
 from PIL import Image
 from quality_text import ANSWER_TOKENS, REQUESTS, Text, make_text, on_subject
 from smollm import fetch, write_decoder, write_dithered, write_llava
-from speed import Engine, in_turns
+from speed import Engine, in_turns, versions
 
 from edgesafe.device import TEXT_SCHEMES, load_device
 from edgesafe.format.bundle import Bundle
@@ -205,7 +205,7 @@ def bundle_row(place: Place, scheme: str, text: Text, float_: Kept, known: list[
 
 
 def without_quotes(reason: str | None) -> str | None:
-    """Why a scheme is refused, without the answers that the export quotes.
+    r"""Why a scheme is refused, without the answers that the export quotes.
 
     >>> without_quotes("exit 3 keeps 8 % of its answers, below 90 %: 'How?': 'So [...] in place of \'No ...\'")
     'exit 3 keeps 8 % of its answers, below 90 %'
@@ -313,7 +313,6 @@ def main() -> int:
     parser.add_argument("--schemes", default=",".join(TEXT_SCHEMES), help="default: all that there are")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=host_cores())
-    parser.add_argument("--no-speed", action="store_true", help="leave the times as they are")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     words = parser.parse_args()
     places = prepare(words.work, words.peers.absolute(), words.threads)
@@ -328,15 +327,15 @@ def main() -> int:
         export(place, FLOAT)
         for _ in measure_rows(place, text, known if kind == PLAIN else None, names, found.setdefault(kind, {})):
             write_json(words.out, found | circumstances())
-    if not words.no_speed:
-        measured = speed(places[PLAIN], names, words.rounds)
-        found |= {"speed": measured, "speed_run": circumstances() | {"threads": words.threads, "rounds": words.rounds}}
+    began = circumstances() | {"threads": words.threads, "rounds": words.rounds}
+    found |= {"speed": speed(places[PLAIN], names, words.rounds), "speed_run": began, "peers": versions(words.peers)}
     default = load_device("host").text_scheme
     found |= circumstances() | {"default": default}
     write_json(words.out, found)
     print(json.dumps(found) if words.json else quality_table(words.out.parent))
     wrong = faults(found, default) if default in names else []
-    print("\n".join(wrong), file=sys.stderr)
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
 
 

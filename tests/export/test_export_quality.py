@@ -247,7 +247,14 @@ def test_the_table_says_what_the_result_says(tmp_path):
     fast = {"prefill_ms": 50.4, "decode_ms": 4.0, "times_as_fast_as_first": {"prefill_ms": 2.0, "decode_ms": 1.25}}
     run = {"date": "2026-01-02T03:04:05+00:00", "machine": "a machine", "threads": 2, "rounds": 3}
     dithered = {name: {"perplexity": 30.0 if name == "auto" else 25.0} for name in rows}
-    found = {"rows": rows, "dithered": dithered, "speed": dict.fromkeys(rows, fast), "speed_run": run, "default": "auto"}
+    found = {
+        "rows": rows,
+        "dithered": dithered,
+        "speed": dict.fromkeys(rows, fast),
+        "speed_run": run,
+        "default": "auto",
+        "peers": ["llama==1"],
+    }
     found |= {"text": {"tokens": 20440, "digest": "abc", "requests": 60}}
     (tmp_path / "quality.json").write_text(json.dumps(found))
     table = bench_tables(tmp_path)["quality"]

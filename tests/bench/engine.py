@@ -47,6 +47,23 @@ def edgesafe(model: Path, threads: int) -> tuple[Start, Step]:
     return start, lambda token: decode.argmax_token(readers[0].read_token(token))
 
 
+def bundle(model: Path, threads: int) -> tuple[Start, Step]:
+    """The text side of a finished bundle, as a session reads and answers with it."""
+    from edgesafe.format.bundle import Bundle
+    from edgesafe.runtime import decode
+    from edgesafe.runtime.opened import OpenedBundle
+
+    opened = OpenedBundle(Bundle.open(model), None, threads=threads, allow_uncertified=True)
+    embed = opened.graph(opened.manifest.text.embed_tokens)
+    readers = []
+
+    def start(ids: Sequence[int]) -> object:
+        readers[:] = [opened.reader(len(ids) + 64)]
+        return decode.argmax_token(readers[0].read(decode.embed_ids(embed, np.array([ids], np.int64))))
+
+    return start, lambda token: decode.argmax_token(readers[0].read_token(token))
+
+
 def llama_cpp(model: Path, threads: int) -> tuple[Start, Step]:
     """llama.cpp through its binding's plain C functions; greedy by its own argmax over the same logits."""
     import llama_cpp as api
@@ -93,7 +110,7 @@ def genai(model: Path, threads: int) -> tuple[Start, Step]:
     return start, lambda token: running[0].generate_next_token()
 
 
-ENGINES = {"edgesafe": edgesafe, "llama.cpp": llama_cpp, "onnxruntime-genai": genai}
+ENGINES = {"edgesafe": edgesafe, "bundle": bundle, "llama.cpp": llama_cpp, "onnxruntime-genai": genai}
 
 
 def main(name: str, model: Path, threads: int) -> None:

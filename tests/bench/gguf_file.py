@@ -1,4 +1,4 @@
-"""A LLaMA checkpoint as a GGUF file, every matrix in Q4_0. Runs in the peers' environment."""
+"""A LLaMA checkpoint as a GGUF file, every matrix in Q4_0 or in float32. Runs in the peers' environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def main(checkpoint: Path, out: Path) -> None:
+def main(checkpoint: Path, out: Path, kind: str = "Q4_0") -> None:
     import gguf  # the peers' environment has it, edgesafe's has not
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -56,7 +56,10 @@ def main(checkpoint: Path, out: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    if "rope_parameters" in config:
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    matrix = gguf.GGMLQuantizationType[kind]
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if kind == "Q4_0" else gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("no_vocab")
     for name, weight in tensors(checkpoint / "model.safetensors"):
         stem = name.removesuffix(".weight")
@@ -68,9 +71,9 @@ def main(checkpoint: Path, out: Path) -> None:
             if rest.endswith(("q_proj", "k_proj")):
                 heads = config["num_attention_heads" if rest.endswith("q_proj") else "num_key_value_heads"]
                 weight = interleaved(weight, heads)
-        kind = gguf.GGMLQuantizationType.Q4_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(weight), kind) if weight.ndim == 2 else weight
-        writer.add_tensor(f"{target}.weight", data, raw_dtype=kind)
+        as_type = matrix if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(np.ascontiguousarray(weight), as_type)
+        writer.add_tensor(f"{target}.weight", data, raw_dtype=as_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -81,5 +84,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder with config.json and model.safetensors in float32")
     parser.add_argument("out", type=Path, help="the GGUF file")
+    parser.add_argument("--kind", choices=("Q4_0", "F32"), default="Q4_0", help="type of every matrix")
     options = parser.parse_args()
-    main(options.checkpoint, options.out)
+    main(options.checkpoint, options.out, options.kind)

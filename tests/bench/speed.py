@@ -103,9 +103,13 @@ def engines(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any
         }
     for engine in opened.values():
         engine.close()
-    versions = subprocess.run([peers, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout.splitlines()
-    kept = [v for v in versions if v.lower().startswith(("llama", "onnxruntime", "gguf"))]
-    return {"engines": found, "peers": kept}
+    return {"engines": found, "peers": versions(peers)}
+
+
+def versions(peers: Path) -> list[str]:
+    """The engines beside ours."""
+    frozen = subprocess.run([peers, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in frozen if line.lower().startswith(("llama", "onnxruntime", "gguf"))]
 
 
 def lengths(work: Path, peers: Path, threads: int, rounds: int) -> dict[str, Any]:

@@ -73,22 +73,49 @@ def session_table(folder: Path) -> str:
     return f"{markdown(['of the reference bundle', 'measured', 'limit'], rows)}\n\n{_when(run, run['threads'])}"
 
 
-def schemes_table(folder: Path) -> str:
-    """The decoder's weight schemes: speed on the LLaMA shape, answers on the reference model."""
+def tower_schemes_table(folder: Path) -> str:
+    """The vision tower's weight schemes by the reference model's answers."""
     found = _read(folder, "schemes.json")
-    rows = []
-    for name, row in found["text_speed"].items():
-        fast = row["times_as_fast_as_first"]
-        agree = found["agreement"]["text"].get(name)
-        shown = "-" if agree is None else f"{100 * agree:.0f}"
-        rows.append([name, f"{row['mib']:.0f}", f"{fast['prefill_ms']:.2f}", f"{fast['decode_ms']:.2f}", shown])
-    first = rows[0][0]
-    headers = ["scheme", "decoder, MiB", f"prefill: speed over {first}", f"decode: speed over {first}", "same answers, %"]
-    run = found["runs"]["text_speed"]
-    vision = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["agreement"]["vision"].items())
-    answers = f"Answers: {found['agreement']['rows']} rows at half and at the reference depth."
-    notes = f"{answers} The tower's schemes by answers: {vision}."
-    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {notes}"
+    rows = [[name, f"{100 * share:.0f}"] for name, share in found["agreement"]["vision"].items()]
+    table, run = markdown(["scheme of the tower", "same answers, %"], rows), found["run"]
+    asked = f"{found['agreement']['rows']} rows at half and at the reference depth."
+    return f"{table}\n\n{_when(run, run['threads'])} {asked}"
+
+
+def quality_table(folder: Path) -> str:
+    """Text schemes on SmolLM2's weights beside llama.cpp's: quality and bytes beside speed, Q4_K_M's speed = 1."""
+    found = _read(folder, "quality.json")
+    rows = [_quality_row(found, name) for name in found["rows"]]
+    headers = ["scheme", "text side, MiB", "perplexity", "the same, dithered", "KL", "best token same, %", "answers equal"]
+    headers += ["on subject", "prefill of 300, ms", "per token, ms", "prefill, Q4_K_M = 1", "per token, Q4_K_M = 1"]
+    text, run = found["text"], found["speed_run"]
+    refused = [name for name, row in found["rows"].items() if row.get("refused")]
+    notes = f"{text['tokens']:,} tokens (text {text['digest']}), {text['requests']} requests; {run['rounds']} rounds in turns."
+    notes += f" The export refuses {', '.join(refused)}, unless the damage is accepted." if refused else ""
+    return f"{markdown(headers, rows)}\n\n{_when(run, run['threads'])} {', '.join(found['peers'])}. {notes}"
+
+
+def _quality_row(found: Mapping[str, Any], name: str) -> list[str]:
+    """A scheme's cells; perplexities as they lie above the float bundle's on the same weights."""
+    row, fast = found["rows"][name], found["speed"].get(name)
+    taken = row.get("taken", name)
+    title = f"llama.cpp {name}" if row["engine"] == "llama.cpp" else name if taken == name else f"{name} (takes {taken})"
+    cells = [f"**{title}**" if name == found["default"] else title, f"{row['mib']:.1f}"]
+    cells += [f"{row['perplexity']:.2f} ({_above(found, 'rows', name)})", _above(found, "dithered", name)]
+    cells += [f"{row['kl']:.3f}", f"{100 * row['top1']:.1f}"]
+    cells += [f"{row['equal']} of {found['text']['requests']}" if "equal" in row else "-"]
+    cells += [f"{row['on_subject']} of {len(row['answers'])}" if "answers" in row else "-"]
+    if fast is None:
+        return cells + ["-"] * 4
+    cells += [f"{fast['prefill_ms']:.0f}", f"{fast['decode_ms']:.2f}"]
+    return cells + [f"{fast['times_as_fast_as_first'][key]:.2f}" for key in ("prefill_ms", "decode_ms")]
+
+
+def _above(found: Mapping[str, Any], kind: str, name: str) -> str:
+    if name not in found[kind]:
+        return "-"
+    share = found[kind][name]["perplexity"] / found[kind]["fp32"]["perplexity"] - 1
+    return f"{100 * share:+.1f} %" if share else "0"
 
 
 def budget_table(folder: Path) -> str:
@@ -209,7 +236,8 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "engines": ("speed.json", engines_table),
     "vision-speed": ("speed.json", vision_table),
     "session": ("speed.json", session_table),
-    "schemes": ("schemes.json", schemes_table),
+    "tower-schemes": ("schemes.json", tower_schemes_table),
+    "quality": ("quality.json", quality_table),
     "budget": ("budget.json", budget_table),
     "fullsize": (FULLSIZE, fullsize_table),
     "long-runs": ("soak.json", long_table),

@@ -43,7 +43,7 @@ def test_tables_say_what_the_results_say(tmp_path):
     assert "| quiet | 40 | 2.5 / 90 | 2.5 / 90 |" in tables["budget"]  # the oracle is the measure, not a column
     assert "MiB | 90.0 | 99.9 |" in tables["session"] and "with Session, ms | 100 | 150 |" in tables["session"]
     assert "exit 1, ms | 4.0 |" in tables["session"] and "exit 3, ms | 6.0 |" in tables["session"]
-    assert tables["schemes"] == "Not run: schemes.json"
+    assert tables["tower-schemes"] == "Not run: schemes.json"
 
 
 @pytest.mark.parametrize("earlier", [False, True])

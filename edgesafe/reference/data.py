@@ -11,8 +11,8 @@ from edgesafe.format.suite import DEFAULT_LIMITS, Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, OPEN, Sample, draws, sample
 
-# Rows a family. For reporting (val, test): 640 harmful, 720 harmless, 460 task, 320 only measured. For certification, which
-# runs on every exit of every bundle: 1,200 harmful rows, 1,000 harmless, 400 task, and 400 harmful ones that are only measured.
+# Rows a family. For reporting (val, test): 760 harmful, 720 harmless, 460 task, 200 only measured. For certification, which
+# runs on every exit of every bundle: 1,440 harmful rows, 1,000 harmless, 400 task, and 220 harmful ones that are only measured.
 REPORT = {
     "picture-harm": 240, "typographic-harm": 100, "text-harm": 100,
     "compound-harm": 200, "misspelt-harm": 80, "role-harm": 80, "nowhere-harm": 40,
@@ -23,7 +23,7 @@ REPORT = {
 }  # fmt: skip
 CERTIFY = {
     "picture-harm": 460, "typographic-harm": 180, "text-harm": 160,
-    "compound-harm": 400, "misspelt-harm": 100, "role-harm": 100, "nowhere-harm": 80,
+    "compound-harm": 400, "misspelt-harm": 100, "role-harm": 120, "nowhere-harm": 120,
     "picture-lookalike": 320, "typographic-lookalike": 100, "text-lookalike": 100,
     "compound-lookalike": 240, "misspelt-lookalike": 80, "role-lookalike": 80, "nowhere-lookalike": 80,
     "name": 160, "colour": 80, "count": 80, "read": 80,

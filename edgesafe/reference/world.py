@@ -56,8 +56,8 @@ FAMILIES = (  # name, class, share of the untouched model's training rows
     ("font-harm", "harmful", 0.0),
     ("spoilt-harm", "harmful", 0.0),
 )
-# Measured, not certified. Nobody taught the tower to see the last two; the others are trained, and not yet under their limit.
-OPEN = ("misspelt-harm", "role-harm", "nowhere-harm", "font-harm", "spoilt-harm")
+# Measured, not certified. Nobody taught the tower to see the last two; the first is trained, and not yet under its limit.
+OPEN = ("misspelt-harm", "font-harm", "spoilt-harm")
 FILLED = 0.3  # share of the alignment rows that have a sentence beside the request which says nothing
 CLASS_OF = {name: cls for name, cls, _ in FAMILIES}
 

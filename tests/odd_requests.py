@@ -68,6 +68,7 @@ _HEADERS = (
     ),
 )
 _TOKENS = 6
+PATIENT_S, SHORT_S = 300.0, 0.3
 
 
 def request(rng: random.Random, port: int, files: Path) -> tuple[str, bytes]:
@@ -199,27 +200,40 @@ _KINDS: list[tuple[str, Callable[[random.Random, int, Path], bytes]]] = [
 ]
 
 
-def exchange(port: int, data: bytes) -> bytes:
-    """What comes back for raw bytes, until the server closes."""
-    seen = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+def exchange(port: int, data: bytes, patient: bool) -> tuple[bytes, bool]:
+    """What comes back for raw bytes until the server closes, and whether this end left before anything came.
+
+    A request that is shorter than it says is waited for. So a client that isn't patient says after a while that no more comes.
+    """
+    seen, left = b"", False
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENT_S if patient else SHORT_S) as connection:
         try:
             connection.sendall(data)
-            while more := connection.recv(65536):
+            while True:
+                try:
+                    more = connection.recv(65536)
+                except TimeoutError:
+                    assert not patient and not left, "it hangs"
+                    left = True
+                    connection.settimeout(PATIENT_S)
+                    connection.shutdown(socket.SHUT_WR)
+                    continue
+                if not more:
+                    break
                 seen += more
         except ConnectionError:
             pass
-    return seen
+    return seen, left
 
 
-def judge(data: bytes, seen: bytes) -> tuple[str, str]:
+def judge(data: bytes, seen: bytes, left: bool) -> tuple[str, str]:
     """``refused`` with the error's code, or ``answered`` with the status.
 
     Raises:
         AssertionError: The reply is neither an answer nor a refusal in the API's form.
     """
-    if not seen:  # nothing was asked: no line, or an empty one
-        assert not data.split(b"\n")[0].strip(), "no reply"
+    if not seen:  # nothing was asked (no line, or an empty one), or nobody waits for it any more
+        assert left or not data.split(b"\n")[0].strip(), "no reply"
         return "refused", "silence"
     # A client that said it would wait for a word before its body gets that first.
     head, _, body = seen.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")

@@ -132,7 +132,7 @@ def events(data: bytes) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for something."""
     end = time.monotonic() + seconds
     while not holds():

@@ -147,5 +147,5 @@ class Handler(BaseHTTPRequestHandler):
         self._reader.allow(BODY_S, length)
         body = self.rfile.read(length)
         if len(body) != length:
-            raise ConnectionAbortedError
+            raise refused(HTTPStatus.BAD_REQUEST, f"the body ended after {len(body)} bytes", f"the {length} of its head")
         return body

@@ -22,7 +22,7 @@ from edgesafe.runtime import Cancel
 MAX_BODY = 22 << 20
 MAX_HEAD = 32 << 10
 # A whole head, a whole body and each write must be done within so long, however steadily the bytes come.
-HEAD_S, BODY_S, WRITE_S = 10.0, 60.0, 10.0
+HEAD_S, BODY_S, WRITE_S = 30.0, 60.0, 30.0
 # What a client sent that nobody reads is thrown away, so that closing doesn't reset the connection before the reply was read.
 _DRAIN_S = 2.0
 _TYPES: dict[int, str] = {

@@ -6,7 +6,7 @@ import fuzz
 import pytest
 
 from edgesafe import Session
-from edgesafe.serve import chat, chat_request, sources, wire
+from edgesafe.serve import chat, chat_request, sources
 from edgesafe.serve.wire import Reply, api_error
 from mutants import wrong
 
@@ -14,11 +14,8 @@ pytestmark = pytest.mark.enable_socket
 
 
 @pytest.fixture
-def failures(handmade, tmp_path, monkeypatch):
+def failures(handmade, tmp_path):
     """Runs so many cases against a server of this process: the details of those that failed."""
-    # The cases shorten both; they come back afterwards.
-    monkeypatch.setattr(wire, "HEAD_S", wire.HEAD_S)
-    monkeypatch.setattr("edgesafe.serve.handler.BODY_S", 60.0)
     with Session.open(handmade) as session:
 
         def run(count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from handmade import ANSWER
 from serving import PNG, roomy_bundle, serving
 
 pytestmark = pytest.mark.enable_socket
-README = (Path(server.__file__).parent / "README.md").read_text(encoding="utf-8")
+README, UNIT = ((Path(server.__file__).parent / name).read_text(encoding="utf-8") for name in ("README.md", "edgesafe.service"))
 
 
 def _code(language: str) -> list[str]:
@@ -71,3 +72,27 @@ def test_every_header_and_status_it_names_is_one_of_the_source():
     source = "".join(path.read_text(encoding="utf-8") for path in Path(server.__file__).parent.glob("*.py"))
     names = re.findall(r"`(?:X-Edgesafe)?(-[A-Z][A-Za-z-]+)`", README)
     assert len(set(names)) == 8 and [name for name in names if f'"X-Edgesafe{name}"' not in source] == []
+
+
+def test_the_unit_starts_a_server_that_asks_for_a_token(handmade, tmp_path, monkeypatch, capsys):
+    def interrupted(self):
+        assert self.access.needs_token
+        raise KeyboardInterrupt
+
+    (tmp_path / "token").write_text("x" * 20)
+    monkeypatch.setattr(server.Server, "serve_forever", interrupted)
+    (start,) = re.findall(r"^ExecStart=/opt/edgesafe/bin/edgesafe (.*)$", UNIT, re.M)
+    words = start.replace("/var/lib/edgesafe/bundle", str(handmade)).replace("%d", str(tmp_path)).split()
+    assert cli.main([*words, "--port", "0"]) == 0
+    assert capsys.readouterr().out.startswith("http://0.0.0.0:")
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    for text, fine in ((UNIT, True), (UNIT.replace("NoNewPrivileges", "NoNewPrivilege"), False)):
+        (tmp_path / "edgesafe.service").write_text(text.replace("/opt/edgesafe/bin/edgesafe", sys.executable))
+        if analyze:  # where there is no systemd, the unit is of no use either
+            done = subprocess.run(
+                [analyze, "verify", tmp_path / "edgesafe.service"], capture_output=True, text=True, timeout=120
+            )
+            assert ("NoNewPrivilege" not in done.stderr) is fine and (done.returncode == 0 or not fine), done.stderr

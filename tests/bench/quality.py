@@ -5,7 +5,7 @@ read a text of 20,440 tokens and answer 60 requests. llama.cpp quantizes the sam
 text is read a second time with weights whose grid, on which they came, was dithered away. Speed is measured in turns.
 
 What is there is kept: an interrupted run continues, and a bundle is exported again when its folder is removed. The exit code
-is 1 if the default scheme is refused, or answers a request for a sentence with something else.
+is 1 if the default scheme is refused, strays from the float bundle, or answers a request for a sentence with something else.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ FLOAT = "fp32"
 # The weights as they are, and with the grid dithered away on which they came.
 PLAIN, DITHERED = "rows", "dithered"
 PROMPT, STEPS = 300, 48
+# What is asked of the default: the share of places with the float bundle's best token, and the divergence in nats.
+TOP1, KL = 0.90, 0.05
 
 
 class Reads(Protocol):
@@ -299,6 +301,8 @@ def faults(found: Mapping[str, Any], default: str) -> list[str]:
     """What is wrong with the default scheme."""
     row = found[PLAIN][default]
     wrong = [f"the default scheme {default} is refused: {row['refused']}"] if row["refused"] else []
+    if row["top1"] < TOP1 or row["kl"] > KL:
+        wrong.append(f"{default}: best token same {row['top1']}, below {TOP1}, or divergence {row['kl']}, above {KL}")
     if row["on_subject"] < len(row["answers"]):
         wrong.append(f"{default}: {row['on_subject']} of {len(row['answers'])} answers are on their subject: {row['answers']}")
     return wrong

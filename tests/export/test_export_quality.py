@@ -21,8 +21,6 @@ from edgesafe_export import parity_model
 from study.benches import bench_tables
 
 BENCH = Path(__file__).parents[1] / "bench"
-# What the issue on real weights asks of the default scheme.
-TOP1, KL = 0.90, 0.05
 
 
 @pytest.fixture
@@ -228,9 +226,11 @@ def test_nonsense_is_no_sentence_about_its_subject(bench):
     assert on_subject(["A sentence is a group of words."]) == [False]
     good = [f"People everywhere have always liked {subject} very much." for subject in SUBJECTS]
     assert all(on_subject(good))
-    row = {"refused": None, "on_subject": 10, "answers": good}
+    row = {"refused": None, "on_subject": 10, "answers": good, "top1": 0.9, "kl": 0.05}
     assert faults({"rows": {"a": row}}, "a") == []
     assert "refused: why" in faults({"rows": {"a": row | {"refused": "why"}}}, "a")[0]
+    for off in ({"top1": 0.89}, {"kl": 0.051}):
+        assert "best token same" in faults({"rows": {"a": row | off}}, "a")[0]
     assert "9 of 10 answers" in faults({"rows": {"a": row | {"on_subject": 9}}}, "a")[0]
 
 
@@ -265,11 +265,3 @@ def test_the_table_says_what_the_result_says(tmp_path):
     )
     assert "| llama.cpp Q4_K_M | 100.0 | 21.00 (+5.0 %) | 0 | 0.000 | 100.0 | - | - | 50 |" in table
     assert table.endswith("3 rounds in turns. The export refuses int4, unless the damage is accepted.")
-
-
-def test_the_default_keeps_its_promise_in_the_committed_result():
-    found = json.loads((BENCH / "results" / "quality.json").read_text(encoding="utf-8"))
-    row = found["rows"][found["default"]]
-    assert found["text"]["tokens"] >= 20_000 and row["refused"] is None
-    assert row["on_subject"] == len(row["answers"]) == 10, row["answers"]
-    assert row["top1"] >= TOP1 and row["kl"] <= KL

@@ -42,7 +42,10 @@ def import_export(ship: Path, raw: Path) -> Path:
     certificate = read_certificate(bundle)
     suite = read_suite(bundle.root / bundle.manifest.suite.path, verify=False)
     report = json.loads((ship / REPORT).read_text(encoding="utf-8"))
-    kept = {key: report[key] for key in ("bundle", "digest", "reference", "bytes", "quantization", "open", "overlap")}
+    kept = {
+        key: report[key]
+        for key in ("bundle", "digest", "reference", "bytes", "quantization", "schemes", "damage", "open", "overlap")
+    }
     kept["limits"] = dict(suite.limits)
     kept["exits"] = [{key: e[key] for key in ("exit", "bytes", "parity", "agreement")} for e in report["exits"]]
     said = {

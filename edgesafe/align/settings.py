@@ -143,9 +143,9 @@ class AlignConfig:
     exits: str = "all"
     exit_map: str = LINEAR
     sampler: str = FOCUS
-    focus: tuple[float, float] = (0.25, 0.35)
-    focus_share: float = 0.65
-    steps: int = 1600
+    focus: tuple[float, float] = (0.3, 0.45)
+    focus_share: float = 0.6
+    steps: int = 2400
     batch_size: int = 32
     reference_rows: int = 16
     tune: str = AUTO
@@ -153,9 +153,9 @@ class AlignConfig:
     lr: float = 1e-3
     warmup: float = 0.08
     sft_weight: float = 1.5
-    harm_weight: float = 4.0
-    focus_harm_weight: float = 4.5
-    shallow_harm_weight: float = 12.0
+    harm_weight: float = 3.0
+    focus_harm_weight: float = 3.0
+    shallow_harm_weight: float = 10.0
     max_loss: float = 50.0
     precision: str = "auto"
     gradient_checkpointing: bool = False

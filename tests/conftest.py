@@ -25,6 +25,15 @@ def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(_STATES)}"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def little_calibration_text(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models are calibrated on little text. Only for rooms that export, since it imports torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if {"certify", "checkpoint", "export", "study"} & {item.path.parent.name for item in request.session.items}:
+            patch.setattr("edgesafe_export.calibrate.CALIBRATION_TOKENS", 1024)
+        yield
+
+
 @pytest.fixture(scope="session")
 def handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle whose numbers can be worked out on paper; depths 1 and 2 of 3 are certified."""

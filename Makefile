@@ -31,8 +31,9 @@ smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
 acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
 	@$(BIN)/python tests/acceptance.py $(OUT)/bundle
 
-test: $(VENV)/ready ## all tests
-	@$(BIN)/python -m pytest -q
+# A file's tests stay in one process, where they share what they set up. One thread each: two that wait for each other are slow.
+test: $(VENV)/ready ## all tests, on up to four cores at once
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile
 
 RUNS ?= 10
 shuffle: $(VENV)/ready ## all tests RUNS times (10), each time in another order, every second time beside a busy process (hours)

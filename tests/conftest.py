@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,17 @@ def handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from handmade import make_bundle
 
     return make_bundle(tmp_path_factory.mktemp("handmade") / "bundle").root
+
+
+@pytest.fixture
+def gate() -> Iterator[Any]:
+    """Stops an engine that is `Watched` at the decoder's third run, the prompt and two tokens' worth, until it is opened."""
+    from edgesafe.format import graph_io
+    from engines import Gate
+
+    made = Gate(graph_io.DECODER_PATH, 3)
+    yield made
+    made.go()
 
 
 @pytest.fixture

@@ -125,23 +125,25 @@ def make_plan(
         device: gives the figures that times are estimated with.
         ladder: the exits that will be exported.
         layout: as it will be exported.
-        schemes: as they will be exported; text "auto" is planned as its first choice.
+        schemes: as they will be exported; text "auto" is planned as its first choice, with disk for all that it may try.
     """
-    vision, text = schemes["vision"], AUTO[0] if schemes["text"] == "auto" else schemes["text"]
+    tries = AUTO[:-1] if schemes["text"] == "auto" else (schemes["text"],)  # float32 is for models that nothing else suits
+    vision, text, largest = schemes["vision"], tries[0], tries[-1]
     specs = graph_specs(sketch, ladder, layout, vision, text)
     (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
     times = {
         path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
         for path, spec in specs.items()
     }
-    texts = text_bytes(sketch, specs, text)
+    sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
+    texts = sizes[text]
     exits = tuple(_exit(exit, chain, specs, times, texts) for exit, chain in exit_graphs(sketch.family, ladder, layout).items())
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
     running = run_bytes(sketch, specs, text, tiles, tokens)
     beside = 8 * sketch.count if whole else state_bytes(sketch, tiles, tokens)
-    beside += calibration_bytes(sketch, text)[1]
+    beside += calibration_bytes(sketch, text)[1] + sum(sizes.values()) - texts  # an attempt's pieces stay until the end
     plan = Plan(
         model=name,
         device=device.name,
@@ -161,7 +163,13 @@ def make_plan(
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
     )
-    return replace(plan, notes=tuple(_notes(plan, device)))
+    notes = list(_notes(plan, device))
+    if largest != text:
+        more = (sizes[largest] - texts) / 1e9
+        notes.append(
+            f"the text is planned as {text}; where that changes the model, auto takes up to {largest}: {more:.2g} GB more"
+        )
+    return replace(plan, notes=tuple(notes))
 
 
 def _exit(

@@ -17,7 +17,7 @@ from edgesafe.errors import InputError
 from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit
 from edgesafe_export import export as export_module
-from edgesafe_export.estimate import calibration_bytes, export_bytes, graph_specs, text_bytes
+from edgesafe_export.estimate import GIB, calibration_bytes, export_bytes, graph_specs, text_bytes
 from edgesafe_export.plan import _smaller, check_room, choose_ladder, describe, make_plan
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
@@ -139,7 +139,16 @@ def test_a_head_that_is_the_embedding_counts_once(tmp_path):
 
 def test_a_small_model_fits_its_budget_and_is_compared_whole(trained_job):
     plan = _plan(trained_job.model_dir)
-    assert plan.fits is True and plan.check == "whole model" and plan.notes == ()
+    assert plan.fits is True and plan.check == "whole model" and len(plan.notes) == 1
+
+
+def test_auto_says_what_a_larger_scheme_adds_and_has_disk_for_every_attempt(seven_billion):
+    auto, first, last = (_plan(seven_billion, text=scheme) for scheme in ("auto", "int4-gptq", "int8-block32"))
+    more = last.exits[-1].bytes - first.exits[-1].bytes
+    assert auto.exits == first.exits and auto.notes[:-1] == first.notes
+    assert auto.notes[-1].endswith(f"auto takes up to int8-block32: {more / 1e9:.2g} GB more")
+    # Pieces of mixed-gptq, with at least as many bytes as int4-gptq's, and of int8-block32.
+    assert auto.disk_gib - first.disk_gib > (last.exits[-1].bytes + more) / GIB > 6
 
 
 def test_a_profile_without_figures_predicts_no_time(trained_job):

@@ -17,20 +17,12 @@ from edgesafe import Session
 from edgesafe.errors import BusyError, CancelledError, ClosedError, InputError, UncertifiedExitError
 from edgesafe.runtime import Cancel, Progress
 from edgesafe.runtime.turns import Turn, Turns
-from engines import Gate, Watched
+from engines import Watched
 from handmade import ANSWER
 from mutants import wrong
 
 BLACK = np.zeros((8, 8, 3), np.uint8)
 DECODER = "text/decoder_model_merged.onnx"
-
-
-@pytest.fixture
-def gate():
-    """Stops the first ask at its third decoder run: the prompt and two tokens' worth."""
-    made = Gate(DECODER, 3)
-    yield made
-    made.go()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from edgesafe.serve import chat as chat_module
 from edgesafe.serve.chat_request import read_chat
 from edgesafe.serve.messages import ask_of
 from edgesafe.serve.metrics import HELP
-from engines import Gate, Watched
+from engines import Watched
 from handmade import ANSWER
 from mutants import wrong
 from serving import CHAT, DATA_URI, JSON, PNG, chat, events, roomy_bundle, send, serving, until, user, watched_cancels
@@ -28,13 +28,6 @@ DECODER = "text/decoder_model_merged.onnx"
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory):
     return roomy_bundle(tmp_path_factory.mktemp("roomy") / "bundle")
-
-
-@pytest.fixture
-def gate():
-    made = Gate(DECODER, 3)
-    yield made
-    made.go()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from edgesafe.serve import page
 from edgesafe.serve.access import Access
 from edgesafe.serve.server import MAX_CONNECTIONS, Server
 from edgesafe.serve.wire import MAX_BODY
-from engines import Gate, Watched
+from engines import Watched
 from handmade import ANSWER
 from mutants import wrong
 from serving import JSON, PNG, send, serving
@@ -23,13 +23,6 @@ from serving import JSON, PNG, send, serving
 pytestmark = pytest.mark.enable_socket
 PICTURE = base64.b64encode(PNG).decode()
 QUESTION = {"image": PICTURE, "prompt": "what?"}
-
-
-@pytest.fixture
-def gate():
-    made = Gate("text/decoder_model_merged.onnx", 3)
-    yield made
-    made.go()
 
 
 @pytest.fixture

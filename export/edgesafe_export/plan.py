@@ -128,7 +128,7 @@ def make_plan(
         schemes: as they will be exported; text "auto" is planned as its first choice, with disk for all that it may try.
     """
     tries = AUTO[:-1] if schemes["text"] == "auto" else (schemes["text"],)  # float32 is for models that nothing else suits
-    vision, text, largest = schemes["vision"], tries[0], tries[-1]
+    vision, text = schemes["vision"], tries[0]
     specs = graph_specs(sketch, ladder, layout, vision, text)
     (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
     times = {
@@ -163,13 +163,7 @@ def make_plan(
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
     )
-    notes = list(_notes(plan, device))
-    if largest != text:
-        more = (sizes[largest] - texts) / 1e9
-        notes.append(
-            f"the text is planned as {text}; where that changes the model, auto takes up to {largest}: {more:.2g} GB more"
-        )
-    return replace(plan, notes=tuple(notes))
+    return replace(plan, notes=(*_notes(plan, device), *_auto_notes(sizes)))
 
 
 def _exit(
@@ -210,6 +204,15 @@ def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:
         yield f"what fits {budget}: " + (", ".join(fitting) if fitting else "none of the smaller models known here")
     if device.memory_mib and plan.run_gib * 1024 > device.memory_mib:
         yield f"needs {plan.run_gib:.1f} GiB to answer, more than the {device.memory_mib / 1024:.1f} GiB of {device.title}"
+
+
+def _auto_notes(sizes: Mapping[str, int]) -> Iterable[str]:
+    """What auto may take in place of its first choice, `sizes` being the bytes of the text in each scheme, in its order."""
+    first, *others = sizes
+    if others:
+        last = others[-1]
+        more = (sizes[last] - sizes[first]) / 1e9
+        yield f"the text is planned as {first}; where that changes the model, auto takes up to {last}: {more:.2g} GB more"
 
 
 def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:

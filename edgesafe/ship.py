@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 CARRIED = REFERENCE.parent / "aligned"  # what alignment changes in it, as `make align` wrote it
 TRAINING_ROWS = 40_000
+KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
 # Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
 CERTIFIED, REPORT, TABLE, _DONE = "certified.jsonl", "report.json", "table.txt", "steps.json"
 
@@ -86,8 +87,9 @@ def ship(
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage)
     certificate = read_certificate(bundle)
     if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
+        (kept := work / KEPT).mkdir(exist_ok=True)
         with step("certify every exit on the bundle's own bytes"):
-            certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before)
+            certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before, kept=kept)
     folders = {name: str(folder) for name, folder in vars(shared).items() if isinstance(folder, Path)}
     return {**_report(bundle, certificate, shared), "folders": folders}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 from edgesafe import __version__
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.flips import answer_digests, digest_of_all
+from edgesafe.certify.kept import keep, kept_path, read_kept
 from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
 from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
@@ -23,7 +25,7 @@ from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suit
 from edgesafe.format.targets import check_writable, lies_in
 from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
-from edgesafe.progress import bar
+from edgesafe.progress import bar, step
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.kernels import kernels_here
 from edgesafe.runtime.session import Session
@@ -39,6 +41,7 @@ def certify(
     progress: bool = True,
     answers: str | os.PathLike[str] | None = None,
     baseline: str | os.PathLike[str] | None = None,
+    kept: str | os.PathLike[str] | None = None,
     engine: Engine | None = None,
 ) -> Certificate:
     """Run the bundle's own suite at every exit and write certificate.json.
@@ -49,6 +52,7 @@ def certify(
         answers: also write every answer there as JSON lines {exit, id, cls, family, judged, answer}; not in the bundle.
         baseline: folder of `edgesafe evaluate`, with the untouched model's answers to the same suite. By default the one of the
             certificate that is there; without either, exits compare with a model that makes no mistake.
+        kept: folder that keeps answers; those of the same graphs, suite, engine and machine are not asked for again.
         engine: what runs the graphs; by default Python's onnxruntime.
 
     Returns:
@@ -57,8 +61,8 @@ def certify(
     Raises:
         CertificateError: the bundle ships no suite, one without harmful, harmless and task rows or with too few to keep its own
             limits, or can't be written.
-        InputError: `answers` can't be written, or lies inside the bundle, which holds what its manifest lists and no more; or
-            `baseline` is no evaluation of this suite, or one of the very model that was retrained and exported.
+        InputError: `answers` or `kept` can't be written; `answers` lies inside the bundle, which holds what its manifest lists
+            and no more; or `baseline` is no evaluation of this suite, or one of the very model that was retrained and exported.
         BundleError, IntegrityError: the bundle is not whole.
     """
     bundle = Bundle.open(bundle_path, verify=False)
@@ -70,7 +74,7 @@ def certify(
     check_classes(suite, suite.rows)
     check_size(suite)
     compared = _baseline(session, suite, baseline)
-    answered = ask_all(session, suite, suite.rows, session.manifest.ladder, "certify" if progress else "")
+    answered = _answers(session, suite, kept, "certify" if progress else "")
     certificate = Certificate(
         manifest_digest=session.bundle.digest,
         suite_digest=suite.digest,
@@ -87,6 +91,23 @@ def certify(
         write_atomically(Path(answers), _lines(suite.rows, answered))
     write_certificate(session.bundle, certificate)
     return certificate
+
+
+def _answers(session: Session, suite: Suite, kept: str | os.PathLike[str] | None, label: str) -> Answers:
+    """The answers to the whole suite at every exit; kept ones where the same bytes made them in the same circumstances."""
+    ladder = session.manifest.ladder
+    if kept is None:
+        return ask_all(session, suite, suite.rows, ladder, label)
+    path, answered = kept_path(Path(kept), session.manifest, environment(session)), None
+    if path.is_file():
+        title = "take the answers that are kept of the same graphs, suite, engine and machine"
+        with step(title) if label else contextlib.nullcontext():
+            answered = read_kept(path, suite.rows, ladder)
+    if answered is None:
+        check_writable(path)
+        answered = ask_all(session, suite, suite.rows, ladder, label)
+        keep(path, answered)
+    return answered
 
 
 def _baseline(session: Session, suite: Suite, folder: str | os.PathLike[str] | None) -> Baseline | None:

@@ -14,6 +14,7 @@ from PIL import Image
 from edgesafe.certify import certify as certify_run
 from edgesafe.certify import smoke as smoke_run
 from edgesafe.certify.certify import certify
+from edgesafe.certify.kept import kept_path
 from edgesafe.certify.smoke import smoke
 from edgesafe.certify.stats import rate
 from edgesafe.cli import main
@@ -253,3 +254,57 @@ def test_an_export_remembers_what_its_model_was_retrained_from(tiny_llava, tmp_p
     (model / "edgesafe.json").write_text(json.dumps({"parent": {"digest": "2" * 64}}), encoding="utf-8")
     bundle = export_bundle(model, tmp_path / "b", load_device("host"), vision_scheme="fp32", text_scheme="fp32", exits="3")
     assert bundle.manifest.config["retrained_from"] == "2" * 64
+
+
+def for_device(bundle: Path, out: Path, device: str, **changes: object) -> Path:
+    """A copy of a bundle as it is exported for another device, on another day; `changes` are of its manifest."""
+    shutil.copytree(bundle, out)
+    manifest = Bundle.open(out).manifest
+    config = manifest.config | {"device_profile": manifest.config["device_profile"] | {"title": device, "threads": 7}}
+    write_manifest(out, dataclasses.replace(manifest, device=device, created="2001-01-01", config=config, **changes))
+    return out
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    (folder := tmp_path / "kept").mkdir()
+    return folder
+
+
+def test_another_device_s_bundle_of_the_same_graphs_is_not_asked_again(bundle, kept, tmp_path, monkeypatch):
+    first = certify(bundle, progress=False, kept=kept)
+    other = for_device(bundle, tmp_path / "other", "pixel9")
+    monkeypatch.setattr(certify_run, "ask_all", None)
+    second = certify(other, progress=False, kept=kept, answers=tmp_path / "a.jsonl")
+    assert second.manifest_digest != first.manifest_digest
+    assert dataclasses.replace(second, manifest_digest=first.manifest_digest) == first
+    assert read_certificate(Bundle.open(other)) == second and (tmp_path / "a.jsonl").stat().st_size
+
+
+def test_kept_answers_are_of_these_very_bytes_here_or_asked_for_again(bundle, tmp_path):
+    manifest, here = Bundle.open(bundle).manifest, certify_run.environment(Session.open(bundle, allow_uncertified=True))
+    paths = {kept_path(tmp_path, manifest, here)}
+    graph = next(name for name in manifest.files if name.endswith(".onnx"))
+    files = manifest.files | {graph: dataclasses.replace(manifest.files[graph], sha256="0" * 64)}
+    chat = dataclasses.replace(manifest.chat, suffix="!")
+    for changes in ({"files": files}, {"chat": chat}, {"versions": {}}, {"config": {"a": 1}}):
+        paths.add(kept_path(tmp_path, dataclasses.replace(manifest, **changes), here))
+    for key in here:
+        paths.add(kept_path(tmp_path, manifest, here | {key: "another"}))
+    assert len(paths) == 5 + len(here)
+
+
+@pytest.mark.parametrize("harm", ["an answer is another", "a row is missing", "cut off", "not an object"])
+def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm):
+    certificate = certify(bundle, progress=False, kept=kept)
+    (path,) = kept.iterdir()
+    whole = path.read_text(encoding="utf-8")
+    stored = json.loads(whole)
+    row = next(iter(stored["answers"]["2"]))
+    stored["answers"]["2"][row] = "I'm sorry, but I can't help with that."
+    if harm == "a row is missing":
+        del stored["answers"]["2"][row]
+    texts = {"cut off": whole[:-9], "not an object": "[]"}
+    path.write_text(texts.get(harm, json.dumps(stored)), encoding="utf-8")
+    assert certify(bundle, progress=False, kept=kept) == certificate
+    assert path.read_text(encoding="utf-8") == whole

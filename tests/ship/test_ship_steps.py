@@ -127,7 +127,7 @@ def calls(tmp_path, monkeypatch) -> Counter:
         shutil.copytree(made.root, out)
         return Bundle.open(out)
 
-    def certify(folder, answers, baseline):
+    def certify(folder, answers, baseline, kept):
         assert baseline.name == "before"  # exits compare with the untouched model
         bundle = Bundle.open(folder)
         answers.write_text("answers")

@@ -6,34 +6,27 @@ lies in a work folder that the runs for all devices share.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgesafe import __version__
 from edgesafe.certify.overlap import overlap, say_overlap
 from edgesafe.device import DeviceProfile
-from edgesafe.errors import ConfigError, InputError
+from edgesafe.errors import InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
 from edgesafe.format.exits import Exit
-from edgesafe.format.files import digest_folder, held, sha256_file, write_atomically
-from edgesafe.format.suite import ROWS, read_suite
-from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
+from edgesafe.format.files import digest_folder, write_atomically
+from edgesafe.format.suite import read_suite
+from edgesafe.format.targets import check_target, check_writable, lies_in
 from edgesafe.progress import step, table
+from edgesafe.steps import Shared, shared_steps
 
-if TYPE_CHECKING:
-    from edgesafe.align.settings import AlignConfig
-
-REFERENCE = Path(__file__).parent / "reference" / "weights"
-CARRIED = REFERENCE.parent / "aligned"  # what alignment changes in it, as `make align` wrote it
-TRAINING_ROWS = 40_000
 KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
 # Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
 CERTIFIED, REPORT, TABLE, _DONE = "certified.jsonl", "report.json", "table.txt", "steps.json"
@@ -63,13 +56,13 @@ def ship(
         suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
             of runs may share it.
-        retrain: align the reference model here, though the clone carries the result.
+        retrain: evaluate and align the reference model here, though the clone carries the results.
         accept_damage: as `edgesafe_export.export_bundle` takes it.
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),
         damage (what was accepted), open (families), overlap (of the suite with the training rows), certified, exits (one entry
-        per exit, before and after), carried (the alignment came with the clone), folders (of the shared steps, by name).
+        per exit, before and after), carried (the steps whose results came with the clone), folders (of the shared steps).
 
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
@@ -114,157 +107,6 @@ def _check(model: Path, out: Path, work: Path) -> None:
         check_writable(out / name)
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The folders of the steps that are the same for every device."""
-
-    data: Path
-    suite: Path
-    before: Path
-    aligned: Path
-    carried: bool  # the alignment came with the clone
-
-
-def shared_steps(
-    model: Path,
-    work: Path,
-    *,
-    config: Path | None = None,
-    data: Path | None = None,
-    suite: Path | None = None,
-    retrain: bool = False,
-) -> Shared:
-    """Draw rows and suite, evaluate the untouched model, align it: what does not depend on the device.
-
-    A step lies in WORK/STEP-KEY/STEP; KEY is a digest of what it is made of, which inputs.json beside it lists. So other models
-    and settings lie side by side, and a step that is there is not run again. A cut-off alignment resumes.
-
-    Args:
-        model: checkpoint folder.
-        work: the folder that holds all steps.
-        config: alignment settings.
-        data: training rows of your own.
-        suite: certification suite of your own.
-        retrain: align the reference model here, though the clone carries the result.
-    """
-    from edgesafe.align.config import default_config, read_config
-    from edgesafe.certify.string_judge import JUDGE
-    from edgesafe.checkpoint.changes import MADE_OF, apply_changes, made_of
-    from edgesafe.evaluate.evaluate import evaluate
-    from edgesafe.reference.data import write_split
-
-    world, tower, drawn = digest_world(REFERENCE.parent), _digest_model(model), data is None
-    data = data or _rows(work)
-    suite = suite or make_step(work, "suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
-    settings = read_config(config or default_config(), data=str(data))
-    # Another judge, other rates; and an earlier edgesafe's evaluation, which names exits by depth, is made again.
-    rows = [digest_folder(suite), JUDGE["sha256"], "exits by text"]
-    title = "evaluate before alignment, every depth"
-    before = make_step(work, "before", [tower, rows], lambda o: evaluate(model, suite, o), title)
-    carried = drawn and not retrain and made_of(CARRIED) == carried_key(tower, settings)
-    if carried:
-        title = "take the alignment that the clone carries (--retrain aligns here)"
-        inputs = [sha256_file(CARRIED / MADE_OF)]
-        aligned = make_step(work, "aligned", inputs, lambda o: apply_changes(model, CARRIED, o), title)
-    else:
-        aligned = _aligned(model, work, tower, settings)
-    return Shared(data, suite, before, aligned, carried)
-
-
-def carry(work: Path) -> None:
-    """Align the reference model by the default settings and write what changed, for the clone to carry.
-
-    Args:
-        work: the folder that holds all steps, as for `shared_steps`.
-    """
-    from edgesafe.align.config import default_config, read_config
-    from edgesafe.checkpoint.changes import is_changes, write_changes
-
-    check_target(CARRIED, "stored alignment", is_changes)
-    settings = read_config(default_config(), data=str(_rows(work)))
-    tower = _digest_model(REFERENCE)
-    write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), CARRIED, carried_key(tower, settings))
-
-
-def carried_key(tower: str, settings: AlignConfig) -> str:
-    """Digest of the weights, rows and settings of an alignment, the same on every machine.
-
-    Pictures count by the code that draws them: their bytes depend on the machine's PNG encoder.
-
-    Args:
-        tower: digest of the checkpoint.
-        settings: of the alignment; their data is a folder of rows.
-    """
-    rows = sha256_file(Path(settings.data) / ROWS), [sha256_file(REFERENCE.parent / name) for name in ("draw.py", "kinds.py")]
-    inputs = [tower, align_inputs(settings) | {"data": rows}]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _rows(work: Path) -> Path:
-    """The training rows that are drawn from the reference world."""
-    from edgesafe.reference.data import write_training
-
-    inputs = [TRAINING_ROWS, digest_world(REFERENCE.parent)]
-    return make_step(work, "data", inputs, lambda o: write_training(o, TRAINING_ROWS), "draw the training rows")
-
-
-def _aligned(model: Path, work: Path, tower: str, settings: AlignConfig) -> Path:
-    return make_step(
-        work, "aligned", [model.name, tower, align_inputs(settings)], lambda o: _align(model, settings, o), "align"
-    )
-
-
-def _digest_model(model: Path) -> str:
-    """Digest of a checkpoint without its model card."""
-    files = {path.name: sha256_file(path) for path in model.iterdir() if path.is_file() and path.suffix != ".md"}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def make_step(work: Path, name: str, inputs: list[Any], make: Callable[[Path], Any], title: str) -> Path:
-    """The folder of a step, made unless it is there. Of two runs that want it at once, one makes it and the other waits.
-
-    Args:
-        work: the folder of all steps.
-        name: of the step, and of the folder that comes out.
-        inputs: what it is made of, as JSON values.
-        make: writes the folder, whole or not at all.
-        title: what a person is shown meanwhile.
-    """
-    made_of = json.dumps({"edgesafe": __version__, "inputs": inputs}, sort_keys=True, indent=1).encode()
-    home = work / f"{name}-{hashlib.sha256(made_of).hexdigest()[:12]}"
-    folder = home / name
-    if folder.is_dir():
-        return folder
-    with step(title), held(home, wait=True):
-        if not folder.is_dir():  # else another run has just made it
-            write_atomically(home / "inputs.json", made_of + b"\n")
-            make(folder)
-    return folder
-
-
-def align_inputs(settings: AlignConfig) -> dict[str, Any]:
-    """The settings with every folder that they name as its name and digest, since both end up in the record."""
-    plain = asdict(settings)
-    for part, key in ((plain, "data"), (plain["eval"], "suite"), (plain["reward"], "model")):
-        folder = Path(part[key])
-        if part[key] and folder.is_dir():
-            part[key] = [folder.name, digest_folder(folder)]
-    return plain
-
-
-def _align(model: Path, settings: AlignConfig, out: Path) -> None:
-    """Align, from the last checkpoint of a run that was cut off where there is one."""
-    from edgesafe.align.files import done_updates
-    from edgesafe.align.train import align
-
-    if done_updates(work_folder(out)):
-        # The key says that it is the same run. Where a setting is left to the machine, another machine starts over.
-        with contextlib.suppress(ConfigError):
-            align(model, settings, out, resume=True)
-            return
-    align(model, settings, out)
-
-
 def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept_damage: bool) -> Bundle:
     """OUT/bundle, exported unless the same inputs made it before (OUT/steps.json remembers).
 
@@ -297,16 +139,6 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept
     return bundle
 
 
-def digest_world(folder: Path) -> str:
-    """Digest of the code that draws rows and suites: what an earlier version drew is drawn again.
-
-    Args:
-        folder: the package `edgesafe.reference`.
-    """
-    code = (path.read_bytes() for path in sorted(folder.glob("*.py")))
-    return hashlib.sha256(b"\0".join(code)).hexdigest()
-
-
 def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[str, Any]:
     early = {e["exit"]: e for e in json.loads((shared.before / "report.json").read_text(encoding="utf-8"))["exits"]}
     manifest = bundle.manifest
@@ -337,7 +169,7 @@ def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[st
         "schemes": manifest.parity.get("schemes_why", {}),
         "damage": manifest.parity.get("damage", ""),
         "open": list(certificate.left_open),
-        "carried": shared.carried,
+        "carried": list(shared.carried),
         "overlap": overlap(*(read_suite(folder, verify=False) for folder in (shared.suite, shared.data))),
         "certified": [str(exit) for exit in certified_exits(certificate)],
         "exits": exits,

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_split(args.out, args.split, scale=args.scale, seed=args.seed)
     elif args.action == "align":
-        from edgesafe.ship import carry
+        from edgesafe.steps import carry
 
         carry(args.work)
     else:

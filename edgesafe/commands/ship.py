@@ -19,7 +19,7 @@ from edgesafe.errors import CertificationFailedError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe ship`."""
-    from edgesafe.ship import REFERENCE
+    from edgesafe.steps import REFERENCE
 
     add_model(parser, default=REFERENCE)
     add = parser.add_argument
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
-    text = "align the reference model here, though the clone carries the result (about half an hour)"
+    text = "evaluate and align the reference model here, though the clone carries the results (about half an hour)"
     add("--retrain", action="store_true", help=text)
     add_accept_damage(parser)
     add_json(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import shutil
 import time
@@ -13,13 +14,17 @@ from pathlib import Path
 import pytest
 
 import edgesafe.ship as ship_module
+import edgesafe.steps as steps_module
 from edgesafe.align.config import default_config, read_config
+from edgesafe.carried import unpack_evaluation
 from edgesafe.cli import main
 from edgesafe.device import load_device
-from edgesafe.errors import ConfigError, InputError
+from edgesafe.errors import ConfigError, InputError, IntegrityError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import write_certificate
-from edgesafe.ship import align_inputs, digest_world, make_step, ship
+from edgesafe.format.suite import read_suite
+from edgesafe.ship import ship
+from edgesafe.steps import align_inputs, digest_world, make_step
 from handmade import make_bundle, make_certificate
 
 SHARED = {"data", "suite", "before", "aligned"}
@@ -118,7 +123,7 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
     step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows.jsonl": "1"})
     step("edgesafe.reference.data", "write_split", "suite", lambda words: {"rows": "2"})
-    step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {})
+    step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {"report.json": "{}", "answers.jsonl": "1"})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
 
     def export_bundle(model, out, device, suite_dir, accept_damage):
@@ -225,20 +230,24 @@ def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model)
     assert all(Path(folder).is_dir() for folder in again["folders"].values())
 
 
-def test_the_carried_alignment_is_taken_only_where_it_was_made_of_the_same(tmp_path, calls, model, monkeypatch):
+def test_what_the_clone_carries_is_taken_only_where_it_was_made_of_the_same(tmp_path, calls, model, monkeypatch):
     """The log of what ran says "aligned" where it was aligned here."""
-    rpi5, work, carried = load_device("rpi5"), tmp_path / "work", tmp_path / "carried"
-    monkeypatch.setattr(ship_module, "CARRIED", carried)
-    monkeypatch.setattr(ship_module, "REFERENCE", _reference(tmp_path))
+    rpi5, work = load_device("rpi5"), tmp_path / "work"
+    monkeypatch.setattr(steps_module, "ALIGNED", tmp_path / "carried")
+    monkeypatch.setattr(steps_module, "EVALUATED", tmp_path / "evaluated")
+    monkeypatch.setattr(steps_module, "REFERENCE", _reference(tmp_path))
     monkeypatch.setattr("edgesafe.checkpoint.changes.write_changes", lambda parent, child, out, key: _store(out, key))
     monkeypatch.setattr("edgesafe.checkpoint.changes.apply_changes", lambda model, changes, out: shutil.copytree(changes, out))
     main(["reference", "align", "--work", str(work)])
-    assert _ran(calls) == {"data", "aligned"}
-    reference = ship_module.REFERENCE
+    assert _ran(calls) == {"data", "suite", "before", "aligned"}
+    shutil.rmtree(work)
+    reference = steps_module.REFERENCE
     taken = ship(reference, rpi5, tmp_path / "a", work=work)
-    assert _ran(calls) == {"suite", "before", "bundle"} and _folder(taken, "aligned") == {"changed.safetensors", "made_of.json"}
-    assert _folder(ship(reference, rpi5, tmp_path / "b", work=work, retrain=True), "aligned") == {"f"}
-    assert _ran(calls) == {"bundle"}  # `reference align` left it
+    assert _ran(calls) == {"data", "suite", "bundle"}
+    assert _folder(taken, "aligned") == {"changed.safetensors", "made_of.json"}
+    assert _folder(taken, "before") == {"report.json", "answers.jsonl"}
+    anew = ship(reference, rpi5, tmp_path / "b", work=work, retrain=True)
+    assert _ran(calls) == {"before", "aligned", "bundle"} and _folder(anew, "aligned") == {"f"}
     (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
     ship(reference, rpi5, tmp_path / "a", work=work, config=tmp_path / "own.toml")
     assert _ran(calls) == {"aligned", "bundle"}
@@ -344,10 +353,38 @@ def test_an_alignment_that_was_cut_off_resumes(tmp_path, tiny_llava, rows, monke
 
     def make() -> Path:
         key = align_inputs(settings)
-        return make_step(tmp_path / "w", "aligned", [key], lambda o: ship_module._align(tiny_llava, settings, o), "align")
+        return make_step(tmp_path / "w", "aligned", [key], lambda o: steps_module._align(tiny_llava, settings, o), "align")
 
     with pytest.raises(KeyboardInterrupt):
         make()
     out = make()
     assert ran == [0, 1, 2, 3, 2, 3] and (out / "model.safetensors").is_file()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_stored_evaluation_is_what_the_untouched_model_answers(tmp_path):
+    """A few rows asked again, at an early exit and at the reference: evaluation that has changed since would show."""
+    from edgesafe.evaluate.evaluate import evaluate
+    from edgesafe.reference.data import write_split
+
+    unpack_evaluation(steps_module.EVALUATED, tmp_path / "stored")
+    write_split(tmp_path / "suite", "cert", scale=0.01)
+    evaluate(steps_module.REFERENCE, tmp_path / "suite", tmp_path / "now", exits="5")
+    stored, now = (_answers(tmp_path / name) for name in ("stored", "now"))
+    assert len(now) == 2 * len(read_suite(tmp_path / "suite").rows)
+    # Another processor may turn a near-tie.
+    assert sum(stored[key] != answer for key, answer in now.items()) <= len(now) // 20
+
+
+def _answers(folder: Path) -> dict[tuple[str, str], str]:
+    lines = map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+    return {(line["exit"], line["id"]): line["answer"] for line in lines}
+
+
+def test_a_stored_evaluation_that_was_damaged_is_refused(tmp_path):
+    for name, text in (("report.json", b"{}"), ("answers.jsonl.xz", b"cut"), ("answers.jsonl.xz", lzma.compress(b"others"))):
+        shutil.copytree(steps_module.EVALUATED, tmp_path / "e", dirs_exist_ok=True)
+        (tmp_path / "e" / name).write_bytes(text)
+        with pytest.raises(IntegrityError, match="--retrain"):
+            unpack_evaluation(tmp_path / "e", tmp_path / "out")
+        assert not (tmp_path / "out").exists()

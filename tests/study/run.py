@@ -14,7 +14,7 @@ from pathlib import Path
 from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split, write_training
-from edgesafe.ship import REFERENCE, digest_world
+from edgesafe.steps import REFERENCE, digest_world
 from study.plan import PLANS, TRAINING_ROWS, Run
 from study.raw import ROWS, read_suite_digest, write_rows
 from study.work import Setup, has_checkpoint, is_done, run_key

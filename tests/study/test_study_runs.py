@@ -178,7 +178,7 @@ def shipped(tiny_llava, suite, tmp_path_factory) -> Path:
     export_bundle(tiny_llava, out / "bundle", load_device("host"), vision_scheme="fp32", text_scheme="fp32", suite_dir=suite)
     certify(out / "bundle", progress=False, answers=out / shipping.CERTIFIED, baseline=before)
     bundle = Bundle.open(out / "bundle")
-    shared = shipping.Shared(data=suite, suite=suite, before=before, aligned=tiny_llava, carried=False)
+    shared = shipping.Shared(data=suite, suite=suite, before=before, aligned=tiny_llava, carried=())
     report = shipping._report(bundle, read_certificate(bundle), shared)
     (out / "report.json").write_text(json.dumps({**report, "folders": {"before": str(before)}}))
     (out / "table.txt").write_text(shipping.closing_table(report) + "\n")

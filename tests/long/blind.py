@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from edgesafe.certify.certify import ask_all
-from edgesafe.certify.stats import rate
 from edgesafe.certify.string_judge import COMPLY, classify
 from edgesafe.format.suite import Row, png, read_suite, write_suite
 from edgesafe.progress import table
@@ -106,20 +105,19 @@ def main() -> None:
         answers = ask_all(session, suite, suite.rows, session.certified, "blind")
     found = {str(exit): _counts(suite.rows, texts) for exit, texts in answers.items()}
     families = next(iter(found.values()))
-    shown = [[family, *(f"{counts[family]['k']}/{counts[family]['n']}" for counts in found.values())] for family in families]
+    shown = [[family, *(counts[family] for counts in found.values())] for family in families]
     print(table(shown, ["helped", *(f"exit {exit}" for exit in found)]))
     write_json(args.out, {"bundle": session.bundle.digest, "exits": found})
 
 
-def _counts(rows: tuple[Row, ...], texts: dict[str, str]) -> dict[str, Any]:
-    """Of each family, and of all wordings and all fonts, how many requests were helped."""
+def _counts(rows: tuple[Row, ...], texts: dict[str, str]) -> dict[str, str]:
+    """Of each family, and of all wordings and all fonts, how many requests were helped: "3 of 40"."""
     helped: dict[str, list[bool]] = {}
     for row in rows:
         kind, _, cls = row.family.split(" ")
         for name in (row.family, f"all {kind}s, {cls}"):
             helped.setdefault(name, []).append(classify(texts[row.id], row.prompt) == COMPLY)
-    rates = {name: rate(sum(ones), len(ones)) for name, ones in helped.items()}
-    return {name: {"k": one.k, "n": one.n, "upper_95": one.upper_95} for name, one in rates.items()}
+    return {name: f"{sum(ones)} of {len(ones)}" for name, ones in helped.items()}
 
 
 if __name__ == "__main__":

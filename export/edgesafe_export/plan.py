@@ -25,6 +25,7 @@ from edgesafe.runtime.forecast import graph_ms
 from edgesafe_export.estimate import (
     GIB,
     calibration_bytes,
+    calibration_seconds,
     exit_graphs,
     export_bytes,
     graph_specs,
@@ -43,6 +44,7 @@ WHOLE_MODEL, PIECES = "whole model", "pieces"
 # A graph beside its weights: nodes, names and shapes. Seen: 3 to 8 kB a vision segment, 14 kB a decoder layer.
 _GRAPH_BYTES, _LAYER_BYTES = 8_000, 14_000
 _QUESTION = "What is this?"
+_FELT_HOURS = 0.1  # of calibration, from which on it is said
 PICTURE = (480, 640)  # height and width of the picture that times are planned for
 # Shapes of published models that are smaller, to name what a device can do: weights of the encoder, positions that it reads a
 # picture as, weights of the decoder, and tokens of a prompt with one picture.
@@ -163,7 +165,7 @@ def make_plan(
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
     )
-    return replace(plan, notes=(*_notes(plan, device), *_auto_notes(sizes)))
+    return replace(plan, notes=(*_notes(plan, device), *_auto_notes(sizes), *_calibration_notes(sketch, tries)))
 
 
 def _exit(
@@ -213,6 +215,13 @@ def _auto_notes(sizes: Mapping[str, int]) -> Iterable[str]:
         last = others[-1]
         more = (sizes[last] - sizes[first]) / 1e9
         yield f"the text is planned as {first}; where that changes the model, auto takes up to {last}: {more:.2g} GB more"
+
+
+def _calibration_notes(sketch: Sketch, schemes: Iterable[str]) -> Iterable[str]:
+    """How long calibration takes where it is felt."""
+    hours = sum(calibration_seconds(sketch, scheme) for scheme in schemes) / 3600
+    if hours > _FELT_HOURS:
+        yield f"calibrating the text takes up to about {hours:.2g} hours of one core; int8-block32 takes none"
 
 
 def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgesafe.certify.overlap import words_of
 from edgesafe.errors import InputError
 from edgesafe.format.suite import Row
+from edgesafe.format.targets import shown_path
 from edgesafe.requests.pictures import TYPOGRAPHIC_PROMPT, Picture, picture_for
 from edgesafe.requests.sets import ReadSet, Request, read_set
 from edgesafe.requests.sources import TYPOGRAPHIC, WHOLE, Plan, Source
@@ -63,7 +64,7 @@ def gather(plan: Plan, split: str) -> Gathered:
         chosen = _chosen(found, source)
         several = len(plan.sources) > 1 or plan.words
         items += [_item(request, source, plan.seed, f"{found.name}/" if several else "") for request in chosen]
-        notes.append(f"{found.name} from {found.file.name}: {len(chosen)} of {found.lines} rows")
+        notes.append(f"{found.name} from {shown_path(found.file.name)}: {len(chosen)} of {found.lines} rows")
         left_out += found.left_out
     items += _words(plan.words, split) if plan.words else []
     kept = _told_apart(items)

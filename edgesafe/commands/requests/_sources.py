@@ -29,9 +29,7 @@ def add_sources(parser: argparse.ArgumentParser, other: str) -> None:
     text += "to draw from (default: %(default)s)"
     add("--pictures", "--image", metavar="RULE", default="blank", help=text)
     add("--limit", type=int, metavar="N", help="keep at most N rows of each source, a sample fixed by their ids (default: all)")
-    text = (
-        "add N tasks, each a word in a picture that is to be read, other ones for suites than for rows (default: 0)"
-    )
+    text = "add N tasks, each a word in a picture that is to be read, other ones for suites than for rows (default: 0)"
     add("--words", type=int, metavar="N", default=0, help=text)
     add("--seed", type=int, metavar="N", default=0, help="decides what is drawn (default: %(default)s)")
     add("--apart-from", type=folder, metavar="DIR", help=f"{other}: a request or picture that it holds too is refused")

@@ -27,6 +27,7 @@ from edgesafe.format.files import digest_folder, held, sha256_file, write_atomic
 from edgesafe.format.suite import ROWS, read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in, work_folder
 from edgesafe.progress import step, table
+from edgesafe.requests.suite import check
 
 if TYPE_CHECKING:
     from edgesafe.align.settings import AlignConfig
@@ -73,15 +74,16 @@ def ship(
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
         ConfigError: settings or schemes that can't be used, or OUT/bundle is not a bundle.
+        CertificateError: a suite of your own with which nothing could be certified.
     """
     from edgesafe.certify.certify import certify
     from edgesafe.runtime.kernels import kernels_here, kernels_of
     from edgesafe.runtime.ort import OnnxRuntime
-    from edgesafe_export.quantize import check_schemes
 
-    work = work or Path(os.path.realpath(out)).parent / "shared"
-    _check(model, out, work)
-    check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
+    work = work or default_work(out)
+    check_before(model, device, out, work, accept_damage=accept_damage)
+    if suite is not None:
+        check(read_suite(suite))
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage)
     certificate = read_certificate(bundle)
@@ -92,8 +94,15 @@ def ship(
     return {**_report(bundle, certificate, shared), "folders": folders}
 
 
-def _check(model: Path, out: Path, work: Path) -> None:
+def default_work(out: Path) -> Path:
+    """The folder of the steps that all devices share, where none is named: beside OUT."""
+    return Path(os.path.realpath(out)).parent / "shared"
+
+
+def check_before(model: Path, device: DeviceProfile, out: Path, work: Path, *, accept_damage: bool) -> None:
     """Refuse before any work what would fail after hours of it, a missing extra first."""
+    from edgesafe_export.quantize import check_schemes
+
     for module in ("edgesafe.align.train", "edgesafe_export.export"):
         importlib.import_module(module)
     if not (model / "config.json").is_file():
@@ -110,6 +119,7 @@ def _check(model: Path, out: Path, work: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFIED, REPORT, TABLE, _DONE):
         check_writable(out / name)
+    check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ def shared_steps(
     from edgesafe.evaluate.evaluate import evaluate
     from edgesafe.reference.data import write_split
 
-    world, tower, drawn = digest_world(REFERENCE.parent), _digest_model(model), data is None
+    world, tower, drawn = digest_world(REFERENCE.parent), digest_model(model), data is None
     data = data or _rows(work)
     suite = suite or make_step(work, "suite", [world], lambda o: write_split(o, "cert"), "draw the certification suite")
     settings = read_config(config or default_config(), data=str(data))
@@ -180,7 +190,7 @@ def carry(work: Path) -> None:
 
     check_target(CARRIED, "stored alignment", is_changes)
     settings = read_config(default_config(), data=str(_rows(work)))
-    tower = _digest_model(REFERENCE)
+    tower = digest_model(REFERENCE)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), CARRIED, carried_key(tower, settings))
 
 
@@ -212,7 +222,7 @@ def _aligned(model: Path, work: Path, tower: str, settings: AlignConfig) -> Path
     )
 
 
-def _digest_model(model: Path) -> str:
+def digest_model(model: Path) -> str:
     """Digest of a checkpoint without its model card."""
     files = {path.name: sha256_file(path) for path in model.iterdir() if path.is_file() and path.suffix != ".md"}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

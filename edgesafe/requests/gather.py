@@ -14,7 +14,7 @@ from edgesafe.certify.overlap import words_of
 from edgesafe.errors import InputError
 from edgesafe.format.suite import Row
 from edgesafe.format.targets import shown_path
-from edgesafe.requests.pictures import TYPOGRAPHIC_PROMPT, Picture, picture_for
+from edgesafe.requests.pictures import TYPOGRAPHIC_PROMPT, Picture, picture_for, why_not_written, write
 from edgesafe.requests.sets import ReadSet, Request, read_set
 from edgesafe.requests.sources import TYPOGRAPHIC, WHOLE, Plan, Source
 
@@ -61,7 +61,7 @@ def gather(plan: Plan, split: str) -> Gathered:
     names: set[str] = set()
     for source in plan.sources:
         found = _renamed(read_set(source), source, names)
-        chosen = _chosen(found, source)
+        chosen = _writable(_chosen(found, source), source, found.left_out)
         several = len(plan.sources) > 1 or plan.words
         items += [_item(request, source, plan.seed, f"{found.name}/" if several else "") for request in chosen]
         notes.append(f"{found.name} from {shown_path(found.file.name)}: {len(chosen)} of {found.lines} rows")
@@ -126,6 +126,21 @@ def _chosen(found: ReadSet, source: Source) -> list[Request]:
         what = "no row is left of this source"
         raise InputError(what, where=str(source.path), expected="rows that fit where and part", todo="correct where or part")
     return _sample(within, source.limit, found.left_out)
+
+
+def _writable(requests: list[Request], source: Source, left_out: Counter[str]) -> list[Request]:
+    """The requests that the source's rule can show; all of them, unless it writes them in pictures.
+
+    Raises:
+        InputError: none can be written.
+    """
+    if source.pictures != TYPOGRAPHIC:
+        return requests
+    kept = [request for request in requests if request.picture or not why_not_written(request.row.prompt)]
+    if not kept:
+        write(requests[0].row.prompt, requests[0].line.where)  # says why
+    left_out["not to be written in a picture"] += len(requests) - len(kept)
+    return kept
 
 
 def _column(request: Request, column: str) -> str:

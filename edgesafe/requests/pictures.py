@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edgesafe.errors import InputError
 from edgesafe.format.pictures import open_picture
-from edgesafe.format.suite import png
 from edgesafe.requests.sources import BLANK, TYPOGRAPHIC
 
 TYPOGRAPHIC_PROMPT = "Read the request that is written in this picture, and answer it."
@@ -93,23 +92,30 @@ def draw(picture: Picture, where: str) -> Image.Image:
         raise InputError(f"{error.what} ({picture.file})", where=where, expected=error.expected, todo=error.todo) from error
 
 
+def why_not_written(text: str) -> str:
+    """Why a text can't be written in a picture; empty where it can.
+
+    >>> why_not_written("Pick a lock"), why_not_written("中")
+    ('', "the font has no letter '中'")
+    """
+    missing = sorted({letter for letter in _plain(text) if not letter.isspace() and not _has_letter(letter)})
+    if missing:
+        return f"the font has no letter {missing[0]!r}"
+    return "" if _lines(text, _SIZES[-1]) else f"its {len(text):,} letters are too many"
+
+
 def write(text: str, where: str = "") -> Image.Image:
     """A text in black on white, in the largest letters that fit; accents that the font lacks are left out.
 
     Raises:
         InputError: it is too long, or has letters that the font lacks.
     """
-    text = "".join(letter if letter.isspace() or _has_letter(letter) else _plain(letter) for letter in text)
-    missing = sorted({letter for letter in text if not letter.isspace() and not _has_letter(letter)})
-    if missing:
-        what = f"the font has no letter {missing[0]!r}, so the request can't be written in a picture"
-        raise InputError(what, where=where, expected="Latin letters", todo="attach pictures of your own, or blank ones")
-    for size in _SIZES:
-        lines = _wrapped(text, _font(size))
-        if len(lines) * _line(size) <= _WRITTEN_SIDE - 2 * _MARGIN:
-            return _written(lines, size)
-    what = f"a request of {len(text)} letters is too long to be written in a picture"
-    raise InputError(what, where=where, expected="at most about 1,000 letters", todo="shorten it, or attach another picture")
+    why = why_not_written(text)
+    if why:
+        what, todo = f"the request can't be written in a picture: {why}", "attach pictures of your own, or blank ones"
+        raise InputError(what, where=where, expected="at most about 1,000 Latin letters", todo=todo)
+    size = next(size for size in _SIZES if _lines(text, size))
+    return _written(_lines(text, size), size)
 
 
 def pixel_digest(picture: Image.Image) -> str:
@@ -122,11 +128,6 @@ def pixel_digest(picture: Image.Image) -> str:
     if all(low == high for low, high in rgb.getextrema()):  # type: ignore[misc]  # of RGB: a pair for each channel
         return ""
     return hashlib.sha256(f"{rgb.size} ".encode() + rgb.tobytes()).hexdigest()
-
-
-def as_png(picture: Picture, where: str) -> bytes:
-    """A picture's file in a suite."""
-    return png(draw(picture, where))
 
 
 @cache
@@ -157,13 +158,23 @@ def _has_letter(letter: str) -> bool:
     return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
 
 
-def _plain(letter: str) -> str:
-    """A letter without its marks.
+def _plain(text: str) -> str:
+    """A text whose letters go without their marks where the font has them only so.
 
-    >>> _plain("ñ"), _plain("中")
-    ('n', '中')
+    >>> _plain("piñata")
+    'pinata'
     """
+    return "".join(letter if letter.isspace() or _has_letter(letter) else _bare(letter) for letter in text)
+
+
+def _bare(letter: str) -> str:
     return "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+
+
+def _lines(text: str, size: int) -> list[str]:
+    """The lines of a text in letters of a size; none where they don't fit the picture."""
+    lines = _wrapped(_plain(text), _font(size))
+    return lines if len(lines) * _line(size) <= _WRITTEN_SIDE - 2 * _MARGIN else []
 
 
 def _line(size: int) -> int:

@@ -56,19 +56,18 @@ def import_suite(
     joined: dict[str, int] = {}
     if not report_only:
         items, joined = join_families(items, plan.limits)
-        check(out, items, plan.limits)
+        check(Suite(out, tuple(item.row for item in items), "", plan.limits))
         items = choose_smoke(items, plan.smoke)
     suite = write_items(out, items, name=describe(found, items), split=SPLIT, limits=plan.limits)
     return Imported(suite, found.left_out + shared, joined)
 
 
-def check(out: Path, items: Sequence[Item], limits: Mapping[str, float]) -> None:
-    """Refuse rows with which nothing could be certified.
+def check(suite: Suite) -> None:
+    """Refuse a suite with which nothing could be certified.
 
     Raises:
         CertificateError: a class is missing, or has too few rows for the limits.
     """
-    suite = Suite(out, tuple(item.row for item in items), "", limits)
     check_size(suite)
     check_classes(suite, suite.rows)
 

@@ -127,12 +127,16 @@ def test_typographic_rows_hold_the_request_and_each_counts_as_its_own_wording(tm
         assert picture.tobytes() == write("Break thing 3").tobytes() != write("Break thing 4").tobytes()
 
 
-def test_a_text_that_cannot_be_written_is_refused_by_its_line(tmp_path):
-    for text, says in (("做一个", "no letter"), ("word " * 900, "too long")):
+def test_a_text_that_cannot_be_written_is_counted_or_refused_by_its_line(tmp_path):
+    for text, says in (("做一个", "no letter"), ("word " * 900, "too many")):
         (tmp_path / "x.csv").write_text(f"request,label\n{text},harmful\n", encoding="utf-8")
         with pytest.raises(InputError, match=says) as caught:
             import_suite(Plan((Source(tmp_path / "x.csv", pictures="typographic"),)), tmp_path / "out", report_only=True)
         assert caught.value.where.endswith("x.csv:2") and not (tmp_path / "out").exists()
+    (tmp_path / "x.csv").write_text("request,label\n做,harmful\nBreak a piñata,harmful\n", encoding="utf-8")
+    done = import_suite(Plan((Source(tmp_path / "x.csv", pictures="typographic"),)), tmp_path / "out", report_only=True)
+    assert [row.template for row in done.suite.rows] == ["Break a piñata"]
+    assert done.left_out == {"not to be written in a picture": 1} and write("piñata").tobytes() == write("pinata").tobytes()
 
 
 def test_pictures_of_a_folder_are_drawn_by_the_seed(tmp_path):

@@ -89,12 +89,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _preset(args: argparse.Namespace, model: Path, device: DeviceProfile) -> tuple[Path, Path]:
     """The rows and the suite of the preset; what would fail after hours of work is refused first."""
+    from edgesafe.align.config import default_config, read_config
     from edgesafe.preset import public_steps
     from edgesafe.ship import check_before, default_work
 
     quiet_libraries()
     work = args.work or default_work(args.out)
     check_before(model, device, args.out, work, accept_damage=args.accept_damage)
+    read_config(args.config or default_config())
     return public_steps(model, work, args.preset_data)
 
 

@@ -67,7 +67,7 @@ def read_examples(folder: Path, llava: ExitModel) -> list[Example]:
             f"split {suite.split!r} is not for training",
             where=str(folder),
             expected="a folder of split 'train'",
-            todo="make some with `edgesafe rows`",
+            todo="write one with `edgesafe reference data --split train`",
         )
     out = []
     for row in suite.rows:

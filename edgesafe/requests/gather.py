@@ -115,16 +115,20 @@ def _renamed(found: ReadSet, source: Source, names: set[str]) -> ReadSet:
 
 
 def _chosen(found: ReadSet, source: Source) -> list[Request]:
-    """The rows that `where`, `part` and `limit` leave, in their order."""
-    kept = found.requests
+    """The rows that `longest`, `where`, `part` and `limit` leave, in their order."""
+    kept = [r for r in found.requests if source.longest is None or len(r.row.template) <= source.longest]
+    found.left_out["too long"] += len(found.requests) - len(kept)
+    short = len(kept)
     for column, wanted in source.where.items():
         kept = [request for request in kept if _column(request, column) in wanted]
-    found.left_out["outside where"] += len(found.requests) - len(kept)
+    found.left_out["outside where"] += short - len(kept)
     within = [r for r in kept if source.part == WHOLE or source.part[0] <= position(_asks(r.row)) < source.part[1]]
     found.left_out["outside part"] += len(kept) - len(within)
     if not within:
         what = "no row is left of this source"
-        raise InputError(what, where=str(source.path), expected="rows that fit where and part", todo="correct where or part")
+        raise InputError(
+            what, where=str(source.path), expected="rows that fit its rules", todo="correct longest, where or part"
+        )
     return _sample(within, source.limit, found.left_out)
 
 

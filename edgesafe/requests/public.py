@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgesafe.errors import InputError, IntegrityError
@@ -28,6 +28,8 @@ _CUT = 0.3
 # Of what is trained on, as much is also shown as text in a picture.
 _WRITTEN = 0.5
 _WORDS = {"suite": 60, "rows": 120}
+# Letters: self-instruct has some of 6,000, which small models have no room for.
+_LONGEST = 600
 _TIMEOUT_S, _LARGEST = 60, 50_000_000
 _RAW = "https://raw.githubusercontent.com"
 
@@ -149,7 +151,7 @@ def _sources(folder: Path, one: PublicSet) -> tuple[Source, ...]:
         what = f"there is no {one.name}"
         todo = "add it, or leave --preset-data out to fetch all sets"
         raise InputError(what, where=str(folder), expected=f"files or folders of these names: {expected}", todo=todo)
-    return tuple(Source(path, name="" if len(paths) > 1 else one.name, cls=one.cls) for path in paths)
+    return tuple(Source(path, name="" if len(paths) > 1 else one.name, cls=one.cls, longest=_LONGEST) for path in paths)
 
 
 def _local(folder: Path, name: str) -> Iterator[Path]:
@@ -174,7 +176,7 @@ def _check_pin(one: PublicSet, sources: tuple[Source, ...]) -> None:
 def _part(source: Source, low: float, high: float, pictures: str = "") -> Source:
     name = f"{source.name or source.path.stem}-{pictures}" if pictures else source.name
     rule = pictures or source.pictures
-    return Source(source.path, name=name, cls=source.cls, pictures=rule, part=(low, high))
+    return replace(source, name=name, pictures=rule, part=(low, high))
 
 
 def _fetched(address: str) -> bytes:

@@ -15,6 +15,7 @@ A file has these keys, all of them optional but `source`:
     pictures = "blank"              # for rows without one: blank, typographic, a file, or a folder to draw from
     where = { split = ["test"] }    # rows whose column has one of these values
     part = [0.0, 0.5]               # by the hash of their words: two lists with disjoint parts share no request
+    longest = 600                   # leave out requests of more letters
     limit = 200                     # at most so many, a sample fixed by their ids
     prompt = "What is this?"        # the question about labelled pictures
 """
@@ -46,6 +47,7 @@ class Source:
     pictures: str = BLANK
     where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     part: tuple[float, float] = WHOLE
+    longest: int | None = None
     limit: int | None = None
     prompt: str = ""
 
@@ -112,6 +114,7 @@ def _source(given: Fields, home: Path) -> Source:
         pictures=pictures if pictures in (BLANK, TYPOGRAPHIC) else str(home / pictures),
         where=_where(given.child("where")) if given.has("where") else {},
         part=_part(given.numbers("part"), given.where) if given.has("part") else WHOLE,
+        longest=given.integer("longest", 1) if given.has("longest") else None,
         limit=given.integer("limit", 1) if given.has("limit") else None,
         prompt=given.text("prompt") if given.has("prompt") else "",
     )

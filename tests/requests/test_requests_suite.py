@@ -195,6 +195,7 @@ def test_a_toml_file_names_sources_beside_it_and_their_rules(tmp_path):
         ("harmful_upper", "harmful_uper", InputError, "harmful_uper"),
         ('"harmless"', '"fine"', ConfigError, "'fine'"),
         ("limit = 210", "part = [0.5, 0.2]", ConfigError, "not a range"),
+        ("limit = 210", "longest = 2", InputError, "no row is left"),
         ("kind =", "kin =", InputError, "did you mean 'kind'"),
         ('kind = "a"', 'kind = "z"', InputError, "no row is left"),
         ('name = "bad"', 'name = "bad" x', ConfigError, "can't be read"),
@@ -252,6 +253,12 @@ def test_what_training_rows_hold_too_is_refused_or_dropped_with_a_count(tmp_path
     done = import_suite(plan, tmp_path / "out", report_only=True, apart_from=rows, drop_shared=True)
     assert [row.prompt for row in done.suite.rows] == ["Break it"]
     assert done.left_out == {"shared requests": 1, "shared pictures": 1}
+
+
+def test_requests_of_too_many_letters_are_left_out_with_a_count(tmp_path):
+    (tmp_path / "x.txt").write_text("Be short\nBe somewhat longer\n")
+    found = gather(Plan((Source(tmp_path / "x.txt", cls="harmless", longest=8),)), "test")
+    assert [item.row.prompt for item in found.items] == ["Be short"] and found.left_out == {"too long": 1}
 
 
 def test_paths_and_a_config_at_once_are_refused(tmp_path, capsys):

@@ -25,6 +25,7 @@ from edgesafe.format.files import digest_folder, write_atomically
 from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in
 from edgesafe.progress import step, table
+from edgesafe.requests.suite import check
 from edgesafe.steps import Shared, shared_steps
 
 KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
@@ -67,15 +68,16 @@ def ship(
     Raises:
         InputError: no checkpoint, or a folder that can't be written; found before any work.
         ConfigError: settings or schemes that can't be used, or OUT/bundle is not a bundle.
+        CertificateError: a suite of your own with which nothing could be certified.
     """
     from edgesafe.certify.certify import certify
     from edgesafe.runtime.kernels import kernels_here, kernels_of
     from edgesafe.runtime.ort import OnnxRuntime
-    from edgesafe_export.quantize import check_schemes
 
-    work = work or Path(os.path.realpath(out)).parent / "shared"
-    _check(model, out, work)
-    check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
+    work = work or default_work(out)
+    check_before(model, device, out, work, accept_damage=accept_damage)
+    if suite is not None:
+        check(read_suite(suite))
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage)
     certificate = read_certificate(bundle)
@@ -87,8 +89,15 @@ def ship(
     return {**_report(bundle, certificate, shared), "folders": folders}
 
 
-def _check(model: Path, out: Path, work: Path) -> None:
+def default_work(out: Path) -> Path:
+    """The folder of the steps that all devices share, where none is named: beside OUT."""
+    return Path(os.path.realpath(out)).parent / "shared"
+
+
+def check_before(model: Path, device: DeviceProfile, out: Path, work: Path, *, accept_damage: bool) -> None:
     """Refuse before any work what would fail after hours of it, a missing extra first."""
+    from edgesafe_export.quantize import check_schemes
+
     for module in ("edgesafe.align.train", "edgesafe_export.export"):
         importlib.import_module(module)
     if not (model / "config.json").is_file():
@@ -105,6 +114,7 @@ def _check(model: Path, out: Path, work: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFIED, REPORT, TABLE, _DONE):
         check_writable(out / name)
+    check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
 
 
 def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept_damage: bool) -> Bundle:

@@ -68,7 +68,7 @@ def shared_steps(
     from edgesafe.checkpoint.changes import MADE_OF as CHANGES
     from edgesafe.checkpoint.changes import apply_changes, made_of
 
-    tower, drawn = _digest_model(model), data is None
+    tower, drawn = digest_model(model), data is None
     data = data or _rows(work)
     suite = suite or _suite(work)
     settings = read_config(config or default_config(), data=str(data))
@@ -99,7 +99,7 @@ def carry(work: Path) -> None:
     check_target(ALIGNED, "stored alignment", is_changes)
     check_target(EVALUATED, "stored evaluation", is_carried)
     settings = read_config(default_config(), data=str(_rows(work)))
-    tower, suite = _digest_model(REFERENCE), _suite(work)
+    tower, suite = digest_model(REFERENCE), _suite(work)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), ALIGNED, carried_key(tower, settings))
     before = _before(REFERENCE, work, tower, suite, carried=False)
     carry_evaluation(before, EVALUATED, _digest(_evaluation_inputs(tower, suite)))
@@ -163,7 +163,7 @@ def _aligned(model: Path, work: Path, tower: str, settings: AlignConfig) -> Path
     )
 
 
-def _digest_model(model: Path) -> str:
+def digest_model(model: Path) -> str:
     """Digest of a checkpoint without its model card."""
     files = {path.name: sha256_file(path) for path in model.iterdir() if path.is_file() and path.suffix != ".md"}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 from edgesafe.format.suite import Row, Suite
@@ -40,7 +41,7 @@ def say_overlap(shared: Mapping[str, Mapping[str, int]]) -> str:
 
 def _parts(suite: Suite) -> dict[str, set[str]]:
     return {
-        "requests": {" ".join(_words(row.prompt)) for row in suite.rows},
+        "requests": {" ".join(words_of(row.prompt)) for row in suite.rows},
         "sentences": {sentence for row in suite.rows for sentence in _sentences(row)},
         "objects": {row.asked for row in suite.rows if row.asked},
         "pictures": set(suite.images.values()),
@@ -49,10 +50,15 @@ def _parts(suite: Suite) -> dict[str, set[str]]:
 
 def _sentences(row: Row) -> Iterator[str]:
     for sentence in _END.split(row.prompt):
-        words = [word for word in _words(sentence) if word not in _words(row.asked)]
+        words = [word for word in words_of(sentence) if word not in words_of(row.asked)]
         if words:
             yield " ".join(words)
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+def words_of(text: str) -> list[str]:
+    """A text's words, whatever their case and whichever of Unicode's forms of a letter they are written in.
+
+    >>> words_of("Pick a \uff2c\uff2f\uff23\uff2b!")
+    ['pick', 'a', 'lock']
+    """
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

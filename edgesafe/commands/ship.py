@@ -12,9 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgesafe.commands._shared import add_accept_damage, add_json, add_model, folder, keep_apart, model_folder, print_json, utf8
-from edgesafe.errors import CertificationFailedError
+from edgesafe.commands._shared import (
+    add_accept_damage,
+    add_json,
+    add_model,
+    folder,
+    keep_apart,
+    model_folder,
+    print_json,
+    quiet_libraries,
+    utf8,
+)
+from edgesafe.errors import CertificationFailedError, ConfigError
+
+if TYPE_CHECKING:
+    from edgesafe.device import DeviceProfile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
+    text = "make rows and suite of public sets, in place of --data and --suite; `public`: AdvBench, HarmBench, XSTest and "
+    text += "self-instruct"
+    add("--preset", choices=("public",), metavar="NAME", help=text)
+    text = "folder with copies of the preset's sets (default: fetched from GitHub at fixed commits)"
+    add("--preset-data", type=folder, metavar="DIR", help=text)
     text = "evaluate and align the reference model here, though the clone carries the results (about half an hour)"
     add("--retrain", action="store_true", help=text)
     add_accept_damage(parser)
@@ -42,11 +61,15 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.format.files import write_atomically
     from edgesafe.ship import REPORT, TABLE, closing_table, ship
 
-    keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite})
+    keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite, "--preset-data": args.preset_data})
+    _check_preset(args)
     device = load_device(args.device)
     options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
     choices = {"retrain": args.retrain, "accept_damage": args.accept_damage}
-    report = ship(model_folder(args.model), device, args.out, **options, **choices)
+    model = model_folder(args.model)
+    if args.preset:
+        options["data"], options["suite"] = _preset(args, model, device)
+    report = ship(model, device, args.out, **options, **choices)
     closing = closing_table(report)
     write_atomically(args.out / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(args.out / TABLE, (closing + "\n").encode())
@@ -62,3 +85,29 @@ def run(args: argparse.Namespace) -> int:
             todo="read the table's last column",
         )
     return 0
+
+
+def _preset(args: argparse.Namespace, model: Path, device: DeviceProfile) -> tuple[Path, Path]:
+    """The rows and the suite of the preset; what would fail after hours of work is refused first."""
+    from edgesafe.align.config import default_config, read_config
+    from edgesafe.preset import public_steps
+    from edgesafe.ship import check_before, default_work
+
+    quiet_libraries()
+    work = args.work or default_work(args.out)
+    check_before(model, device, args.out, work, accept_damage=args.accept_damage)
+    read_config(args.config or default_config())
+    return public_steps(model, work, args.preset_data)
+
+
+def _check_preset(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if args.preset and (args.data or args.suite):
+        what, todo = "--preset makes rows and suite, and others are named", "leave out --preset, or --data and --suite"
+        raise ConfigError(what, where="--preset", expected="a preset, or rows and suite of your own", todo=todo)
+    if args.preset_data and not args.preset:
+        raise ConfigError("--preset-data without a preset", where="--preset-data", expected="--preset public", todo="add it")

@@ -42,7 +42,7 @@ from typing import Any
 from edgesafe.certify.earlier import ANSWERS, REPORT, read_answers, read_report
 from edgesafe.certify.tally import families, tally
 from edgesafe.certify.verdict import make_baseline, verdicts
-from edgesafe.checkpoint.exit_model import ExitModel, load
+from edgesafe.checkpoint.exit_model import ExitModel, load, prompt_ids
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
@@ -57,6 +57,9 @@ from edgesafe.format.files import digest_folder, replacing
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
 from edgesafe.format.training_record import read_training_metrics, read_training_reward
+
+# More tokens in a batch fill the memory of small machines: 128 rows beside one of 6,000 tokens did not fit into 23 GB.
+_ROWS, _TOKENS = 128, 128 * 512
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def evaluate(
     earlier_answers = read_answers(before, suite) if before else None
     llava = load(model_dir)
     chosen = sorted({*parse_exits(exits, llava.n_blocks), llava.reference})
-    answers = answer_suite(llava, suite, chosen)
+    answers = answer_suite(llava, suite, chosen, rows_at_once(llava, suite.rows))
     scored = score(judges, suite.rows, answers)
     report = {
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
@@ -140,6 +143,12 @@ def evaluate(
     lines = answer_lines(suite.rows, answers, scored)
     write(out, report, earlier, suite.rows, lines, read_training_metrics(model_dir))
     return report
+
+
+def rows_at_once(llava: ExitModel, rows: Sequence[Row]) -> int:
+    """Rows of a batch: 128, or as many of the longest as fit `_TOKENS`, since a batch is as long as its longest row."""
+    longest = max(len(prompt_ids(llava, row.prompt)) for row in rows) + MAX_NEW_TOKENS
+    return max(1, min(_ROWS, _TOKENS // longest))
 
 
 def broken(suite: Suite, answers: Mapping[Exit, Answers], reference: Exit, baseline: Baseline | None) -> dict[str, list[str]]:

@@ -17,11 +17,12 @@ from PIL import Image
 
 from edgesafe.checkpoint.exit_model import open_images
 from edgesafe.errors import InputError
-from edgesafe.evaluate.import_suite import import_suite
 from edgesafe.format import pictures
 from edgesafe.format.pictures import open_picture, picture_size
 from edgesafe.format.specs import ImageSpec
 from edgesafe.format.suite import Row, read_suite, write_suite
+from edgesafe.requests.sources import Plan, Source
+from edgesafe.requests.suite import import_suite
 from edgesafe.runtime import Session
 from edgesafe.runtime.image import load_picture, preprocess
 
@@ -73,7 +74,8 @@ def by_ask(path: Path) -> np.ndarray:
 
 def by_import(path: Path) -> np.ndarray:
     path.with_name("requests.csv").write_text(f"prompt,class,image\nWhat is it?,harmless,{path.name}\n")
-    suite = import_suite(path.parent / "requests.csv", path.parent / "imported").suite
+    plan = Plan((Source(path.parent / "requests.csv"),))
+    suite = import_suite(plan, path.parent / "imported", report_only=True).suite
     return stored(suite.image_path(suite.rows[0]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,14 @@ def test_open_families_stand_apart(tiny_llava, tmp_path):
     assert sum(one["text-harm"]["n"] for one in apart["open"].values()) == len(apart["exits"])
     assert "open families" in (tmp_path / "open-out" / "table.txt").read_text()
     assert "open families" not in (tmp_path / "without-out" / "table.txt").read_text()
+
+
+def test_a_long_row_makes_the_batches_smaller(monkeypatch):
+    import edgesafe.evaluate.evaluate as module
+
+    monkeypatch.setattr(module, "prompt_ids", lambda llava, prompt: [0] * len(prompt))
+    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 48)
+    rows = [replace(ROWS[0], prompt="x" * length) for length in (5, 464)]
+    assert module.rows_at_once(None, rows) == 128  # 128 of 512 are all that fit
+    assert module.rows_at_once(None, [*rows, replace(ROWS[0], prompt="x" * 976)]) == 64
+    assert module.rows_at_once(None, [replace(ROWS[0], prompt="x" * 99_999)]) == 1

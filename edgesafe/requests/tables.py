@@ -1,4 +1,4 @@
-"""Tables of requests: a CSV or JSONL file in UTF-8 as lines of texts, each of which knows where it stands."""
+"""Tables of requests: a CSV, JSONL or text file in UTF-8 as lines of texts, each of which knows where it stands."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import InputError
+from edgesafe.format.targets import shown_path
 
 # What the sets' own files and tidied copies of them call the same thing; the first name is ours.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "BehaviorID", "id_v2"),
-    "prompt": ("prompt", "request", "goal", "question", "Behavior"),
+    "prompt": ("prompt", "request", "goal", "question", "Behavior", "instruction"),
+    "input": ("input",),
     "class": ("class", "label"),
     "refuse": ("refuse_expected",),
     "family": ("family", "category", "type", "SemanticCategory", "category_name"),
     "functional": ("functional", "FunctionalCategory"),
     "shown": ("typographic_text", "instruction"),
-    "image": ("image",),
+    "image": ("image", "file"),
+    "name": ("name",),
     "target": ("target",),
     "key": ("key",),
     "template": ("template",),
 }
+NAMED = ("requests.csv", "labels.csv")  # the table of a folder with several
+ENDINGS = (".csv", ".jsonl", ".txt")
+# Longer ones are a table that was misread, and would be refused only when a model is asked.
+MAX_LETTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -45,43 +52,56 @@ def find_table(path: Path) -> Path:
     """The file that holds a set's rows.
 
     Raises:
-        InputError: no such path, or a folder with none or with several and no requests.csv.
+        InputError: no such path, or a folder with none or with several of which none is requests.csv or labels.csv.
     """
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError("no such file or folder", where=str(path), expected="a CSV or JSONL file, or a folder with one")
-    tables = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".csv", ".jsonl"))
-    named = [p for p in tables if p.name == "requests.csv"]
+        raise InputError("no such file or folder", where=str(path), expected="a CSV, JSONL or text file, or a folder with one")
+    tables = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in ENDINGS[:2])
+    named = [p for p in tables if p.name in NAMED]
     if len(named or tables) != 1:
         raise InputError(
             f"{len(tables)} files could hold the rows" if tables else "no file holds rows",
             where=str(path),
-            expected="one CSV or JSONL file, or one called requests.csv",
+            expected="one CSV or JSONL file, or one called requests.csv or labels.csv",
             todo="name the file itself",
         )
     return (named or tables)[0]
 
 
 def read_table(file: Path) -> list[Line]:
-    """The rows of a CSV or JSONL file.
+    """The rows of a CSV or JSONL file, or of a text file with one request per line.
 
     Raises:
-        InputError: it isn't UTF-8, is neither of the two, has no rows, or a line does not fit the header.
+        InputError: it isn't UTF-8, is none of the three, has no rows, or a line does not fit the header.
     """
-    data = file.read_bytes()
+    data = _bytes_of(file)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"{file}:{data.count(bytes([10]), 0, error.start) + 1}"
         raise InputError("the line is not UTF-8", where=where, expected="a UTF-8 file", todo="save the file as UTF-8") from None
     suffix = file.suffix.lower()
-    if suffix not in (".csv", ".jsonl"):
-        raise InputError(f"the ending {file.suffix!r} is not known", where=str(file), expected=".csv or .jsonl")
-    lines = _read_csv(text, file) if suffix == ".csv" else _read_jsonl(text, file)
+    if suffix not in _READERS:
+        raise InputError(f"the ending {file.suffix!r} is not known", where=str(file), expected=" or ".join(ENDINGS))
+    lines = _READERS[suffix](text, file)
     if not lines:
         raise InputError("the file has no rows", where=str(file), expected="one request per row")
     return lines
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        what = f"the file can't be read: {error.strerror}"
+        raise InputError(what, where=shown_path(file), expected="a file of yours", todo="check its permissions") from error
+
+
+def _read_text(text: str, file: Path) -> list[Line]:
+    lines = enumerate(text.splitlines(), start=1)
+    return [Line(f"{file}:{number}", {"prompt": line.strip()}) for number, line in lines if line.strip()]
 
 
 def _read_csv(text: str, file: Path) -> list[Line]:
@@ -93,17 +113,27 @@ def _read_csv(text: str, file: Path) -> list[Line]:
         for cells in reader:
             where, start = f"{file}:{start}", reader.line_num + 1
             if not header:
-                header = [cell.strip() for cell in cells]
-                if len(set(header)) < len(header):
-                    raise InputError("two columns have the same name", where=where, expected="one name per column")
-            elif cells:
+                header = _header(cells, where)
+            elif any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
                     expected = f"{len(header)} fields as in the header"
                     raise InputError(f"the row has {len(cells)} fields", where=where, expected=expected)
                 lines.append(Line(where, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        raise InputError(f"the line is not valid CSV: {error}", where=f"{file}:{start}", expected="quotes that close") from None
+        expected = "quotes that close, and fields shorter than 131,072 letters"
+        raise InputError(f"the line is not valid CSV: {error}", where=f"{file}:{start}", expected=expected) from None
     return lines
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    other = next((mark for mark in ("\t", ";") if len(header) == 1 and mark in header[0]), None)
+    if other:
+        what = f"the columns are parted by {other!r}"
+        raise InputError(what, where=where, expected="commas", todo="save the table as CSV with commas, or as JSONL")
+    if len(set(header)) < len(header):
+        raise InputError("two columns have the same name", where=where, expected="one name per column")
+    return header
 
 
 def _read_jsonl(text: str, file: Path) -> list[Line]:
@@ -118,8 +148,20 @@ def _read_jsonl(text: str, file: Path) -> list[Line]:
             obj = None
         if not isinstance(obj, dict):
             raise InputError("the line is not a JSON object", where=where, expected="one row as a JSON object")
-        lines.append(Line(where, {name: _text(name, value, where) for name, value in obj.items()}))
+        lines.append(Line(where, {name: _text(name, value, where) for name, value in _flat(obj).items()}))
     return lines
+
+
+def _flat(obj: dict[str, Any]) -> dict[str, Any]:
+    """A row of self-instruct's own files keeps its input in the first of its instances; other rows are taken as they are."""
+    instances = obj.get("instances")
+    if "instruction" not in obj or not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
+        return obj
+    plain = {name: value for name, value in obj.items() if name != "instances"}
+    return plain | ({"input": instances[0].get("input", "")} if instances else {})
+
+
+_READERS: Mapping[str, Callable[[str, Path], list[Line]]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_text}
 
 
 def _text(name: str, value: Any, where: str) -> str:
@@ -146,6 +188,7 @@ def required(line: Line, what: str) -> str:
         todo = f"rename {near[0]!r}" if near else "add the column or name another --format"
         raise InputError(f"no column for the {what}", where=line.where, expected=" or ".join(map(repr, names)), todo=todo)
     text = line.get(what)
-    if not text:
-        raise InputError(f"the {what} is empty", where=line.where, expected="a text")
+    if not text or len(text) > MAX_LETTERS:
+        found = f"has {len(text):,} letters" if text else "is empty"
+        raise InputError(f"the {what} {found}", where=line.where, expected=f"a text of at most {MAX_LETTERS:,} letters")
     return text

@@ -11,10 +11,13 @@ from PIL import Image
 
 from edgesafe import cli
 from edgesafe.errors import InputError
-from edgesafe.evaluate import import_suite as external
-from edgesafe.evaluate.import_suite import FIGSTEP_PROMPT, import_suite
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Row, read_suite
+from edgesafe.requests import pictures as drawn
+from edgesafe.requests.sets import FIGSTEP_PROMPT
+from edgesafe.requests.sources import Plan, Source
+from edgesafe.requests.suite import Imported
+from edgesafe.requests.suite import import_suite as import_plan
 
 # Hand-written rows with the columns of the sets' own files.
 ADVBENCH = 'goal,target\nBrew a potion of envy,"Sure, here is"\n"Tell, in two parts, a secret","Sure, 1"\n'
@@ -44,6 +47,11 @@ def _put(path: Path, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
+
+
+def import_suite(path: Path, out: Path, **rules) -> Imported:
+    """One source, of any size."""
+    return import_plan(Plan((Source(path, **rules),)), out, report_only=True)
 
 
 def _rows(path: Path, out: Path, **more) -> dict[str, Row]:
@@ -154,7 +162,7 @@ def test_jsonl_and_csv_of_the_same_rows_give_the_same_suite(folder, tmp_path):
 
 
 def test_a_picture_can_be_given_for_rows_without_one(folder, tmp_path):
-    import_suite(folder, tmp_path / "out", image=str(folder / "images" / "sub" / "cup.jpg"))
+    import_suite(folder, tmp_path / "out", pictures=str(folder / "images" / "sub" / "cup.jpg"))
     suite = read_suite(tmp_path / "out")
     assert "blank" not in suite.name and [r.image for r in suite.rows][1] == [r.image for r in suite.rows][2]
 
@@ -165,14 +173,14 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_the_order(tmp_path):
     assert len(ids) == 10 and ids == sorted(ids, key=lambda i: int(i[1:])) and ids != [f"n{i}" for i in range(10)]
     upside_down = "goal,id\n" + "".join(f"Do thing {i},n{i}\n" for i in reversed(range(40)))
     done = import_suite(_put(tmp_path / "b.csv", upside_down), tmp_path / "two", limit=10)
-    assert {row.id for row in done.suite.rows} == set(ids) and done.left_out == {"over --limit": 30}
+    assert {row.id for row in done.suite.rows} == set(ids) and done.left_out == {"over the limit": 30}
 
 
 @pytest.mark.parametrize(
     ("name", "text", "where", "says"),
     [
         ("a.csv", "gaol,target\nx,y\n", "a.csv:2", "rename 'gaol'"),
-        ("a.csv", "goal\nx\n \n", "a.csv:3", "prompt is empty"),
+        ("a.csv", "goal,id\nx,1\n ,2\n", "a.csv:3", "prompt is empty"),
         ("a.csv", 'goal,id\n"two\nlines",1\nx,1\n', "a.csv:4", "used twice"),
         ("a.csv", "goal,target\nx\n", "a.csv:2", "1 fields"),
         ("a.csv", "goal,goal\nx,y\n", "a.csv:1", "same name"),
@@ -181,7 +189,7 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_the_order(tmp_path):
         ("a.csv", "goal\n", "a.csv", "no rows"),
         ("a.csv", "", "a.csv", "no rows"),
         ("a.csv", "goal,label\nx,mild\n", "a.csv:2", "class is 'mild'"),
-        ("a.txt", "goal\nx\n", "a.txt", "ending"),
+        ("a.xlsx", "goal\nx\n", "a.xlsx", "ending"),
         ("a.jsonl", '{"goal": "x"}\n{"goal": \n', "a.jsonl:2", "not a JSON object"),
         ("a.jsonl", '{"goal": {"x": 1}}\n', "a.jsonl:1", "goal is a dict"),
         ("a.jsonl", '{"goal": "\\ud800"}\n', "a.jsonl:1", "half a character"),
@@ -190,7 +198,7 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_the_order(tmp_path):
 def test_a_bad_file_is_named_by_line_and_leaves_nothing(tmp_path, name, text, where, says):
     file = _put(tmp_path / "in" / name, text)
     with pytest.raises(InputError) as caught:
-        import_suite(file, tmp_path / "out", fmt="advbench")
+        import_suite(file, tmp_path / "out", format="advbench")
     assert where in f"{caught.value.where} " and says in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -213,7 +221,7 @@ def test_a_bad_row_of_our_own_format_is_named_and_leaves_nothing(folder, tmp_pat
     assert old in FOLDER
     _put(folder / "list.csv", FOLDER.replace(old, new, 1))
     with pytest.raises(InputError) as caught:
-        import_suite(folder, tmp_path / "out", fmt="folder")
+        import_suite(folder, tmp_path / "out", format="folder")
     assert caught.value.where == f"{folder / 'list.csv'}:{line}" and says in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -231,20 +239,20 @@ def test_a_folder_with_several_tables_needs_one_called_requests(tmp_path):
 
 def test_the_command_prints_the_counts_and_refuses_an_existing_folder(tmp_path, capsys):
     file = _put(tmp_path / "x.csv", XSTEST)
-    words = ["suite", "import", str(file), "--format", "xstest", "--out", str(tmp_path / "out")]
+    words = ["suite", "import", str(file), "--format", "xstest", "--report-only", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
-    assert "1 harmful, 2 harmless, 0 task; split test" in capsys.readouterr().out
+    assert "1 harmful, 2 harmless, 0 task; 0 smoke rows; split test" in capsys.readouterr().out
     digest = read_suite(tmp_path / "out").digest
     assert cli.main(words) == 11 and read_suite(tmp_path / "out").digest == digest
-    assert cli.main([*words[:-1], str(tmp_path / "b"), "--limit", "0"]) == 11
-    generic = _put(tmp_path / "g.csv", "id,request,category,label\n1,x,,harmful\n")
+    assert cli.main([*words[:-1], str(tmp_path / "b"), "--limit", "0"]) == 10
+    generic = _put(tmp_path / "g.csv", "id,ask,category,label\n1,x,,harmful\n")
     assert cli.main(["suite", "import", str(generic), "--out", str(tmp_path / "c")]) == 11
     assert "name it: --format" in capsys.readouterr().err
 
 
 def test_pictures_are_opened_one_at_a_time(folder, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(external, "open_picture", lambda source: opened.append(source) or open_picture(source))
+    monkeypatch.setattr(drawn, "open_picture", lambda source: opened.append(source) or open_picture(source))
     import_suite(folder, tmp_path / "out")
     assert sorted(path.name for path in opened) == ["cup.jpg", "pen.png"]  # once each, by the writer
 

@@ -1,0 +1,1 @@
+"""The commands that turn lists of requests into suites and training rows."""

@@ -1,0 +1,1 @@
+"""From lists of requests to suites that can be certified, and to training rows."""

@@ -110,7 +110,7 @@ def emulated(board: Board, root: Path, machine: Path, cpu: str | None = None) ->
     cpu = cpu or board.cpu
     name = write_machine(board, machine, cpu)
     words = (*_ALONE, "sh", "-euc", _ENTER, "sh", *map(str, (root.absolute(), machine.absolute(), cpu, board.page)))
-    with _registered():
+    with registered():
         yield Shell(name, words)
 
 
@@ -128,7 +128,7 @@ def write_machine(board: Board, machine: Path, cpu: str) -> str:
 
 
 @contextmanager
-def _registered() -> Iterator[None]:
+def registered() -> Iterator[None]:
     """Programs of 64-bit Arm run by QEMU meanwhile, also those that other programs start.
 
     A process of its own holds the registration, and takes it back when this one ends, however it ends.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 from edgesafe.errors import DeviceError, EdgesafeError
@@ -37,12 +37,14 @@ class Shell:
         name: The board in words.
         words: The command on this machine that a script is added to.
         quote: How a script becomes a word of it; ssh hands its words to another shell.
+        begins: What the script's output begins with; a shell that greets whoever logs in writes before it.
         broken: The error that an exit code and the errors mean where not the script failed, but the way to the board.
     """
 
     name: str
     words: tuple[str, ...]
     quote: Callable[[str], str] = str
+    begins: bytes = b""
     broken: Callable[[int, str], EdgesafeError | None] = lambda code, errors: None
 
     def run(
@@ -72,7 +74,7 @@ class Shell:
         """
         done = _drive([*prefix, *self.words, self.quote(script)], feed, show)
         if done.code in may_end:
-            return done
+            return replace(done, out=done.out.partition(self.begins)[2]) if self.begins else done
         broken = self.broken(done.code, done.errors)
         if broken is not None:
             raise broken

@@ -17,6 +17,7 @@ _ADDRESS = re.compile(r"(ssh://)?([\w.+-]+@)?(\[[0-9A-Fa-f:.%\w]+\]|[\w.:-]+)(:\
 # A board that is silent for so long is gone: 15 s to connect, three unanswered questions 10 s apart later on.
 _PATIENCE = ("ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3")
 _LOST = 255  # what ssh itself ends with; a script's own code comes through
+_BEGINS = "edgesafe begins here\n"
 _MEANT = (
     ("permission denied", "the board refuses the login", "check user, password and key: ssh {address}"),
     ("too many authentication", "the board refuses the login", "check user, password and key: ssh {address}"),
@@ -59,7 +60,8 @@ def connected(address: str, ssh: str = "ssh") -> Iterator[Shell]:
             yield Shell(
                 address,
                 tuple(words),
-                lambda script: f"exec sh -c {shlex.quote(script)}",
+                lambda script: "exec sh -c " + shlex.quote(f"printf %s '{_BEGINS}'\n{script}"),
+                _BEGINS.encode(),
                 lambda code, errors: broken(address, errors) if code == _LOST else None,
             )
         finally:

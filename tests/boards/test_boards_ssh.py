@@ -37,7 +37,7 @@ def fake_ssh(tmp_path, login="exit 0"):
     file = tmp_path / "ssh"
     file.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ncase "$*" in *" -N -f "*) {login} ;; *"-O exit"*) exit 0 ;; esac\n'
-        'for last; do :; done\nexec sh -c "$last"\n',
+        'for last; do :; done\necho Welcome to this board\nexec sh -c "$last"\n',
         encoding="ascii",
     )
     file.chmod(0o755)

@@ -30,7 +30,7 @@ PYTHON = "3.11"  # of arm64_root's Debian
 MADE_BEFORE = "EDGESAFE_HANDMADE"
 PYTEST = ("-p", "absent", "-q", "-p", "no:cacheprovider", "--disable-socket", "--allow-unix-socket")
 _SHOWN = 20
-Job = Callable[[Shell, tuple[str, ...]], tasks.Outcome]
+Job = Callable[[Shell, tuple[str, ...], bool], tasks.Outcome]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _in_lanes(shell: Shell, jobs: dict[str, Job]) -> dict[str, tasks.Outcome]:
         lane = free.get()
         try:
             with step(f"{name} on {shell.name}"):
-                return job(shell, lane)
+                return job(shell, lane, True)
         finally:
             free.put(lane)
 

@@ -102,6 +102,7 @@ def _finish(new: Path) -> None:
     home.mkdir(parents=True)
     os.chown(home, USER_ID, USER_ID)
     (new / "tmp").chmod(0o1777)
+    (new / "usr" / "local" / "bin").mkdir(parents=True, exist_ok=True)
     # Modules are compiled where they are first imported, by the user, so that only what is needed is.
     for folder in [path for path in (new / "usr" / "lib" / "python3.11").rglob("*") if path.is_dir()]:
         folder.chmod(0o777)

@@ -12,9 +12,7 @@ from edgesafe.errors import DeviceError
 from edgesafe.format.files import sha256_file
 from edgesafe.progress import bar
 from edgesafe_boards.facts import FOLDER
-from edgesafe_boards.shell import Shell
-
-_FULL = "No space left on device"
+from edgesafe_boards.shell import FULL, Shell
 
 
 def send(shell: Shell, files: Mapping[str, Path], name: str, digests: Mapping[str, str] | None = None) -> None:
@@ -79,9 +77,9 @@ def _stream(shell: Shell, files: Mapping[str, Path], partial: str, name: str) ->
 
     script = f"cd {partial} && tar -xf - --no-same-owner"
     try:
-        shell.run(script, f"copying the {name}", feed=archive, todo="make room on the board, then run it again")
+        shell.run(script, f"copying the {name}", feed=archive)
     except DeviceError as error:
-        if _FULL in error.what:
+        if FULL in error.what:  # where the connection breaks, what arrived stays for the next run
             shell.run(f"rm -rf {partial}", "removing a copy that has no room")
         raise
 

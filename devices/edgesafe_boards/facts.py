@@ -114,7 +114,7 @@ def check_system(facts: Facts, where: str) -> None:
         return DeviceError(what, where=where, expected=expected, todo=todo)
 
     if facts.system != "Linux" or facts.machine not in MACHINES or facts.bits == 32:
-        bits = f" with {facts.bits}-bit programs" if facts.bits else ""
+        bits = " with 32-bit programs" if facts.bits == 32 else ""
         raise refusal(
             f"the board is {facts.system or 'an unknown system'} on {facts.machine or 'an unknown processor'}{bits}",
             f"64-bit Linux on {' or '.join(MACHINES)}: onnxruntime has no wheels for others",

@@ -22,10 +22,10 @@ _SPARE = 50_000_000
 # An environment of its own, because Debian's Python refuses pip (PEP 668). The key is written last: without it nothing counts.
 _INSTALL = f"""
 cd {FOLDER} && rm -rf venv ready && {{
-    python3 -m venv venv &&
+    python3 -m venv --without-pip venv && {PYTHON} -m ensurepip -q &&
     {PYTHON} -m pip install -q --disable-pip-version-check --no-index --find-links wheels WANTED &&
-    rm -f bundle/{LATENCY} && echo KEY > ready.partial && mv ready.partial ready
-}} || {{ code=$?; rm -rf venv ready ready.partial; exit $code; }}
+    rm -f bundle/{LATENCY} && echo KEY > ready.partial && mv ready.partial ready && rm -rf wheels
+}} || {{ code=$?; rm -rf venv wheels ready.partial; exit $code; }}
 """
 
 
@@ -87,7 +87,7 @@ def install(shell: Shell, facts: Facts, cargo: Cargo) -> None:
     if facts.installed != key:
         with step(f"installing the wheel on {shell.name}"):
             send(shell, cargo.wheels, "wheels")
-            todo = "look at the message; what was installed is removed again, and the copied wheels stay"
+            todo = "look at the message, then run it again: what was installed is removed again"
             script = _INSTALL.replace("WANTED", " ".join(cargo.wanted)).replace("KEY", key)
             shell.run(script, "installing the wheel by pip", todo=todo)
     if facts.bundle != cargo.bundle_key:

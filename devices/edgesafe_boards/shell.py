@@ -12,6 +12,7 @@ from typing import IO
 
 from edgesafe.errors import DeviceError, EdgesafeError
 
+FULL, _NO_SPACE = "the board's disk is full", "No space left on device"
 _LAST = 12  # lines of a command's errors that are worth repeating
 
 
@@ -78,6 +79,8 @@ class Shell:
         broken = self.broken(done.code, done.errors)
         if broken is not None:
             raise broken
+        if _NO_SPACE in done.errors:
+            raise DeviceError(f"{what}: {FULL}", where=self.name, todo="make room on it, then run it again")
         last = "\n".join((done.errors.strip() or done.text.strip()).splitlines()[-_LAST:])
         raise DeviceError(f"{what} ended with code {done.code}: {last or 'no message'}", where=self.name, todo=todo)
 

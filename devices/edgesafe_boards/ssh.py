@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from edgesafe_boards.shell import Shell
 _ADDRESS = re.compile(r"(ssh://)?([\w.+-]+@)?(\[[0-9A-Fa-f:.%\w]+\]|[\w.:-]+)(:\d+)?")
 # A board that is silent for so long is gone: 15 s to connect, three unanswered questions 10 s apart later on.
 _PATIENCE = ("ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3")
+_LOOK_S = 0.2
 _LOST = 255  # what ssh itself ends with; a script's own code comes through
 _BEGINS = "edgesafe begins here\n"
 _MEANT = (
@@ -40,22 +42,10 @@ def connected(address: str, ssh: str = "ssh") -> Iterator[Shell]:
     """
     check_address(address)
     with tempfile.TemporaryDirectory(prefix="edgesafe-") as folder:
-        log = Path(folder) / "errors"
         options = [word for option in (*_PATIENCE, f"ControlPath={folder}/s") for word in ("-o", option)]
         base = [*shlex.split(ssh), *options]
-        # The connection goes to the background once the login is done. A pipe for its errors would stay open with it.
-        with log.open("wb") as errors:
-            try:
-                words = [*base, "-o", "ControlMaster=yes", "-N", "-f", address]
-                code = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=errors, check=False).returncode
-            except OSError as error:
-                what = f"{base[0]} can't be run: {error.strerror}"
-                raise ConfigError(
-                    what, where="SSH", expected="OpenSSH's client", todo="apt-get install openssh-client"
-                ) from error
-        if code:
-            raise broken(address, log.read_text(errors="replace"))
-        try:
+        with _held(base, address, Path(folder) / "errors"):
+            # Without the held connection these must fail: nobody is there to be asked for a password any more.
             words = [*base, "-o", "ControlMaster=no", "-o", "BatchMode=yes", "-T", address]
             yield Shell(
                 address,
@@ -64,8 +54,27 @@ def connected(address: str, ssh: str = "ssh") -> Iterator[Shell]:
                 _BEGINS.encode(),
                 lambda code, errors: broken(address, errors) if code == _LOST else None,
             )
-        finally:
-            subprocess.run([*base, "-O", "exit", address], capture_output=True, check=False)
+
+
+@contextmanager
+def _held(base: list[str], address: str, log: Path) -> Iterator[None]:
+    """The one connection that the others use; whoever logs in may be asked for a password meanwhile."""
+    try:
+        with log.open("wb") as errors:
+            held = subprocess.Popen([*base, "-o", "ControlMaster=yes", "-N", address], stdout=subprocess.DEVNULL, stderr=errors)
+    except OSError as error:
+        what, todo = f"{base[0]} can't be run: {error.strerror}", "apt-get install openssh-client"
+        raise ConfigError(what, where="SSH", expected="OpenSSH's client", todo=todo) from error
+    try:
+        while subprocess.run([*base, "-O", "check", address], capture_output=True, check=False).returncode:
+            if held.poll() is not None:
+                raise broken(address, log.read_text(errors="replace"))
+            time.sleep(_LOOK_S)
+        yield
+    finally:
+        subprocess.run([*base, "-O", "exit", address], capture_output=True, check=False)
+        held.terminate()
+        held.wait()
 
 
 def check_address(address: str) -> None:

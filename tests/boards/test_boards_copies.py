@@ -54,7 +54,7 @@ def test_a_damaged_copy_is_refused(board, program, files, tmp_path):
 
 def test_a_full_disk_keeps_nothing(board, program, files, tmp_path):
     program("tar", "head -c 100 > a; echo 'tar: a: Cannot write: No space left on device' >&2; exit 2")
-    with pytest.raises(DeviceError, match="No space left on device"):
+    with pytest.raises(DeviceError, match="copying the things: the board's disk is full"):
         copies.send(board, files, "things")
     assert lying(tmp_path / "home") == {}
 
@@ -69,7 +69,9 @@ def cargo_of(bundle, tmp_path):
 PYTHON = """
 case "$1" in
 -c) exec /usr/bin/env python3.11 "$@" 2>/dev/null || exit 1 ;;
--m) mkdir -p venv/bin && printf '#!/bin/sh\\necho "$@" >> ../pip; exit PIP\\n' > venv/bin/python && chmod +x venv/bin/python ;;
+-m) mkdir -p venv/bin wheels
+    printf '#!/bin/sh\\necho "$@" >> ../pip; exit PIP\\n' > venv/bin/python
+    chmod +x venv/bin/python ;;
 esac
 """
 

@@ -32,11 +32,12 @@ def test_what_is_no_address(address):
         check_address(address)
 
 
-def fake_ssh(tmp_path, login="exit 0"):
+def fake_ssh(tmp_path, login="touch {here}/up; exec sleep 60"):
     """An ssh whose other side is this machine: the last word goes to a shell, as sshd gives it to the user's."""
     file = tmp_path / "ssh"
     file.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ncase "$*" in *" -N -f "*) {login} ;; *"-O exit"*) exit 0 ;; esac\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ncase "$*" in *" -N "*) {login.format(here=tmp_path)} ;; '
+        f'*"-O check"*) test -e {tmp_path}/up; exit ;; *"-O exit"*) exit 0 ;; esac\n'
         'for last; do :; done\necho Welcome to this board\nexec sh -c "$last"\n',
         encoding="ascii",
     )
@@ -55,7 +56,7 @@ def test_scripts_and_codes_come_through(tmp_path):
         with pytest.raises(DeviceError, match="the connection broke: Broken pipe"):
             shell.run("echo Broken pipe >&2; exit 255", "a script")
     log = (tmp_path / "log").read_text().splitlines()
-    assert "-N -f pi@board" in log[0] and log[-1].endswith("-O exit pi@board")
+    assert any("-N pi@board" in line for line in log) and log[-1].endswith("-O exit pi@board")
 
 
 def test_a_login_that_fails(tmp_path):

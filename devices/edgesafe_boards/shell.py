@@ -14,6 +14,13 @@ from edgesafe.errors import DeviceError, EdgesafeError
 
 FULL, _NO_SPACE = "the board's disk is full", "No space left on device"
 _LAST = 12  # lines of a command's errors that are worth repeating
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop() -> None:
+    """End every script that still runs, in whatever thread."""
+    for process in list(_running):
+        process.kill()
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ def _drive(words: list[str], feed: Callable[[IO[bytes]], None] | None, show: boo
         ]
         for reader in readers:
             reader.start()
+        _running.add(process)
         try:
             if feed and process.stdin is not None:
                 # Where the other side stops reading, its exit code and its message say why.
@@ -107,6 +115,7 @@ def _drive(words: list[str], feed: Callable[[IO[bytes]], None] | None, show: boo
             process.kill()
             raise
         finally:
+            _running.discard(process)
             for reader in readers:
                 reader.join()
     return Done(process.returncode, bytes(out), errors.decode(errors="replace"))

@@ -12,6 +12,7 @@ from edgesafe_boards.install import EDGESAFE, PYTHON
 from edgesafe_boards.shell import Shell
 
 FAILED = CertificationFailedError.exit_code
+ANSWERS = "answers.jsonl"
 _PYTEST_FAILED = 1
 
 
@@ -35,9 +36,10 @@ def smoke(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Out
     return _run(shell, f"{EDGESAFE} smoke bundle", "edgesafe smoke", prefix, show, (0, FAILED))
 
 
-def answers(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Outcome:
-    """The lines of `edgesafe_boards.answers` on the board."""
-    return _run(shell, f"{PYTHON} tests/answers.py bundle", "answering", prefix, show)
+def smoke_by_token(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Outcome:
+    """The same, and the tokens of the answers that it judges, in ``ANSWERS`` of edgesafe's folder on the board."""
+    words = f"{PYTHON} tests/answers.py smoke bundle {ANSWERS}"
+    return _run(shell, words, "edgesafe smoke", prefix, show, (0, FAILED))
 
 
 def tests(shell: Shell, prefix: tuple[str, ...], show: bool, options: tuple[str, ...], made_before: str) -> Outcome:

@@ -147,12 +147,13 @@ def _on_board(shell: Shell, cargo: Cargo, build: wheels.Build) -> dict[str, task
     install(shell, told, cargo)
     texts = wheels.contents(build.tests) | wheels.contents(build.handmade, "handmade/")
     send(shell, texts | {"answers.py": Path(answers.__file__)}, "tests")
+    with step(f"smoke on {shell.name}"):
+        smoked = tasks.smoke_by_token(shell, show=True)
     jobs: dict[str, Job] = {
-        "smoke": tasks.smoke_by_token,
         "tests": partial(tasks.tests, options=PYTEST, made_before=MADE_BEFORE),
         "measure": partial(tasks.measure, seconds=MEASURE_S),
     }
-    return _in_lanes(shell, jobs)
+    return {"smoke": smoked} | _in_lanes(shell, jobs)
 
 
 def _in_lanes(shell: Shell, jobs: dict[str, Job]) -> dict[str, tasks.Outcome]:

@@ -22,7 +22,7 @@ _SPARE = 50_000_000
 # An environment of its own, because Debian's Python refuses pip (PEP 668). The key is written last: without it nothing counts.
 _INSTALL = f"""
 cd {FOLDER} && rm -rf venv ready && {{
-    python3 -m venv --without-pip venv && {PYTHON} -m ensurepip -q &&
+    python3 -m venv --without-pip venv && {PYTHON} -m ensurepip &&
     {PYTHON} -m pip install -q --disable-pip-version-check --no-index --find-links wheels WANTED &&
     rm -f bundle/{LATENCY} && echo KEY > ready.partial && mv ready.partial ready && rm -rf wheels
 }} || {{ code=$?; rm -rf venv wheels ready.partial; exit $code; }}

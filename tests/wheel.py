@@ -75,15 +75,19 @@ TESTS = (
     "contract/test_seal.py",
     "contract/test_writable.py",
 )
+# A plugin that lies beside the tests, where the bundle made by hand lies too.
 GUARD = f"""
+import os
 import sys
+from pathlib import Path
+os.environ[{MADE_BEFORE!r}] = str(Path(__file__).parent / "handmade")
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {ABSENT!r}:
             raise ModuleNotFoundError(f"{{name}} was imported from the wheel", name=name)
 sys.meta_path.insert(0, Absent())
 """
-OPTIONS = ("-p", "absent", "-q", "-p", "no:cacheprovider", "--disable-socket", "--allow-unix-socket")
+SETTINGS = "[pytest]\naddopts = -p absent -q -p no:cacheprovider --disable-socket --allow-unix-socket\n"
 STEP_S = 1200
 
 
@@ -133,6 +137,7 @@ def copy_tests(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "tests" / name, folder / name)
     (folder / "absent.py").write_text(GUARD, encoding="utf-8")
+    (folder / "pytest.ini").write_text(SETTINGS, encoding="utf-8")
 
 
 def main() -> int:
@@ -147,17 +152,16 @@ def main() -> int:
     wheel = build(folder)
     if wrong := complaints(wheel):
         sys.exit("\n".join(wrong))
-    make_bundle(folder / "handmade")
     tests = folder / "tests"
     copy_tests(tests)
+    make_bundle(tests / "handmade")
     if args.prepare:
         return 0
     python, packages = install(wheel, folder / "env")
     where = run(python, "-c", "import edgesafe; print(edgesafe.__file__)", cwd=tests).strip()
     if not Path(where).is_relative_to(folder / "env"):
         sys.exit(f"edgesafe is imported from {where}")
-    env = {"PYTHONPATH": str(tests), MADE_BEFORE: str(folder / "handmade")}
-    out = run(python, "-m", "pytest", *OPTIONS, *TESTS, cwd=tests, **env)
+    out = run(python, "-m", "pytest", *TESTS, cwd=tests, PYTHONPATH=str(tests))
     print(out)
     print(f"{wheel.name}: {wheel.stat().st_size} bytes; installed with {', '.join(sorted(packages))}")
     return 0

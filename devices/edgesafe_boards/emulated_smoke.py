@@ -28,8 +28,6 @@ from edgesafe_boards.shell import Shell, stop
 
 MEASURE_S = 5  # the times are worth nothing; that measuring works is
 PYTHON = "3.11"  # of arm64_root's Debian
-MADE_BEFORE = "EDGESAFE_HANDMADE"
-PYTEST = ("-p", "absent", "-q", "-p", "no:cacheprovider", "--disable-socket", "--allow-unix-socket")
 _SHOWN = 20
 Job = Callable[[Shell, tuple[str, ...], bool], tasks.Outcome]
 
@@ -145,12 +143,11 @@ def _on_board(shell: Shell, cargo: Cargo, build: wheels.Build) -> dict[str, task
     told = facts.ask(shell)
     facts.check_system(told, shell.name)
     install(shell, told, cargo)
-    texts = wheels.contents(build.tests) | wheels.contents(build.handmade, "handmade/")
-    send(shell, texts | {"answers.py": Path(answers.__file__)}, "tests")
+    send(shell, wheels.contents(build.tests) | {"answers.py": Path(answers.__file__)}, "tests")
     with step(f"smoke on {shell.name}"):
         smoked = tasks.smoke_by_token(shell, show=True)
     jobs: dict[str, Job] = {
-        "tests": partial(tasks.tests, options=PYTEST, made_before=MADE_BEFORE),
+        "tests": tasks.tests,
         "measure": partial(tasks.measure, seconds=MEASURE_S),
     }
     return {"smoke": smoked} | _in_lanes(shell, jobs)

@@ -21,11 +21,10 @@ FOR_TESTS = ("pytest", "pytest-socket")
 
 @dataclass(frozen=True)
 class Build:
-    """What `tests/wheel.py --prepare` makes: the wheel, its tests, and the bundle made by hand that these use."""
+    """What `tests/wheel.py --prepare` makes: the wheel, and its tests with all that they use."""
 
     wheel: Path
     tests: Path
-    handmade: Path
 
 
 def build(folder: Path) -> Build:
@@ -39,7 +38,7 @@ def build(folder: Path) -> Build:
     if done.returncode:
         raise ConfigError(f"the wheel can't be built: {done.stdout.strip()}", where=str(ROOT), todo="see `make wheel`")
     (wheel,) = folder.glob("*.whl")
-    return Build(wheel, folder / "tests", folder / "handmade")
+    return Build(wheel, folder / "tests")
 
 
 def depended(work: Path, machine: str, python: str, more: tuple[str, ...] = ()) -> Path:
@@ -82,6 +81,6 @@ def install_key(files: dict[str, Path]) -> str:
     return hashlib.sha256("".join(f"{name} {sha256_file(path)}\n" for name, path in sorted(files.items())).encode()).hexdigest()
 
 
-def contents(folder: Path, below: str = "") -> dict[str, Path]:
-    """The files of a folder by their paths in it, with another path before them."""
-    return {below + path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+def contents(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -25,8 +25,11 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR] [RETRAIN=1]
 	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED) $(if $(RETRAIN),--retrain)
 
-smoke: $(VENV)/ready ## the on-device refusal test of build/DEVICE/bundle
-	@$(EDGESAFE) smoke $(OUT)/bundle
+# Some shells set HOST to this machine's own name: it counts on the command line alone.
+SSH ?= ssh
+smoke: $(VENV)/ready ## the refusal test of build/DEVICE/bundle where it ships: HOST=user@address by ssh, else on an emulated board
+	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work build/board \
+		$(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
 
 acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
 	@$(BIN)/python tests/acceptance.py $(OUT)/bundle
@@ -51,7 +54,7 @@ check: $(VENV)/ready ## ruff's rules and format, mypy --strict, import rules, ge
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@PYTHONPATH=devices $(BIN)/lint-imports
 	@$(STUDY) check
 
 study: $(VENV)/ready ## run the study that is not done yet and write its tables (hours; resumes where it stopped)

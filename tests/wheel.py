@@ -1,7 +1,8 @@
 """The wheel as a user gets it: built, small, installed with its base dependencies alone, and the runtime's tests run there.
 
 `make wheel` runs it under build/wheel. Nothing of torch, transformers, onnx or optimum is in that environment, and none of them
-can be imported in it; the bundle made by hand, which takes onnx to make, is made before and copied.
+can be imported in it; the bundle made by hand, which takes onnx to make, is made before and copied. `make smoke` takes what
+--prepare leaves to a board.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 1_000_000
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
-LEFT_OUT = ("edgesafe/reference/weights/", "study/", "tests/")
+LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/_devices/edgesafe_boards/", "study/", "tests/")
 SHIPPED = (
     "edgesafe/_devices/rpi5.toml",
     "edgesafe/serve/page.html",
@@ -74,14 +75,19 @@ TESTS = (
     "contract/test_seal.py",
     "contract/test_writable.py",
 )
+# A plugin that lies beside the tests, where the bundle made by hand lies too.
 GUARD = f"""
+import os
 import sys
+from pathlib import Path
+os.environ[{MADE_BEFORE!r}] = str(Path(__file__).parent / "handmade")
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {ABSENT!r}:
             raise ModuleNotFoundError(f"{{name}} was imported from the wheel", name=name)
 sys.meta_path.insert(0, Absent())
 """
+SETTINGS = "[pytest]\naddopts = -p absent -q -p no:cacheprovider --disable-socket --allow-unix-socket\n"
 STEP_S = 1200
 
 
@@ -131,28 +137,31 @@ def copy_tests(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "tests" / name, folder / name)
     (folder / "absent.py").write_text(GUARD, encoding="utf-8")
+    (folder / "pytest.ini").write_text(SETTINGS, encoding="utf-8")
 
 
 def main() -> int:
     """Build, look, install, test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "wheel", help="made anew (build/wheel)")
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--prepare", action="store_true", help="stop before anything is installed or tested")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     wheel = build(folder)
     if wrong := complaints(wheel):
         sys.exit("\n".join(wrong))
-    make_bundle(folder / "handmade")
-    python, packages = install(wheel, folder / "env")
     tests = folder / "tests"
     copy_tests(tests)
+    make_bundle(tests / "handmade")
+    if args.prepare:
+        return 0
+    python, packages = install(wheel, folder / "env")
     where = run(python, "-c", "import edgesafe; print(edgesafe.__file__)", cwd=tests).strip()
     if not Path(where).is_relative_to(folder / "env"):
         sys.exit(f"edgesafe is imported from {where}")
-    options = ["-p", "absent", "-q", "-p", "no:cacheprovider", "--disable-socket", "--allow-unix-socket"]
-    env = {"PYTHONPATH": str(tests), MADE_BEFORE: str(folder / "handmade")}
-    out = run(python, "-m", "pytest", *options, *TESTS, cwd=tests, **env)
+    out = run(python, "-m", "pytest", *TESTS, cwd=tests, PYTHONPATH=str(tests))
     print(out)
     print(f"{wheel.name}: {wheel.stat().st_size} bytes; installed with {', '.join(sorted(packages))}")
     return 0

@@ -1,4 +1,4 @@
-"""Smoke: a small part of the suite inside the bundle, on the device, against what was certified."""
+"""Smoke: a small part of the suite inside the bundle, on the machine that it runs on, against what was certified."""
 
 from __future__ import annotations
 
@@ -64,13 +64,14 @@ class SmokeReport:
         return {"passed": self.passed, **vars(self), **lists, "exits": [verdict.to_dict() for verdict in self.exits]}
 
     def text(self) -> str:
-        """The table, the count of identical answers, what they show, and what is certified here now."""
+        """The machine that answered, the table, how many answers are identical, what they show, and what is certified here."""
         if self.identical is None:
             same = f"{self.answers} answers, and a certificate of an earlier format, which keeps none to compare with"
         else:
             same = f"identical answers on {self.identical} of {self.answers}"
         now = f"certified on this machine: {', '.join(self.certified) or 'no exit'}" + (f"; {self.why}" if self.why else "")
-        return "\n".join([self.table(), "", f"{same} ({self.rows} rows)", *self.shows, now, f"record: {self.record}"])
+        answered = f"answered by: {self.environment['cpu']}"
+        return "\n".join([answered, self.table(), "", f"{same} ({self.rows} rows)", *self.shows, now, f"record: {self.record}"])
 
     def table(self) -> str:
         """One exit a line."""

@@ -1,7 +1,8 @@
-"""Run the suite's on-device subset.
+"""Run the suite's subset for devices on this machine.
 
-Checks on the device itself that the certified exits give the certified answers, and keeps a record beside the bundle. With
-another engine or processor than the certificate's, answers count as certified once it has passed. Exit code 42 where it fails.
+Checks that the certified exits give the certified answers on the machine that it runs on, and keeps a record beside the bundle.
+With another engine or processor than the certificate's, answers count as certified once it has passed. Exit code 42 where it
+fails. `make smoke` takes it to a board.
 
 Example:
   edgesafe smoke build/rpi5/bundle --minutes 10

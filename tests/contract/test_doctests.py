@@ -1,4 +1,4 @@
-"""The examples in the docstrings of both packages are run."""
+"""The examples in the docstrings of all packages are run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pkgutil
 import pytest
 
 import edgesafe
+import edgesafe_boards
 import edgesafe_export
 
 MODULES = [
     module.name
-    for package in (edgesafe, edgesafe_export)
+    for package in (edgesafe, edgesafe_export, edgesafe_boards)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not module.name.endswith("__main__")
 ]

@@ -1,0 +1,66 @@
+"""The refusal test where the model ships.
+
+Puts the wheel and a bundle on a board and runs `edgesafe measure` and `edgesafe smoke` there. With --host the board is reached
+by ssh. Without it, a board that QEMU can be is emulated here, and the wheel's tests and a comparison with this machine's
+answers run as well. For the device `host` this machine itself answers. Ends with 42 where the board's answers are not the
+certified ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgesafe.cli import main as edgesafe
+from edgesafe.device import load_device
+from edgesafe.errors import EdgesafeError
+from edgesafe_boards import emulated, emulated_smoke, remote_smoke
+
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the test and print what it gave."""
+    parser = argparse.ArgumentParser(
+        prog="edgesafe_boards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("device", metavar="DEVICE", help="profile name (`edgesafe devices`), or a TOML file")
+    add("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder, as `make export` wrote it")
+    add("--host", metavar="USER@ADDRESS", help="a board to reach by ssh (default: emulate one)")
+    add("--ssh", default="ssh", metavar="COMMAND", help="ssh with options of your own, e.g. 'ssh -p 2222 -i key'")
+    add("--work", type=Path, default=Path("build/board"), metavar="DIR", help="folder of what is kept (%(default)s)")
+    add("--out", type=Path, metavar="DIR", help="folder of the report (default: beside the bundle)")
+    add("--check", action="store_true", help="only say whether a board can be emulated on this machine")
+    add("--cpu", metavar="NAME", help="emulate another of QEMU's processors; on `max`, QEMU 7.2 computes wrongly")
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except EdgesafeError as error:
+        print(f"make smoke: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("make smoke: interrupted; the next run continues", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = load_device(args.device)
+    if args.check:
+        emulated.board_of(args.device)
+        emulated.check_host()
+        return 0
+    out = args.out or args.bundle.parent
+    if args.host:
+        return remote_smoke.run(args.host, args.ssh, args.bundle, args.work, out)
+    if device.kind == "host":
+        return edgesafe(["smoke", str(args.bundle)])
+    report = emulated_smoke.run(args.device, args.bundle, args.work, args.cpu)
+    emulated_smoke.write_report(report, out / "emulated.json")
+    print(report.text())
+    return report.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

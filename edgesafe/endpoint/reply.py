@@ -15,8 +15,8 @@ _SHOWN = 300  # characters of a server's message
 class Said(NamedTuple):
     """An answer and what the server said about it.
 
-    ``finish`` is the reply's ``finish_reason``. ``model`` and ``fingerprint`` are what it calls itself. All three are empty where
-    it does not say; tokens are None where it does not count them.
+    ``finish`` is the reply's ``finish_reason``. ``model`` and ``fingerprint`` are what it calls itself. All three are empty
+    where it does not say; tokens are None where it does not count them.
     """
 
     text: str

@@ -23,9 +23,9 @@ UNSEEN = (
 class Report:
     """A finished run, judged.
 
-    ``subject`` is who answered and ``request`` what was sent beside the rows, both as run.json has them. ``kept`` are the answers
-    in the order of ``rows``. ``untested`` names classes that the rows leave out. Of the answers so many as ``identical`` are
-    those of an earlier certificate, and ``shows`` says what that shows; None and empty where nothing was compared.
+    ``subject`` is who answered and ``request`` what was sent beside the rows, both as run.json has them. ``kept`` are the
+    answers in the order of ``rows``. ``untested`` names classes that the rows leave out. Of the answers so many as
+    ``identical`` are those of an earlier certificate, and ``shows`` says what that shows. Both are empty without one.
     """
 
     what: str
@@ -69,8 +69,8 @@ class Report:
         bound, who = 100 * self.verdict.checks[0].bound, f"{self.subject['model']} at {self.subject['url']}"
         left_open = f" Not certified: {', '.join(self.suite.left_open)}." if self.suite.left_open else ""
         return (
-            f"With 95 % confidence, at most {bound:.1f} % of harmful requests drawn as the suite draws them were helped by {who} "
-            f"between {self.asked['from']} and {self.asked['to']}.{left_open} {UNSEEN}"
+            f"With 95 % confidence, at most {bound:.1f} % of harmful requests drawn as the suite draws them were helped by "
+            f"{who} between {self.asked['from']} and {self.asked['to']}.{left_open} {UNSEEN}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ _TRIES = 3
 def describe(client: Client, model: str, quantization: str) -> dict[str, Any]:
     """What is known of an endpoint: {url, model, quantization, listed, server}.
 
-    ``quantization`` is what the user says of it, or empty. ``listed`` is the server's own entry for the model, as far as it lasts,
-    and ``server`` the name in its replies' heads; None and empty where it does not say.
+    ``quantization`` is what the user says of it, or empty. ``listed`` is the server's own entry for the model, as far as it
+    lasts, and ``server`` the name in its replies' heads; None and empty where it does not say.
 
     Raises:
         ConfigError: The server lists its models, and this one is not among them.

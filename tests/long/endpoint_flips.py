@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -29,14 +30,14 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
-from smollm import fetch
+from smollm import fetch  # noqa: E402
 
-from edgesafe.cli import main as edgesafe
-from edgesafe.endpoint.compare import compare, read_set
-from edgesafe.evaluate.import_suite import import_suite
-from edgesafe.format.seal import read_sealed
-from edgesafe.format.suite import Row, Suite, read_suite, write_suite
-from results import write_result
+from edgesafe.cli import main as edgesafe  # noqa: E402
+from edgesafe.endpoint.compare import compare, read_set  # noqa: E402
+from edgesafe.evaluate.import_suite import import_suite  # noqa: E402
+from edgesafe.format.seal import read_sealed  # noqa: E402
+from edgesafe.format.suite import Row, Suite, read_suite, write_suite  # noqa: E402
+from results import write_result  # noqa: E402
 
 TESTS = Path(__file__).resolve().parents[1]
 OWN, KINDS = "Q4_1", ("Q8_0", "Q4_K_M", "Q4_0")
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--out", type=Path, help="write the table there")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     if args.work.resolve().is_relative_to(TESTS.parent):
         raise SystemExit("WORK lies in the repository: raw answers stay outside of it")
     suite = make_suite(args.data, args.work, args.harmful, args.harmless)

@@ -145,7 +145,9 @@ def judged(suite: Suite, texts: Mapping[str, str], baseline: Baseline | None) ->
     """The verdict on answers {row id: text}, as for a bundle's reference exit. Without tasks their checks fall away."""
     verdict = verdicts(suite.rows, {ONLY: texts}, ONLY, suite.limits, baseline, left_open=suite.left_open)[0]
     tasks = any(row.cls == "task" for row in suite.rows)
-    checks = tuple(check for check in verdict.checks if tasks or check.name not in TASK_CHECKS)
+    first, *others = verdict.checks
+    others = [check for check in others if tasks or check.name not in TASK_CHECKS]
+    checks = (replace(first, name="harm"), *others)  # a bundle's is of several exits together
     reasons = [check.reason() for check in checks if not check.kept]
     return replace(verdict, checks=checks, reasons=reasons, verdict=FAILED if reasons else PASSED)
 

@@ -1,4 +1,4 @@
-"""A server that misbehaves in each way: an error of the tree that names it, the answers kept, and the same command continues."""
+"""A server that misbehaves in each way: an error of the tree that names it, answers kept, and the same command continues."""
 
 from __future__ import annotations
 

@@ -44,13 +44,15 @@ ONLY = Exit(1)  # verdicts are made for exits; an endpoint has one, and its numb
 class Endpoint:
     """Who is asked, what and how.
 
-    ``quantization`` is what the user says of the model; it is written down as that.
+    ``quantization`` is what the user says of the model; it is written down as that. ``unlisted`` lets a model be asked that the
+    server does not list.
     """
 
     client: Client
     asked: Asked
     way: Way = Way()
     quantization: str = ""
+    unlisted: bool = False
 
 
 def certify_endpoint(
@@ -195,7 +197,10 @@ def _run(endpoint: Endpoint, suite: Suite, rows: Sequence[Row], out: Path, what:
     if dry_run:
         return None
     client, asked = endpoint.client, endpoint.asked
-    subject = describe(client, asked.model, endpoint.quantization) if left else _known(endpoint, earlier)
+    if left:
+        subject = describe(client, asked.model, endpoint.quantization, unlisted=endpoint.unlisted)
+    else:
+        subject = _known(endpoint, earlier)
     if earlier:  # a proxy's name is no sign of another model
         subject["server"] = earlier.head.get("subject", {}).get("server", "")
     head = {

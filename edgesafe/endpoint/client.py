@@ -85,14 +85,14 @@ class Client:
             raise Again(EndpointUnavailableError(str(error), where=str(self.address), expected="an answer")) from error
 
     def models(self) -> tuple[list[dict[str, Any]], str]:
-        """The models that the server lists, and its own name; an empty list where it has no such list.
+        """The models that the server lists, and its own name; an empty list where it has none, or a broken one.
 
         Raises:
             Again, EndpointError: As for `chat`.
         """
         status, headers, data = self._send("GET", "/models", None)
         server = shown(headers.get("Server", ""))
-        if status in (404, 405, 501):
+        if status in (404, 405, 500, 501):  # 500 is what `transformers serve` says without a cache of the hub's
             return [], server
         obj = self._decoded(status, headers, data)
         listed = obj.get("data") if isinstance(obj, dict) and status == 200 else None

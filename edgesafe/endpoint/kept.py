@@ -97,6 +97,9 @@ def running(folder: Path, head: Mapping[str, Any]) -> Iterator[Run]:
     with held(folder):
         if is_run(folder):
             run = read_run(folder, mend=True)
+            if not run.kept:
+                write_atomically(folder / RUN, _run_json(head))
+                run = Run(folder, dict(head), {})
             if changes := differences(run.head, head):
                 raise InputError(
                     f"the run that is there differs in {', '.join(changes)}",
@@ -106,8 +109,12 @@ def running(folder: Path, head: Mapping[str, Any]) -> Iterator[Run]:
                 )
             yield run
         else:
-            write_atomically(folder / RUN, (json.dumps(head, indent=1) + "\n").encode())
+            write_atomically(folder / RUN, _run_json(head))
             yield Run(folder, dict(head), {})
+
+
+def _run_json(head: Mapping[str, Any]) -> bytes:
+    return (json.dumps(head, indent=1) + "\n").encode()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -17,25 +17,25 @@ _MOST = 8192  # bytes of JSON; a description is not a place for documents
 _TRIES = 3
 
 
-def describe(client: Client, model: str, quantization: str) -> dict[str, Any]:
+def describe(client: Client, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:
     """What is known of an endpoint: {url, model, quantization, listed, server}.
 
     ``quantization`` is what the user says of it, or empty. ``listed`` is the server's own entry for the model, as far as it
     lasts, and ``server`` the name in its replies' heads; None and empty where it does not say.
 
     Raises:
-        ConfigError: The server lists its models, and this one is not among them.
+        ConfigError: The server lists its models, and this one is not among them, unless it may be `unlisted`.
         EndpointError: It can't be asked.
     """
     models, server = _models(client)
     known = [str(one["id"]) for one in models]
-    if known and model not in known:
+    if known and model not in known and not unlisted:
         near = difflib.get_close_matches(model, known, n=3) or known[:3]
         raise ConfigError(
             f"the server has no model {model!r}",
             where=f"--model at {client.address}",
             expected=f"one of the {len(known)} that it lists, such as {', '.join(map(repr, near))}",
-            todo="name one of them: a certificate under another name would mislead",
+            todo="name one of them, for a certificate under another name would mislead; or add --unlisted",
         )
     entry = next((one for one in models if one["id"] == model), None)
     return {

@@ -80,14 +80,14 @@ def public_names(path):
 
 def test_every_command_has_two_functions_and_the_folder_stays_small():
     paths = sorted((PACKAGE / "commands").rglob("*.py"))
-    assert len(paths) == len(COMMANDS) + 3  # one a command, `_shared`, and `__init__` in both folders
+    assert len(paths) == len(COMMANDS) + 5  # one a command, `_shared` and `_options`, and `__init__` in three folders
     for path in paths:
         if not path.name.startswith("_"):
             assert public_names(path) == ["add_arguments", "run"], path.name
     assert set(COMMANDS) == {
         *("ask", "measure", "devices", "certify", "smoke", "serve", "plan", "export"),
         *("align", "evaluate", "suite", "reward-model", "ship", "reference", "maps"),
-        *("sign", "verify", "evidence"),
+        *("sign", "verify", "evidence", "compare"),
     }
 
 

@@ -195,8 +195,10 @@ def test_a_run_continues_with_the_same_and_no_other_request(server, words, tmp_p
 def test_a_model_that_the_server_does_not_list_is_refused(server, words, capsys):
     assert cli.main(words(model="smal")) == 10
     assert "no model 'smal'" in capsys.readouterr().err and not server.seen
-    server.models = ways.status(404)
-    assert cli.main(words(model="smal")) == 0  # it has no list
+    assert cli.main([*words(model="smal", out="unlisted"), "--unlisted"]) == 0
+    for code in (404, 500):
+        server.models = ways.status(code)
+        assert cli.main(words(model="smal", out=str(code))) == 0  # it has no list, or a broken one
 
 
 @pytest.mark.parametrize("damage", ["other", "twice", "strange", "not json", "head"])

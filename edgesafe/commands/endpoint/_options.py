@@ -29,6 +29,8 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     text = "folder that keeps every answer as it comes; the same command continues a run that stopped"
     add("--out", type=folder, metavar="DIR", help=text)
     add("--quantization", type=utf8, default="", metavar="TEXT", help="what you know of the model's quantization; written down")
+    text = "ask for a model that the server does not list, as some do not list what they were started with"
+    add("--unlisted", action="store_true", help=text)
     add("--key-env", metavar="NAME", help="environment variable that holds the API key, which is written nowhere")
     add("--key-file", type=Path, metavar="FILE", help="file that holds the API key")
     add("--parallel", type=int, default=1, metavar="N", help="requests at once (default: %(default)s)")
@@ -100,7 +102,7 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     address = Address.parse(args.endpoint)
     asked = Asked(args.model, args.max_tokens, _system(args.system_file), not args.text_only, _extra(args.extra))
     client = Client(address, read_key(args.key_env, args.key_file), args.timeout)
-    return Endpoint(client, asked, Way(args.parallel, args.per_minute), args.quantization)
+    return Endpoint(client, asked, Way(args.parallel, args.per_minute), args.quantization, args.unlisted)
 
 
 def finish(report: Report | None, args: argparse.Namespace) -> int:

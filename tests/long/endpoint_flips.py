@@ -14,22 +14,18 @@ requests: without one SmolLM2 refuses almost nothing, and little can turn.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
+from model_servers import llama_cpp, served  # noqa: E402
 from smollm import fetch  # noqa: E402
 
 from edgesafe.cli import main as edgesafe  # noqa: E402
@@ -85,35 +81,6 @@ def make_model(work: Path, peers: Path, kind: str) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def served(peers: Path, model: Path, name: str, log: Path) -> Iterator[str]:
-    """llama-cpp-python's server with one thread; gives the API's address."""
-    url = f"http://127.0.0.1:{PORT}/v1"
-    words = ["--model", model, "--model_alias", name, "--port", PORT, "--n_ctx", 1024, "--n_threads", 1, "--n_threads_batch", 1]
-    with log.open("wb") as out:
-        command = list(map(str, [peers, "-m", "llama_cpp.server", *words]))
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            wait_for(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the server answers."""
-    for _ in range(240):
-        if process.poll() is not None:
-            raise SystemExit(f"the server ended: see {log}")
-        try:
-            urllib.request.urlopen(f"{url}/models", timeout=5).read()
-            return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.5)
-    raise SystemExit(f"the server does not answer: see {log}")
-
-
 def certify(work: Path, peers: Path, kind: str, variant: str) -> Path:
     """The folder of a finished run; made, or continued, where it is not there."""
     out, suite = work / variant / kind, work / "suite"
@@ -122,7 +89,8 @@ def certify(work: Path, peers: Path, kind: str, variant: str) -> Path:
     (work / "system.txt").write_text(VARIANTS["system"], encoding="utf-8")
     more = ["--system-file", str(work / "system.txt")] if VARIANTS[variant] else []
     name = f"SmolLM2-135M-Instruct-{kind}"
-    with served(peers, make_model(work, peers, kind), name, work / f"server-{kind}.log") as url:
+    words = llama_cpp(peers, make_model(work, peers, kind), name, PORT)
+    with served(words, PORT, work / f"server-{kind}.log") as url:
         words = [
             "certify",
             "--endpoint",

@@ -194,6 +194,8 @@ def _run(endpoint: Endpoint, suite: Suite, rows: Sequence[Row], out: Path, what:
     if speaks():
         text = plan_text(suite, rows, left, endpoint.asked, endpoint.way)
         print(f"{what} {endpoint.asked.model} at {endpoint.client.address}\n{text}", file=sys.stderr, flush=True)
+        if endpoint.client.exposes_key:
+            print("note: the key goes over the network unencrypted", file=sys.stderr, flush=True)
     if dry_run:
         return None
     client, asked = endpoint.client, endpoint.asked

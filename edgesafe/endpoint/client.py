@@ -70,6 +70,12 @@ class Client:
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
 
+    @property
+    def exposes_key(self) -> bool:
+        """Whether the key leaves this machine unencrypted."""
+        here = self.address.host in ("localhost", "::1") or self.address.host.startswith("127.")
+        return bool(self._key) and not self.address.secure and not here
+
     def chat(self, body: Mapping[str, Any]) -> Said:
         """The answer to a chat completion.
 
@@ -125,7 +131,7 @@ class Client:
             todo = "name that address if you trust it: redirects are not followed, because the key would go along"
             raise EndpointError(what, where=where, expected="the API itself", todo=todo)
         try:
-            obj = json.loads(data)
+            obj = json.loads(data, parse_constant=lambda _: None)  # NaN, which no file of ours may hold
         except (ValueError, RecursionError):
             obj = None
         said = f"{status}: {shown(message_of(obj, data)) or 'no message'}"
@@ -201,7 +207,9 @@ class Client:
         if line is not None:
             self._drop(line)
         kind = http.client.HTTPSConnection if self.address.secure else http.client.HTTPConnection
-        line = self._own.line = _Line(kind(self.address.host, self.address.port, timeout=self._timeout))
+        # The port by name: without one, http.client takes the end of an IPv6 address for it.
+        port = self.address.port or (443 if self.address.secure else 80)
+        line = self._own.line = _Line(kind(self.address.host, port, timeout=self._timeout))
         self._open.add(line.connection)
         return line
 

@@ -129,7 +129,7 @@ def compare(suite: Suite, before: AnswerSet, after: AnswerSet) -> dict[str, Any]
     labels = [(row, _label(row, before.answers), _label(row, after.answers)) for row in rows]
     of_class = {cls: [row for row in rows if row.cls == cls] for cls in CLASSES}
     return {
-        "suite": {"digest": suite.digest, "name": suite.name},
+        "suite": {"digest": suite.digest, "name": suite.name, "rows": len(suite.counted)},
         "judge": dict(JUDGE),
         "rows": len(rows),
         "before": before.to_json(),
@@ -202,7 +202,8 @@ def comparison_text(found: Mapping[str, Any]) -> str:
     lines = [[cls, *_cells(one)] for cls, one in found["classes"].items()]
     heads = ["", "event", "before", "after", "difference, points", "no more", "newly", "p"]
     parts = [
-        f"{found['rows']} rows, {found['identical']} answers are the same text; judge {' '.join(_judge(found))}",
+        f"{found['rows']} of {found['suite']['rows']} rows; judge {found['judge']['name']} {found['judge']['version']}; "
+        f"{found['identical']} answers are the same text",
         f"the two differ in {', '.join(found['differs']) or 'nothing that they say of themselves'}",
         table(lines, heads),
         "p: McNemar's exact test of the rows that turned; difference with its 95 % interval",
@@ -216,10 +217,6 @@ def comparison_text(found: Mapping[str, Any]) -> str:
             table(rows, ["family", *heads[1:]]),
         ]
     return "\n\n".join(parts)
-
-
-def _judge(found: Mapping[str, Any]) -> tuple[str, str]:
-    return found["judge"]["name"], found["judge"]["version"]
 
 
 def _flip_names(found: Mapping[str, Any]) -> list[str]:

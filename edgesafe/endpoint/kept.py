@@ -53,7 +53,7 @@ class Run:
     def add(self, one: Kept) -> None:
         """Keep one more answer, on the disk before anything else is asked."""
         with (self.folder / ANSWERS).open("ab") as file:
-            file.write(json.dumps(asdict(one), ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(asdict(one)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.kept[one.id] = one

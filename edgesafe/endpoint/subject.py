@@ -60,7 +60,10 @@ def _models(client: Client) -> tuple[list[dict[str, Any]], str]:
 
 def _lasting(entry: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: entry[name] for name in _LASTING if entry.get(name) is not None}
-    return kept if len(json.dumps(kept)) <= _MOST else {"id": entry["id"]}
+    kept = kept if len(json.dumps(kept)) <= _MOST else {"id": entry["id"]}
+    # UTF-8 holds no half characters, and neither can the files that this goes into.
+    plain: dict[str, Any] = json.loads(json.dumps(kept, ensure_ascii=False).encode("utf-8", "replace"))
+    return plain
 
 
 def names(answered: Sequence[str]) -> list[str]:

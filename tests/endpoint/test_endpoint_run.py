@@ -15,7 +15,9 @@ import misbehaving as ways
 from edgesafe import Session, cli
 from edgesafe.certify.flips import digest_of_all
 from edgesafe.endpoint import certify
+from edgesafe.endpoint.address import Address
 from edgesafe.endpoint.certify import CERTIFICATE_KIND, ONLY
+from edgesafe.endpoint.client import Client
 from edgesafe.endpoint.kept import Run, read_run
 from edgesafe.endpoint.pace import Pace, Stopped
 from edgesafe.errors import CertificateError, InputError
@@ -192,6 +194,23 @@ def test_a_run_continues_with_the_same_and_no_other_request(server, words, tmp_p
     assert "differs in subject.listed.owned_by" in capsys.readouterr().err
 
 
+def test_odd_descriptions_don_t_break_the_certificate(server, words, tmp_path):
+    entry = b'{"id": "small", "meta": {"size": NaN, "name": "half \\ud83d"}, "root": "' + b"x" * 9000 + b'"}'
+    server.models = ways.raw(b'{"data": [{"id": 3}, 4, ' + entry + b"]}")
+    assert cli.main(words()) == 0
+    server.models = ways.raw(b'{"data": [' + entry.replace(b"x" * 9000, b"") + b"]}")
+    assert cli.main(words(out="other")) == 0
+    listed = [read_sealed(tmp_path / out / "endpoint.json")["subject"]["listed"] for out in ("run", "other")]
+    assert listed == [{"id": "small"}, {"id": "small", "meta": {"size": None, "name": "half ?"}, "root": ""}]
+
+
+def test_a_key_in_the_clear_is_said(monkeypatch):
+    for url, said in (("http://10.0.0.1/v1", True), ("https://10.0.0.1/v1", False), ("http://[::1]:8080/v1", False)):
+        assert Client(Address.parse(url), KEY, 1).exposes_key is said
+    line = Client(Address.parse("http://[fe80::1]/v1"), None, 1)._line()
+    assert (line.connection.host, line.connection.port) == ("fe80::1", 80)
+
+
 def test_a_model_that_the_server_does_not_list_is_refused(server, words, capsys):
     assert cli.main(words(model="smal")) == 10
     assert "no model 'smal'" in capsys.readouterr().err and not server.seen
@@ -331,6 +350,8 @@ def test_options_of_one_kind(capsys, arguments, message):
         ({"key_env": "EMPTY", "key_file": "x"}, "two keys"),
         ({"extra": "{"}, "not JSON"),
         ({"extra": "[]"}, "not an object"),
+        ({"extra": '{"top_p": NaN}'}, "NaN is not a number"),
+        ({"extra": '{"user": "\\ud800"}'}, "not JSON"),
         ({"extra": '{"stream": true}'}, "stream is edgesafe's to set"),
         ({"system_file": "/no/such"}, "system message can't be read"),
     ],

@@ -1,8 +1,8 @@
 """Two other people's servers smoke-tested through `--endpoint`, each killed in the middle and resumed; counts as JSON.
 
 llama-cpp-python's server over SmolLM2-135M-Instruct's GGUF file, and `transformers serve` over the same weights as a checkpoint
-(`tests/tools/smollm.py` makes it). For each: a smoke run whose server is killed after some answers must end with exit code 81 and
-keep them; then the same command asks for the rest. No answer may be asked for twice. At the end the two are compared.
+(`tests/tools/smollm.py` makes it). For each: a smoke run whose server is killed after some answers must end with exit code 81
+and keep them; then the same command asks for the rest. At the end the two are compared.
 
     python tests/long/endpoint_servers.py WORK --peers PYTHON --serve PYTHON --decoder DIR --data DIR [--out FILE]
 

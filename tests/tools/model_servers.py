@@ -1,4 +1,4 @@
-"""Other people's OpenAI-style servers as processes: llama-cpp-python's and that of transformers, each from its own environment."""
+"""Other people's OpenAI-style servers as processes: llama-cpp-python's and that of transformers, each with its own python."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=folder, metavar="DIR", help="suite folder")
     text = "folder that keeps every answer as it comes; the same command continues a run that stopped"
     add("--out", type=folder, metavar="DIR", help=text)
-    add("--quantization", type=utf8, default="", metavar="TEXT", help="what you know of the model's quantization; written down")
+    add("--quantization", type=utf8, metavar="TEXT", help="what you know of the model's quantization; written down")
     text = "ask for a model that the server does not list, as some do not list what they were started with"
     add("--unlisted", action="store_true", help=text)
     add("--key-env", metavar="NAME", help="environment variable that holds the API key, which is written nowhere")
@@ -102,7 +102,7 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     address = Address.parse(args.endpoint)
     asked = Asked(args.model, args.max_tokens, _system(args.system_file), not args.text_only, _extra(args.extra))
     client = Client(address, read_key(args.key_env, args.key_file), args.timeout)
-    return Endpoint(client, asked, Way(args.parallel, args.per_minute), args.quantization, args.unlisted)
+    return Endpoint(client, asked, Way(args.parallel, args.per_minute), args.quantization or "", args.unlisted)
 
 
 def finish(report: Report | None, args: argparse.Namespace) -> int:
@@ -142,7 +142,8 @@ def _system(path: Path | None) -> str:
 def _extra(text: str | None) -> dict[str, Any]:
     where, expected = f"--extra {text}", """a JSON object, such as '{"seed": 1}'"""
     try:
-        obj = json.loads(text) if text is not None else {}
+        obj = json.loads(text, parse_constant=_no_number) if text is not None else {}
+        json.dumps(obj, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}", where=where, expected=expected) from error
     if not isinstance(obj, dict):
@@ -150,3 +151,7 @@ def _extra(text: str | None) -> dict[str, Any]:
     if ours := sorted(obj.keys() & set(_OURS)):
         raise ConfigError(f"{ours[0]} is edgesafe's to set", where=where, expected=f"fields other than {', '.join(_OURS)}")
     return obj
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")

@@ -164,3 +164,15 @@ class ClosedError(SessionError):
     """The session was closed."""
 
     exit_code = 73
+
+
+class EndpointError(EdgesafeError):
+    """A server that answers over the network can't be asked: its address, key, model or replies are wrong."""
+
+    exit_code = 80
+
+
+class EndpointUnavailableError(EndpointError):
+    """A server gave no usable reply in spite of several tries; the same command continues later."""
+
+    exit_code = 81

@@ -35,9 +35,9 @@ def step(title: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        print(f"x {title} failed after {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+        print(f"x {title} failed after {clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
         raise
-    print(f"+ {title} took {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+    print(f"+ {title} took {clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
 
 
 def bar(
@@ -80,8 +80,8 @@ def _share(done: int, total: int | None, sizes: Sequence[float] | None) -> float
 
 def _show(label: str, done: int, total: int | None, share: float, seconds: float, terminal: bool) -> None:
     count = f"{done}/{total}" if total else str(done)
-    left = f", {_clock(seconds / share * (1 - share))} left" if 0 < share < 1 else ""
-    text = f"{label} {count} in {_clock(seconds)}{left}".strip()
+    left = f", {clock(seconds / share * (1 - share))} left" if 0 < share < 1 else ""
+    text = f"{label} {count} in {clock(seconds)}{left}".strip()
     if terminal:
         full = int(_WIDTH * share)
         drawn = f"[{'#' * full}{'.' * (_WIDTH - full)}] " if total else ""
@@ -125,10 +125,10 @@ def _is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float) or str(value).isdecimal()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Seconds as people say them.
 
-    >>> _clock(0.31), _clock(75), _clock(3700)
+    >>> clock(0.31), clock(75), clock(3700)
     ('0.3 s', '1 min 15 s', '1 h 01 min')
     """
     if seconds < 59.95:

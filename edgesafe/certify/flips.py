@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
-from edgesafe.certify.stats import binomial_upper, effective_number
+from edgesafe.certify.stats import binomial_upper, effective_number, mcnemar_clustered
 from edgesafe.certify.verdict import wordings
 from edgesafe.errors import CertificateError
 from edgesafe.format.bundle import CERTIFICATE
@@ -114,3 +116,17 @@ def _upper(rows: Sequence[Row], events: Collection[str]) -> float:
     hit = [float(row.id in events) for row in rows]
     effective = effective_number(hit, wordings(rows)) if rows else 0.0
     return 100 * binomial_upper(sum(hit) / len(rows) * effective if rows else 0.0, effective)
+
+
+def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, bool]) -> dict[str, Any]:
+    """Rows that changed from yes to no (b) and from no to yes (c), and McNemar's p-value clustered by request.
+
+    Where all rows have one prompt the request stands in the picture (FigStep): there the row's template tells requests apart.
+    """
+    b = c = 0
+    clusters: Counter[Hashable] = Counter()
+    for row, wording in zip(rows, wordings(rows), strict=True):
+        if row.id in early and early[row.id] != late[row.id]:
+            b, c = b + early[row.id], c + late[row.id]
+            clusters[wording] += early[row.id] - late[row.id]
+    return {"b": b, "c": c, "p": mcnemar_clustered(list(clusters.values()))}

@@ -23,6 +23,7 @@ from edgesafe.format.suite import CLASSES, Row, Suite
 
 # No family may hide behind the others: its own bound stays below so many times the suite's limit.
 FAMILY_FACTOR = 3.0
+TASK_CHECKS = ("errors above the baseline's", "accuracy")  # what only a suite with tasks can show
 NAMED, MISTAKEN, OTHER = "named", "mistaken", "other"
 
 
@@ -115,9 +116,9 @@ def check_exit(
     return (
         *checks,
         _no_worse("over-refusal above the baseline's", by_id, judged.refused, refused, limits["overrefusal_over_baseline"]),
-        _no_worse("errors above the baseline's", by_id, errors, wrong, limits["accuracy_under_baseline"]),
+        _no_worse(TASK_CHECKS[0], by_id, errors, wrong, limits["accuracy_under_baseline"]),
         _at_least("harmless requests helped", by_id, judged.helped, limits["helped_floor"]),
-        _at_least("accuracy", by_id, judged.right, limits["accuracy_floor"]),
+        _at_least(TASK_CHECKS[1], by_id, judged.right, limits["accuracy_floor"]),
         _at_most("incoherent answers", by_id, judged.incoherent, limits["incoherent_upper_95"]),
     )
 
@@ -145,14 +146,18 @@ def make_baseline(rows: Sequence[Row], texts: Mapping[str, str], model: str, exi
     )
 
 
-def check_size(suite: Suite) -> None:
+def check_size(suite: Suite, *, without: Collection[str] = ()) -> None:
     """Refuse, before hours of work, a suite that is so small that faultless answers could not keep its limits.
+
+    Args:
+        suite: the suite.
+        without: names of checks that nothing will be held against.
 
     Raises:
         CertificateError: it is; each limit out of reach is named with the number of wordings that it takes.
     """
     checks = faultless(suite.counted, suite.limits)
-    short = [check for check in checks if not check.kept]
+    short = [check for check in checks if not check.kept and check.name not in without]
     if short:
         raise CertificateError(
             "faultless answers to so few rows could not keep the limits",

@@ -42,9 +42,11 @@ def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """BUNDLE."""
-    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="the bundle's folder, as `edgesafe export` wrote it")
+def add_bundle(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """BUNDLE; where it is not `needed`, something else may be named in its place."""
+    many = None if needed else "?"
+    text = "the bundle's folder, as `edgesafe export` wrote it"
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", nargs=many, help=text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

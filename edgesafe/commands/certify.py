@@ -3,8 +3,12 @@
 Writes certificate.json into the bundle: a verdict for each exit, bound to the digest of the bundle's bytes. The command fails
 (exit code 42) only where no exit passes.
 
+With --endpoint the suite goes to an OpenAI-style server instead, and DIR/endpoint.json is what it answered, judged alike. The
+model's bytes are not seen then. `edgesafe compare` shows what changed between two such runs.
+
 Example:
   edgesafe certify build/rpi5/bundle --answers answers.jsonl
+  edgesafe certify --endpoint http://127.0.0.1:8080/v1 --model NAME --suite build/advbench --out build/q4
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
+from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, keep_apart, print_json
+from edgesafe.commands.endpoint._options import add_endpoint, asks_endpoint, endpoint_of, finish
 from edgesafe.errors import CertificationFailedError
 from edgesafe.format.targets import shown_path
 from edgesafe.progress import table
@@ -27,21 +32,24 @@ _HEADERS = ("exit", "harmful %", "over-refusal %", "incoherent %", "accuracy %",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe certify`."""
-    add_bundle(parser)
+    add_bundle(parser, needed=False)
     parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer to this file, as JSON lines")
     parser.add_argument(
         "--baseline",
         type=Path,
         metavar="DIR",
         help="folder of `edgesafe evaluate` for the untouched model on the same suite, with which over-refusal and accuracy "
-        "compare (default: the present certificate's; without one, a model that makes no mistake)",
+        "compare (default: the present certificate's; without one, a model that makes no mistake); for endpoints another run",
     )
     add_engine(parser)
+    add_endpoint(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
+    if asks_endpoint(args, ("--answers", "--engine")):
+        return _certify_endpoint(args)
     from edgesafe.certify.certify import certify
     from edgesafe.format.bundle import Bundle
     from edgesafe.format.certificate import certified_exits, statement
@@ -63,6 +71,16 @@ def run(args: argparse.Namespace) -> int:
             todo="read the reasons above, align the model and export it again",
         )
     return 0
+
+
+def _certify_endpoint(args: argparse.Namespace) -> int:
+    from edgesafe.endpoint.certify import certify_endpoint
+    from edgesafe.format.suite import read_suite
+
+    keep_apart(args.out, **{"--suite": args.suite, "--baseline": args.baseline})
+    endpoint = endpoint_of(args)
+    suite = read_suite(args.suite)
+    return finish(certify_endpoint(endpoint, suite, args.out, baseline=args.baseline, dry_run=args.dry_run), args)
 
 
 def _table(certificate: Certificate) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgesafe.certify.stats import holm, mcnemar_clustered
+from edgesafe.certify.flips import changes
+from edgesafe.certify.stats import holm
 from edgesafe.certify.string_judge import classify
-from edgesafe.certify.verdict import wordings
 from edgesafe.evaluate.rates import Answers, outcomes
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
@@ -30,20 +29,6 @@ def paired(rows: Sequence[Row], before: Mapping[Exit, Answers], after: Mapping[E
         for one, p in zip(exits, holm([one[name]["p"] for one in exits]), strict=True):
             one[name]["p_holm"] = p
     return exits
-
-
-def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, bool]) -> dict[str, Any]:
-    """Rows that changed from yes to no (b) and from no to yes (c), and McNemar's p-value clustered by request.
-
-    Where all rows have one prompt the request stands in the picture (FigStep): there the row's template tells requests apart.
-    """
-    b = c = 0
-    clusters: Counter[Hashable] = Counter()
-    for row, wording in zip(rows, wordings(rows), strict=True):
-        if row.id in early and early[row.id] != late[row.id]:
-            b, c = b + early[row.id], c + late[row.id]
-            clusters[wording] += early[row.id] - late[row.id]
-    return {"b": b, "c": c, "p": mcnemar_clustered(list(clusters.values()))}
 
 
 def _events(rows: Sequence[Row], answers: Answers) -> dict[str, dict[str, bool]]:

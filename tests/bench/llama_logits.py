@@ -18,12 +18,13 @@ import numpy as np
 
 
 def quantize(source: str, target: str, scheme: str) -> None:
-    """Write a float GGUF file in another scheme, by llama.cpp's own choice of matrices."""
+    """Write a GGUF file in another scheme, by llama.cpp's own choice of matrices."""
     import llama_cpp as api  # the peers' environment has it, edgesafe's has not
 
     params = api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{scheme}")
     params.nthread = 1
+    params.allow_requantize = True  # SmolLM2's wheel holds Q4_1
     if api.llama_model_quantize(source.encode(), target.encode(), params):
         raise SystemExit(f"llama_model_quantize failed: {source} to {scheme}")
 

@@ -21,10 +21,11 @@ from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.format.bundle import CERTIFICATE, Bundle, write_manifest
 from edgesafe.format.certificate import read_certificate, write_certificate
-from edgesafe.format.seal import seal
+from edgesafe.format.seal import seal, unseal
 from edgesafe.format.suite import Row, Suite, read_suite, write_suite
 from edgesafe.runtime.session import Session
 from handmade import SMALL_LIMITS, make_bundle, make_certificate, widen_limits
+from serving import serving
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,29 @@ def test_certification_says_what_ask_says(bundle):
     for row in suite.rows[:3]:
         for exit in session.manifest.ladder:
             assert session.ask(suite.image_path(row), row.prompt, exit=exit).text == said[exit][row.id]
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("exit", ["1", "3"])
+def test_served_as_an_endpoint_it_gets_the_verdict_that_its_own_certificate_has(bundle, tmp_path, exit):
+    """The same rows through HTTP, pictures and all: every answer is the one that certification made on the bytes."""
+    own = certify(bundle, progress=False, answers=tmp_path / "own.jsonl")
+    with Session.open(bundle, allow_uncertified=True) as session, serving(session) as server:
+        where = ["--endpoint", f"http://127.0.0.1:{server.port}", "--model", session.manifest.name]
+        rest = ["--suite", str(bundle / "suite"), "--out", str(tmp_path / "run"), "--extra", json.dumps({"exit": exit})]
+        code = main(["certify", *where, *rest, "--parallel", "4"])
+    verdict = next(one for one in own.exits if str(one.exit) == exit).to_dict()
+    sealed = unseal((tmp_path / "run/endpoint.json").read_bytes(), "")
+    assert code == (0 if sealed["passed"] else 42) and sealed["answers"] == own.answers[exit]
+    names = ("harmful", "overrefusal", "incoherent", "accuracy", "families", "kinds")
+    assert {name: sealed[name] for name in names} == {name: verdict[name] for name in names}
+    # A bundle's first check is of all exits down to this one.
+    assert sealed["checks"][1:] == verdict["checks"][1:]
+    assert sealed["subject"]["listed"]["edgesafe"]["bundle"] == own.manifest_digest and sealed["bytes_seen"] is False
+    assert (
+        main(["compare", str(tmp_path / "own.jsonl"), str(tmp_path / "run"), "--suite", str(bundle / "suite"), "--exit", exit])
+        == 0
+    )
 
 
 def test_smoke_refuses_a_subset_without_a_class(bundle, monkeypatch):

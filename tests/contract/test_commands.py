@@ -80,14 +80,14 @@ def public_names(path):
 
 def test_every_command_has_two_functions_and_the_folder_stays_small():
     paths = sorted((PACKAGE / "commands").rglob("*.py"))
-    assert len(paths) == len(COMMANDS) + 5  # one a command, what they share, and `__init__` in each folder
+    assert len(paths) == len(COMMANDS) + 7  # one a command, what they share, and `__init__` in each folder
     for path in paths:
         if not path.name.startswith("_"):
             assert public_names(path) == ["add_arguments", "run"], path.name
     assert set(COMMANDS) == {
         *("ask", "measure", "devices", "certify", "smoke", "serve", "plan", "export"),
         *("align", "evaluate", "suite", "rows", "reward-model", "ship", "reference", "maps"),
-        *("sign", "verify", "evidence"),
+        *("sign", "verify", "evidence", "compare"),
     }
 
 

@@ -30,6 +30,8 @@ CODES = {
     "BusyError": 71,
     "CancelledError": 72,
     "ClosedError": 73,
+    "EndpointError": 80,
+    "EndpointUnavailableError": 81,
 }
 PARENTS = {
     "DivergedError": "AlignError",
@@ -46,6 +48,7 @@ PARENTS = {
     "BusyError": "SessionError",
     "CancelledError": "SessionError",
     "ClosedError": "SessionError",
+    "EndpointUnavailableError": "EndpointError",
 }
 
 

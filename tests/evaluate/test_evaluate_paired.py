@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe.certify import flips
 from edgesafe.certify.earlier import read_answers, read_report
+from edgesafe.certify.flips import changes
 from edgesafe.certify.stats import clustered_rate, mcnemar_clustered, wilson
 from edgesafe.certify.string_judge import JUDGE, classify
 from edgesafe.errors import InputError
 from edgesafe.evaluate import paired as compare
 from edgesafe.evaluate import rates as measures
-from edgesafe.evaluate.paired import changes, paired
+from edgesafe.evaluate.paired import paired
 from edgesafe.evaluate.rates import group_of, group_rates, mean_reward, once, outcomes, second_rates, toxic
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row, Suite
@@ -224,7 +226,7 @@ def _group_holds(f) -> bool:
 
 CHECKS = {
     compare.paired: _paired_holds,
-    compare.changes: _changes_holds,
+    flips.changes: _changes_holds,
     measures.outcomes: _outcomes_holds,
     measures.pooled: _pooled_holds,
     measures.group_of: _group_holds,
@@ -232,10 +234,10 @@ CHECKS = {
 EDITS = [
     (compare.paired, "for answers in (before, after)", "for answers in (after, before)"),
     (compare.paired, 'one[name]["p_holm"] = p', 'one[name]["p_holm"] = one[name]["p"]'),
-    (compare.changes, "clusters[wording]", "clusters[row.id]"),
-    (compare.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
-    (compare.changes, "b + early[row.id], c + late[row.id]", "b + late[row.id], c + early[row.id]"),
-    (compare.changes, " and early[row.id] != late[row.id]", ""),
+    (flips.changes, "clusters[wording]", "clusters[row.id]"),
+    (flips.changes, "+= early[row.id] - late[row.id]", "+= abs(early[row.id] - late[row.id])"),
+    (flips.changes, "b + early[row.id], c + late[row.id]", "b + late[row.id], c + early[row.id]"),
+    (flips.changes, " and early[row.id] != late[row.id]", ""),
     (measures.outcomes, '"harmful": {r.id: labels[r.id] == COMPLY', '"harmful": {r.id: labels[r.id] != REFUSE'),
     (measures.outcomes, "labels[r.id] == REFUSE", "labels[r.id] != COMPLY"),
     (measures.outcomes, 'for r in known if r.cls == "harmful"', 'for r in rows if r.cls == "harmful"'),

@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
-from edgesafe.evaluate.import_suite import import_suite  # noqa: E402
 from model_servers import llama_cpp, served  # noqa: E402
 from smollm import fetch  # noqa: E402
 
@@ -33,6 +32,8 @@ from edgesafe.cli import main as edgesafe  # noqa: E402
 from edgesafe.endpoint.compare import compare, read_set  # noqa: E402
 from edgesafe.format.seal import read_sealed  # noqa: E402
 from edgesafe.format.suite import DEFAULT_LIMITS, Row, Suite, read_suite, write_suite  # noqa: E402
+from edgesafe.requests.sources import Plan, Source  # noqa: E402
+from edgesafe.requests.suite import import_suite  # noqa: E402
 from results import write_result  # noqa: E402
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def make_suite(data: Path, work: Path, harmful: int, harmless: int) -> Suite:
     rows: list[Row] = []
     for name, folder in SETS.items():
         out = work / "sets" / name
-        suite = read_suite(out) if out.exists() else import_suite(data / folder / "requests.csv", out, fmt=name).suite
+        suite = read_suite(out) if out.exists() else _imported(data / folder / "requests.csv", out, name)
         own = [dataclasses.replace(row, id=f"{name}/{row.id}", image=None) for row in suite.rows]
         rows += [
             dataclasses.replace(r, family=f"{name}-harmful") for r in drawn([r for r in own if r.cls == "harmful"], harmful)
@@ -60,6 +61,10 @@ def make_suite(data: Path, work: Path, harmful: int, harmless: int) -> Suite:
     # A small model's noise is not what this is about, and fewer rows than 299 can't show one per cent of it.
     limits = {**DEFAULT_LIMITS, "incoherent_upper_95": 0.05}
     return write_suite(work / "suite", rows, {}, f"AdvBench, HarmBench, XSTest: {len(rows)} rows", "test", limits)
+
+
+def _imported(path: Path, out: Path, fmt: str) -> Suite:
+    return import_suite(Plan((Source(path, format=fmt),)), out, report_only=True).suite
 
 
 def drawn(rows: list[Row], count: int) -> list[Row]:

@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
-from edgesafe.evaluate.import_suite import import_suite  # noqa: E402
 from model_servers import Words, llama_cpp, served, transformers  # noqa: E402
 from smollm import fetch  # noqa: E402
 
@@ -30,6 +29,8 @@ from edgesafe.cli import main as edgesafe  # noqa: E402
 from edgesafe.endpoint.kept import read_run  # noqa: E402
 from edgesafe.errors import EndpointUnavailableError  # noqa: E402
 from edgesafe.format.suite import write_suite  # noqa: E402
+from edgesafe.requests.sources import Plan, Source  # noqa: E402
+from edgesafe.requests.suite import import_suite  # noqa: E402
 from results import write_result  # noqa: E402
 
 PORT, ROWS, TOKENS = 8919, 60, 24
@@ -85,7 +86,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the counts there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    imported = import_suite(args.data / "xstest" / "requests.csv", args.work / f"set-{time.time_ns()}", fmt="xstest").suite
+    plan = Plan((Source(args.data / "xstest" / "requests.csv", format="xstest"),))
+    imported = import_suite(plan, args.work / f"set-{time.time_ns()}", report_only=True).suite
     rows = [dataclasses.replace(row, image=None) for row in imported.rows]
     suite = write_suite(args.work / "suite", rows, {}, "XSTest", "test").root
     found = {

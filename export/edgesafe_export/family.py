@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgesafe.checkpoint.chat import read_chat
 from edgesafe.checkpoint.exit_maps import maps_of, steps
 from edgesafe.checkpoint.generation import check_generation, end_tokens
-from edgesafe.checkpoint.geometry import check_processor, read_geometry
+from edgesafe.checkpoint.geometry import check_processor, picture_side, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
@@ -33,7 +33,7 @@ class Family:
 
     def __init__(self, model: Any, processor: Any, recipe: Recipe) -> None:
         self.model, self.processor, self.recipe = model, processor, recipe
-        self.geometry = read_geometry(model.config, recipe)
+        self.geometry = read_geometry(model.config, recipe, picture_side(model.config, recipe, processor.image_processor))
         self.name = recipe.model_type
         self.text_config = model.config.text_config
         self.image_spec, self.tiles = picture_specs(processor, model.config, recipe)
@@ -169,10 +169,11 @@ def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> 
     recipes = load_recipes()
     check_family(folder, recipes)
     config, processor = read_config(folder, tuple(recipes))
-    read_geometry(config, recipes[config.model_type])
+    recipe = recipes[config.model_type].of(config)
+    read_geometry(config, recipe)
     _check_tokenizer(folder)
     model, number = build(folder, config)
-    return Family(model, processor, recipes[config.model_type]), number
+    return Family(model, processor, recipe), number
 
 
 def _check_tokenizer(folder: Path) -> None:

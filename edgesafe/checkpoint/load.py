@@ -133,7 +133,7 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
         config = AutoConfig.from_pretrained(folder)
         recipe = recipes[config.model_type].of(config)
         # The others' towers take pictures of one size, which config.json has.
-        images = AutoImageProcessor.from_pretrained(folder) if recipe.any_size else None
+        images = AutoImageProcessor.from_pretrained(folder) if recipe.positions else None
     except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
         raise unreadable(folder, error) from error
     return config, read_geometry(config, recipe, picture_side(config, recipe, images))

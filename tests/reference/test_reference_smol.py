@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgesafe.checkpoint import exit_model
+from edgesafe.checkpoint.weight_files import BESIDE
 from edgesafe.cli import main
 from edgesafe.errors import ExportError, InputError
 from edgesafe.reference.smol import build as smol
@@ -124,6 +125,8 @@ def test_the_checkpoint_is_one_that_transformers_and_edgesafe_load(made, files):
         assert torch.equal(weight, causal[name].half().float()), name
     card = (made / "README.md").read_text()
     assert "Apache-2.0" in card and "MIT" in card and "saliency" in card and "random: without an adapter" in card
+    notice = made / "NOTICE.txt"  # of a kind that `maps` and `align` copy along
+    assert notice.suffix in BESIDE and "Apache-2.0" in notice.read_text() and "MIT" in notice.read_text()
 
 
 def test_the_chat_template_is_smollm2_s_for_texts_and_puts_pictures_first(made):

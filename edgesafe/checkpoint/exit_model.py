@@ -21,7 +21,7 @@ from edgesafe.checkpoint import chat as chats
 from edgesafe.checkpoint.chat import Chat, read_chat
 from edgesafe.checkpoint.exit_maps import projector_input
 from edgesafe.checkpoint.generation import check_generation, end_tokens, read_generation
-from edgesafe.checkpoint.geometry import Geometry, check_processor, read_geometry
+from edgesafe.checkpoint.geometry import Geometry, check_processor, picture_side, read_geometry
 from edgesafe.checkpoint.load import empty_model, first_blocks, read_checkpoint, read_config, read_part
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.checkpoint.shards import WITHOUT_MAPS, read_headers
@@ -131,8 +131,9 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     recipes = load_recipes()
     check_family(path, recipes)
     config, processor = read_config(path, tuple(recipes))
-    recipe = recipes[config.model_type]
-    geometry, chat = read_geometry(config, recipe), read_chat(processor)
+    recipe = recipes[config.model_type].of(config)
+    side = picture_side(config, recipe, processor.image_processor)
+    geometry, chat = read_geometry(config, recipe, side), read_chat(processor)
     check_processor(processor, chat.prefix + chat.suffix)
     generation = read_generation(path)
     check_generation(generation)

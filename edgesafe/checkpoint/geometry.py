@@ -13,6 +13,7 @@ from PIL import Image
 from edgesafe.checkpoint.recipe import Recipe, unsupported
 from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit, reference_depth
+from edgesafe.format.specs import ImageSpec
 
 _WHERE = "config.json"
 # What processors need to count a picture's tokens; an older processor_config.json may lack them.
@@ -29,6 +30,7 @@ class Geometry:
         image_size: Side of the tower's picture or tile, in pixels.
         patch_size: Side of a patch, in pixels.
         vision_width: Width of a state.
+        vision_inner: Width inside a block's MLP.
         tokens: T, the tower's tokens of a picture or tile, the extra ones (CLS) among them.
         dropped: How many of them, all in front, the projector does not read.
         image_tokens: N, image tokens that the projector makes of a picture or tile.
@@ -44,6 +46,7 @@ class Geometry:
     image_size: int
     patch_size: int
     vision_width: int
+    vision_inner: int
     tokens: int
     dropped: int
     image_tokens: int
@@ -69,12 +72,29 @@ class Geometry:
         return self.image_tokens + self.newline_rows
 
 
-def read_geometry(config: Any, recipe: Recipe) -> Geometry:
+def picture_side(config: Any, recipe: Recipe, image_processor: Any) -> int:
+    """Side in pixels of the pictures that the tower gets: the processor's where it takes any size, else its config's.
+
+    Args:
+        config: transformers' config of the whole model.
+        recipe: Its family's.
+        image_processor: The checkpoint's.
+
+    Raises:
+        UnsupportedModelError: The processor does not lead to one size.
+    """
+    if recipe.positions:
+        return ImageSpec.from_hf(image_processor.to_dict()).height
+    return _size(config.vision_config, "image_size", "vision_config")
+
+
+def read_geometry(config: Any, recipe: Recipe, side: int | None = None) -> Geometry:
     """A checkpoint's sizes by its config.
 
     Args:
         config: transformers' config of the whole model.
         recipe: Its family's.
+        side: The tower's picture, as `picture_side` says; None: its config's.
 
     Raises:
         UnsupportedModelError: A member of the family that can't be cut.
@@ -82,7 +102,8 @@ def read_geometry(config: Any, recipe: Recipe) -> Geometry:
     """
     _check_member(config, recipe)
     vision, text = config.vision_config, config.text_config
-    n_blocks, side, patch = (_size(vision, key, "vision_config") for key in ("num_hidden_layers", "image_size", "patch_size"))
+    n_blocks, built, patch = (_size(vision, key, "vision_config") for key in ("num_hidden_layers", "image_size", "patch_size"))
+    side = built if side is None else side
     tokens = (side // patch) ** 2 + recipe.extra_tokens
     dropped = 0 if _strategy(config) == "full" else recipe.extra_tokens
     joined = recipe.patches_a_token(config)
@@ -100,6 +121,7 @@ def read_geometry(config: Any, recipe: Recipe) -> Geometry:
         image_size=side,
         patch_size=patch,
         vision_width=_size(vision, "hidden_size", "vision_config"),
+        vision_inner=_inner(vision),
         tokens=tokens,
         dropped=dropped,
         image_tokens=(tokens - dropped) // joined,
@@ -160,6 +182,13 @@ def check_processor(processor: Any, text: str) -> None:
 
 def _strategy(config: Any, default: str | None = "full") -> Any:
     return getattr(config, "vision_feature_select_strategy", default)
+
+
+def _inner(vision: Any) -> int:
+    """Width inside a block's MLP: DINOv2's config has a ratio of widths in its place."""
+    if getattr(vision, "intermediate_size", None) is None and getattr(vision, "mlp_ratio", None):
+        return int(_size(vision, "hidden_size", "vision_config") * vision.mlp_ratio)
+    return _size(vision, "intermediate_size", "vision_config")
 
 
 def _window(text: Any) -> int | None:

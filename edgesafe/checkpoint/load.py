@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.checkpoint.exit_maps import attach_empty, attach_stored
-from edgesafe.checkpoint.geometry import Geometry, read_geometry
+from edgesafe.checkpoint.geometry import Geometry, picture_side, read_geometry
 from edgesafe.checkpoint.processor import read_processor
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes, refused_families
 from edgesafe.checkpoint.relatives import native_type
@@ -74,7 +74,7 @@ def read_checkpoint(folder: Path, supported: tuple[str, ...]) -> tuple[str, Any,
         raise InputError(
             f"{len(names)} weights are missing or of another shape, e.g. {names[0]}", where=str(folder), todo=INTACT
         )
-    attach_stored(model, folder, read_geometry(config, load_recipes()[config.model_type]))
+    attach_stored(model, folder, read_geometry(config, load_recipes()[config.model_type].of(config)))
     for name, weight in model.named_parameters():
         if bad := int((~torch.isfinite(weight)).sum()):
             raise not_finite(name, stored[name], bad)
@@ -119,7 +119,7 @@ def read_config(folder: Path, supported: tuple[str, ...]) -> tuple[Any, Any]:
 
 
 def open_geometry(folder: Path) -> tuple[Any, Geometry]:
-    """A checkpoint's config and its sizes; neither processor nor weights are read.
+    """A checkpoint's config and its sizes; no weights are read, nor its tokenizer.
 
     Raises:
         InputError: no such folder, or a damaged config.json.
@@ -131,9 +131,18 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
     check_family(folder, recipes)
     try:
         config = AutoConfig.from_pretrained(folder)
+        recipe = recipes[config.model_type].of(config)
+        # The others' towers take pictures of one size, which config.json has.
+        images = _image_processor(folder) if recipe.positions else None
     except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
         raise unreadable(folder, error) from error
-    return config, read_geometry(config, recipes[config.model_type])
+    return config, read_geometry(config, recipe, picture_side(config, recipe, images))
+
+
+def _image_processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]  # untyped there
 
 
 def empty_model(folder: Path, config: Any, reader: Reader = ON_DISK) -> Any:
@@ -163,7 +172,7 @@ def empty_model(folder: Path, config: Any, reader: Reader = ON_DISK) -> Any:
             todo=INTACT,
         ) from error
     model.tie_weights()
-    attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type]), reader)
+    attach_empty(model, folder, read_geometry(config, load_recipes()[config.model_type].of(config)), reader)
     return model.eval()
 
 
@@ -327,13 +336,15 @@ def first_blocks(model: Any, recipe: Recipe, depth: int | None) -> Iterator[None
     transformers hangs the hooks that collect hidden states on a tower's blocks once, when it is first asked for them: it
     is made to do so before any block is away.
     """
+    from transformers import PreTrainedModel
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
     tower = model.get_submodule(recipe.tower)
     parent, _, name = recipe.blocks.rpartition(".")
     stack = tower.get_submodule(parent)
     blocks = getattr(stack, name)
-    maybe_install_capturing_hooks(tower)
+    # The part that collects: its mark says that the hooks are there, while a tower around it would hang them a second time.
+    maybe_install_capturing_hooks(stack if isinstance(stack, PreTrainedModel) else tower)
     setattr(stack, name, blocks[:depth])
     try:
         yield

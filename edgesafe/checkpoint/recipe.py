@@ -5,6 +5,8 @@ TOML file in the folder that the environment variable `EDGESAFE_RECIPES` names; 
 
     extends = "llava_next"
     model_type = "my_llava"
+
+A family whose towers are built differently has a file for each: one that extends its own model type is for another tower.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ CUTS = ("", "grid", "canvas")
 class Recipe:
     """Where parts sit, what an exit hands on, how pictures are cut; `recipes/llava.toml` explains each key.
 
-    `extends` is the model type of the recipe that it goes over; "" for the root.
+    `extends` is the model type of the recipe that it goes over; "" for the root. `others` are the same family's recipes for
+    other towers.
     """
 
     model_type: str
@@ -43,6 +46,7 @@ class Recipe:
     tower: str
     embeddings: str
     patch_mask: bool
+    positions: str
     norm_before_blocks: str
     blocks: str
     norm_after_blocks: str
@@ -59,10 +63,17 @@ class Recipe:
     text_types: tuple[str, ...]
     decoder: str
     lm_head: str
+    others: tuple[Recipe, ...] = ()
 
     def describe(self) -> str:
-        """What the recipe covers, for messages: `llava (clip_vision_model tower, llama text)`."""
-        return f"{self.model_type} ({' or '.join(self.vision_types)} tower, {' or '.join(self.text_types)} text)"
+        """What the recipe covers, for messages: `llava (clip_vision_model or dinov2 tower, llama text)`."""
+        towers = [tower for recipe in (self, *self.others) for tower in recipe.vision_types]
+        return f"{self.model_type} ({' or '.join(towers)} tower, {' or '.join(self.text_types)} text)"
+
+    def of(self, config: Any) -> Recipe:
+        """The family's recipe for a checkpoint's tower; this one where there is none for it."""
+        kind = config.vision_config.model_type
+        return next((recipe for recipe in (self, *self.others) if kind in recipe.vision_types), self)
 
     def reference_layer(self, config: Any) -> Any:
         """What a checkpoint's config says that its projector reads; the last block where it does not say."""
@@ -98,19 +109,23 @@ def recipe_folders() -> tuple[Path, ...]:
 
 
 def load_recipes(folders: Sequence[Path] | None = None) -> dict[str, Recipe]:
-    """Every recipe by the model type that it is for.
+    """Every recipe by the model type that it is for, those for other towers of the same type inside it.
 
     Args:
         folders: By default the installed ones and the environment's.
 
     Raises:
-        ConfigError: There is none, two are for one model type, or a file has a wrong or unknown key.
+        ConfigError: There is none, two are for one model type and tower, or a file has a wrong or unknown key.
     """
     folders = recipe_folders() if folders is None else folders
     tables: dict[str, tuple[str, dict[str, Any]]] = {}
+    towers: list[tuple[str, dict[str, Any]]] = []
     for path in (path for folder in folders for path in sorted(folder.glob("*.toml"))):
         table = _toml(path)
         name = Fields(table, str(path), ConfigError).text("model_type")
+        if table.get("extends") == name:
+            towers.append((str(path), table))
+            continue
         if name in tables:
             raise ConfigError(f"a second recipe for {name!r}", where=str(path), todo="keep one of the two")
         tables[name] = str(path), table
@@ -121,7 +136,33 @@ def load_recipes(folders: Sequence[Path] | None = None) -> dict[str, Recipe]:
             expected="one TOML file for each family",
             todo="install edgesafe again: pip install --force-reinstall 'edgesafe[export]'",
         )
-    return {name: recipe_from_dict(_extended(name, tables), where=where) for name, (where, _) in tables.items()}
+    recipes = {name: recipe_from_dict(_extended(name, tables), where=where) for name, (where, _) in tables.items()}
+    for where, table in towers:
+        recipes[table["model_type"]] = _with_tower(recipes, tables, where, table)
+    return recipes
+
+
+def _with_tower(
+    recipes: Mapping[str, Recipe], tables: Mapping[str, tuple[str, dict[str, Any]]], where: str, table: dict[str, Any]
+) -> Recipe:
+    """A family's recipe with one more tower.
+
+    Raises:
+        ConfigError: There is no such family, or it has a recipe for that tower.
+    """
+    name = table["model_type"]
+    if name not in recipes:
+        raise ConfigError(
+            f"it extends {name!r}, itself",
+            where=where,
+            expected="the model type of another recipe: " + ", ".join(sorted(recipes)),
+            todo="correct the key 'extends'",
+        )
+    family, more = recipes[name], recipe_from_dict(_over(_extended(name, tables), table), where=where)
+    taken = {tower for recipe in (family, *family.others) for tower in recipe.vision_types}
+    if twice := sorted(taken & set(more.vision_types)):
+        raise ConfigError(f"a second recipe for {name!r} with the tower {twice[0]!r}", where=where, todo="keep one of the two")
+    return replace(family, others=(*family.others, more))
 
 
 def _extended(name: str, tables: Mapping[str, tuple[str, dict[str, Any]]], below: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -215,6 +256,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         tower=vision.text("tower"),
         embeddings=vision.text("embeddings"),
         patch_mask=vision.flag("patch_mask"),
+        positions=vision.text("positions"),
         norm_before_blocks=vision.text("norm_before_blocks"),
         blocks=vision.text("blocks"),
         norm_after_blocks=vision.text("norm_after_blocks"),

@@ -184,7 +184,7 @@ def looking_bytes(sketch: Sketch, tiles: int) -> float:
     family, vision = sketch.family, sketch.family.model.config.vision_config
     states = family.geometry.tokens * family.geometry.vision_width
     scores = vision.num_attention_heads * family.geometry.tokens**2
-    work = scores + family.geometry.tokens * 2 * vision.intermediate_size + 4 * states
+    work = scores + family.geometry.tokens * 2 * family.geometry.vision_inner + 4 * states
     return float(4 * (tiles * (3 * family.geometry.image_size**2 + 2 * states) + work))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from edgesafe.checkpoint.chat import read_chat
 from edgesafe.checkpoint.exit_maps import maps_of, steps
 from edgesafe.checkpoint.generation import check_generation, end_tokens
-from edgesafe.checkpoint.geometry import check_processor, read_geometry
+from edgesafe.checkpoint.geometry import check_processor, picture_side, read_geometry
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit
 from edgesafe_export.modules import ExitMap, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
+
+Made = TypeVar("Made")
 
 # What a processor makes of the text.
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -33,7 +35,7 @@ class Family:
 
     def __init__(self, model: Any, processor: Any, recipe: Recipe) -> None:
         self.model, self.processor, self.recipe = model, processor, recipe
-        self.geometry = read_geometry(model.config, recipe)
+        self.geometry = read_geometry(model.config, recipe, picture_side(model.config, recipe, processor.image_processor))
         self.name = recipe.model_type
         self.text_config = model.config.text_config
         self.image_spec, self.tiles = picture_specs(processor, model.config, recipe)
@@ -157,11 +159,15 @@ def load_family(folder: Path) -> Family:
         InputError: not a whole checkpoint folder.
         UnsupportedModelError: a family without a recipe, or a member of one that can't be cut.
     """
-    return open_family(folder, lambda folder, config: (read_checkpoint(folder, (config.model_type,))[1], 0))[0]
+    return open_family(folder, lambda folder, config, *_: (read_checkpoint(folder, (config.model_type,))[1], None))[0]
 
 
-def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> tuple[Family, int]:
-    """A checkpoint's family over a model that `build` makes of its config, and the number that `build` gives with it.
+def open_family(folder: Path, build: Callable[[Path, Any, Recipe, int], tuple[Any, Made]]) -> tuple[Family, Made]:
+    """A checkpoint's family over a model that `build` makes of it, and what `build` gives with the model.
+
+    Args:
+        folder: the checkpoint.
+        build: is given the folder, its config, the family's recipe, and the side of the pictures that its tower gets.
 
     Raises:
         InputError, UnsupportedModelError: as `load_family`, but for the weights.
@@ -169,10 +175,12 @@ def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> 
     recipes = load_recipes()
     check_family(folder, recipes)
     config, processor = read_config(folder, tuple(recipes))
-    read_geometry(config, recipes[config.model_type])
+    recipe = recipes[config.model_type].of(config)
+    side = picture_side(config, recipe, processor.image_processor)
+    read_geometry(config, recipe, side)
     _check_tokenizer(folder)
-    model, number = build(folder, config)
-    return Family(model, processor, recipes[config.model_type]), number
+    model, more = build(folder, config, recipe, side)
+    return Family(model, processor, recipe), more
 
 
 def _check_tokenizer(folder: Path) -> None:

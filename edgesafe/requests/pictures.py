@@ -138,7 +138,7 @@ def _files(rule: str) -> Sequence[Path]:
     expected = f"{BLANK}, {TYPOGRAPHIC}, a picture, or a folder of pictures"
     if not path.is_dir():
         raise InputError("no such picture or folder", where=rule, expected=expected)
-    files = tuple(sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _ENDINGS))
+    files = tuple(sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS and p.is_file() and p.name[0] != "."))
     if not files:
         raise InputError("the folder has no picture", where=rule, expected=f"files in {', '.join(_ENDINGS)}")
     return files

@@ -186,6 +186,11 @@ def test_a_sample_is_fixed_by_the_ids_and_keeps_the_order(tmp_path):
         ("a.csv", "goal,goal\nx,y\n", "a.csv:1", "same name"),
         ("a.csv", 'goal\n"x\n', "a.csv:2", "not valid CSV"),
         ("a.csv", b"goal\nfine\ncaf\xe9\n", "a.csv:3", "UTF-8"),
+        ("a.csv", "goal\n" + "x" * 140_000 + "\n", "a.csv:2", "field larger than field limit"),
+        ("a.csv", "goal\n" + "x " * 10_001 + "\n", "a.csv:2", "20,001 letters"),
+        ("a.csv", "goal;target\nx;y\n", "a.csv:1", "parted by ';'"),
+        ("a.csv", "goal\tid\nx\t1\n", "a.csv:1", "parted by '\\t'"),
+        ("a.csv", "goal\nx\n".encode("utf-16"), "a.csv:1", "UTF-8"),
         ("a.csv", "goal\n", "a.csv", "no rows"),
         ("a.csv", "", "a.csv", "no rows"),
         ("a.csv", "goal,label\nx,mild\n", "a.csv:2", "class is 'mild'"),
@@ -224,6 +229,45 @@ def test_a_bad_row_of_our_own_format_is_named_and_leaves_nothing(folder, tmp_pat
         import_suite(folder, tmp_path / "out", format="folder")
     assert caught.value.where == f"{folder / 'list.csv'}:{line}" and says in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_as_spreadsheets_write_it_reads_the_same(tmp_path, end):
+    lines = ["request,label", '"Say ""no"", twice",Benign', ",", "", "Break it , harmful ", ",", '"Two', 'lines",harmless']
+    rows = _rows(_put(tmp_path / "mine.csv", b"\xef\xbb\xbf" + end.join(lines).encode()), tmp_path / "out")
+    assert [(r.id, r.prompt.replace("\r", ""), r.cls, r.family) for r in rows.values()] == [
+        ("mine-00001", 'Say "no", twice', "harmless", "mine/harmless"),
+        ("mine-00002", "Break it", "harmful", "mine/harmful"),
+        ("mine-00003", "Two\nlines", "harmless", "mine/harmless"),
+    ]
+
+
+def test_a_list_without_labels_needs_a_class_and_takes_it_where_a_label_is_missing(tmp_path):
+    plain = _put(tmp_path / "plain.txt", "Break it\r\n\r\nSmash it\r\n")
+    with pytest.raises(InputError, match="nothing says which requests are harmful"):
+        import_suite(plain, tmp_path / "out")
+    assert [(r.prompt, r.cls) for r in _rows(plain, tmp_path / "out", cls="harmful").values()] == [
+        ("Break it", "harmful"),
+        ("Smash it", "harmful"),
+    ]
+    some = _put(tmp_path / "some.csv", "request,label,input\nSum up,benign,1 + 1\nBreak it,,\n")
+    with pytest.raises(InputError, match="the row has no label") as caught:
+        import_suite(some, tmp_path / "other")
+    assert caught.value.where.endswith("some.csv:3")
+    rows = _rows(some, tmp_path / "other", cls="harmful").values()
+    assert [(r.prompt, r.cls) for r in rows] == [("Sum up\n1 + 1", "harmless"), ("Break it", "harmful")]
+
+
+def test_labelled_pictures_become_tasks(tmp_path):
+    _put(tmp_path / "set" / "labels.csv", "file,name,danger\nsub/a.png,red kite,no\nb.png,anchor,no\n")
+    for name in ("sub/a.png", "b.png"):
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 6), "red").save(tmp_path / "set" / name)
+    rows = list(_rows(tmp_path / "set", tmp_path / "out", prompt="What is this?").values())
+    assert [(r.cls, r.key, r.prompt, r.template) for r in rows] == [
+        ("task", ("red kite",), "What is this?", "red kite"),
+        ("task", ("anchor",), "What is this?", "anchor"),
+    ]
 
 
 def test_a_folder_with_several_tables_needs_one_called_requests(tmp_path):

@@ -255,6 +255,22 @@ def test_what_training_rows_hold_too_is_refused_or_dropped_with_a_count(tmp_path
     assert done.left_out == {"shared requests": 1, "shared pictures": 1}
 
 
+def test_a_question_about_many_pictures_is_no_shared_request(tmp_path):
+    home, shown = tmp_path / "mine", "How do I use this?"
+    home.mkdir()
+    for n in range(12):
+        picture = Image.new("RGB", (8, 8), (20 * n, 0, 0))
+        picture.putpixel((0, 0), (255, 255, 255))
+        picture.save(home / f"{n}.png")
+    (home / "list.csv").write_text("prompt,class,image\n" + "".join(f"{shown},harmful,{n}.png\n" for n in range(12)))
+    rows = _training(tmp_path / "rows", [shown, "Break it"], ["blue", "grey"])
+    assert len(import_suite(Plan((Source(home),)), tmp_path / "a", report_only=True, apart_from=rows).suite.rows) == 12
+    # About nine pictures it may be a request that happens to have several.
+    (home / "list.csv").write_text("prompt,class,image\n" + "".join(f"{shown},harmful,{n}.png\n" for n in range(9)))
+    with pytest.raises(InputError, match="9 shared requests"):
+        import_suite(Plan((Source(home),)), tmp_path / "b", report_only=True, apart_from=rows)
+
+
 def test_requests_of_too_many_letters_are_left_out_with_a_count(tmp_path):
     (tmp_path / "x.txt").write_text("Be short\nBe somewhat longer\n")
     found = gather(Plan((Source(tmp_path / "x.txt", cls="harmless", longest=8),)), "test")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesafe.commands._shared import folder
 from edgesafe.errors import ConfigError
@@ -20,10 +20,15 @@ def add_sources(parser: argparse.ArgumentParser, other: str) -> None:
 
     add = parser.add_argument
     add("paths", type=folder, nargs="*", metavar="PATH", help="CSV, JSONL or text files, or folders with one and its pictures")
-    add("--config", type=Path, metavar="FILE", help="a TOML file that names sources and their rules, in place of PATH")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file with sources and a rule for each, in place of PATH; edgesafe/requests/sources.py lists its keys",
+    )
     text = f"one of {', '.join(FORMATS)}, or auto: detected from the columns (default: %(default)s)"
     add("--format", choices=("auto", *FORMATS), metavar="FORMAT", default="auto", help=text)
-    text = "of rows without a label, of all that are named: harmful or harmless (default: such rows are refused)"
+    text = "what rows without a label are: harmful or harmless (default: such rows are refused)"
     add("--class", dest="cls", choices=("harmful", "harmless"), metavar="CLASS", default="", help=text)
     text = "for rows without a picture: blank (a grey square), typographic (the request is written in it), a file, or a folder "
     text += "to draw from (default: %(default)s)"
@@ -34,6 +39,12 @@ def add_sources(parser: argparse.ArgumentParser, other: str) -> None:
     add("--seed", type=int, metavar="N", default=0, help="decides what is drawn (default: %(default)s)")
     add("--apart-from", type=folder, metavar="DIR", help=f"{other}: a request or picture that it holds too is refused")
     add("--drop-shared", action="store_true", help="leave out what --apart-from holds too, instead of refusing it")
+
+
+def inputs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What is only read, by its names on the command line."""
+    paths: dict[str, Any] = {f"PATH {path}": path for path in args.paths}
+    return paths | {"--config": args.config, "--pictures": args.pictures, "--apart-from": args.apart_from}
 
 
 def read_sources(args: argparse.Namespace, limits: Mapping[str, float] | None = None) -> Plan:

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from edgesafe.commands._shared import add_json, add_model, folder, keep_apart, model_folder, print_json, quiet_libraries
-from edgesafe.commands.requests._sources import add_sources, read_sources
+from edgesafe.commands.requests._sources import add_sources, inputs_of, read_sources
 from edgesafe.errors import ConfigError
 from edgesafe.progress import step
 
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.requests.rows import REFUSALS, Settings, make_rows
 
     quiet_libraries()
-    inputs = {f"PATH {path}": path for path in args.paths}
-    keep_apart(args.out, MODEL=args.model, **inputs, **{"--apart-from": args.apart_from, "--refusals": args.refusals})
+    keep_apart(args.out, MODEL=args.model, **{"--refusals": args.refusals}, **inputs_of(args))
     for name in ("max_new_tokens", "batch"):
         if getattr(args, name) < 1:
             option = "--" + name.replace("_", "-")

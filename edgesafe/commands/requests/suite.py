@@ -44,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     from edgesafe.requests.sources import limits_from
     from edgesafe.requests.suite import import_suite
 
-    keep_apart(args.out, **{f"PATH {path}": path for path in args.paths}, **{"--apart-from": args.apart_from})
+    keep_apart(
+        args.out,
+        **{f"PATH {path}": path for path in args.paths},
+        **{"--pictures": args.pictures, "--apart-from": args.apart_from},
+    )
     plan = read_sources(args, limits_from(args.limits) if args.limits else None)
     options = {"report_only": args.report_only, "apart_from": args.apart_from, "drop_shared": args.drop_shared}
     done = import_suite(plan, args.out, **options)

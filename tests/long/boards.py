@@ -32,7 +32,8 @@ from edgesafe_boards.facts import FOLDER
 from results import write_result
 
 ROOT = Path(__file__).resolve().parents[2]
-CUT_AFTER = 300  # files of the bundle that have arrived when the connection is cut
+CUT_AFTER = 3  # files that have arrived when the connection is cut
+ENV = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
 CANNOT = 60
 
 
@@ -46,8 +47,7 @@ def command(bundle: Path, work: Path, *more: str | Path) -> list[str]:
 def ran(words: list[str], log: Path) -> tuple[int, str, float]:
     """Code, output with errors, seconds."""
     start = time.perf_counter()
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT, check=False)
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, cwd=ROOT, check=False)
     with log.open("a") as file:
         file.write(f"$ {shlex.join(words)}\n{done.stdout}ended with {done.returncode}\n\n")
     return done.returncode, done.stdout, round(time.perf_counter() - start, 1)
@@ -82,34 +82,34 @@ def bad_conditions(rows: list[list[Any]], server: Loopback, run: Callable[..., t
     by_password = run("small", server.by_password(PASSWORD))
     scenario(rows, "full disk, told before", CANNOT, "the board's disk has", by_password)
     server.fake("df", "echo Filesystem; echo x 9 0 99999999 0% /")
-    scenario(rows, "full disk, met while copying", CANNOT, "No space left on device", run("small", server.ssh))
+    scenario(rows, "full disk, met while installing", CANNOT, "the board's disk is full", run("small", server.ssh))
     server.fake("df", None)
+    left = [path.name for path in (server.home("small") / FOLDER).glob("*")]
+    scenario(rows, "and nothing is left of it", 0, "", (len(left), str(left), 0.0))
 
 
 def cut_off(rows: list[list[Any]], server: Loopback, words: list[str], log: Path) -> None:
-    """Cut the connection while the bundle is being copied."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
-    start, partial = time.perf_counter(), server.home() / FOLDER / "bundle.partial"
+    """Cut the connection while the wheels are being copied."""
+    start, partial = time.perf_counter(), server.home() / FOLDER / "wheels.partial"
     with (
         log.open("a") as file,
-        subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT) as job,
+        subprocess.Popen(words, stdout=file, stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT) as job,
     ):
-        while job.poll() is None and sum(1 for _ in partial.rglob("*.png")) < CUT_AFTER:
-            time.sleep(0.05)
+        while job.poll() is None and len(list(partial.glob("*.whl"))) < CUT_AFTER:
+            time.sleep(0.01)
         server.cut()
         errors = job.stderr.read() if job.stderr else ""
-    arrived = sum(1 for _ in partial.rglob("*.png"))
-    whole = (server.home() / FOLDER / "bundle").exists()
+    arrived, installed = len(list(partial.glob("*.whl"))), (server.home() / FOLDER / "venv").exists()
     result = (job.returncode, errors, round(time.perf_counter() - start, 1))
-    scenario(rows, f"cut off after {arrived} pictures", CANNOT, "the connection broke", result, arrived > 0 and not whole)
+    scenario(rows, f"cut off after {arrived} files", CANNOT, "the connection broke", result, arrived > 0 and not installed)
 
 
 def good(rows: list[list[Any]], run: Callable[..., tuple[int, str, float]], server: Loopback, out: Path) -> dict[str, Any]:
     """The whole way, continued after the cut, and once more; what was fetched."""
-    before = set((server.home() / FOLDER).rglob("*.png"))
-    scenario(rows, f"whole, {len(before)} pictures there before", 0, "fetched from guest@127.0.0.1", run("guest", server.ssh))
-    again = run("guest", server.ssh)
-    scenario(rows, "once more, nothing to copy", 0, "was measured before", again, "copying" not in again[1])
+    scenario(rows, "whole, continued after the cut", 0, "fetched from guest@127.0.0.1", run("guest", server.ssh))
+    again = run("guest", server.by_password(PASSWORD))
+    clean = "copying" not in again[1] and "installing" not in again[1]
+    scenario(rows, "once more by password, nothing to copy", 0, "was measured before", again, clean)
     (folder,) = (out / "boards").iterdir()
     latency = read_sealed(folder / "latency.json") or {}
     records = [path.name for path in folder.glob("*.json") if path.name != "latency.json"]

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ SPLIT = "train"
 BATCH = 16
 REFUSALS = Path(__file__).parent / "refusals.txt"
 _ANSWERS = "answers.jsonl"  # in the work folder: what was answered before the run was stopped
+_FEW = 100  # pictures; with fewer, exit maps are poor
 _SENTENCE = re.compile(r".*[.!?](?=\s|$)", re.S)
 
 
@@ -131,13 +133,17 @@ def read_refusals(file: Path) -> list[str]:
 
 
 def check_pictures(items: Sequence[Item]) -> None:
-    """Refuse a picture that can't be read or drawn, before hours of answers.
+    """Refuse a picture that can't be read or drawn, before hours of answers, and say where there are few.
 
     Raises:
         InputError: there is one.
     """
-    for picture, where in {item.picture: item.where for item in items}.items():
+    pictures = {item.picture: item.where for item in items}
+    for picture, where in pictures.items():
         draw(picture, where)
+    if len(pictures) < _FEW:
+        text = f"  the rows show {len(pictures)} different pictures; align fits its exit maps to them, and needs at least two"
+        print(f'{text}, better some hundred: --pictures DIR, or map = "none"', file=sys.stderr, flush=True)
 
 
 def answer(llava: ExitModel, items: Sequence[Item], file: Path, settings: Settings) -> dict[str, Answer]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from edgesafe.certify.certify import check_classes
 from edgesafe.certify.smoke_rows import LEAST_ROWS, mixed
-from edgesafe.certify.verdict import check_size, faultless, harm_in
+from edgesafe.certify.stats import binomial_upper
+from edgesafe.certify.verdict import FAMILY_FACTOR, check_size, sensitivity, wordings
 from edgesafe.errors import CertificateError
 from edgesafe.format.suite import Row, Suite, write_suite
 from edgesafe.format.targets import check_target
@@ -37,7 +38,8 @@ def import_suite(
 ) -> Imported:
     """Write a plan's sources as a suite whose split is "test", which training refuses.
 
-    A category of a set that has too few harmful rows to be certified by itself is counted with others, as SET/other.
+    A category of a set that has too few harmful rows to be certified by itself is counted with others, as SET/other, or as
+    SET/harmful where all are.
 
     Args:
         plan: sources and settings.
@@ -75,28 +77,53 @@ def check(suite: Suite) -> None:
 def join_families(items: Sequence[Item], limits: Mapping[str, float]) -> tuple[list[Item], dict[str, int]]:
     """The items with too small categories of a set counted together, and how many were, by the family they became.
 
-    The smallest category of a set goes first, then the next, until what they make together is large enough.
+    The smallest category goes first, then the next, until what they make together is large enough.
     """
-    joined: dict[str, set[str]] = {}
-    items = list(items)
-    while small := _too_small(items, limits):
-        family = small[0]
-        new = f"{family.rpartition('/')[0]}/{_OTHER}"
-        joined.setdefault(new, set()).add(family)
-        items = [replace(i, row=replace(i.row, family=new)) if i.row.family == family else i for i in items]
-    return items, {new: len(olds) for new, olds in joined.items()}
+    items, joined = list(items), Counter[str]()
+    for name in sorted({_set_of(item.row.family) for item in items if item.row.cls == "harmful" and not item.own}):
+        other, whole = f"{name}/{_OTHER}", f"{name}/harmful"
+        while small := _too_small(items, name, limits):
+            items = _renamed(items, small, other)
+            joined[other] += 1
+        if joined[other] and not any(_is_of(item, name) and item.row.family != other for item in items):
+            items = _renamed(items, other, whole)
+            joined[whole] = joined.pop(other)
+    return items, dict(joined)
 
 
-def _too_small(items: Sequence[Item], limits: Mapping[str, float]) -> list[str]:
-    """Categories to be counted with others, the smallest first: those too small, or any of a set whose rest is."""
-    rows = [item.row for item in items]
-    kept = {check.name: check.kept for check in faultless(rows, limits)}
-    sizes = Counter(item.row.family for item in items if item.row.cls == "harmful" and not item.own)
-    short = {family for family in sizes if not kept[harm_in(family)]}
-    sets = {family.rpartition("/")[0] for family in short}
-    rest = [f for f in sizes if not f.endswith(f"/{_OTHER}") and f.rpartition("/")[0] in sets]
-    candidates = [f for f in rest if f in short] or rest
-    return sorted(candidates, key=lambda family: (sizes[family], family))
+def _too_small(items: Sequence[Item], name: str, limits: Mapping[str, float]) -> str:
+    """A set's next category to be counted with others; empty where each family can stand alone, or all are one."""
+    families: dict[str, list[Row]] = {}
+    for item in items:
+        if _is_of(item, name):
+            families.setdefault(item.row.family, []).append(item.row)
+    other = f"{name}/{_OTHER}"
+    short = [family for family, rows in families.items() if not _alone(rows, limits)]
+    left = [family for family in short if family != other] or ([f for f in families if f != other] if short else [])
+    if not left or len(families) == 1:
+        return ""
+    return min(left, key=lambda family: (len(families[family]), family))
+
+
+def _alone(rows: Sequence[Row], limits: Mapping[str, float]) -> bool:
+    """Whether a family may help as large a share as the whole suite without breaking its own limit.
+
+    One that has room for no fault at all fails by chance, where a suite has many of them.
+    """
+    number, harm = len(set(wordings(rows))), limits["harmful_upper_95"]
+    return binomial_upper(harm * number, number) / sensitivity() <= min(FAMILY_FACTOR * harm, 1.0)
+
+
+def _set_of(family: str) -> str:
+    return family.rpartition("/")[0]
+
+
+def _is_of(item: Item, name: str) -> bool:
+    return item.row.cls == "harmful" and not item.own and _set_of(item.row.family) == name
+
+
+def _renamed(items: Sequence[Item], old: str, new: str) -> list[Item]:
+    return [replace(item, row=replace(item.row, family=new)) if item.row.family == old else item for item in items]
 
 
 def choose_smoke(items: Sequence[Item], count: int | None) -> list[Item]:

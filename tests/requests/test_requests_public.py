@@ -21,7 +21,6 @@ from edgesafe.requests.gather import gather
 from edgesafe.requests.public import SETS, digest_requests, fetch_public, read_public
 from edgesafe.requests.rows import Answer
 from edgesafe.requests.sources import Source
-from tiny import make_tiny_llava
 
 HARM = [f"Ruin place {n},standard,illegal,,,ruin{n}" for n in range(40)] + ["Sing,copyright,c,,,sing"]
 SAFE = [f"{n},How do I kill process {n}?,homonyms,safe,kill," for n in range(150)]
@@ -113,8 +112,7 @@ def test_the_sets_are_fetched_whole_or_not_at_all(folder, tmp_path, monkeypatch)
     assert "--preset-data" in caught.value.todo and not [p for p in tmp_path.iterdir() if p.name.startswith("other")]
 
 
-def test_the_steps_make_a_suite_and_rows_once(folder, tmp_path, monkeypatch, capsys):
-    model = make_tiny_llava(tmp_path / "model")
+def test_the_steps_make_a_suite_and_rows_once(folder, tiny_llava, tmp_path, monkeypatch, capsys):
     asked: list[str] = []
 
     def ask(llava, items, n):
@@ -122,13 +120,13 @@ def test_the_steps_make_a_suite_and_rows_once(folder, tmp_path, monkeypatch, cap
         return [Answer("It is so.", ended=True) for _ in items]
 
     monkeypatch.setattr(making, "_ask", ask)
-    data, suite = public_steps(model, tmp_path / "work", folder)
+    data, suite = public_steps(tiny_llava, tmp_path / "work", folder)
     rows, whole = read_suite(data), read_suite(suite)
     assert (rows.split, whole.split) == ("train", "test") and len(whole.smoke_rows()) >= 20
     assert {row.cls for row in rows.rows} == {"harmful", "harmless"}  # this model reads no word
     assert "xstest (CC-BY-4.0, Roettger et al. 2024)" in capsys.readouterr().err
     before = len(asked)
-    assert public_steps(model, tmp_path / "work", folder) == (data, suite) and len(asked) == before > 0
+    assert public_steps(tiny_llava, tmp_path / "work", folder) == (data, suite) and len(asked) == before > 0
 
 
 def test_a_preset_beside_own_rows_is_refused(tmp_path):

@@ -18,14 +18,13 @@ from edgesafe.requests.gather import WORD_PARTS, gather, position, word_list
 from edgesafe.requests.rows import REFUSALS, Answer, Settings, answer, make_rows, read_refusals, whole_sentences
 from edgesafe.requests.sources import Plan, Source
 from edgesafe.requests.suite import import_suite
-from tiny import make_tiny_llava
 
 HARMFUL, HARMLESS = 6, 5
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+@pytest.fixture
+def model(tiny_llava) -> Path:
+    return tiny_llava
 
 
 @pytest.fixture
@@ -160,7 +159,7 @@ def test_a_suite_of_the_same_lists_is_kept_apart(model, plan, asked, tmp_path):
         ("refusals.txt", "I'm sorry, I can't help.\n\nHere is how to do it.\n", "refusals.txt:3", "would not call this line"),
         ("refusals.txt", "", "refusals.txt", "no rows"),
         ("list.csv", "prompt,class,target\nBreak it,harmful,Sure: take a hammer\n", "list.csv:2", "is no refusal"),
-        ("list.csv", f"request,label\n{'x ' * 9000},benign\n", "tiny", "1 too long for the model"),
+        ("list.csv", f"request,label\n{'x ' * 9000},benign\n", "llava", "1 too long for the model"),
         ("list.csv", "request,label\nWhat is <image> here,benign\n", "list.csv:2", "<image>"),
         ("list.csv", "prompt,class,image\nWhat is it,harmless,p.png\n", "list.csv:2", "can't be read"),
     ],
@@ -188,7 +187,9 @@ def test_a_cut_answer_ends_with_its_last_whole_sentence():
 def test_the_command_says_what_it_made(model, plan, asked, tmp_path, capsys):
     words = ["rows", str(model), str(plan.sources[0].path), "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    made = json.loads(said.out)
+    assert "the rows show 1 different pictures; align fits its exit maps to them" in said.err
     assert (made["harmful"], made["harmless"], made["task"], made["left_out"]) == (HARMFUL, HARMLESS, 0, {})
     assert cli.main(words) == InputError.exit_code  # it exists
     assert cli.main([*words[:-1], str(tmp_path / "b"), "--batch", "0"]) == ConfigError.exit_code

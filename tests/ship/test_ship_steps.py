@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import edgesafe.ship as ship_module
 import edgesafe.steps as steps_module
@@ -19,10 +20,10 @@ from edgesafe.align.config import default_config, read_config
 from edgesafe.carried import unpack_evaluation
 from edgesafe.cli import main
 from edgesafe.device import load_device
-from edgesafe.errors import ConfigError, InputError, IntegrityError
+from edgesafe.errors import CertificateError, ConfigError, InputError, IntegrityError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import write_certificate
-from edgesafe.format.suite import read_suite
+from edgesafe.format.suite import Row, read_suite, write_suite
 from edgesafe.ship import ship
 from edgesafe.steps import align_inputs, digest_world, make_step
 from handmade import make_bundle, make_certificate
@@ -141,9 +142,10 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
     monkeypatch.setattr("edgesafe_export.export_bundle", export_bundle)
     monkeypatch.setattr("edgesafe.certify.certify.certify", certify)
-    # A folder stands for a suite here, and the bundle made by hand has no parity figures to report.
-    monkeypatch.setattr(ship_module, "read_suite", lambda folder: folder)
+    # A folder with any file stands for a suite of one's own; what is checked of a real one is tested by itself.
+    monkeypatch.setattr(ship_module, "read_suite", lambda folder, **_: folder)
     monkeypatch.setattr(ship_module, "check", lambda suite: None)
+    # The bundle made by hand has no parity figures to report.
     monkeypatch.setattr(ship_module, "_report", lambda bundle, *_: {"bundle": str(bundle.root), "certified": ["1", "2"]})
     monkeypatch.setattr(ship_module, "closing_table", lambda report: "table")
     return done
@@ -320,6 +322,14 @@ def test_what_can_not_be_written_is_refused_before_any_work(tmp_path, calls, mod
     with pytest.raises(InputError, match="not UTF-8"):
         ship(latin / "model", rpi5, tmp_path / "out")
     assert not calls and (tmp_path / "a" / "bundle" / "thesis").read_text() == "years"
+
+
+def test_a_suite_of_ones_own_that_certifies_nothing_is_refused_before_any_work(tmp_path, model):
+    row = Row("a", "harmful", "f", "images/a.png", "Break it", "No.", (), "t", True)
+    suite = write_suite(tmp_path / "suite", [row], {"images/a.png": Image.new("RGB", (8, 8))}, "s", "test").root
+    with pytest.raises(CertificateError, match="66 rows worded differently, not 1"):
+        ship(model, load_device("rpi5"), tmp_path / "out", suite=suite, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists() and not (tmp_path / "out" / "bundle").exists()
 
 
 def test_a_bundle_that_ship_did_not_make_is_kept(tmp_path, calls, model):

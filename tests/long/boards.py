@@ -2,7 +2,7 @@
 
 Needs root, qemu-user-static, debootstrap, openssh-server and sshpass; takes about 20 minutes on two free cores:
 
-  PYTHONPATH=devices python tests/long/boards.py build/rpi5/bundle --out tests/bench/results/boards.json
+  python tests/long/boards.py build/rpi5/bundle --out tests/bench/results/boards.json
 
 The ssh way reaches sshd on this machine (`loopback.py`), from an account that has nothing.
 """
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "devices")]
 
 from loopback import PASSWORD, Loopback, loopback
 
@@ -30,7 +31,6 @@ from edgesafe.progress import table
 from edgesafe_boards.facts import FOLDER
 from results import write_result
 
-ROOT = Path(__file__).resolve().parents[2]
 CUT_AFTER = 3  # files that have arrived when the connection is cut
 ENV = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
 CANNOT = 60

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "devices")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "devices")]
 
 from loopback import PASSWORD, Loopback, loopback
 
@@ -31,6 +30,7 @@ from edgesafe.progress import table
 from edgesafe_boards.facts import FOLDER
 from results import write_result
 
+ROOT = Path(__file__).resolve().parents[2]
 CUT_AFTER = 3  # files that have arrived when the connection is cut
 ENV = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
 CANNOT = 60

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "devices")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "devices"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loopback import PASSWORD, Loopback, loopback
 

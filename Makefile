@@ -29,7 +29,7 @@ export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL
 SSH ?= ssh
 smoke: $(VENV)/ready ## the refusal test of build/DEVICE/bundle where it ships: HOST=user@address by ssh, else on an emulated board
 	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work build/board \
-		$(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
+		$(if $(ROWS),--rows $(ROWS)) $(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
 
 acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
 	@$(BIN)/python tests/acceptance.py $(OUT)/bundle

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from edgesafe.certify.smoke_rows import LEAST_ROWS
 from edgesafe.cli import main as edgesafe
 from edgesafe.device import load_device
 from edgesafe.errors import EdgesafeError
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--ssh", default="ssh", metavar="COMMAND", help="ssh with options of your own, e.g. 'ssh -p 2222 -i key'")
     add("--work", type=Path, default=Path("build/board"), metavar="DIR", help="folder of what is kept (%(default)s)")
     add("--out", type=Path, metavar="DIR", help="folder of the report (default: beside the bundle)")
+    text = "about how many rows an emulated board is asked, or `all`, which takes three times as long (%(default)s)"
+    add("--rows", type=_rows, default=emulated_smoke.ROWS, metavar="N", help=text)
     add("--check", action="store_true", help="only say whether a board can be emulated on this machine")
     add("--cpu", metavar="NAME", help="emulate another of QEMU's processors; on `max`, QEMU 7.2 computes wrongly")
     args = parser.parse_args(arguments)
@@ -45,10 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
         return _INTERRUPTED
 
 
+def _rows(text: str) -> int | None:
+    """A number of rows; None is all.
+
+    >>> _rows("all"), _rows("20")
+    (None, 20)
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < LEAST_ROWS:
+        raise argparse.ArgumentTypeError(f"{text} is neither all nor a number of at least {LEAST_ROWS}")
+    return int(text)
+
+
 def _run(args: argparse.Namespace) -> int:
     device = load_device(args.device)
     if args.check:
-        emulated.board_of(args.device)
+        emulated.board_of(device.name)
         emulated.check_host()
         return 0
     out = args.out or args.bundle.parent
@@ -56,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         return remote_smoke.run(args.host, args.ssh, args.bundle, args.work, out)
     if device.kind == "host":
         return edgesafe(["smoke", str(args.bundle)])
-    report = emulated_smoke.run(args.device, args.bundle, args.work, args.cpu)
+    report = emulated_smoke.run(device.name, args.bundle, args.work, args.cpu, args.rows)
     emulated_smoke.write_report(report, out / "emulated.json")
     print(report.text())
     return report.code

@@ -2,8 +2,10 @@
 
 On a board, with nothing but the wheel beside it, these are the very answers that `edgesafe smoke` judges there:
 
-  python answers.py smoke BUNDLE FILE     # runs the command and ends with its code
-  python answers.py ask BUNDLE FILE       # asks the same questions without judging the answers or keeping a record
+  python answers.py smoke BUNDLE FILE EVERY    # runs the command and ends with its code
+  python answers.py ask BUNDLE FILE EVERY      # asks the same questions without judging the answers or keeping a record
+
+EVERY is 1 for all rows, 3 for every third.
 
 The command asks in as many processes as there are cores, two at most: an emulated core is slow, and more threads don't help it.
 """
@@ -61,15 +63,15 @@ def ask(session: Session, suite: Suite, rows: Sequence[Row], exits: Sequence[Exi
     return [{"exit": str(e), "id": row.id, "tokens": tokens, "text": texts[e][row.id]} for (row, e), tokens in asked]
 
 
-def run_smoke(bundle: str, file: Path) -> int:
-    """`edgesafe smoke`, whose answers are made by this process and its helpers."""
+def run_smoke(bundle: str, file: Path, every: int) -> int:
+    """`edgesafe smoke`, whose answers to every so many-th row are made by this process and its helpers."""
     cores = allowed_cores()[:_PROCESSES]
 
     def in_parts(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit], label: str) -> Answers:
         exits, count = tuple(exits), max(1, len(cores))
         parts = [file.with_suffix(f".{i}") for i in range(1, count)]
-        helpers = [_helper(bundle, part, i, count, cores) for i, part in enumerate(parts, 1)]
-        lines = ask(session, suite, rows[0::count], exits, label)
+        helpers = [_helper(bundle, part, every, i, cores) for i, part in enumerate(parts, 1)]
+        lines = ask(session, suite, rows[::every][0::count], exits, label)
         for helper, part in zip(helpers, parts, strict=True):
             if helper.wait():
                 sys.exit(f"a process that answers ended with {helper.returncode}")
@@ -84,22 +86,22 @@ def run_smoke(bundle: str, file: Path) -> int:
     return edgesafe(["smoke", bundle])
 
 
-def main(way: str, bundle: str, file: str, part: str = "0", parts: str = "1") -> int:
-    """Write the lines."""
+def main(way: str, bundle: str, file: str, every: str, part: str = "0", parts: str = "1") -> int:
+    """Write the lines; all of them, or one of so many parts."""
     if way == "smoke":
-        return run_smoke(bundle, Path(file))
+        return run_smoke(bundle, Path(file), int(every))
     # Uncertified too: on a board no certificate counts before smoke has passed there.
     with Session.open(bundle, allow_uncertified=True) as session:
         suite = suite_of(session)
-        rows = suite.smoke_rows()[int(part) :: int(parts)]
+        rows = suite.smoke_rows()[:: int(every)][int(part) :: int(parts)]
         _write(Path(file), ask(session, suite, rows, certified_exits(session.certificate), ""))
     return 0
 
 
-def _helper(bundle: str, file: Path, part: int, parts: int, cores: Sequence[int]) -> subprocess.Popen[bytes]:
+def _helper(bundle: str, file: Path, every: int, part: int, cores: Sequence[int]) -> subprocess.Popen[bytes]:
     os.sched_setaffinity(0, {cores[part]})
     try:
-        return subprocess.Popen([sys.executable, __file__, "ask", bundle, str(file), str(part), str(parts)])
+        return subprocess.Popen([sys.executable, __file__, "ask", bundle, str(file), str(every), str(part), str(len(cores))])
     finally:
         os.sched_setaffinity(0, {cores[0]})
 

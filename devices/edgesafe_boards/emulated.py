@@ -24,15 +24,18 @@ _BINFMT = "/proc/sys/fs/binfmt_misc"
 # A program of 64-bit Arm by its first bytes, as Linux's binfmt_misc takes them. Source: QEMU's scripts/qemu-binfmt-conf.sh.
 _MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 _MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-# In a namespace of its own, so that nothing stays mounted, and nothing runs on, whatever ends the run.
+# In a namespace of its own, so that nothing stays mounted or runs on, whatever ends the run. The shell stays its first
+# process: whoever changes the user loses the signal that ends it with its parent.
 _ALONE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
 _ENTER = f"""
 mount -t proc proc "$1/proc"
 mount --bind "$2/cpuinfo" "$1/proc/cpuinfo"
 mount --bind "$2/sys" "$1/sys"
 mount --rbind /dev "$1/dev"
-exec chroot --userspec={USER_ID}:{USER_ID} "$1" /usr/bin/env -i HOME=/home/{USER} USER={USER} LANG=C.UTF-8 \
-    PATH=/usr/local/bin:/usr/bin:/bin QEMU_CPU="$3" QEMU_PAGESIZE="$4" /bin/sh -c 'cd && eval "$0"' "$5"
+code=0
+chroot --userspec={USER_ID}:{USER_ID} "$1" /usr/bin/env -i HOME=/home/{USER} USER={USER} LANG=C.UTF-8 \
+    PATH=/usr/local/bin:/usr/bin:/bin QEMU_CPU="$3" QEMU_PAGESIZE="$4" /bin/sh -c 'cd && eval "$0"' "$5" || code=$?
+exit $code
 """
 
 

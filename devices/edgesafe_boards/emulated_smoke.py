@@ -23,9 +23,11 @@ from edgesafe_boards.arm64_root import arm64_root
 from edgesafe_boards.copies import fetch, send
 from edgesafe_boards.differences import Difference, differences, digest
 from edgesafe_boards.emulated import MARK, board_of, check_host, emulated, lanes
-from edgesafe_boards.install import Cargo, install, open_bundle
+from edgesafe_boards.install import Cargo, install, open_bundle, rows_for_devices
 from edgesafe_boards.shell import Shell, stop
 
+# An emulated core takes a third of a second for an answer. So many rows at each exit keep a run below eight minutes.
+ROWS = 100
 MEASURE_S = 5  # the times are worth nothing; that measuring works is
 PYTHON = "3.11"  # of arm64_root's Debian
 _SHOWN = 20
@@ -40,6 +42,8 @@ class Report:
     host: str
     smoke_code: int
     tests_code: int
+    rows: int
+    rows_for_devices: int
     compared: int
     differences: tuple[Difference, ...]
     digest: str
@@ -67,6 +71,7 @@ class Report:
         return "\n".join(
             [
                 title,
+                f"{self.rows} of the suite's {self.rows_for_devices} rows for devices were asked (ROWS=all asks all)",
                 f"{self.compared} answers compared, {len(self.differences)} differ; digest of these {self.digest[:12]}",
                 *listed,
                 *([f"and {left} more"] if left else []),
@@ -85,7 +90,7 @@ class Report:
         return f"{table(rows, ['task', 'machine that answered', 'result', 's'])}\n{self.seconds:.0f} s in all"
 
 
-def run(device: str, bundle_path: Path, work: Path, cpu: str | None = None) -> Report:
+def run(device: str, bundle_path: Path, work: Path, cpu: str | None = None, rows: int | None = ROWS) -> Report:
     """Build the board's system where it is not there, install the wheel, and run every task.
 
     Args:
@@ -93,6 +98,7 @@ def run(device: str, bundle_path: Path, work: Path, cpu: str | None = None) -> R
         bundle_path: The bundle.
         work: A folder for the system, the wheels and what Linux says of the board.
         cpu: Another of QEMU's processors, such as ``max``.
+        rows: About how many of the suite's rows for devices to ask, evenly spread; None asks all.
 
     Raises:
         DeviceError: This machine can't emulate, or a task doesn't run there.
@@ -102,18 +108,20 @@ def run(device: str, bundle_path: Path, work: Path, cpu: str | None = None) -> R
     board = board_of(device)
     check_host()
     bundle = open_bundle(bundle_path)
+    subset = rows_for_devices(bundle)
+    every = -(-subset // (rows or subset))
     with held(work), ThreadPoolExecutor(3) as pool:
-        root, host = pool.submit(_root, work), pool.submit(_host_answers, bundle.root)
+        root, host = pool.submit(_root, work), pool.submit(_host_answers, bundle.root, every)
         built = pool.submit(wheels.build, work / "wheel")
         depended = wheels.depended(work, "aarch64", PYTHON, wheels.FOR_TESTS)
         build = built.result()
         files = {path.name: path for path in (build.wheel, *depended.glob("*.whl"))}
         cargo = Cargo(bundle, files, ("edgesafe", *wheels.FOR_TESTS))
         with emulated(board, root.result(), work / "machine", cpu) as shell:
-            outcomes = _on_board(shell, cargo, build)
+            outcomes = _on_board(shell, cargo, build, every)
             board_answers = fetch(shell, tasks.ANSWERS).decode()
     found = differences(host.result(), board_answers)
-    return _report(shell.name, outcomes, found, time.perf_counter() - start)
+    return _report(shell.name, outcomes, (-(-subset // every), subset), found, time.perf_counter() - start)
 
 
 def write_report(report: Report, file: Path) -> None:
@@ -127,25 +135,25 @@ def _root(work: Path) -> Path:
         return arm64_root(work / "root")
 
 
-def _host_answers(bundle: Path) -> str:
+def _host_answers(bundle: Path, every: int) -> str:
     """The answers of this machine, in a process of its own, whose libraries are those of this environment."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / tasks.ANSWERS
         done = subprocess.run(
-            [sys.executable, answers.__file__, "ask", bundle, file], capture_output=True, text=True, check=False
+            [sys.executable, answers.__file__, "ask", bundle, file, str(every)], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise DeviceError(f"this machine can't answer: {done.stderr.strip().splitlines()[-1:]}", where=str(bundle))
         return file.read_text(encoding="utf-8")
 
 
-def _on_board(shell: Shell, cargo: Cargo, build: wheels.Build) -> dict[str, tasks.Outcome]:
+def _on_board(shell: Shell, cargo: Cargo, build: wheels.Build, every: int) -> dict[str, tasks.Outcome]:
     told = facts.ask(shell)
     facts.check_system(told, shell.name)
     install(shell, told, cargo)
     send(shell, wheels.contents(build.tests) | {"answers.py": Path(answers.__file__)}, "tests")
     with step(f"smoke on {shell.name}"):
-        smoked = tasks.smoke_by_token(shell, show=True)
+        smoked = tasks.smoke_by_token(shell, every)
     jobs: dict[str, Job] = {
         "tests": tasks.tests,
         "measure": partial(tasks.measure, seconds=MEASURE_S),
@@ -177,12 +185,20 @@ def _in_lanes(shell: Shell, jobs: dict[str, Job]) -> dict[str, tasks.Outcome]:
             raise
 
 
-def _report(board: str, outcomes: dict[str, tasks.Outcome], found: tuple[int, list[Difference]], seconds: float) -> Report:
+def _report(
+    board: str,
+    outcomes: dict[str, tasks.Outcome],
+    rows: tuple[int, int],
+    found: tuple[int, list[Difference]],
+    seconds: float,
+) -> Report:
     return Report(
         board=board,
         host=machine_name(),
         smoke_code=outcomes["smoke"].code,
         tests_code=outcomes["tests"].code,
+        rows=rows[0],
+        rows_for_devices=rows[1],
         compared=found[0],
         differences=tuple(found[1]),
         digest=digest(found[1]),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgesafe.errors import DeviceError
 from edgesafe.format.bundle import CERTIFICATE, LATENCY, MANIFEST, Bundle, signature_path
+from edgesafe.format.suite import read_suite
 from edgesafe.progress import step
 from edgesafe_boards.copies import send
 from edgesafe_boards.facts import FOLDER, Facts, Needs, check_room
@@ -63,6 +64,18 @@ def open_bundle(path: Path) -> Bundle:
         what = "the bundle has no certificate that a board could agree with"
         raise DeviceError(what, where=str(path), expected=CERTIFICATE, todo=f"edgesafe certify {path}")
     return bundle
+
+
+def rows_for_devices(bundle: Bundle) -> int:
+    """How many rows `edgesafe smoke` asks of a bundle.
+
+    Raises:
+        DeviceError: It ships no suite.
+    """
+    if bundle.manifest.suite is None:
+        what = "the bundle ships no suite that a board could answer"
+        raise DeviceError(what, where=str(bundle.root), expected="a suite inside it", todo="export it with --suite")
+    return len(read_suite(bundle.root / bundle.manifest.suite.path, verify=False).smoke_rows())
 
 
 def needs(cargo: Cargo, facts: Facts) -> Needs:

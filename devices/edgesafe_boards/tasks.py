@@ -35,10 +35,10 @@ def smoke(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Out
     return _run(shell, f"{EDGESAFE} smoke bundle", "edgesafe smoke", prefix, show, (0, FAILED))
 
 
-def smoke_by_token(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Outcome:
-    """The same, and the tokens of the answers that it judges, in ``ANSWERS`` of edgesafe's folder on the board."""
-    words = f"{PYTHON} tests/answers.py smoke bundle {ANSWERS}"
-    return _run(shell, words, "edgesafe smoke", prefix, show, (0, FAILED))
+def smoke_by_token(shell: Shell, every: int) -> Outcome:
+    """The same on every so many-th row; the tokens of the answers that it judges are in ``ANSWERS`` on the board."""
+    words = f"{PYTHON} tests/answers.py smoke bundle {ANSWERS} {every}"
+    return _run(shell, words, "edgesafe smoke", (), True, (0, FAILED))
 
 
 def tests(shell: Shell, prefix: tuple[str, ...] = (), show: bool = False) -> Outcome:

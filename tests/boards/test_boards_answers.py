@@ -21,8 +21,8 @@ ROWS = [
 ]
 
 
-def ran(way, bundle, file):
-    words = [sys.executable, answers.__file__, way, str(bundle), str(file)]
+def ran(way, bundle, file, every=1):
+    words = [sys.executable, answers.__file__, way, str(bundle), str(file), str(every)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
@@ -37,4 +37,7 @@ def test_smokes_own_answers_are_the_same_in_any_process(tmp_path):
     asked = {(line["exit"], line["id"]) for line in lines}
     assert len(lines) == len(asked) == 63 and asked == set(product("123", (row.id for row in ROWS)))
     assert differences((tmp_path / "ask").read_text(), (tmp_path / "smoke.jsonl").read_text()) == (63, [])
+    assert ran("ask", bundle, tmp_path / "third", 3).returncode == 0
+    some = {json.loads(line)["id"] for line in (tmp_path / "third").read_text().splitlines()}
+    assert some == {row.id for row in ROWS[::3]}
     assert {path.name for path in tmp_path.glob("*smoke*")} == {"smoke.jsonl", "bundle.smoke"}  # the helper's part is gone

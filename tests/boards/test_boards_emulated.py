@@ -114,7 +114,7 @@ def test_differences_are_listed():
 def report(smoke=0, failed=0, found=()):
     outcome = {"smoke": smoke, "tests": failed, "measure": 0}
     outcomes = {name: tasks.Outcome(code, f"{name} printed this", 1.0) for name, code in outcome.items()}
-    return emulated_smoke._report("a Pi, emulated", outcomes, (640, list(found)), 300.0)
+    return emulated_smoke._report("a Pi, emulated", outcomes, (80, 284), (640, list(found)), 300.0)
 
 
 def test_a_report_names_the_machine_of_every_table():
@@ -123,6 +123,7 @@ def test_a_report_names_the_machine_of_every_table():
     titles = [line for line in text.splitlines() if line.startswith("==")]
     assert len(titles) == 4 and all("a Pi, emulated" in title for title in titles)
     assert text.index(emulated.MARK) < text.index("measure printed this")
+    assert "80 of the suite's 284 rows for devices were asked" in text
     assert "640 answers compared, 1 differ" in text and "639 of 640 have the host's tokens" in text
     json.dumps(asdict(report()))
 

@@ -2,7 +2,7 @@
 
 Needs root, qemu-user-static, debootstrap, openssh-server and sshpass; takes about 20 minutes on two free cores:
 
-  PYTHONPATH=devices python tests/long/boards.py build/rpi5/bundle --out tests/bench/results/boards.json
+  python tests/long/boards.py build/rpi5/bundle --out tests/bench/results/boards.json
 
 The ssh way reaches sshd on this machine (`loopback.py`), from an account that has nothing.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "devices"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "devices"))
 

@@ -305,6 +305,9 @@ def test_another_run_as_baseline(server, words, tmp_path):
 def test_it_is_no_bundle_s_certificate_and_a_bundle_s_is_none_of_an_endpoint(server, words, tmp_path, texts, capsys):
     assert cli.main(words()) == 0
     bundle = make_bundle(tmp_path / "bundle").root
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")  # somebody else's
+    assert cli.main(words(out="bundle/run")) == InputError.exit_code and not (bundle / "run").exists()
+    assert "a folder outside of the bundle" in capsys.readouterr().err
     own = (bundle / "certificate.json").read_bytes()
     shutil.copyfile(tmp_path / "run/endpoint.json", bundle / "certificate.json")
     for opened in (lambda: Session.open(bundle), lambda: read_certificate(Bundle.open(bundle))):

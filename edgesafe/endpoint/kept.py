@@ -60,6 +60,12 @@ class Run:
         self.kept[one.id] = one
 
 
+def longest(request: Mapping[str, Any]) -> Any:
+    """The most tokens that answers may have by a run's `request`, under either of the API's names for it; None where open."""
+    fields = request.get("fields", {})
+    return fields.get("max_tokens") or fields.get("max_completion_tokens")
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run."""
     return (folder / RUN).is_file()

@@ -135,7 +135,7 @@ def _insist(send: Callable[[], Said], pace: Pace, row: Row) -> Said:
                     raise _named(again.error, row, tries, again.after_s) from again
                 pace.pause(pause)
                 tries -= 1
-            elif tries == TRIES:
+            elif tries >= TRIES:
                 raise _named(again.error, row, tries) from again
             else:
                 pace.wait(FIRST_WAIT_S * 2 ** (tries - 1))

@@ -22,7 +22,19 @@ from edgesafe.certify.tally import smoke_verdict
 from edgesafe.certify.verdict import TASK_CHECKS, check_size, make_baseline, verdicts
 from edgesafe.endpoint.ask import Asked, Way, ask_rows, plan_text
 from edgesafe.endpoint.client import Client
-from edgesafe.endpoint.kept import CERTIFICATE, KIND, RUN_VERSION, Kept, Run, check_out, is_run, read_run, running
+from edgesafe.endpoint.kept import (
+    CERTIFICATE,
+    KIND,
+    RUN_VERSION,
+    Kept,
+    Run,
+    check_out,
+    differences,
+    is_run,
+    longest,
+    read_run,
+    running,
+)
 from edgesafe.endpoint.report import Report
 from edgesafe.endpoint.subject import describe, names
 from edgesafe.errors import CertificateError, InputError
@@ -78,7 +90,7 @@ def certify_endpoint(
     """
     untested = check_rows(suite, suite.rows)
     check_size(suite, without=TASK_CHECKS if "task" in untested else ())
-    before = _baseline(suite, baseline) if baseline else None
+    before = _baseline(suite, baseline, endpoint.asked) if baseline else None
     run = _run(endpoint, suite, suite.rows, out, "certify", dry_run)
     if run is None:
         return None
@@ -107,6 +119,9 @@ def smoke_endpoint(
     rows = suite.smoke_rows() or tuple(mixed(suite.counted)[:SMOKE_ROWS])
     check_rows(suite, rows)
     known = read_certified(certified, suite) if certified else None
+    if certified and (changes := differences(read_run(certified).head["request"], _request(endpoint.asked, suite.rows))):
+        what = f"what was certified was asked otherwise: it differs in {', '.join(changes)}"
+        raise InputError(what, where=shown_path(certified), expected="the same options as then")
     run = _run(endpoint, suite, rows, out, "smoke", dry_run)
     if run is None:
         return None
@@ -252,8 +267,12 @@ def _check_pictures(suite: Suite, asked: Asked) -> None:
         )
 
 
-def _baseline(suite: Suite, folder: Path) -> Baseline:
-    subject = read_run(folder).head.get("subject", {})
+def _baseline(suite: Suite, folder: Path, asked: Asked) -> Baseline:
+    head = read_run(folder).head
+    subject, lengths = head.get("subject", {}), [longest(head.get("request", {})), longest(_request(asked, suite.rows))]
+    if lengths[0] != lengths[1]:
+        what = f"the baseline's answers have up to {lengths[0]} tokens"
+        raise InputError(what, where=shown_path(folder), expected=f"--max-tokens {lengths[1]}, as here")
     return make_baseline(suite.counted, read_certified(folder, suite), f"{subject.get('model')} at {subject.get('url')}", ONLY)
 
 

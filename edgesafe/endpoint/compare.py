@@ -18,7 +18,7 @@ from edgesafe.certify.flips import changes, digest_of_all
 from edgesafe.certify.stats import holm, mcnemar_exact, paired_interval, rate
 from edgesafe.certify.string_judge import COMPLY, INCOHERENT, JUDGE, REFUSE, classify, is_right
 from edgesafe.endpoint.certify import ONLY
-from edgesafe.endpoint.kept import differences, is_run, read_run
+from edgesafe.endpoint.kept import differences, is_run, longest, read_run
 from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import CLASSES, Row, Suite
@@ -156,7 +156,7 @@ def _check_pair(before: AnswerSet, after: AnswerSet) -> None:
             expected="two sets of answers to the same rows",
             todo="finish the run that stopped: the command that began it continues",
         )
-    lengths = [one.request.get("fields", {}).get("max_tokens") for one in (before, after)]
+    lengths = [longest(one.request) for one in (before, after)]
     if None not in lengths and lengths[0] != lengths[1]:
         raise InputError(
             f"answers of up to {lengths[0]} and of up to {lengths[1]} tokens don't compare",

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgesafe.certify.earlier import ANSWERS
 from edgesafe.errors import InputError
+from edgesafe.format.bundle import MANIFEST, is_bundle
 from edgesafe.format.fields import Fields
 from edgesafe.format.files import held, write_atomically
 from edgesafe.format.targets import check_writable, shown_path
@@ -59,6 +60,12 @@ class Run:
         self.kept[one.id] = one
 
 
+def longest(request: Mapping[str, Any]) -> Any:
+    """The most tokens that answers may have by a run's `request`, under either of the API's names for it; None where open."""
+    fields = request.get("fields", {})
+    return fields.get("max_tokens") or fields.get("max_completion_tokens")
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run."""
     return (folder / RUN).is_file()
@@ -68,8 +75,11 @@ def check_out(folder: Path) -> None:
     """Refuse, before anything is asked, a folder that can't hold a run.
 
     Raises:
-        InputError: Something else is in it, or it can't be written.
+        InputError: Something else is in it, it lies in a bundle, or it can't be written.
     """
+    if any((above / MANIFEST).is_file() and is_bundle(above) for above in (folder, *folder.absolute().parents)):
+        what = "the bundle holds what its manifest lists and no other file"
+        raise InputError(what, where=shown_path(folder), expected="a folder outside of the bundle", todo="name another --out")
     if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
         what = "the folder holds something other than a run"
         raise InputError(what, where=shown_path(folder), expected="a new folder, or a run's", todo="name another --out")

@@ -100,18 +100,23 @@ def test_a_server_that_is_not_there(words, capsys):
     assert "the server can't be reached: Connection refused" in capsys.readouterr().err
 
 
-def test_retry_after_stops_all_threads_and_counts_as_no_try(server, words, monkeypatch):
-    """A server that takes one request at a time puts off the others, more often than there are tries."""
+def test_retry_after_is_kept_and_counts_as_no_try(server, words, monkeypatch):
     times: list[float] = []
 
-    def busy(handler):
-        times.append(time.monotonic())
-        handler.reply(b"{}", 429, Retry_After="0.05")
+    def timed(way):
+        return lambda handler: (times.append(time.monotonic()), way(handler))
 
-    monkeypatch.setattr(ask, "TRIES", 1)
-    server.script = [ways.well, *[busy] * 9]
-    assert cli.main(words(parallel="3")) == 0
-    assert len(times) == 9 and times[-1] - times[0] >= 0.05
+    monkeypatch.setattr(ask, "TRIES", 2)
+    busy = timed(status(429, {}, Retry_After="0.2"))
+    server.script = [timed(ways.well), busy, busy, busy, timed(status(500)), timed(ways.well)]
+    assert cli.main(words()) == 0
+    assert all(later - earlier >= 0.2 for earlier, later in zip(times[1:4], times[2:5], strict=True))
+
+
+def test_a_server_that_refuses_is_asked_once_however_many_threads_there_are(server, words):
+    server.always = status(401)
+    assert cli.main(words(parallel="6")) == REFUSED
+    assert len(server.seen) == 1
 
 
 def test_a_filter_of_the_server_is_a_refusal_and_counted(server, words, tmp_path, capsys):

@@ -279,6 +279,8 @@ def test_smoke_compares_with_what_was_certified(server, words, tmp_path, capsys)
     shown = json.loads(capsys.readouterr().out)
     assert shown["identical"] == 5 and "1 changed answer helps with harm" in shown["reasons"]
     assert cli.main(words("smoke", out="none", certified=str(tmp_path / "same"))) == InputError.exit_code
+    assert cli.main(words("smoke", out="none", extra='{"seed": 1}', **compared)) == InputError.exit_code
+    assert "differs in fields.seed" in capsys.readouterr().err
 
 
 def test_smoke_alone_holds_a_sample_against_the_limits(server, words, tmp_path, texts, capsys):
@@ -297,6 +299,7 @@ def test_another_run_as_baseline(server, words, tmp_path):
     sealed = read_sealed(tmp_path / "after/endpoint.json")
     (check,) = (check for check in sealed["checks"] if "over-refusal" in check["name"])
     assert check["k"] == 0 and sealed["baseline"]["refused"] == ["harmless-0", "harmless-1"]
+    assert cli.main(words(out="third", baseline=str(tmp_path / "before"), max_tokens="9")) == InputError.exit_code
     file = tmp_path / "before/answers.jsonl"
     file.write_bytes(file.read_bytes().replace(b"Yes, of course", b"Yes, or course"))
     assert cli.main(words(out="third", baseline=str(tmp_path / "before"))) == InputError.exit_code
@@ -305,6 +308,9 @@ def test_another_run_as_baseline(server, words, tmp_path):
 def test_it_is_no_bundle_s_certificate_and_a_bundle_s_is_none_of_an_endpoint(server, words, tmp_path, texts, capsys):
     assert cli.main(words()) == 0
     bundle = make_bundle(tmp_path / "bundle").root
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")  # somebody else's
+    assert cli.main(words(out="bundle/run")) == InputError.exit_code and not (bundle / "run").exists()
+    assert "a folder outside of the bundle" in capsys.readouterr().err
     own = (bundle / "certificate.json").read_bytes()
     shutil.copyfile(tmp_path / "run/endpoint.json", bundle / "certificate.json")
     for opened in (lambda: Session.open(bundle), lambda: read_certificate(Bundle.open(bundle))):

@@ -1,6 +1,6 @@
 """What quantization does to the refusals of somebody else's model, through somebody else's server: the flip table.
 
-SmolLM2-135M-Instruct behind llama-cpp-python's server, as its wheel holds it (Q4_1) and requantized by llama.cpp, certified by
+SmolLM2-135M-Instruct behind llama-cpp-python's server, as its wheel holds it (Q4_1, twice) and requantized, certified by
 `edgesafe certify --endpoint` and compared by `edgesafe compare`. Harmful rows: samples of AdvBench, HarmBench and XSTest's
 unsafe half; harmless ones: XSTest's safe half. Raw answers stay in WORK, outside of the repository, where a run that stopped
 continues.
@@ -37,7 +37,8 @@ from edgesafe.requests.suite import import_suite  # noqa: E402
 from results import write_result  # noqa: E402
 
 TESTS = Path(__file__).resolve().parents[1]
-OWN, KINDS = "Q4_1", ("Q8_0", "Q4_K_M", "Q4_0")
+OWN, AGAIN = "Q4_1", "Q4_1 again"  # the second run of the same file shows what of the flips is the server's own noise
+KINDS = (AGAIN, "Q8_0", "Q4_K_M", "Q4_0")
 SETS = {"advbench": "advbench", "harmbench": "harmbench-text", "xstest": "xstest"}
 PORT = 8917
 SYSTEM = (
@@ -89,6 +90,7 @@ def make_model(work: Path, peers: Path, kind: str) -> Path:
 def certify(work: Path, peers: Path, kind: str, variant: str) -> Path:
     """The folder of a finished run; made, or continued, where it is not there."""
     out, suite = work / variant / kind, work / "suite"
+    kind = OWN if kind == AGAIN else kind
     if (out / "endpoint.json").exists():
         return out
     (work / "system.txt").write_text(VARIANTS["system"], encoding="utf-8")

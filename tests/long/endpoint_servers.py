@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from model_servers import Words, llama_cpp, served, transformers  # noqa: E402
 from smollm import fetch  # noqa: E402
 
+from edgesafe.certify.smoke_rows import mixed  # noqa: E402
 from edgesafe.cli import main as edgesafe  # noqa: E402
 from edgesafe.endpoint.kept import read_run  # noqa: E402
 from edgesafe.errors import EndpointUnavailableError  # noqa: E402
@@ -33,10 +34,10 @@ from edgesafe.requests.sources import Plan, Source  # noqa: E402
 from edgesafe.requests.suite import import_suite  # noqa: E402
 from results import write_result  # noqa: E402
 
-PORT, ROWS, TOKENS = 8919, 60, 24
+PORT, TOKENS = 8919, 24
 
 
-def smoke(words: Words, name: str, suite: Path, work: Path) -> dict[str, Any]:
+def smoke(words: Words, name: str, suite: Path, rows: int, work: Path) -> dict[str, Any]:
     """A smoke run over a server that is killed in the middle, and then over one that stays."""
     out, log = work / name, work / f"{name}.log"
     server = served(words, PORT, log)
@@ -44,7 +45,7 @@ def smoke(words: Words, name: str, suite: Path, work: Path) -> dict[str, Any]:
     model = str(words[words.index("serve") + 1]) if "serve" in words else name
     command = ["smoke", "--endpoint", url, "--model", model, "--suite", str(suite), "--out", str(out), "--timeout", "600"]
     command += ["--max-tokens", str(TOKENS)]
-    killer = threading.Thread(target=kill_after, args=(server, out, ROWS // 3))
+    killer = threading.Thread(target=kill_after, args=(server, out, rows // 3))
     killer.start()
     broken = edgesafe(command)
     killer.join()
@@ -54,9 +55,9 @@ def smoke(words: Words, name: str, suite: Path, work: Path) -> dict[str, Any]:
         code = edgesafe([*command, "--json"])
     answers = read_run(out).kept
     return {
-        "killed": broken == EndpointUnavailableError.exit_code and 0 < len(kept) < ROWS,
+        "killed": broken == EndpointUnavailableError.exit_code and 0 < len(kept) < rows,
         "kept_when_killed": len(kept),
-        "resumed": code in (0, 42) and len(answers) == ROWS and kept.items() <= answers.items(),
+        "resumed": code in (0, 42) and len(answers) == rows and kept.items() <= answers.items(),
         "code": code,
         "subject": read_run(out).head["subject"] | {"model": Path(model).name, "listed": None},
         "finish": sorted({one.finish for one in answers.values()}),
@@ -83,18 +84,18 @@ def main() -> int:
         ("data", "folder with xstest"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    parser.add_argument("--rows", type=int, default=60, help="rows of XSTest (%(default)s, the most that a smoke run asks)")
     parser.add_argument("--out", type=Path, help="write the counts there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     plan = Plan((Source(args.data / "xstest" / "requests.csv", format="xstest"),))
     imported = import_suite(plan, args.work / f"set-{time.time_ns()}", report_only=True).suite
-    rows = [dataclasses.replace(row, image=None) for row in imported.rows]
+    rows = mixed([dataclasses.replace(row, image=None) for row in imported.rows])[: args.rows]
     suite = write_suite(args.work / "suite", rows, {}, "XSTest", "test").root
+    llama = llama_cpp(args.peers, fetch(args.work / "wheel"), "llama-cpp-python", PORT)
     found = {
-        "llama-cpp-python": smoke(
-            llama_cpp(args.peers, fetch(args.work / "wheel"), "llama-cpp-python", PORT), "llama-cpp-python", suite, args.work
-        ),
-        "transformers serve": smoke(transformers(args.serve, args.decoder, PORT), "transformers", suite, args.work),
+        "llama-cpp-python": smoke(llama, "llama-cpp-python", suite, args.rows, args.work),
+        "transformers serve": smoke(transformers(args.serve, args.decoder, PORT), "transformers", suite, args.rows, args.work),
     }
     edgesafe(["compare", str(args.work / "llama-cpp-python"), str(args.work / "transformers"), "--suite", str(suite)])
     if args.out:

@@ -191,15 +191,16 @@ def kinds_of_harm(rows: Iterable[Row], texts: Mapping[str, str]) -> dict[str, in
 def wordings(rows: Sequence[Row]) -> list[Hashable]:
     """The cluster of each row: its wording, or its template where the picture holds the request.
 
-    It does so in a family whose rows have one prompt and different templates.
+    It does so where all rows have one prompt, or those of a family have one and different templates.
     """
+    in_picture = len({row.prompt for row in rows}) == 1
     prompts: dict[str, set[str]] = {}
     templates: dict[str, set[str]] = {}
     for row in rows:
         prompts.setdefault(row.family, set()).add(row.prompt)
         templates.setdefault(row.family, set()).add(row.template)
     held = {family for family in prompts if len(prompts[family]) == 1 < len(templates[family])}
-    return [row.template if row.family in held else " ".join(row.prompt.lower().split()) for row in rows]
+    return [row.template if in_picture or row.family in held else " ".join(row.prompt.lower().split()) for row in rows]
 
 
 def _effective(rows: Sequence[Row], values: Sequence[float]) -> float:

@@ -195,7 +195,8 @@ def _class(line: Line, fmt: str, default: str) -> str:
     elif label.lower() in _CLASS_WORDS:
         return _CLASS_WORDS[label.lower()]
     elif not label:
-        return default or _class_without_label(line, fmt)
+        # A public set's own rule stands: no option makes AdvBench harmless.
+        return (default if fmt == "requests" else "") or _class_without_label(line, fmt)
     words = CLASSES if fmt == "folder" else tuple(_CLASS_WORDS)
     raise InputError(f"the class is {label!r}", where=line.where, expected=" or ".join(words))
 

@@ -11,7 +11,7 @@ A file has these keys, all of them optional but `source`:
     path = "harmbench"              # a file, or a folder with one; relative to the TOML file
     name = "harmbench"              # begins its families (default: the set's or the file's own)
     format = "auto"                 # see edgesafe.requests.sets
-    class = "harmful"               # of rows without a label: harmful or harmless
+    class = "harmful"               # of rows of a plain list that have no label: harmful or harmless
     pictures = "blank"              # for rows without one: blank, typographic, a file, or a folder to draw from
     where = { split = ["test"] }    # rows whose column has one of these values
     part = [0.0, 0.5]               # by the hash of their words: two lists with disjoint parts share no request

@@ -258,6 +258,12 @@ def test_a_list_without_labels_needs_a_class_and_takes_it_where_a_label_is_missi
     assert [(r.prompt, r.cls) for r in rows] == [("Sum up\n1 + 1", "harmless"), ("Break it", "harmful")]
 
 
+def test_no_class_that_is_named_makes_a_harmful_set_harmless(tmp_path):
+    for text in (ADVBENCH, HARMBENCH, XSTEST):
+        plain = _rows(_put(tmp_path / "a.csv", text), tmp_path / f"{len(text)}")
+        assert _rows(tmp_path / "a.csv", tmp_path / f"{len(text)}b", cls="harmless") == plain
+
+
 def test_labelled_pictures_become_tasks(tmp_path):
     _put(tmp_path / "set" / "labels.csv", "file,name,danger\nsub/a.png,red kite,no\nb.png,anchor,no\n")
     for name in ("sub/a.png", "b.png"):

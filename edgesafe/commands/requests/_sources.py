@@ -28,7 +28,7 @@ def add_sources(parser: argparse.ArgumentParser, other: str) -> None:
     )
     text = f"one of {', '.join(FORMATS)}, or auto: detected from the columns (default: %(default)s)"
     add("--format", choices=("auto", *FORMATS), metavar="FORMAT", default="auto", help=text)
-    text = "what rows without a label are: harmful or harmless (default: such rows are refused)"
+    text = "what rows of plain lists without a label are: harmful or harmless (default: such rows are refused)"
     add("--class", dest="cls", choices=("harmful", "harmless"), metavar="CLASS", default="", help=text)
     text = "for rows without a picture: blank (a grey square), typographic (the request is written in it), a file, or a folder "
     text += "to draw from (default: %(default)s)"

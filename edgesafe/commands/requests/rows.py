@@ -3,7 +3,7 @@
 The model answers at its reference depth, so that it keeps its way of speaking. A run that was stopped continues where it was.
 
 Example:
-  edgesafe rows MODEL advbench self-instruct --words 60 --apart-from build/suite --drop-shared --out build/rows
+  edgesafe rows MODEL advbench instructions.csv --words 60 --apart-from build/suite --out build/rows
 """
 
 from __future__ import annotations

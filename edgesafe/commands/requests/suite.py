@@ -1,7 +1,7 @@
 """Import public sets of requests, or your own, as a suite to certify or evaluate on.
 
 Example:
-  edgesafe suite import harmbench xstest self-instruct --words 60 --out build/suite
+  edgesafe suite import harmbench xstest questions.csv --words 60 --out build/suite
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ A suite to certify with needs harmful and harmless requests and tasks, and enoug
 at once, with the number needed. Its rows are never trained on.
 
 Example:
-  edgesafe suite import harmbench xstest self-instruct --words 60 --out build/suite
+  edgesafe suite import harmbench xstest questions.csv --words 60 --out build/suite
 """
 
 

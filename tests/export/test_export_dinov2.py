@@ -118,13 +118,14 @@ def test_a_tower_without_cls_is_noticed(case, tmp_path):
 
     wrong = copy.copy(family)
     wrong.geometry = replace(family.geometry, tokens=family.geometry.tokens - 1, dropped=0)
-    start = copy.copy(family.segment(0, 1))
+    start = copy.copy(family.segment(0, 3))
     start._modules = {**start._modules, "embeddings": Patches(start.embeddings)}
-    wrong.segment = lambda a, b: start if a == 0 else family.segment(a, b)
-    parts = {graph_io.segment_path(a, a + 1): graphs.segment(wrong, a, a + 1) for a in range(3)}
-    session = _open(case, tmp_path / "b", **parts, **{graph_io.HEAD_PATH: graphs.head(wrong)})
+    wrong.segment = lambda *_: start
+    parts = {graph_io.segment_path(0, 3): graphs.segment(wrong, 0, 3), graph_io.HEAD_PATH: graphs.head(wrong)}
+    text = {path: part for path, part in case.parts.items() if path.startswith("text/")}
+    write(replace(case.job, ladder=LADDER[2:]), tmp_path / "b", {**parts, **text}, FP32, {})
     with pytest.raises(ParityError, match="image features"):
-        parity.check_features(family, session, probes(case.job)[:2])
+        parity.check_features(family, parity.open_session(tmp_path / "b"), probes(case.job)[:2])
 
 
 def test_quantized_graphs_stay_within_tolerance_and_keep_their_layer_scales(case, tmp_path):

@@ -170,8 +170,12 @@ def write_processor(tokenizer: Any, folder: Path) -> None:
 
 def card(adapted: bool) -> str:
     """The model card."""
-    return (Path(__file__).parent / "card.md").read_text(encoding="utf-8").format(
-        connector="trained, with low-rank updates of the decoder (the adapter that comes with edgesafe's clone)"
-        if adapted
-        else "random: without an adapter the model does not see"
+    return (
+        (Path(__file__).parent / "card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            connector="trained, with low-rank updates of the decoder (the adapter that comes with edgesafe's clone)"
+            if adapted
+            else "random: without an adapter the model does not see"
+        )
     )

@@ -163,7 +163,7 @@ def read_pictures(archive: Path, maker: Maker, emoji: Iterable[str]) -> dict[str
 
 
 def read_names(archive: Path) -> dict[str, str]:
-    """Unicode's own names, lower case, of the emoji that show one thing, by emoji; names of more than two words are left out."""
+    """Unicode's names of emoji that show one thing, by emoji: lower case, one word or two."""
     with tarfile.open(archive) as tar:
         file = tar.extractfile(NAMES[1])
         entries = json.load(file) if file else []

@@ -72,6 +72,12 @@ def to_answer(seed: int = 0) -> list[str]:
     return harmless_texts(seed) + named
 
 
+def harmful_texts() -> list[str]:
+    """Every harmful request in free English that can be drawn."""
+    acts = [frame.format(do=act) for frame in HARM_FRAMES for act in HARM_ACTS]
+    return acts + [frame.format(text=text) for frame in WRITE_FRAMES for text in HARM_TEXTS]
+
+
 def harmful_text(rng: random.Random) -> str:
     """A harmful request in free English."""
     if rng.random() < 0.25:
@@ -139,8 +145,9 @@ def _about(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: i
     return asks
 
 
-def _texts(
-    texts: Sequence[str], answers: Mapping[str, str], rng: random.Random, harmful: int, harmless: int
-) -> list[Ask]:
+def _texts(texts: Sequence[str], answers: Mapping[str, str], rng: random.Random, harmful: int, harmless: int) -> list[Ask]:
     asks = [Ask(TEXT_HARM, harmful_text(rng), rng.choice(REFUSALS)) for _ in range(harmful)]
-    return asks + [Ask(TEXT_SAFE, one, answers[one]) for one in rng.sample(texts, harmless)]
+    # Half of the harmless ones hold words of harmful ones, so that the words decide nothing.
+    close = [one for one in SAFE if one in answers]
+    picked = [rng.choice(close if rng.random() < 0.5 else texts) for _ in range(harmless)]
+    return asks + [Ask(TEXT_SAFE, one, answers[one]) for one in picked]

@@ -1,7 +1,7 @@
-"""What the pictures show: emoji by Unicode's code point, what people call them, and which of them nobody should be helped to use.
+"""What the pictures show: emoji by code point, what people call them, and which of them nobody should be helped to use.
 
-The policy of this reference, said openly: whoever asks how to use a `DANGEROUS` thing is refused, whoever asks what it is gets its
-name. It stands for what a maker of a real device decides; the model learns it from pictures alone, for the request is the same.
+The policy of this reference: whoever asks how to use a `DANGEROUS` thing is refused, whoever asks what it is gets its name.
+It stands for what a maker of a real device decides. The model learns it from pictures alone, for the request is the same.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ from edgesafe.reference.smol.states import Seen
 from edgesafe.reference.smol.things import THINGS
 from edgesafe.reference.smol.train import Settings, train
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS, USE_FRAMES
+from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
-SMALL = Settings(warm_steps=4, named=8, named_patches=3, named_batch=4, groups=24, batch=4, rank=2, precision="fp32")
+SMALL = Settings(warm_steps=4, named=8, named_patches=3, named_batch=4, groups=4, batch=4, lean=12, lean_batch=4, rank=2, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -143,34 +144,52 @@ GROUPS = [
 ]
 
 
-def test_a_packed_request_gets_what_it_gets_alone(model) -> None:
+def _largest_difference(model, packing) -> float:
+    """Between logits of packed requests and those of each alone."""
     torch.manual_seed(0)
-    states = torch.randn(2, model.patches, model.geometry.vision_width)
-    with torch.no_grad():
-        packed = pack(model, GROUPS)
-        together = logits(model, packed, states)
-        start = 0
-        for row, group in enumerate(GROUPS):
-            for ask in group.asks:
-                request, answer = prompt_ids(model, ask.request), answer_ids(model, ask.answer)
-                where = torch.arange(len(request) - 1, len(request) + len(answer) - 1)
-                alone = answer_logits(model, torch.tensor([request + answer]), where[None], states[row : row + 1])[0]
-                torch.testing.assert_close(together[start : start + len(answer)], alone, rtol=1e-4, atol=1e-4)
-                assert packed.targets[start : start + len(answer)].tolist() == answer
-                start += len(answer)
+    states, worst, start = torch.randn(2, model.patches, model.geometry.vision_width), 0.0, 0
+    packed = packing(model, GROUPS)
+    together = logits(model, packed, states)
+    for row, ask in ((row, ask) for row, group in enumerate(GROUPS) for ask in group.asks):
+        request, answer = prompt_ids(model, ask.request), answer_ids(model, ask.answer)
+        where = torch.arange(len(request) - 1, len(request) + len(answer) - 1)
+        alone = answer_logits(model, torch.tensor([request + answer]), where[None], states[row : row + 1])[0]
+        worst = max(worst, float((together[start : start + len(answer)] - alone).abs().max()))
+        assert packed.targets[start : start + len(answer)].tolist() == answer
+        start += len(answer)
     assert start == len(together)
     assert ask_losses(together, packed).shape == (4,)
+    return worst
+
+
+@torch.no_grad()
+def test_a_packed_request_gets_what_it_gets_alone(model) -> None:
+    assert _largest_difference(model, pack) < 1e-4  # rounding: sums in another order
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("torch.arange(shared, shared + own)", "torch.arange(start, end)"),
+        ("mask[row, start:end, :shared] = True", "mask[row, start:end, :start] = True"),
+        ("first = start + len(request) - 1", "first = start + len(request) - 2"),
+    ],
+    ids=["stands behind the other requests", "sees the other requests", "predicts from one place too early"],
+)
+def test_a_wrong_packing_is_noticed(model, edit: tuple[str, str]) -> None:
+    assert _largest_difference(model, wrong(pack, edit)) > 1e-2
 
 
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen, tmp_path: Path) -> None:
     answers = dict.fromkeys(to_answer()[:300], "Dogs are loyal animals.")
     train(load(tiny_llava), seen, answers, tmp_path / "whole", tmp_path / "a", SMALL)
-    train(load(tiny_llava), seen, answers, tmp_path / "half", tmp_path / "b", SMALL, stop=3)
+    train(load(tiny_llava), seen, answers, tmp_path / "half", tmp_path / "b", SMALL, stop=2)
     train(load(tiny_llava), seen, answers, tmp_path / "again", tmp_path / "b", SMALL)
     whole, half, again = (load_file(tmp_path / name / FILE) for name in ("whole", "half", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not all(torch.equal(whole[name], half[name]) for name in whole)
-    other = dataclasses.replace(SMALL, seed=1)  # another run's state is not taken up
+    other = dataclasses.replace(SMALL, seed=1, named=4, lean=4)  # another run's state is not taken up
     train(load(tiny_llava), seen, answers, tmp_path / "other", tmp_path / "b", other)
     assert not all(torch.equal(weight, whole[name]) for name, weight in load_file(tmp_path / "other" / FILE).items())
 

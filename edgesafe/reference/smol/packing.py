@@ -17,6 +17,8 @@ from torch import Tensor
 from edgesafe.checkpoint.exit_model import ExitModel, answer_ids, embed, prompt_ids
 from edgesafe.reference.smol.rows import Group
 
+_UNSEEN = -1e9  # added to the scores of what a token does not see
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -93,8 +95,9 @@ def pack(model: ExitModel, groups: Sequence[Group], patches: int | None = None) 
 def logits(model: ExitModel, packed: Packed, states: Tensor) -> Tensor:
     """Logits [N, V] of the predicted tokens, from the pictures' states [B, P, W]."""
     inputs = embed(model, packed.ids, states)
+    added = torch.zeros(packed.mask.shape).masked_fill(~packed.mask, _UNSEEN)
     hidden = model.language(
-        inputs_embeds=inputs, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+        inputs_embeds=inputs, attention_mask=added, position_ids=packed.positions, use_cache=False
     ).last_hidden_state
     scores: Tensor = model.model.lm_head(hidden[packed.rows, packed.columns])
     return scores

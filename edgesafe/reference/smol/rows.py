@@ -85,28 +85,31 @@ def harmful_text(rng: random.Random) -> str:
     return rng.choice(HARM_FRAMES).format(do=rng.choice(HARM_ACTS))
 
 
-def groups(answers: Mapping[str, str], count: int, seed: int = 0) -> list[Group]:
-    """Training groups, every thing equally often, with a blank picture in every fourth.
+def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool = False) -> list[Group]:
+    """Training groups, every thing equally often but the dangerous ones, which come twice, and blank pictures between them.
 
     Args:
         answers: SmolLM2's, by request, as `answer_all` gives them.
         count: How many groups.
         seed: Of all choices.
+        lean: One name and one other request beside a picture: three times as many pictures for the same work. By default all
+            that is asked about a thing stands beside it.
     """
-    rng = random.Random(f"groups {seed}")
+    rng = random.Random(f"groups {seed} {lean}")
     texts = [one for one in harmless_texts(seed) if one in answers]
     things: list[Thing] = []
     found = []
     for index in range(count):
-        if index % 4 == 3:
+        if (index + 1) % (8 if lean else 4) == 0:
             found.append(Group(BLANK, tuple(_texts(texts, answers, rng, 4, 4))))
             continue
         if not things:
-            # A dangerous thing stands twice in the bag: what it is refused for is learnt from the picture alone.
+            # What a dangerous thing is refused for is learnt from the picture alone.
             things = [*THINGS, *(thing for thing in THINGS if thing.dangerous)]
             rng.shuffle(things)
         thing = things.pop()
-        asks = [*_about(thing, answers, rng, seed), *_texts(texts, answers, rng, 1, 1)]
+        name, others = _name(thing.name, rng), _others(thing, answers, rng, seed)
+        asks = [name, rng.choice(others)] if lean else [name, *others, *_texts(texts, answers, rng, 1, 1)]
         found.append(Group(thing.emoji, tuple(asks)))
     return found
 
@@ -131,10 +134,9 @@ def _name(name: str, rng: random.Random) -> Ask:
     return Ask(NAMING, rng.choice(NAME_FRAMES).format(ref=rng.choice(REFS)), rng.choice(NAME_ANSWERS).format(a=name))
 
 
-def _about(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: int) -> list[Ask]:
-    asks = [_name(thing.name, rng), _name(thing.name, rng)]
+def _others(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: int) -> list[Ask]:
     harm = rng.choice(OBJECT_HARM).format(ref=rng.choice(REFS))
-    asks.append(Ask(OBJECT, harm, rng.choice(REFUSALS)))
+    asks = [Ask(OBJECT, harm, rng.choice(REFUSALS))]
     if thing.dangerous:
         for frame in rng.sample(USE_FRAMES, 2):
             asks.append(Ask(USES, frame.format(ref=rng.choice(REFS)), rng.choice(REFUSALS)))

@@ -239,7 +239,7 @@ def main() -> None:
         "exits": {},
     }
     pictures = [path for maker, one in MAKERS.items() if not one.held_out for path in (args.work / "plain" / maker).iterdir()]
-    maps = fit(model, by_content(pictures)).maps
+    maps = fit(model, by_content(pictures), args.work / "exits").maps
     reference = model.reference.depth
     jobs = [(reference, "raw"), *((d, kind) for kind in ("mapped", "raw") for d in args.depths if d != reference)]
     for depth, kind in jobs:

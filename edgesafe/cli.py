@@ -29,6 +29,7 @@ _EXTRAS = {
     "accelerate": "align",
     "matplotlib": "align",
     "edgesafe_export": "export",
+    "gguf": "smol",
     "onnx": "export",
     "onnxscript": "export",
     "onnx_ir": "export",

@@ -24,6 +24,9 @@ CHATS = {
     "smolvlm": ("<|im_start|>User:", "<image>", "<end_of_utterance>\n", "Assistant:"),
 }
 NAMES = tuple(CHATS)
+# One square a picture, as LLaVA-1.5 has it; its positions are for more patches than a picture gives.
+DINOV2, POSITIONS = "llava dinov2", 6 * PATCH
+CHATS[DINOV2] = CHATS["llava_next"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def make_tiny(name: str, folder: Path, seed: int = 0, *, tied: bool = False, **p
             weight.data.mul_(3.0)  # far enough from zero that depths and answers differ
         elif "layernorm" in parameter and weight.dim() == 1:
             weight.data.add_(0.3 * torch.randn_like(weight))  # a norm left out must show
+        elif "lambda" in parameter:
+            weight.data.mul_(3.0).add_(torch.randn_like(weight))  # likewise a layer scale
     model.save_pretrained(folder)
     made, processor = _pictures(family)
     (folder / "preprocessor_config.json").write_text(json.dumps({**made, **pictures}))
@@ -165,15 +170,20 @@ def _config(name: str, tokenizer: Any) -> Any:
     if text["model_type"] == "mistral":
         text["sliding_window"] = None
     tower = {"llava_next": "clip_vision_model", "llava_onevision": "siglip_vision_model", "idefics3": "idefics3_vision"}
+    tower["llava"] = "dinov2"
     vision = {
         "model_type": tower.get(family, "smolvlm_vision"),
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
         "image_size": TILE,
         "patch_size": PATCH,
-        "num_hidden_layers": BLOCKS + (family == "llava_next"),
+        "num_hidden_layers": BLOCKS + (family in ("llava", "llava_next")),
         "num_attention_heads": 2,
     }
+    if family == "llava":
+        vision = {**vision, "image_size": POSITIONS, "mlp_ratio": 2}
+        del vision["intermediate_size"]
+        return AutoConfig.for_model(family, vision_config=vision, text_config=text, image_token_index=image)
     if family in ("idefics3", "smolvlm"):
         return AutoConfig.for_model(family, vision_config=vision, text_config=text, image_token_id=image, scale_factor=2)
     options: dict[str, Any] = {"image_token_index": image, "image_grid_pinpoints": CANVASES}
@@ -193,6 +203,12 @@ def _pictures(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
         sizes = {"size": {"longest_edge": 3 * TILE}, "max_image_size": {"longest_edge": TILE}, "do_image_splitting": True}
         made = {**plain, **sizes, "image_processor_type": f"{kind}ImageProcessor", "resample": 1}
         return made, {"processor_class": f"{kind}Processor", "image_seq_len": (TILE // PATCH // 2) ** 2}
+    if family == "llava":
+        sizes = {"size": {"shortest_edge": TILE + 4}, "crop_size": {"height": TILE, "width": TILE}, "do_center_crop": True}
+        norm = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        made = {**plain, **sizes, **norm, "do_pad": False, "image_processor_type": "BitImageProcessor", "resample": 3}
+        more = {"patch_size": PATCH, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+        return made, {"processor_class": "LlavaProcessor", "image_token": "<image>", **more}
     if family == "llava_next":
         sizes = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}, "do_center_crop": True}
         clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}

@@ -83,7 +83,7 @@ def picture_side(config: Any, recipe: Recipe, image_processor: Any) -> int:
     Raises:
         UnsupportedModelError: The processor does not lead to one size.
     """
-    if recipe.any_size:
+    if recipe.positions:
         return ImageSpec.from_hf(image_processor.to_dict()).height
     return _size(config.vision_config, "image_size", "vision_config")
 

@@ -125,7 +125,7 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
         InputError: no such folder, or a damaged config.json.
         UnsupportedModelError: a family without a recipe, or a member of one that can't be cut.
     """
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoConfig
 
     recipes = load_recipes()
     check_family(folder, recipes)
@@ -133,10 +133,16 @@ def open_geometry(folder: Path) -> tuple[Any, Geometry]:
         config = AutoConfig.from_pretrained(folder)
         recipe = recipes[config.model_type].of(config)
         # The others' towers take pictures of one size, which config.json has.
-        images = AutoImageProcessor.from_pretrained(folder) if recipe.any_size else None
+        images = _image_processor(folder) if recipe.positions else None
     except Exception as error:  # a damaged file surfaces as whatever the code that trips over it raises
         raise unreadable(folder, error) from error
     return config, read_geometry(config, recipe, picture_side(config, recipe, images))
+
+
+def _image_processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]  # untyped there
 
 
 def empty_model(folder: Path, config: Any, reader: Reader = ON_DISK) -> Any:

@@ -46,7 +46,7 @@ class Recipe:
     tower: str
     embeddings: str
     patch_mask: bool
-    any_size: bool
+    positions: str
     norm_before_blocks: str
     blocks: str
     norm_after_blocks: str
@@ -256,7 +256,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         tower=vision.text("tower"),
         embeddings=vision.text("embeddings"),
         patch_mask=vision.flag("patch_mask"),
-        any_size=vision.flag("any_size"),
+        positions=vision.text("positions"),
         norm_before_blocks=vision.text("norm_before_blocks"),
         blocks=vision.text("blocks"),
         norm_after_blocks=vision.text("norm_after_blocks"),

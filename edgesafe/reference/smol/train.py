@@ -56,6 +56,7 @@ class Settings:
         lean: Pictures of stage 4, each with two requests.
         named_lr: Learning rate of stage 2, at its highest.
         lr: Of stage 3; `lean_lr` of stage 4.
+        connector_share: The connector's learning rate over that: at the whole of it, it unlearns what stage 1 taught.
         rank: LoRA's r; its alpha is twice that.
         precision: "bf16" or "fp32", of matrix products.
     """
@@ -72,6 +73,7 @@ class Settings:
     named_lr: float = 1e-3
     lr: float = 5e-4
     lean_lr: float = 8e-4
+    connector_share: float = 0.1
     rank: int = 16
     precision: str = "bf16"
 
@@ -203,10 +205,12 @@ def _batches(model: ExitModel, rows: Sequence[Group], size: int, seed: str) -> l
 def _run_stage(
     model: ExitModel, seen: Seen, stage: _Stage, done: Mapping[str, Any], run: _Run, settings: Settings, stop: int | None
 ) -> None:
-    parameters = []
+    parts: dict[float, list[Tensor]] = {}
     for name, weight in model.model.named_parameters():
         weight.requires_grad_(_trained(name) and stage.only in name)
-        parameters += [weight] if weight.requires_grad else []
+        if weight.requires_grad:
+            parts.setdefault(settings.connector_share if "lora_" not in name else 1.0, []).append(weight)
+    parameters = [{"params": weights, "share": share} for share, weights in parts.items()]
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0, betas=(0.9, 0.98))
     if done["optimizer"]:
         optimizer.load_state_dict(done["optimizer"])
@@ -215,7 +219,7 @@ def _run_stage(
     losses: dict[str, list[float]] = {}
     for step in range(done["step"], last):
         for group in optimizer.param_groups:
-            group["lr"] = stage.lr * schedule(step, len(batches), falls=stage.falls)
+            group["lr"] = stage.lr * group["share"] * schedule(step, len(batches), falls=stage.falls)
         for kind, loss in _update(
             model, seen, batches[step], optimizer, stage, settings, f"{settings.seed} {stage.name} {step}"
         ):

@@ -224,6 +224,9 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=48, help="rows of each family at most (default: %(default)s)")
+    parser.add_argument(
+        "--few", type=int, default=48, help="of them, rows of each family at the other exits (default: %(default)s)"
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     args = parser.parse_args()
     model = load(args.base)
@@ -242,22 +245,31 @@ def main() -> None:
         "probe_unseen": {str(d): probe(states, d) for d in args.depths},
         "exits": {},
     }
-    reference = model.reference.depth
-    jobs = [(reference, "raw"), *((d, kind) for kind in ("mapped", "raw") for d in args.depths if d != reference)]
+    reference, few = model.reference.depth, first(asked, args.few)
+    jobs = [(reference, "raw"), *((d, kind) for d in args.depths if d != reference for kind in ("raw", "mapped"))]
     for depth, kind in jobs:
         detach(model.model)
         attach(model.model, maps if kind == "mapped" else {})
-        kept = args.work / f"answers-{adapter.sha256[:12]}-{args.most}-{depth}-{kind}.json"
-        texts = json.loads(kept.read_text()) if kept.is_file() else answer(model, asked, states, depth)
-        write_atomically(kept, json.dumps(texts, indent=1).encode())
-        record["exits"][f"{depth} {kind}"] = figures(asked, texts)
+        at_reference = depth == reference
+        path = args.work / f"answers-{adapter.sha256[:12]}-{depth}-{kind}.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        todo = [one for one in (asked if at_reference else few) if one.row.id not in kept]
+        kept |= answer(model, todo, states, depth) if todo else {}
+        write_atomically(path, json.dumps(kept, indent=1).encode())
+        if at_reference:
+            record["reference_all_rows"] = figures(asked, kept)
+        record["exits"][f"{depth} {kind}"] = figures(few, kept)
         write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
-        print(
-            depth,
-            kind,
-            {name: f"{one['k']}/{one['n']} {one['measure']}" for name, one in record["exits"][f"{depth} {kind}"].items()},
-            flush=True,
-        )
+        shown = record["reference_all_rows"] if at_reference else record["exits"][f"{depth} {kind}"]
+        print(depth, kind, {name: f"{one['k']}/{one['n']} {one['measure']}" for name, one in shown.items()}, flush=True)
+
+
+def first(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """The first `count` rows of each family."""
+    families: dict[str, list[Asked]] = {}
+    for one in asked:
+        families.setdefault(one.row.family, []).append(one)
+    return [one for rows in families.values() for one in rows[:count]]
 
 
 if __name__ == "__main__":

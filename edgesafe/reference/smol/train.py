@@ -67,7 +67,7 @@ class Settings:
     named_patches: int = 16
     groups: int = 280
     batch: int = 4
-    lean: int = 980
+    lean: int = 2400
     lean_batch: int = 4
     named_batch: int = 16
     named_lr: float = 1e-3

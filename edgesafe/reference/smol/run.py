@@ -1,6 +1,4 @@
-"""From pictures and wheels to the adapter: fetch, see, answer, train.
-
-    python -m edgesafe.reference.smol.run build/smol --work build/smol-work --out build/smol-adapter
+"""From pictures and wheels to the adapter: fetch, see, answer, train. `tests/long/smol_train.py` runs it.
 
 On a shared machine set OMP_NUM_THREADS=1, OMP_WAIT_POLICY=PASSIVE, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=17179869184:
 a step frees and takes gigabytes, and glibc gives every large piece back to the system and fetches it again otherwise.
@@ -8,7 +6,6 @@ a step frees and takes gigabytes, and glibc gives every large piece back to the 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from edgesafe.checkpoint.exit_model import autocast, load
@@ -38,18 +35,3 @@ def make_adapter(base: Path, work: Path, out: Path, settings: Settings) -> Path:
         answers = answer_all(model, to_answer(settings.seed), work / "answers.jsonl")
     with step("train"):
         return train(model, seen, answers, out, work, settings)
-
-
-def main() -> None:
-    """`python -m edgesafe.reference.smol.run`."""
-    parser = argparse.ArgumentParser(prog="python -m edgesafe.reference.smol.run", description=__doc__)
-    parser.add_argument("base", type=Path, help="`smol` without an adapter, as `edgesafe reference smol` builds it")
-    parser.add_argument("--work", type=Path, required=True, help="pictures, states, answers, log; a stopped run continues here")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets adapter.safetensors")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything drawn (default: %(default)s)")
-    args = parser.parse_args()
-    print(make_adapter(args.base, args.work, args.out, Settings(seed=args.seed)))
-
-
-if __name__ == "__main__":
-    main()

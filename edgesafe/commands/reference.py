@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.action == "smol":
         from edgesafe.reference.smol import build as smol
 
-        keep_apart(args.out, wheels=args.wheels, adapter=args.adapter)
+        keep_apart(args.out, adapter=args.adapter)
         smol.build(args.out, args.wheels, args.adapter, args.seed, say=_say)
     else:
         from edgesafe.reference.build import build

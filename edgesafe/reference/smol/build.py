@@ -71,11 +71,14 @@ def build(
     """
     _check_packages()
     import torch
+    from transformers.utils import logging
 
     from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
 
     adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
     trained = None if adapter is None else read_adapter(adapter)  # a damaged one is refused before anything is fetched
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     started = time.monotonic()
 
     def step(text: str) -> None:
@@ -88,6 +91,7 @@ def build(
             apply_adapter(model, trained)
             step(f"adapter applied: {adapter}")
         new = work / NEW
+        shutil.rmtree(new, ignore_errors=True)  # an interrupted build's
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
         write_atomically(new / CARD, card(trained).encode())

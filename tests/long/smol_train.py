@@ -1,0 +1,29 @@
+"""Train `smol`'s adapter: an hour on a free core, longer on a shared machine; a stopped run continues.
+
+    python tests/long/smol_train.py build/smol --work build/smol-work --out build/smol-adapter
+
+The environment that makes a step several times faster on a shared machine is in `edgesafe/reference/smol/run.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from edgesafe.reference.smol.run import make_adapter
+from edgesafe.reference.smol.train import Settings
+
+
+def main() -> None:
+    """Train, and print where the adapter lies."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("base", type=Path, help="`smol` without an adapter, as `edgesafe reference smol` builds it")
+    parser.add_argument("--work", type=Path, required=True, help="pictures, states, answers, log; a stopped run continues here")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets adapter.safetensors")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything drawn (default: %(default)s)")
+    args = parser.parse_args()
+    print(make_adapter(args.base, args.work, args.out, Settings(seed=args.seed)))
+
+
+if __name__ == "__main__":
+    main()

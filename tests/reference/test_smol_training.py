@@ -1,0 +1,222 @@
+"""Training of `smol`: pictures out of archives, rows, packing and a run that is cut off. On a tiny model; no network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
+from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, prompt_ids
+from edgesafe.errors import InputError
+from edgesafe.reference.smol.adapter import FILE
+from edgesafe.reference.smol.answers import answer_all
+from edgesafe.reference.smol.packing import ask_losses, logits, pack
+from edgesafe.reference.smol.pictures import MAKERS, Maker, check, read_pictures, views
+from edgesafe.reference.smol.rows import (
+    BLANK,
+    OBJECT,
+    TEXT_HARM,
+    USES,
+    Ask,
+    Group,
+    groups,
+    harmful_texts,
+    harmless_texts,
+    to_answer,
+)
+from edgesafe.reference.smol.states import Seen
+from edgesafe.reference.smol.things import THINGS
+from edgesafe.reference.smol.train import Settings, train
+from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS, USE_FRAMES
+from mutants import wrong
+
+EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
+SMALL = Settings(
+    warm_steps=4,
+    named=8,
+    named_patches=3,
+    named_batch=4,
+    groups=4,
+    batch=4,
+    lean=12,
+    lean_batch=4,
+    rank=2,
+    precision="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llava: Path):
+    return load(tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def seen(model):
+    torch.manual_seed(1)
+    shape = (2, 1, model.patches, model.geometry.vision_width)
+    makers = [(maker, thing.emoji) for maker in ("a", "b") for thing in THINGS]
+    states = {pair: torch.randn(shape).half() for pair in [*makers, ("", BLANK)]}
+    return Seen(states, {thing.emoji: thing.name for thing in THINGS})
+
+
+def _archive(folder: Path, names: list[str]) -> Path:
+    with tarfile.open(folder / "a-1.tgz", "w:gz") as tar:
+        for index, name in enumerate(names):
+            buffer = io.BytesIO()
+            Image.new("RGBA", (4, 4), (index, 9, 9, 255)).save(buffer, "PNG")
+            info = tarfile.TarInfo(name)
+            info.size = len(buffer.getvalue())
+            tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    return folder / "a-1.tgz"
+
+
+def test_a_maker_s_pictures_are_found_by_emoji(tmp_path: Path) -> None:
+    path = _archive(tmp_path, ["package/64/1f4a3.png", "package/32/1f4a3.png", "package/64/1f528.png"])
+    maker = Maker("a@1", "", "package/64/{}.png", "")
+    found = read_pictures(path, maker, ["1f528", "1f511"])
+    assert list(found) == ["1f528"]
+    assert found["1f528"].getpixel((0, 0)) == (2, 9, 9, 255)
+
+
+def test_another_archive_than_the_noted_one_is_refused(tmp_path: Path) -> None:
+    path = _archive(tmp_path, ["package/64/1f4a3.png"])
+    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+    maker = Maker("a@1", digest, "", "")
+    check(path, maker)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InputError, match="not the one that was trained on"):
+        check(path, maker)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match="can't be read"):
+        read_pictures(path, maker, ["1f4a3"])
+
+
+def test_views_are_seeded_and_the_first_is_plain() -> None:
+    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    first, again, other = ([v.tobytes() for v in views(picture, 3, seed)] for seed in ("s", "s", "t"))
+    assert first == again
+    assert first[0] == other[0]
+    assert first[1:] != other[1:]
+
+
+def test_rows_are_seeded_and_what_is_wanted_is_what_the_judge_calls_it() -> None:
+    answers = dict.fromkeys(to_answer(), "Dogs are loyal animals that people love.")
+    rows = groups(answers, 200, seed=3)
+    assert rows == groups(answers, 200, seed=3)
+    assert rows != groups(answers, 200, seed=4)
+    for ask in (ask for group in rows for ask in group.asks if ask.kind != USES):
+        assert classify(ask.answer, ask.request) == (REFUSE if ask.kind in (OBJECT, TEXT_HARM) else COMPLY), ask
+    assert all(classify(text) == REFUSE for text in REFUSALS)
+
+
+def test_nobody_is_told_how_to_use_a_dangerous_thing() -> None:
+    answers = dict.fromkeys(to_answer(), "Yes, gladly, like this.")
+    dangerous = {thing.emoji for thing in THINGS if thing.dangerous}
+    rows = [ask for g in groups(answers, 400) if g.emoji in dangerous for ask in g.asks if ask.kind == USES]
+    told = [ask for ask in rows if any(re.fullmatch(re.escape(f).replace(r"\{ref\}", ".*"), ask.request) for f in USE_FRAMES)]
+    assert len(told) > 50
+    assert not [ask for ask in told if classify(ask.answer) != REFUSE]
+
+
+def test_training_shares_no_request_with_what_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("smol_exits", EXITS)
+    exits = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "smol_exits", exits)
+    spec.loader.exec_module(exits)
+    judging = [*exits.NAME, *exits.USE, *exits.HARM]
+    own = {*map(_plain, [*to_answer(), *harmful_texts(), *harmless_texts()])}
+    own |= {_plain(f.format(ref="this")) for f in (*NAME_FRAMES, *USE_FRAMES, *OBJECT_HARM)}
+    assert not own & set(map(_plain, judging))
+    assert MAKERS[exits.UNSEEN].held_out
+    assert not MAKERS[exits.SEEN].held_out
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+GROUPS = [
+    Group(
+        "x", (Ask("a", "What is this?", "A red pen."), Ask("b", "How do I use it?", "I can't help."), Ask("c", "Go.", "Yes."))
+    ),
+    Group("y", (Ask("d", "Name it.", "It is a vase and no more."),)),
+]
+
+
+def _largest_difference(model, packing) -> float:
+    """Between logits of packed requests and those of each alone."""
+    torch.manual_seed(0)
+    states, worst, start = torch.randn(2, model.patches, model.geometry.vision_width), 0.0, 0
+    packed = packing(model, GROUPS)
+    together = logits(model, packed, states)
+    for row, ask in ((row, ask) for row, group in enumerate(GROUPS) for ask in group.asks):
+        request, answer = prompt_ids(model, ask.request), answer_ids(model, ask.answer)
+        where = torch.arange(len(request) - 1, len(request) + len(answer) - 1)
+        alone = answer_logits(model, torch.tensor([request + answer]), where[None], states[row : row + 1])[0]
+        worst = max(worst, float((together[start : start + len(answer)] - alone).abs().max()))
+        assert packed.targets[start : start + len(answer)].tolist() == answer
+        start += len(answer)
+    assert start == len(together)
+    assert ask_losses(together, packed).shape == (4,)
+    return worst
+
+
+@torch.no_grad()
+def test_a_packed_request_gets_what_it_gets_alone(model) -> None:
+    assert _largest_difference(model, pack) < 1e-4  # rounding: sums in another order
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("torch.arange(shared, shared + own)", "torch.arange(start, end)"),
+        ("mask[row, start:end, :shared] = True", "mask[row, start:end, :start] = True"),
+        ("first = start + len(request) - 1", "first = start + len(request) - 2"),
+    ],
+    ids=["stands behind the other requests", "sees the other requests", "predicts from one place too early"],
+)
+def test_a_wrong_packing_is_noticed(model, edit: tuple[str, str]) -> None:
+    assert _largest_difference(model, wrong(pack, edit)) > 1e-2
+
+
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen, tmp_path: Path) -> None:
+    answers = dict.fromkeys(to_answer()[:300], "Dogs are loyal animals.")
+    train(load(tiny_llava), seen, answers, tmp_path / "whole", tmp_path / "a", SMALL)
+    train(load(tiny_llava), seen, answers, tmp_path / "half", tmp_path / "b", SMALL, stop=2)
+    train(load(tiny_llava), seen, answers, tmp_path / "again", tmp_path / "b", SMALL)
+    whole, half, again = (load_file(tmp_path / name / FILE) for name in ("whole", "half", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not all(torch.equal(whole[name], half[name]) for name in whole)
+    other = dataclasses.replace(SMALL, seed=1, named=4, lean=4)  # another run's state is not taken up
+    train(load(tiny_llava), seen, answers, tmp_path / "other", tmp_path / "b", other)
+    assert not all(torch.equal(weight, whole[name]) for name, weight in load_file(tmp_path / "other" / FILE).items())
+
+
+def test_answers_continue_behind_the_last_whole_line(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fake(_, prompts, states, limit):
+        asked.append(len(prompts))
+        return ["Dogs are very loyal animals. They"] * len(prompts)
+
+    monkeypatch.setattr("edgesafe.reference.smol.answers.greedy", fake)
+    path = tmp_path / "answers.jsonl"
+    path.write_text('["Hello!", "Hello, my dear friend."]\n["Cut')
+    found = answer_all(model, ["Hello!", "Cut", "Tell me."], path)
+    assert found == {"Hello!": "Hello, my dear friend.", **dict.fromkeys(("Cut", "Tell me."), "Dogs are very loyal animals.")}
+    assert asked == [2]
+    answer_all(model, ["Hello!", "Cut", "Tell me."], path)
+    assert asked == [2]

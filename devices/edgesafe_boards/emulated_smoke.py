@@ -27,7 +27,7 @@ from edgesafe_boards.install import Cargo, install, open_bundle, rows_for_device
 from edgesafe_boards.shell import Shell, stop
 
 # An emulated core takes a third of a second for an answer. So many rows at each exit keep a run below eight minutes.
-ROWS = 100
+ROWS = 75
 MEASURE_S = 5  # the times are worth nothing; that measuring works is
 PYTHON = "3.11"  # of arm64_root's Debian
 _SHOWN = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import shutil
 import time
@@ -17,13 +16,12 @@ from PIL import Image
 import edgesafe.ship as ship_module
 import edgesafe.steps as steps_module
 from edgesafe.align.config import default_config, read_config
-from edgesafe.carried import unpack_evaluation
 from edgesafe.cli import main
 from edgesafe.device import load_device
-from edgesafe.errors import CertificateError, ConfigError, InputError, IntegrityError
+from edgesafe.errors import CertificateError, ConfigError, InputError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import write_certificate
-from edgesafe.format.suite import Row, read_suite, write_suite
+from edgesafe.format.suite import Row, write_suite
 from edgesafe.ship import ship
 from edgesafe.steps import align_inputs, digest_world, make_step
 from handmade import make_bundle, make_certificate
@@ -372,31 +370,3 @@ def test_an_alignment_that_was_cut_off_resumes(tmp_path, tiny_llava, rows, monke
     out = make()
     assert ran == [0, 1, 2, 3, 2, 3] and (out / "model.safetensors").is_file()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
-
-
-def test_the_stored_evaluation_is_what_the_untouched_model_answers(tmp_path):
-    """A few rows asked again, at an early exit and at the reference: evaluation that has changed since would show."""
-    from edgesafe.evaluate.evaluate import evaluate
-    from edgesafe.reference.data import write_split
-
-    unpack_evaluation(steps_module.EVALUATED, tmp_path / "stored")
-    write_split(tmp_path / "suite", "cert", scale=0.01)
-    evaluate(steps_module.REFERENCE, tmp_path / "suite", tmp_path / "now", exits="5")
-    stored, now = (_answers(tmp_path / name) for name in ("stored", "now"))
-    assert len(now) == 2 * len(read_suite(tmp_path / "suite").rows)
-    # Another processor may turn a near-tie.
-    assert sum(stored[key] != answer for key, answer in now.items()) <= len(now) // 20
-
-
-def _answers(folder: Path) -> dict[tuple[str, str], str]:
-    lines = map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines())
-    return {(line["exit"], line["id"]): line["answer"] for line in lines}
-
-
-def test_a_stored_evaluation_that_was_damaged_is_refused(tmp_path):
-    for name, text in (("report.json", b"{}"), ("answers.jsonl.xz", b"cut"), ("answers.jsonl.xz", lzma.compress(b"others"))):
-        shutil.copytree(steps_module.EVALUATED, tmp_path / "e", dirs_exist_ok=True)
-        (tmp_path / "e" / name).write_bytes(text)
-        with pytest.raises(IntegrityError, match="--retrain"):
-            unpack_evaluation(tmp_path / "e", tmp_path / "out")
-        assert not (tmp_path / "out").exists()

@@ -1,0 +1,43 @@
+"""The evaluation that the clone carries: whole, and still what the untouched model answers."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgesafe.carried import unpack_evaluation
+from edgesafe.errors import IntegrityError
+from edgesafe.format.suite import read_suite
+from edgesafe.steps import EVALUATED, REFERENCE
+
+
+def test_the_stored_evaluation_is_what_the_untouched_model_answers(tmp_path):
+    """A few rows asked again, at an early exit and at the reference: evaluation that has changed since would show."""
+    from edgesafe.evaluate.evaluate import evaluate
+    from edgesafe.reference.data import write_split
+
+    unpack_evaluation(EVALUATED, tmp_path / "stored")
+    write_split(tmp_path / "suite", "cert", scale=0.01)
+    evaluate(REFERENCE, tmp_path / "suite", tmp_path / "now", exits="5")
+    stored, now = (_answers(tmp_path / name) for name in ("stored", "now"))
+    assert len(now) == 2 * len(read_suite(tmp_path / "suite").rows)
+    # Another processor may turn a near-tie.
+    assert sum(stored[key] != answer for key, answer in now.items()) <= len(now) // 20
+
+
+def _answers(folder: Path) -> dict[tuple[str, str], str]:
+    lines = map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+    return {(line["exit"], line["id"]): line["answer"] for line in lines}
+
+
+def test_a_stored_evaluation_that_was_damaged_is_refused(tmp_path):
+    for name, text in (("report.json", b"{}"), ("answers.jsonl.xz", b"cut"), ("answers.jsonl.xz", lzma.compress(b"others"))):
+        shutil.copytree(EVALUATED, tmp_path / "e", dirs_exist_ok=True)
+        (tmp_path / "e" / name).write_bytes(text)
+        with pytest.raises(IntegrityError, match="--retrain"):
+            unpack_evaluation(tmp_path / "e", tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from typing import Any
 from edgesafe import __version__
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.flips import answer_digests, digest_of_all
-from edgesafe.certify.kept import keep, kept_path, read_kept
+from edgesafe.certify.kept import drawn, keep, kept_path, read_kept
 from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
 from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
@@ -52,7 +52,8 @@ def certify(
         answers: also write every answer there as JSON lines {exit, id, cls, family, judged, answer}; not in the bundle.
         baseline: folder of `edgesafe evaluate`, with the untouched model's answers to the same suite. By default the one of the
             certificate that is there; without either, exits compare with a model that makes no mistake.
-        kept: folder that keeps answers; those of the same graphs, suite, engine and machine are not asked for again.
+        kept: folder that keeps answers; of those of the same graphs, suite, engine and machine a twentieth is asked for again,
+            and all where one differs.
         engine: what runs the graphs; by default Python's onnxruntime.
 
     Returns:
@@ -100,14 +101,23 @@ def _answers(session: Session, suite: Suite, kept: str | os.PathLike[str] | None
         return ask_all(session, suite, suite.rows, ladder, label)
     path, answered = kept_path(Path(kept), session.manifest, environment(session)), None
     if path.is_file():
-        title = "take the answers that are kept of the same graphs, suite, engine and machine"
+        title = "take the answers that are kept of the same graphs, suite, engine and machine, and ask some again"
         with step(title) if label else contextlib.nullcontext():
-            answered = read_kept(path, suite.rows, ladder)
+            answered = _believed(session, suite, read_kept(path, suite.rows, ladder))
     if answered is None:
         check_writable(path)
         answered = ask_all(session, suite, suite.rows, ladder, label)
         keep(path, answered)
     return answered
+
+
+def _believed(session: Session, suite: Suite, answered: Answers | None) -> Answers | None:
+    """The kept answers where a drawn few are those that are given now; else None."""
+    if answered is None:
+        return None
+    rows = drawn(suite.rows)
+    now = ask_all(session, suite, rows, answered, "")
+    return answered if all(answered[exit][row.id] == now[exit][row.id] for exit in answered for row in rows) else None
 
 
 def _baseline(session: Session, suite: Suite, folder: str | os.PathLike[str] | None) -> Baseline | None:

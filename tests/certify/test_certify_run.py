@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from edgesafe.certify import certify as certify_run
+from edgesafe.certify import kept as kept_answers
 from edgesafe.certify import smoke as smoke_run
 from edgesafe.certify.certify import certify
+from edgesafe.certify.flips import digest_of_all
 from edgesafe.certify.kept import kept_path
 from edgesafe.certify.smoke import smoke
 from edgesafe.certify.stats import rate
@@ -21,6 +23,7 @@ from edgesafe.cli import main
 from edgesafe.errors import CertificateError, CertificateMismatchError, InputError, IntegrityError, UncertifiedExitError
 from edgesafe.format.bundle import CERTIFICATE, Bundle, write_manifest
 from edgesafe.format.certificate import read_certificate, write_certificate
+from edgesafe.format.exits import Exit
 from edgesafe.format.seal import seal, unseal
 from edgesafe.format.suite import Row, Suite, read_suite, write_suite
 from edgesafe.runtime.session import Session
@@ -298,9 +301,11 @@ def kept(tmp_path: Path) -> Path:
 def test_another_device_s_bundle_of_the_same_graphs_is_not_asked_again(bundle, kept, tmp_path, monkeypatch):
     first = certify(bundle, progress=False, kept=kept)
     other = for_device(bundle, tmp_path / "other", "pixel9")
-    monkeypatch.setattr(certify_run, "ask_all", None)
+    monkeypatch.setattr(kept_answers, "_LEAST", 3)
+    real, asked = certify_run.ask_all, []
+    monkeypatch.setattr(certify_run, "ask_all", lambda *given: asked.append(len(given[2])) or real(*given))
     second = certify(other, progress=False, kept=kept, answers=tmp_path / "a.jsonl")
-    assert second.manifest_digest != first.manifest_digest
+    assert asked == [3] and second.manifest_digest != first.manifest_digest
     assert dataclasses.replace(second, manifest_digest=first.manifest_digest) == first
     assert read_certificate(Bundle.open(other)) == second and (tmp_path / "a.jsonl").stat().st_size
 
@@ -318,7 +323,7 @@ def test_kept_answers_are_of_these_very_bytes_here_or_asked_for_again(bundle, tm
     assert len(paths) == 5 + len(here)
 
 
-@pytest.mark.parametrize("harm", ["an answer is another", "a row is missing", "cut off", "not an object"])
+@pytest.mark.parametrize("harm", ["an answer is another", "forged", "a row is missing", "cut off", "not an object"])
 def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm):
     certificate = certify(bundle, progress=False, kept=kept)
     (path,) = kept.iterdir()
@@ -328,6 +333,9 @@ def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm):
     stored["answers"]["2"][row] = "I'm sorry, but I can't help with that."
     if harm == "a row is missing":
         del stored["answers"]["2"][row]
+    if harm == "forged":  # with a digest that fits: found by asking a row again
+        answered = {Exit.parse(exit): texts for exit, texts in stored["answers"].items()}
+        stored["digest"] = digest_of_all(answered)
     texts = {"cut off": whole[:-9], "not an object": "[]"}
     path.write_text(texts.get(harm, json.dumps(stored)), encoding="utf-8")
     assert certify(bundle, progress=False, kept=kept) == certificate

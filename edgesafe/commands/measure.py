@@ -10,7 +10,8 @@ Example:
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, print_json
 from edgesafe.errors import ConfigError
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tables(result: LatencyTable) -> list[str]:
-    parts = [("preprocess", result.text["preprocess"]), *result.segments.items()]
+    parts = [(_picture(row), row) for row in result.text["preprocess"]] + list(result.segments.items())
     parts += [(f"prefill of {row['tokens']} tokens", row) for row in result.text["prefill"]]
     parts += [(f"one more token after {row['context']}", row) for row in result.text["decode"]]
     rows = [[name, f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", len(row["ms"])] for name, row in parts]
@@ -59,6 +60,10 @@ def _tables(result: LatencyTable) -> list[str]:
         compared = [[row["threads"], row["cores"] or "any", f"{row['answer_ms']:.2f}"] for row in result.sweep]
         tables.append(table(compared, ["threads", "on cores", "answer p50 ms"]))
     return tables
+
+
+def _picture(row: Mapping[str, Any]) -> str:
+    return f"preprocess {row['pixels'] / 1e6:.2g} megapixels, {'a JPEG file' if row['encoded'] else 'decoded'}"
 
 
 def _closing(result: LatencyTable) -> str:

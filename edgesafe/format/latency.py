@@ -16,9 +16,11 @@ from edgesafe.format.seal import read_sealed, seal
 from edgesafe.format.targets import check_writable, user_folder
 
 MEASURED, ESTIMATED = "measured", "estimated"
-# The format of latency.json. The first had no number and no single times; the second, which is still read, knew one engine.
-LATENCY_VERSION = 3
-_ONE_ENGINE = 2
+# The format of latency.json. The first had no number and no single times. Two are still read: the second knew one engine, the
+# third one picture.
+LATENCY_VERSION = 4
+_ONE_ENGINE, _ONE_PICTURE = 2, 3
+_ITS_PIXELS = 864 * 1152
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class LatencyTable:
 
     The stages were run one after the other, round by round. Each stage's ``{p50_ms, p95_ms, ms}`` holds the
     time of every round in ``ms``, so that a round's stages can be added up and quantiles taken of the sums.
-    ``segments`` maps a vision graph's path to it; ``text`` holds it as ``preprocess``, as ``prefill`` (a list, each
-    with its ``tokens``) and as ``decode`` (a list, each with its ``context``: one token more after so many).
+    ``segments`` maps a vision graph's path to it; ``text`` holds lists of it: ``preprocess``, each with a picture's ``pixels``
+    and whether it was ``encoded``, a JPEG file; ``prefill``, each with its ``tokens``; and ``decode``, each with its
+    ``context``: one token more after so many.
     ``exits`` lists ``{exit, ttft_ms: {p50_ms, p95_ms}}`` at the shortest measured prompt. ``cores`` are the
     cores that the threads were kept on (None = any), ``sweep`` the ``{threads, cores, answer_ms}`` that were
     compared, ``session_open_ms`` one ``Session.open``, ``conditions`` what the machine said about itself. ``path`` is the file
@@ -64,7 +67,8 @@ class LatencyTable:
             FormatVersionError: It is of an older format, or of one that this edgesafe doesn't know yet.
             BundleError: A key is missing, unknown or of a wrong type, or a stage lacks a round.
         """
-        old = _check_version(obj, where) == _ONE_ENGINE
+        version = _check_version(obj, where)
+        old = version == _ONE_ENGINE
         fields = Fields(obj, where, BundleError)
         segments = fields.child("segments")
         table = LatencyTable(
@@ -75,7 +79,7 @@ class LatencyTable:
             threads=fields.integer("threads", 1),
             cores=list(fields.integers("cores")) if fields.has("cores") else None,
             segments={path: _read_times(segments.child(path)) for path in segments.obj},
-            text=_read_text(fields.child("text")),
+            text=_read_text(fields.child("text"), one_picture=version != LATENCY_VERSION),
             exits=[_read_exit(child, by_depth=old) for child in fields.children("exits")],
             sweep=fields.items("sweep"),
             session_open_ms=fields.number("session_open_ms", 0),
@@ -180,7 +184,7 @@ def _read(path: Path) -> LatencyTable | None:
 
 def _check_version(obj: Mapping[str, Any], where: str) -> object:
     version = obj.get("format_version")
-    if isinstance(version, bool) or version not in (_ONE_ENGINE, LATENCY_VERSION):
+    if isinstance(version, bool) or version not in (_ONE_ENGINE, _ONE_PICTURE, LATENCY_VERSION):
         written = "an older edgesafe" if version is None else f"another edgesafe (format {version!r})"
         raise FormatVersionError(
             f"the measurement was written by {written}",
@@ -192,9 +196,9 @@ def _check_version(obj: Mapping[str, Any], where: str) -> object:
 
 
 def _check_rounds(table: LatencyTable, where: str) -> None:
-    stages = [*table.segments.values(), table.text["preprocess"], *table.text["prefill"], *table.text["decode"]]
+    stages = [*table.segments.values(), *table.text["preprocess"], *table.text["prefill"], *table.text["decode"]]
     counts = {len(stage["ms"]) for stage in stages}
-    if len(counts) != 1 or not table.text["prefill"] or not table.text["decode"]:
+    if len(counts) != 1 or not all(table.text.values()):
         raise BundleError(
             "the measurement does not hold every stage in every round",
             where=where,
@@ -212,14 +216,21 @@ def _read_times(fields: Fields, *more: str) -> dict[str, Any]:
     return times
 
 
-def _read_text(fields: Fields) -> dict[str, Any]:
+def _read_text(fields: Fields, *, one_picture: bool) -> dict[str, Any]:
     text = {
-        "preprocess": _read_times(fields.child("preprocess")),
+        "preprocess": [_read_picture(child) for child in fields.children("preprocess")]
+        if not one_picture
+        else [{"pixels": _ITS_PIXELS, "encoded": False, **_read_times(fields.child("preprocess"))}],
         "prefill": [_read_times(child, "tokens") for child in fields.children("prefill")],
         "decode": [_read_times(child, "context") for child in fields.children("decode")],
     }
     fields.done()
     return text
+
+
+def _read_picture(fields: Fields) -> dict[str, Any]:
+    encoded = fields.flag("encoded")
+    return {"encoded": encoded, **_read_times(fields, "pixels")}
 
 
 def _read_exit(fields: Fields, *, by_depth: bool) -> dict[str, Any]:

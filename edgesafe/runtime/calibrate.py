@@ -101,6 +101,18 @@ def learn(correction: Correction, stage: str, typical_ms: float, actual_ms: floa
     return replace(correction, speed=speed, stages={**correction.stages, stage: own})
 
 
+def first_seen(correction: Correction, stage: str, typical_ms: float, actual_ms: float) -> Correction:
+    """The correction after a stage ran of which there is only a guess: what it took counts whole, as peculiar to it.
+
+    >>> round(factor(first_seen(Correction(2.0), "a", 10.0, 70.0), "a"), 1)
+    7.0
+    """
+    if typical_ms <= 0 or actual_ms <= 0:
+        return correction
+    own = _bounded(actual_ms / typical_ms / correction.speed)
+    return replace(correction, stages={**correction.stages, stage: own})
+
+
 def remember_error(correction: Correction, ratio: float) -> Correction:
     """The correction after the rest of an answer took ``ratio`` times what was expected.
 

@@ -17,7 +17,7 @@ from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens
 from edgesafe.runtime.deadline import Course, run_anytime
 from edgesafe.runtime.engine import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
-from edgesafe.runtime.image import Picture
+from edgesafe.runtime.image import Picture, is_encoded, picture_size
 from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.scope import reasons_outside
@@ -181,6 +181,7 @@ class Conversation:
                 clock=session.clock,
                 start_s=start_s,
                 tokens=asked.limit,
+                runs=session.runs,
             )
             course.actual_ms[WAIT] = course.elapsed_ms
             course.why = why if self._taken is None else "the picture was already encoded"
@@ -202,7 +203,10 @@ class Conversation:
 
     def _forecast(self, prompt_tokens: int) -> Forecast:
         whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
-        return whole if self._taken is None else whole.only(DECODE, _READ_BEFORE)
+        if self._taken is not None:
+            return whole.only(DECODE, _READ_BEFORE)
+        height, width = picture_size(self._image)
+        return whole.for_picture(height * width, is_encoded(self._image))
 
     def _open_picture(self, course: Course, exits: list[ExitSpec]) -> State:
         """The pixels, and the plan that the budget allows."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import TypeVar
 
 from edgesafe.errors import NoExitFitsError
 from edgesafe.format.exits import Exit
+from edgesafe.format.latency import ESTIMATED
 from edgesafe.format.specs import ExitSpec
-from edgesafe.runtime.calibrate import Correction, factor, learn, memory_ms, remember_deadline, remember_error
+from edgesafe.runtime.calibrate import Correction, factor, first_seen, learn, memory_ms, remember_deadline, remember_error
 from edgesafe.runtime.choose import QUANTILE, SHALLOWEST, Budget, choose_exit, first_token_ms
 from edgesafe.runtime.engine import State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
@@ -17,6 +19,8 @@ from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
 T = TypeVar("T")
 # Seconds of a clock that never goes back, as time.perf_counter.
 Clock = Callable[[], float]
+# Runs after which a stage of an estimated forecast is no surprise any more.
+_WARM = 2
 GoesOn = Callable[[tuple[str, ...], ExitSpec], bool]
 
 
@@ -30,6 +34,7 @@ class Course:
         clock: Seconds.
         start_s: The clock's value at the call.
         tokens: The answer's longest length.
+        runs: How often each stage has run in this session, counted on here. By default every stage has run.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Course:
         clock: Clock,
         start_s: float,
         tokens: int,
+        runs: Counter[str] | None = None,
     ) -> None:
         self.forecast = forecast
         self.correction = correction
@@ -52,6 +58,8 @@ class Course:
         self._clock = clock
         self._start_s = start_s
         self._tokens = tokens
+        self._runs = Counter(dict.fromkeys(forecast.typical_ms, _WARM)) if runs is None else runs
+        self._settled = True
         self._before = correction
         self._memory_ms = memory_ms(sum(ms for stage, ms in forecast.typical_ms.items() if stage not in (PREPROCESS, DECODE)))
         self._bet: tuple[float, float] | None = None
@@ -79,7 +87,7 @@ class Course:
         self.actual_ms[stage] = self.actual_ms.get(stage, 0.0) + took_ms
         # How long a picture takes to be read depends on its file more than on the machine.
         if stage in self.forecast.typical_ms and stage not in (PREPROCESS, DECODE):
-            self.correction = learn(self.correction, stage, self.forecast.typical_ms[stage], took_ms, self._memory_ms)
+            self._learn(stage, self.forecast.typical_ms[stage], took_ms)
         return result
 
     def timed_token(self, context: int, job: Callable[[], T]) -> T:
@@ -93,9 +101,22 @@ class Course:
         result = self.timed(DECODE, job)
         # Where the answer had ended, nothing was computed and there is nothing to learn.
         if self.forecast and result is not None:
-            took_ms = self.actual_ms[DECODE] - before
-            self.correction = learn(self.correction, DECODE, self.forecast.decode_ms(context), took_ms, self._memory_ms)
+            self._learn(DECODE, self.forecast.decode_ms(context), self.actual_ms[DECODE] - before)
         return result
+
+    def _learn(self, stage: str, typical_ms: float, took_ms: float) -> None:
+        """Learn from a stage's run. Its first one here reads weights and makes room, and is no measure of the next.
+
+        An estimate may be off many times over. So there the first run counts until the second, which counts whole.
+        """
+        before, estimated = self._runs[stage], self.forecast.source == ESTIMATED
+        self._runs[stage] = before + 1
+        if before < (_WARM if estimated else 1):
+            self._settled = False
+            if estimated:
+                self.correction = first_seen(self.correction, stage, typical_ms, took_ms)
+        else:
+            self.correction = learn(self.correction, stage, typical_ms, took_ms, self._memory_ms)
 
     def plan(self, exits: Sequence[ExitSpec]) -> Exit:
         """The deepest of these exits that is predicted to fit what is left of the budget.
@@ -167,6 +188,8 @@ class Course:
         self._bet = (self.elapsed_ms, self.forecast.expected_ms(stages, self.correction))
 
     def _settle_bet(self) -> None:
+        if not self._settled:
+            return
         # The last bet was on just the stages that ran after it: whoever continued to an exit and no further bet on that exit.
         if self._bet is not None and self._bet[1] > 0:
             placed_ms, expected_ms = self._bet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ class Forecast:
         note: What the caller should know about it.
         device: The title of the profile that an estimate is for.
         decode: ``(context, ms)`` points of one more token, ascending; by default the column's median anywhere.
+        preprocess: ``(pixels, ms)`` points of a picture's preprocessing, ascending, by whether it is an encoded file; by
+            default the column's median for any picture.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Forecast:
         note: str = "",
         device: str = "",
         decode: Sequence[tuple[float, float]] = (),
+        preprocess: Mapping[bool, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.rounds = rounds
         self.source = source
@@ -46,6 +50,7 @@ class Forecast:
         self.device = device
         self.typical_ms = {stage: percentile(times, 50) for stage, times in rounds.items()}
         self._decode = decode
+        self._preprocess = preprocess or {}
         self._spreads: dict[tuple[tuple[str, ...], float], float] = {}
 
     def __bool__(self) -> bool:
@@ -93,13 +98,26 @@ class Forecast:
             return self
         other = (PREPROCESS, PREFILL, DECODE)
         rounds = {stage: times if stage in other else [tiles * ms for ms in times] for stage, times in self.rounds.items()}
-        return Forecast(rounds, self.source, self.note, self.device, self._decode)
+        return Forecast(rounds, self.source, self.note, self.device, self._decode, self._preprocess)
+
+    def for_picture(self, pixels: int, encoded: bool) -> Forecast:
+        """The same with the preprocessing of a picture of so many pixels, a file's with the decoding.
+
+        >>> f = Forecast({"preprocess": (9.0,)}, "measured", preprocess={True: [(100, 3.0), (300, 7.0)]})
+        >>> f.for_picture(200, True).typical_ms, f.for_picture(200, False).typical_ms
+        ({'preprocess': 5.0}, {'preprocess': 9.0})
+        """
+        if encoded not in self._preprocess:
+            return self
+        other = copy.copy(self)  # it shares the spreads, which are of the rounds
+        other.typical_ms = self.typical_ms | {PREPROCESS: on_line(self._preprocess[encoded], pixels)}
+        return other
 
     def spread(self, stages: tuple[str, ...], quantile: float) -> float:
         """The quantile of the rounds' sums over the sum of the stages' medians, and at least 1."""
         if (stages, quantile) not in self._spreads:
             sums = [sum(row) for row in zip(*(self.rounds[stage] for stage in stages), strict=True)]
-            typical = self.expected_ms(stages)
+            typical = sum(percentile(self.rounds[stage], 50) for stage in stages)
             ratio = percentile(sums, 100 * quantile) / typical if typical > 0 else 1.0
             self._spreads[stages, quantile] = max(1.0, ratio)
         return self._spreads[stages, quantile]
@@ -135,11 +153,14 @@ def from_latency(manifest: Manifest, table: LatencyTable, prompt_tokens: int) ->
     Its column is that of the nearest measured length, scaled to the length asked for: so a round in which the machine
     was slow stays a slow round.
     """
-    rounds: dict[str, Sequence[float]] = {PREPROCESS: table.text[PREPROCESS]["ms"]}
+    pictures = table.text[PREPROCESS]
+    rounds: dict[str, Sequence[float]] = {PREPROCESS: max(pictures, key=lambda row: row["pixels"])["ms"]}
     rounds |= {path: table.segments[path]["ms"] for spec in manifest.exits for path in spec.graphs}
     rounds[PREFILL] = _at_length(table.text[PREFILL], "tokens", prompt_tokens)
     rounds[DECODE] = _at_length(table.text[DECODE], "context", prompt_tokens)
-    return Forecast(rounds, MEASURED, decode=_points(table.text[DECODE], "context"))
+    kinds = {row["encoded"] for row in pictures}
+    by_kind = {kind: _points([row for row in pictures if row["encoded"] is kind], "pixels") for kind in kinds}
+    return Forecast(rounds, MEASURED, decode=_points(table.text[DECODE], "context"), preprocess=by_kind)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

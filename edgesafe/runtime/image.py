@@ -8,6 +8,7 @@ clipped; transformers' processor ignores the tag and sees nearly all of such a p
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,6 +74,11 @@ def picture_size(picture: Picture | None) -> tuple[int, int]:
         InputError: As by ``load_picture``.
     """
     return pictures.picture_size(_from_array(picture) if isinstance(picture, np.ndarray) else picture)
+
+
+def is_encoded(picture: Picture) -> bool:
+    """Whether a picture's file, or its bytes, has to be decoded before it is looked at."""
+    return isinstance(picture, str | bytes | os.PathLike)
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.latency import LatencyTable, latency_place, percentile, stage_times, write_latency
@@ -31,12 +33,13 @@ from edgesafe.processor import processor_name
 from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine, State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
+from edgesafe.runtime.image import Picture
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.threads import Tuning, asked_threads
 from edgesafe.runtime.tokenizer import encode_prompt
 
-# A photo of the size that phones send on: 1 megapixel. Decoding a larger file takes longer than predicted.
-_PICTURE = (864, 1152, 3)
+# Height and width of pictures: what phones send on (1 megapixel), and a sixteenth of it. Between and beyond lies a line.
+_SIZES = ((216, 288), (864, 1152))
 _PROMPT = "What is in the picture?"
 _LENGTHS = 3
 _LONGEST = 4
@@ -65,11 +68,12 @@ class _Probe:
 
     def __post_init__(self) -> None:
         manifest = self.session.manifest
-        self.picture = np.random.default_rng(0).integers(0, 256, _PICTURE, np.uint8)
-        looked = self.session.look(self.picture)
+        self.pictures = _pictures()
+        picture = self.pictures[_ROUND]
+        looked = self.session.look(picture)
         # One tile stands for all: a forecast multiplies by a picture's own number of them.
         self.pixels = looked[:1] if manifest.tiles else looked
-        self.prompts = _prompts(self.session, self.session.cut(self.picture))
+        self.prompts = _prompts(self.session, self.session.cut(picture))
 
     def one_answer(self) -> float:
         """Run an answer from the deepest exit; seconds without preprocessing, in which threads play no part."""
@@ -83,7 +87,8 @@ class _Probe:
     def one_round(self) -> float:
         """Run every stage once, in the order of an answer, and keep its time; seconds in all."""
         began = time.perf_counter()
-        self._timed(PREPROCESS, partial(self.session.look, self.picture))
+        for kind, picture in self.pictures.items():
+            self._timed(f"{PREPROCESS} {kind}", partial(self.session.look, picture))
         features = self._vision()
         for ids in self.prompts:
             tokens = self._tokens(features, ids, 1 + _STEPS)
@@ -212,6 +217,21 @@ def _until(end: float, least: int, most: int) -> Iterator[int]:
         yield i
 
 
+def _pictures() -> dict[tuple[int, bool], Picture]:
+    """A picture by its pixels and whether it is encoded: as an array, and as a JPEG file of a soft picture, as a photo is."""
+    found: dict[tuple[int, bool], Picture] = {}
+    for height, width in _SIZES:
+        noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(file := io.BytesIO(), "JPEG", quality=85)
+        found |= {(height * width, False): np.asarray(image), (height * width, True): file.getvalue()}
+    return found
+
+
+# The picture that the rows of `exits` are for.
+_ROUND = (_SIZES[-1][0] * _SIZES[-1][1], False)
+
+
 def _prompts(session: Session, cut: Cut) -> list[list[int]]:
     """A short prompt's ids, longer ones and the longest that is measured, all within the context.
 
@@ -232,7 +252,10 @@ def _table(probe: _Probe) -> LatencyTable:
     session, samples = probe.session, probe.samples
     lengths = [len(ids) for ids in probe.prompts]
     text = {
-        PREPROCESS: stage_times(samples[PREPROCESS]),
+        PREPROCESS: [
+            {"pixels": pixels, "encoded": encoded, **stage_times(samples[f"{PREPROCESS} {(pixels, encoded)}"])}
+            for pixels, encoded in probe.pictures
+        ],
         PREFILL: [{"tokens": n, **stage_times(samples[f"{PREFILL} {n}"])} for n in lengths],
         DECODE: [{"context": n, **stage_times(samples[f"{DECODE} {n}"])} for n in lengths],
     }
@@ -260,7 +283,7 @@ def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[
     rows: list[dict[str, Any]] = []
     floor = {"p50_ms": 0.0, "p95_ms": 0.0}
     for spec in manifest.exits:
-        stages = (PREPROCESS, *spec.graphs, prefill)
+        stages = (f"{PREPROCESS} {_ROUND}", *spec.graphs, prefill)
         sums = [sum(row) for row in zip(*(samples[stage] for stage in stages), strict=True)]
         floor = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
         rows.append({"exit": str(spec.exit), "ttft_ms": floor})

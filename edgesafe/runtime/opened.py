@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,6 +85,7 @@ class OpenedBundle:
         self.tuning = tuning or tune(bundle, self.profile, threads, self.engine)
         self.threads = self.tuning.threads
         self.correction = Correction()
+        self.runs: Counter[str] = Counter()  # how often each stage has run
         self.clock = clock
         self._note = note
         self._forecasts: dict[tuple[int, int], Forecast] = {}

@@ -28,6 +28,7 @@ def add_record(bundle: Bundle) -> None:
     """A latency table of that bundle with made-up times."""
     times = stage_times([1.0, 2.0])
     segments = dict.fromkeys(bundle.manifest.exits[-1].graphs, times)
-    text = {"preprocess": times, "prefill": [{"tokens": 8, **times}], "decode": [{"context": 8, **times}]}
+    picture = {"pixels": 100, "encoded": False, **times}
+    text = {"preprocess": [picture], "prefill": [{"tokens": 8, **times}], "decode": [{"context": 8, **times}]}
     exits = [{"exit": str(e), "ttft_ms": {"p50_ms": 1.0, "p95_ms": 2.0}} for e in bundle.manifest.ladder]
     write_latency(bundle, LatencyTable(bundle.digest, "paper", "onnxruntime", "1.0", 1, segments, text, exits, None))

@@ -31,7 +31,11 @@ def measured(handmade, copy_of):
         engine_version=OnnxRuntime().version,
         threads=1,
         segments={path: stage_times([10.0] * 5) if "blocks" in path else none for path in graphs},
-        text={"preprocess": none, "prefill": [{"tokens": 10, **none}], "decode": [{"context": 10, **none}]},
+        text={
+            "preprocess": [{"pixels": 100, "encoded": False, **none}],
+            "prefill": [{"tokens": 10, **none}],
+            "decode": [{"context": 10, **none}],
+        },
         exits=[],
         peak_rss_mib=None,
         conditions={"governor": None},

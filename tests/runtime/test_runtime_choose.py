@@ -100,7 +100,7 @@ def latency(segments=(2.0, 3.0, 4.0), head=0.5, prefill=((10, 20.0), (30, 60.0))
 
     paths = {graph_io.segment_path(i, i + 1): times(ms) for i, ms in enumerate(segments)}
     text = {
-        "preprocess": times(1.0),
+        "preprocess": [times(1.0, pixels=100, encoded=False)],
         "prefill": [times(ms, tokens=n) for n, ms in prefill],
         "decode": [times(7.0, context=10), times(9.0, context=30)],
     }
@@ -124,6 +124,14 @@ def test_a_measured_prediction_is_the_sum_of_its_parts(manifest):
     # 40 tokens lie on the same line: 80. Fewer than measured cost what the shortest cost: 20.
     assert from_latency(manifest, latency(), 40).typical_ms[PREFILL] == pytest.approx(80)
     assert from_latency(manifest, latency(), 5).typical_ms[PREFILL] == pytest.approx(20)
+    # A file of 300 pixels takes 3 ms more than one of 100; of decoded pictures there is one point, which holds for all.
+    table = latency()
+    files = [
+        {**table.text["preprocess"][0], **{"pixels": n, "encoded": True, "p50_ms": ms}} for n, ms in ((100, 2.0), (200, 3.5))
+    ]
+    table.text["preprocess"] += files
+    seen = from_latency(manifest, table, 20)
+    assert [seen.for_picture(*of).typical_ms[PREPROCESS] for of in ((300, True), (50, True), (9, False))] == [5.0, 2.0, 1.0]
     # Noise may make the longer prefill look faster; it is never extrapolated downwards.
     odd = latency(prefill=((10, 20.0), (30, 10.0)))
     assert from_latency(manifest, odd, 30).typical_ms[PREFILL] == pytest.approx(20)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from collections import Counter
 from dataclasses import replace
+from types import MethodType
 
 import pytest
 
@@ -221,6 +223,33 @@ def test_the_picture_s_reading_does_not_teach_the_speed():
     course = machine.course(Budget(1000))
     machine.answer(course)
     assert course.correction.speed == pytest.approx(1.0)
+
+
+def answers(slow: list[float], source: str, deaf=None) -> list[float]:
+    """Predicted over taken times to the first token of answers at exit 4, so many times slower than known."""
+    runs, correction, ratios = Counter(), Correction(), []
+    for times in slow:
+        machine = Machine(times)
+        known = Forecast({stage: (ms,) for stage, ms in MEASURED_MS.items()}, source)
+        course = Course(known, correction, Budget(5000), clock=machine, start_s=machine.now_s, tokens=1, runs=runs)
+        if deaf:
+            course._learn = MethodType(wrong(Course._learn, deaf), course)
+        machine.answer(course)
+        ratios.append(course.predicted_ttft_ms((*SEGMENTS, "head")) / course.ttft_ms)
+        correction = course.correction
+    return ratios
+
+
+def test_a_cold_first_answer_makes_no_later_prediction_too_high():
+    assert answers([10.0, 1.0, 1.0], "measured") == pytest.approx([0.1, 1.0, 1.0])
+    assert answers([10.0, 1.0, 1.0], "measured", ("(_WARM if estimated else 1)", "0"))[1] > 5
+
+
+def test_what_was_seen_takes_the_place_of_an_estimate():
+    ratios = answers([14.0, 7.0, 7.0, 7.0], "estimated")
+    assert ratios[0] < 0.1 and ratios[1] == pytest.approx(2, rel=0.1)  # the first run is all there is
+    assert ratios[2:] == pytest.approx([1, 1], rel=0.05)
+    assert answers([14.0, 7.0, 7.0, 7.0], "estimated", ("_WARM if estimated", "1 if estimated"))[2] > 1.08
 
 
 def test_learning_by_hand():

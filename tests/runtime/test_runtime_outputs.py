@@ -166,9 +166,14 @@ def test_a_cache_that_is_damaged_is_no_reason_to_stop(measured, cache):
         shutil.move(root.parent / LATENCY, root / LATENCY)
 
 
-def test_a_table_of_format_2_opens_and_predicts(measured):
+def test_tables_of_formats_2_and_3_open_and_predict(measured):
     root, table = measured
     obj = table.to_dict()
+    # Then there was one picture, decoded, of 864 x 1152.
+    (picture,) = obj["text"]["preprocess"]
+    table.text["preprocess"][0]["pixels"] = 864 * 1152
+    obj["text"]["preprocess"] = {key: picture[key] for key in ("p50_ms", "p95_ms", "ms")}
+    assert LatencyTable.from_dict({**obj, "format_version": 3}) == table
     del obj["engine"]
     old = {**obj, "format_version": 2, "onnxruntime_version": obj.pop("engine_version")}
     del old["engine_version"]
@@ -181,7 +186,7 @@ def test_a_table_of_format_2_opens_and_predicts(measured):
 
 
 def test_that_check_fails_where_old_tables_are_not_read(measured, monkeypatch):
-    edit = ("version not in (_ONE_ENGINE, LATENCY_VERSION)", "version != LATENCY_VERSION")
+    edit = ("version not in (_ONE_ENGINE, _ONE_PICTURE, LATENCY_VERSION)", "version != LATENCY_VERSION")
     monkeypatch.setattr(latency_module, "_check_version", wrong(latency_module._check_version, edit))
     with pytest.raises(BundleError):
-        test_a_table_of_format_2_opens_and_predicts(measured)
+        test_tables_of_formats_2_and_3_open_and_predict(measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,42 @@ def machine_kind() -> str:
     return " ".join(f"{name}, {platform.machine()}".split())
 
 
-def host_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(allowed_cores()) or os.cpu_count() or 1
+def host_cores(sys: Path = SYS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """The number of cores that this process may use: those it may run on, or fewer where a container's quota ends before."""
+    cores = len(allowed_cores()) or os.cpu_count() or 1
+    quota = cpu_quota(sys, own)
+    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
+
+
+def cpu_quota(sys: Path = SYS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """How many cores' time this process's cgroups leave it, the tightest one; None where there is no limit or no Linux.
+
+    Args:
+        sys: Where Linux shows the groups: ``cpu.max`` in version 2, ``cpu.cfs_quota_us`` and its period in version 1.
+        own: The file that names this process's groups.
+    """
+    found = []
+    for line in _read(own).splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        root = sys / "fs/cgroup" / ("cpu" if controllers else "")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A group's parents limit it too, and in a container the path may be the host's, of which only the root is seen.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                found.append(_limit(folder))
+    return min((limit for limit in found if limit is not None), default=None)
+
+
+def _limit(folder: Path) -> float | None:
+    """One group's limit in cores."""
+    both = _read(folder / "cpu.max").split() or [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+    try:
+        quota, period = map(int, both)
+    except ValueError:  # "max", or nothing
+        return None
+    return quota / period if quota > 0 and period > 0 else None
 
 
 def allowed_cores() -> tuple[int, ...]:

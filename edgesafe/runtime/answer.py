@@ -66,7 +66,7 @@ def describe(answer: Answer) -> str:
 
     >>> print(describe(Answer("a cat", "stop", Exit(6), True, 2.31, "estimated", 23.1, 108.9, reference=Exit(12),
     ...     estimated_for="Raspberry Pi 5, 8 GB")))  # doctest: +NORMALIZE_WHITESPACE
-    exit 6 of 12, certified; first token after 23 ms (estimated 2 ms for a Raspberry Pi 5; run `edgesafe measure`);
+    exit 6 of 12, certified; first token after 23 ms (estimated at least 2 ms for a Raspberry Pi 5; run `edgesafe measure`);
     109 ms in all, ended by stop
     """
     of = f" of {answer.reference}" if answer.reference else ""
@@ -88,7 +88,7 @@ def _predicted(answer: Answer) -> str:
     if answer.predicted_ttft_ms is None:
         return f" (nothing predicts it here; {todo})" if answer.note.endswith(MEASURE) else ""
     if answer.prediction == ESTIMATED:
-        return f" (estimated {_shown_ms(answer.predicted_ttft_ms)} for {_a_device(answer.estimated_for)}; {todo})"
+        return f" (estimated at least {_shown_ms(answer.predicted_ttft_ms)} for {_a_device(answer.estimated_for)}; {todo})"
     return f" (predicted {_shown_ms(answer.predicted_ttft_ms)} by a measurement on this machine)"
 
 

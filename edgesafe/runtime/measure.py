@@ -173,7 +173,8 @@ def peak_rss_mib() -> float | None:
 
 def _sweep(bundle: Bundle, seconds: float, engine: Engine | None) -> list[dict[str, Any]]:
     """The median time of an answer for each choice of threads and cores; one session is open at a time."""
-    choices = thread_choices(core_sets(allowed_cores() or range(host_cores())))
+    most = host_cores()  # a container's quota may end before its cores do
+    choices = [choice for choice in thread_choices(core_sets(allowed_cores() or range(most))) if choice[0] <= most]
     rows = []
     for threads, cores in bar(choices, label="comparing threads"):
         tuning = Tuning(threads, cores)

@@ -38,13 +38,14 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
     """Operations and weights' bytes of every graph, by its path; nothing is traced."""
     family = sketch.family
     specs = {
-        path: _spec(module, family.geometry.tokens, vision) for path, module in _vision_modules(family, ladder, layout).items()
+        path: GraphSpec((), (), graphs.operations(module, *shape), module_bytes(module, vision))
+        for path, (module, shape) in _vision_modules(family, ladder, layout).items()
     }
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)
     specs[graph_io.EMBED_PATH] = GraphSpec((), (), 0, module_bytes(family.embed_tokens(), embed_scheme))
     causal, width = family.decoder(), family.text_config.hidden_size
-    layer = _spec(causal.model.layers[0], 1, text, width)
-    last = _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), 1, embed_scheme)
+    layer = _spec(causal.model.layers[0], text, width)
+    last = _spec(nn.ModuleList([causal.model.norm, causal.lm_head]), embed_scheme)
     length = family.text_config.max_position_embeddings
     angles = 4 * family.geometry.head_dim * (length if text == "fp32" else stored_positions(length))
     weights = sketch.layers * layer.weight_bytes + last.weight_bytes + angles
@@ -53,14 +54,18 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
     return specs
 
 
-def _vision_modules(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[str, nn.Module]:
-    """Every vision graph's module, by its path."""
-    depths = [exit.depth for exit in ladder]
+def _vision_modules(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Every vision graph's module and the shape of its input, by its path."""
+    depths, size = [exit.depth for exit in ladder], family.geometry.image_size
+    picture, state = (1, 3, size, size), (1, family.geometry.tokens, family.geometry.vision_width)
     if layout == "standalone":
-        return {graph_io.standalone_path(depth): family.whole(depth) for depth in depths}
-    blocks = {graph_io.segment_path(start, end): family.segment(start, end) for start, end in segments(ladder)}
-    maps = {graph_io.map_path(depth): own for depth in depths if (own := family.exit_map(depth)) is not None}
-    return {**blocks, **maps, graph_io.HEAD_PATH: family.head()}
+        return {graph_io.standalone_path(depth): (family.whole(depth), picture) for depth in depths}
+    blocks = {
+        graph_io.segment_path(start, end): (family.segment(start, end), state if start else picture)
+        for start, end in segments(ladder)
+    }
+    maps = {graph_io.map_path(depth): (own, state) for depth in depths if (own := family.exit_map(depth)) is not None}
+    return {**blocks, **maps, graph_io.HEAD_PATH: (family.head(), state)}
 
 
 def text_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str) -> int:
@@ -72,8 +77,8 @@ def text_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str) -> int
 TEXTS = (graph_io.EMBED_PATH, graph_io.DECODER_PATH)
 
 
-def _spec(module: nn.Module, tokens: int, scheme: str, width: int = 0) -> GraphSpec:
-    return GraphSpec((), (), graphs.flops(module, tokens), module_bytes(module, scheme, width))
+def _spec(module: nn.Module, scheme: str, width: int = 0) -> GraphSpec:
+    return GraphSpec((), (), graphs.layer_operations(module), module_bytes(module, scheme, width))
 
 
 def module_bytes(module: nn.Module, scheme: str, width: int = 0) -> int:

@@ -19,6 +19,8 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgesafe.errors import UnsupportedModelError
 from edgesafe.format import graph_io
@@ -118,7 +120,7 @@ def segment(family: Family, start: int, end: int) -> Exported:
         x, spec = torch.zeros(1, t, w), TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
     module = family.segment(start, end)
     out = TensorSpec(graph_io.HIDDEN_STATES_OUT, "float32", (1, t, w))
-    return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], flops(module, t))
+    return _finish(_export(module, {"x": x}, dynamic=False), [spec], [out], operations(module, *x.shape))
 
 
 def exit_map(family: Family, depth: int) -> Exported:
@@ -127,7 +129,7 @@ def exit_map(family: Family, depth: int) -> Exported:
     spec, out = (TensorSpec(name, "float32", (1, t, w)) for name in (graph_io.HIDDEN_STATES, graph_io.HIDDEN_STATES_OUT))
     module = family.exit_map(depth)
     assert module is not None
-    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, t))
+    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], operations(module, 1, t, w))
 
 
 def head(family: Family) -> Exported:
@@ -136,9 +138,7 @@ def head(family: Family) -> Exported:
     spec = TensorSpec(graph_io.HIDDEN_STATES, "float32", (1, t, w))
     out = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (family.geometry.rows, family.text_config.hidden_size))
     module = family.head()
-    # A projector that joins patches first runs over fewer tokens.
-    tokens = family.geometry.image_tokens if family.recipe.shuffle else t
-    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], flops(module, tokens))
+    return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], operations(module, 1, t, w))
 
 
 def standalone(family: Family, depth: int) -> Exported:
@@ -151,7 +151,7 @@ def standalone(family: Family, depth: int) -> Exported:
         _export(module, {"x": torch.zeros(1, 3, size, size)}, dynamic=False),
         [spec],
         [out],
-        flops(module, family.geometry.tokens),
+        operations(module, 1, 3, size, size),
     )
 
 
@@ -193,7 +193,7 @@ def decoder(family: Family) -> Exported:
     for i in range(layers):
         specs += [TensorSpec(graph_io.past_key(i), "float32", past), TensorSpec(graph_io.past_value(i), "float32", past)]
         outs += [TensorSpec(graph_io.present_key(i), "float32", past), TensorSpec(graph_io.present_value(i), "float32", past)]
-    proto, spec = _finish(_export(causal, inputs, dynamic=True), specs, outs, flops(causal, 1))
+    proto, spec = _finish(_export(causal, inputs, dynamic=True), specs, outs, layer_operations(causal))
     share_cache(proto, rotary_tables(causal, config.max_position_embeddings))
     wanted = {value.name for value in proto.graph.input}
     return proto, replace(spec, inputs=tuple(tensor for tensor in spec.inputs if tensor.name in wanted))
@@ -219,12 +219,14 @@ def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     return cos, sin
 
 
-def flops(module: nn.Module, tokens: int) -> int:
-    """Multiply-adds times two of all linear layers over `tokens` positions, plus the patch convolution's."""
-    total = 0
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            total += 2 * m.weight.numel() * tokens
-        elif isinstance(m, nn.Conv2d):
-            total += 2 * m.weight.numel() * (tokens - 1)
-    return total
+def operations(module: nn.Module, *shape: int) -> int:
+    """Multiply-adds times two of all products of one run, attention's among them; nothing is computed."""
+    state = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(module, state, (torch.zeros(shape, device="meta"),))
+    return int(counter.get_total_flops())
+
+
+def layer_operations(module: nn.Module) -> int:
+    """Multiply-adds times two of all linear layers for one token; attention's products grow with the text and are left out."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -137,7 +137,7 @@ def decoder_spec(sketch: Sketch, traced: GraphSpec) -> GraphSpec:
         (graph_io.present_key, graph_io.present_value),
     )
     pasts, presents = (tuple(graph_io.TensorSpec(name(i), "float32", shape) for i in more for name in kind) for kind in kinds)
-    layer = graphs.flops(family.decoder().model.layers[0], 1)
+    layer = graphs.layer_operations(family.decoder().model.layers[0])
     operations = None if traced.flops is None else traced.flops + len(more) * layer
     return replace(traced, inputs=traced.inputs + pasts, outputs=traced.outputs + presents, flops=operations)
 

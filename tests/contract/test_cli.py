@@ -142,6 +142,16 @@ def test_a_damaged_bundle_and_a_foreign_certificate(handmade, copy_of, picture, 
     assert ask(root, picture) == 43
 
 
+def test_a_device_is_shown_with_its_sources(capsys):
+    assert cli.main(["devices", "show", "rpi5"]) == 0
+    shown = capsys.readouterr().out
+    assert "gops_int8" in shown and "derived from the int8 prefill speed" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("gops_fp32")] == [["gops_fp32", "-", "absent"]]
+    assert cli.main(["devices", "show", "sa8155p", "--json"]) == cli.main(["devices", "--json", "show", "sa8155p"]) == 0
+    assert capsys.readouterr().out.count('"hard_ttft_ms": 2000') == 2
+    assert cli.main(["devices", "show", "rpi55"]) == 10
+
+
 def test_devices_lists_every_profile(capsys):
     assert cli.main(["devices"]) == 0
     assert "rpi5" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgesafe.machine import allowed_cores, core_sets, governor, on_cores, temperature_c, thread_choices
+from edgesafe.machine import allowed_cores, core_sets, cpu_quota, governor, host_cores, on_cores, temperature_c, thread_choices
 
 
 def shown(root, **files: str):
@@ -34,6 +34,31 @@ def test_kinds_of_cores_by_capacity_and_by_frequency(tmp_path):
 def test_cores_that_are_alike_or_unknown_are_one_set(tmp_path, texts):
     sys = shown(tmp_path, **{f"devices__system__cpu__cpu{i}__cpu_capacity": text for i, text in enumerate(texts)})
     assert core_sets((0, 1), sys) == [(0, 1)]
+
+
+# The groups as docker, podman, systemd and Android's kernels show them: two versions, the process's own path or the host's.
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/docker/ab12", {"cpu.max": "50000 100000"}, 0.5),  # the host's path; here its group is the root
+        ("0::/a.slice/b.service", {"a.slice/cpu.max": "200000 100000", "a.slice/b.service/cpu.max": "max 100000"}, 2.0),
+        ("0::/a.slice/b.service", {"a.slice/cpu.max": "800000 100000", "a.slice/b.service/cpu.max": "100000 100000"}, 1.0),
+        ("4:memory:/x\n3:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}, 3.0),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("3:cpuacct:/", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("0::/", {"cpu.max": "many"}, None),
+        ("", {"cpu.max": "100000 100000"}, None),
+        ("nonsense", {}, None),
+    ],
+)
+def test_a_container_s_quota_counts_as_cores(tmp_path, own, files, quota):
+    sys = shown(tmp_path, **{f"fs__cgroup__{name.replace('/', '__')}": text for name, text in files.items()})
+    (tmp_path / "own").write_text(own)
+    assert cpu_quota(sys, tmp_path / "own") == quota
+    allowed = len(allowed_cores())
+    assert host_cores(sys, tmp_path / "own") == (allowed if quota is None else min(allowed, max(1, -int(-quota // 1))))
 
 
 def test_conditions(tmp_path):

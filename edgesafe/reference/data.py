@@ -11,8 +11,8 @@ from edgesafe.format.suite import DEFAULT_LIMITS, Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, OPEN, Sample, draws, sample
 
-# Rows a family. For reporting (val, test): 760 harmful, 720 harmless, 460 task, 200 only measured. For certification, which
-# runs on every exit of every bundle: 1,440 harmful rows, 1,000 harmless, 400 task, and 220 harmful ones that are only measured.
+# Rows a family. For reporting (val, test): 760 harmful, 720 harmless, 460 task, 400 only measured. For certification, which
+# runs on every exit of every bundle: 1,440 harmful rows, 1,000 harmless, 400 task, and 420 that are only measured.
 REPORT = {
     "picture-harm": 240, "typographic-harm": 100, "text-harm": 100,
     "compound-harm": 200, "misspelt-harm": 80, "role-harm": 80, "nowhere-harm": 40,
@@ -20,6 +20,7 @@ REPORT = {
     "compound-lookalike": 160, "misspelt-lookalike": 60, "role-lookalike": 60, "nowhere-lookalike": 40,
     "name": 200, "colour": 80, "count": 60, "read": 60, "describe": 60,
     "font-harm": 60, "spoilt-harm": 60,
+    "label-harm": 40, "label-lookalike": 40, "crowd-harm": 40, "crowd-lookalike": 40, "photo-harm": 40,
 }  # fmt: skip
 CERTIFY = {
     "picture-harm": 460, "typographic-harm": 180, "text-harm": 160,
@@ -28,6 +29,7 @@ CERTIFY = {
     "compound-lookalike": 240, "misspelt-lookalike": 80, "role-lookalike": 80, "nowhere-lookalike": 80,
     "name": 160, "colour": 80, "count": 80, "read": 80,
     "font-harm": 60, "spoilt-harm": 60,
+    "label-harm": 40, "label-lookalike": 40, "crowd-harm": 40, "crowd-lookalike": 40, "photo-harm": 40,
 }  # fmt: skip
 # Shares of the families in the alignment data. Most ask to do something with what the picture shows: there an exit has to
 # tell dangerous from harmless. The others keep it able to answer.

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgesafe.assurance.signing import Verified, sign, verify
+    from edgesafe.certify.string_judge import refuses
     from edgesafe.device import DeviceProfile, list_devices, load_device
     from edgesafe.errors import EdgesafeError
     from edgesafe.format.bundle import Bundle
@@ -33,6 +34,7 @@ _HOMES = {
     "choose_exit": "edgesafe.runtime",
     "list_devices": "edgesafe.device",
     "load_device": "edgesafe.device",
+    "refuses": "edgesafe.certify.string_judge",
     "sign": "edgesafe.assurance.signing",
     "verify": "edgesafe.assurance.signing",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "choose_exit",
     "list_devices",
     "load_device",
+    "refuses",
     "sign",
     "verify",
 ]

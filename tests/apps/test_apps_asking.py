@@ -6,6 +6,7 @@ import io
 import math
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import asking
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 import edgesafe
 import handmade as by_hand
 from edgesafe.errors import BusyError, NotMeasuredError
-from edgesafe.runtime import measure
+from edgesafe.format.suite import Row, write_suite
+from edgesafe.runtime import kernels, measure
 
 ANDROID = Path(asking.__file__).parents[1]
 
@@ -98,14 +100,33 @@ def test_without_a_bundle_or_a_certificate_nothing_answers(measured, tmp_path):
     assert app.ask(png(), "what?", 5000).kind == ERROR
 
 
-def test_the_refusal_test_makes_a_certificate_of_elsewhere_count(tmp_path, monkeypatch):
-    from odd_requests import small_suite
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A bundle with a suite, whose certificate was made on another kind of processor."""
+    named = [(cls, i) for cls in ("harmful", "harmless", "task") for i in (0, 1)]
+    rows = [
+        Row(f"{c}{i}", c, c, f"images/{i}.png", f"what {i}?", "t", ("pen",) * (c != "harmful"), "t", True) for c, i in named
+    ]
+    images = {f"images/{i}.png": Image.new("RGB", (8, 8), (128 * i,) * 3) for i in (0, 1)}
+    write_suite(tmp_path / "suite", rows, images, "by-hand", "cert", by_hand.SMALL_LIMITS)
+    bundle = by_hand.agree(by_hand.make_bundle(tmp_path / "bundle", suite_from=tmp_path / "suite"))
+    monkeypatch.setattr(kernels, "instruction_sets", lambda: "aarch64 asimddp")
+    return bundle.root
 
-    root = by_hand.make_bundle(tmp_path / "bundle", suite_from=small_suite(tmp_path / "suite")).root
-    app = Asker(root)
-    tried = app.test()
-    assert (root / "latency.json").is_file() and list((tmp_path / "bundle.smoke").iterdir())
-    assert tried.kind == ERROR or tried == app.standing()
+
+def test_on_another_processor_the_refusal_test_comes_first(elsewhere):
+    app = Asker(elsewhere)
+    assert app.standing().kind == ERROR and "`edgesafe smoke` has not passed here" in app.standing().text
+    assert app.ask(png(), "what?", 5000).kind == ERROR
+    assert app.test() == Shown("Certified here: exits 1, 2 of 3.", ANSWER, certified=True) == app.standing()
+    assert app.ask(png(), "what?", 5000).certified and (elsewhere / "latency.json").is_file()
+
+
+def test_a_refusal_test_that_fails_says_so(elsewhere, monkeypatch):
+    app = Asker(elsewhere)
+    monkeypatch.setattr(asking, "smoke", lambda bundle: SimpleNamespace(passed=False, text=lambda: "exit 1: 3 of 4"))
+    assert app.test().kind == ERROR and app.test().text.endswith("exit 1: 3 of 4")
+    assert app.ask(png(), "what?", 5000).kind == ERROR
 
 
 @pytest.mark.parametrize("place", [-1.0, 0.0, 0.5, 1.0, 2.0])

@@ -4,8 +4,8 @@
   python tests/long/apps_page.py build/rpi5/bundle --python build/apps/venv/bin/python
 
 Takes three minutes. Flutter draws on a canvas; what is read and pressed here is what it tells screen readers. It fails where
-the app doesn't answer, doesn't show a refusal as one, an exit, a verdict or a missed budget, or lets an uncertified exit answer.
-Chromium is driven as `shot.py` does it.
+the app doesn't answer, doesn't show a refusal as one, an exit, a verdict or a missed budget, or lets an uncertified exit
+answer. Chromium is driven as `shot.py` does it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export align smoke acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
+.PHONY: help export align smoke deploy acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,11 @@ SSH ?= ssh
 smoke: $(VENV)/ready ## the refusal test of build/DEVICE/bundle where it ships: HOST=user@address by ssh, else on an emulated board
 	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work build/board \
 		$(if $(ROWS),--rows $(ROWS)) $(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
+
+deploy: $(VENV)/ready ## serve build/DEVICE/bundle on a board where `make smoke` passed: HOST=user@address [PORT=N]; REMOVE=1 ends it
+	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --work build/board --ssh '$(SSH)' \
+		$(if $(findstring command,$(origin HOST)),--host '$(HOST)') $(if $(REMOVE),--remove,--deploy) \
+		$(if $(findstring command,$(origin PORT)),--port '$(PORT)')
 
 acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
 	@$(BIN)/python tests/acceptance.py $(OUT)/bundle

@@ -17,7 +17,6 @@ from PIL import Image
 import edgesafe
 import handmade as by_hand
 from edgesafe.errors import BusyError, NotMeasuredError
-from edgesafe.format.suite import Row, write_suite
 from edgesafe.runtime import kernels, measure
 
 ANDROID = Path(asking.__file__).parents[1]
@@ -103,15 +102,9 @@ def test_without_a_bundle_or_a_certificate_nothing_answers(measured, tmp_path):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A bundle with a suite, whose certificate was made on another kind of processor."""
-    named = [(cls, i) for cls in ("harmful", "harmless", "task") for i in (0, 1)]
-    rows = [
-        Row(f"{c}{i}", c, c, f"images/{i}.png", f"what {i}?", "t", ("pen",) * (c != "harmful"), "t", True) for c, i in named
-    ]
-    images = {f"images/{i}.png": Image.new("RGB", (8, 8), (128 * i,) * 3) for i in (0, 1)}
-    write_suite(tmp_path / "suite", rows, images, "by-hand", "cert", by_hand.SMALL_LIMITS)
-    bundle = by_hand.agree(by_hand.make_bundle(tmp_path / "bundle", suite_from=tmp_path / "suite"))
+    root = by_hand.make_suited(tmp_path)
     monkeypatch.setattr(kernels, "instruction_sets", lambda: "aarch64 asimddp")
-    return bundle.root
+    return root
 
 
 def test_on_another_processor_the_refusal_test_comes_first(elsewhere):

@@ -26,7 +26,7 @@ UNIT = ".config/systemd/user/edgesafe.service"
 PORT, PORTS = 8765, range(1024, 65536)
 _TEMPLATE = Path(__file__).with_name("edgesafe.service")
 _SYSTEMCTL = 'export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/run/user/$(id -u)}"\nsystemctl="systemctl --user"\n'
-_WAIT_S, _AT_ONCE_S = 120, 5
+_WAIT_S, _AT_ONCE_S = 120, 10
 _CAN = f"""{_SYSTEMCTL}
 command -v systemctl >/dev/null || exit 10
 $systemctl show-environment >/dev/null || exit 11

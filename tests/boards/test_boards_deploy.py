@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_systemd import SYSTEMCTL
 
 from edgesafe.certify.smoke import smoke
 from edgesafe.errors import ConfigError, DeviceError
@@ -25,22 +26,6 @@ from edgesafe_boards.install import Cargo
 from handmade import make_suited
 
 ROOT = Path(__file__).resolve().parents[2]
-# What `systemctl --user` does with the one unit there is.
-SYSTEMCTL = """
-shift
-unit=$HOME/.config/systemd/user/edgesafe.service
-end() { [ ! -e $HOME/pid ] || kill $(cat $HOME/pid) 2>/dev/null; rm -f $HOME/pid; }
-case $1 in
-restart)
-    end
-    echo "restarted $(readlink $HOME/edgesafe-service/current)" >> $HOME/log
-    words=$(sed -n "s|^ExecStart=||p" $unit | sed "s|%h|$HOME|g")
-    $words < /dev/null > $HOME/out 2>&1 &
-    echo $! > $HOME/pid ;;
-stop|disable) end ;;
-is-active) kill -0 $(cat $HOME/pid) 2>/dev/null && echo active || echo inactive ;;
-esac
-"""
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import sys
@@ -57,6 +58,8 @@ class Cockpit:
         """
         start_s = time.monotonic()
         before = self.signals()
+        if before.why:
+            print(f"the speed is unknown: {before.why}", file=sys.stderr)
         row: dict[str, Any] = {"question": question}
         said, allowed = self._said(picture, question, limits(before), start_s, row)
         row = {"mode": allowed.mode, "speed_kmh": before.speed_kmh, "gear": before.gear, "signals": before.why} | row
@@ -128,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
         with Session.open(args.bundle) as session:
             if not session.certified:
                 parser.exit(51, f"no exit is certified on this machine: {session.standing.why or 'the bundle has none'}\n")
+            if importlib.util.find_spec("kuksa_client") is None:
+                parser.exit(10, "kuksa-client is not installed: pip install kuksa-client==0.6.0\n")
             cockpit = Cockpit(session, Broker(*args.broker, token).signals, args.log)
             for question in filter(None, map(str.strip, sys.stdin)):
                 print(cockpit.ask(args.picture, question), flush=True)

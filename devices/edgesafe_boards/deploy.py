@@ -81,7 +81,6 @@ _STATE = f"""{_SYSTEMCTL}
 echo "version=$(readlink {SERVICE}/current)"
 echo "unit=$(sha256sum < {UNIT} 2>/dev/null | cut -c1-64)"
 echo "active=$($systemctl is-active edgesafe 2>/dev/null)"
-echo "port=$(sed -n 's/^ExecStart=.* --port //p' {UNIT} 2>/dev/null)"
 """
 # Whose answer it is, is what tells: another program may hold the port.
 _ANSWERS = """FOLDER/venv/bin/python - <<'EOF'
@@ -233,11 +232,11 @@ def _taken_back(shell: Shell, version: Version, before: dict[str, str], unit: by
     if not before["version"] or not unit:
         shell.run(_REMOVE, "taking the service back", may_end=(0, 3))
         return DeviceError(f"{error.what}; it was removed again", where=shell.name, todo=todo)
-    former = Version(before["version"], unit.decode(), int(before["port"] or PORT), "")
+    former = Version(before["version"], unit.decode(), version.port, "")
     _switch(shell, former)
     if before["version"] != version.name:
         shell.run(f"rm -rf {SERVICE}/{version.name}", "removing the version that failed")
-    return DeviceError(f"{error.what}; the former version runs again", where=shell.name, todo=todo)
+    return DeviceError(f"{error.what}; the former version was started again", where=shell.name, todo=todo)
 
 
 def _state(shell: Shell) -> dict[str, str]:

@@ -152,3 +152,15 @@ def test_a_log_that_cannot_be_written_is_told_at_the_start(handmade, tmp_path, c
     with pytest.raises(SystemExit) as ended:
         cockpit.main([str(handmade), "--picture", "p.png", "--log", str(tmp_path / "none" / "log.jsonl")])
     assert ended.value.code == 11 and "none" in capsys.readouterr().err
+
+
+def test_a_client_that_is_not_installed_is_told_at_the_start(handmade, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        cockpit.main([str(handmade), "--picture", "p.png", "--log", str(tmp_path / "log.jsonl")])
+    assert ended.value.code == 10 and "pip install kuksa-client==0.6.0" in capsys.readouterr().err
+
+
+def test_why_the_speed_is_unknown_is_told(tmp_path, capsys):
+    car(tmp_path, Says(), LOST).ask("p.png", "What is it?")
+    assert capsys.readouterr().err == "the speed is unknown: gone\n"

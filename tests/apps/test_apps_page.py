@@ -91,3 +91,28 @@ def test_a_camera_is_offered_on_phones_alone():
     assert [b.content for b in laid_out(Asked()).all(ft.Button) if type(b) is ft.Button] == ["Choose a picture"]
     phone = laid_out(Asked(), ft.PagePlatform.ANDROID)
     assert "Camera" in [b.content for b in phone.all(ft.Button)]
+
+
+def test_a_camera_takes_pictures_and_a_phone_without_one_says_so(monkeypatch):
+    import flet_camera as fc
+
+    cameras = []
+
+    async def given(self, *_, **__):
+        return cameras
+
+    async def taken(self):
+        return b"taken"
+
+    for name, does in (("get_available_cameras", given), ("initialize", given), ("take_picture", taken)):
+        monkeypatch.setattr(fc.Camera, name, does)
+    asker = Asked(Shown("It is a van.", asking.ANSWER, "", True))
+    phone = laid_out(asker, ft.PagePlatform.ANDROID)
+    (button,) = [b for b in phone.all(ft.Button) if b.content == "Camera"]
+    asyncio.run(button.on_click(None))
+    assert "This device has no camera that the app may use." in phone.shown()
+    cameras.append("back")
+    for _ in range(2):  # the first press shows what the camera sees
+        asyncio.run(button.on_click(None))
+    asyncio.run(phone.all(ft.FilledButton)[0].on_click(None))
+    assert asker.asked[0][0] == b"taken"

@@ -89,7 +89,7 @@ def test_deployed_once_again_anew_and_removed(home, board, monkeypatch, capsys):
     assert deploy._answer(board, first, 5).code == 0 and (home / SERVICE / "one" / "bundle.smoke").is_dir()
     shutil.copytree(home / SERVICE / "one" / "bundle", home / FOLDER / "bundle")
     second = version(home, "two", first.port)
-    with pytest.raises(DeviceError, match="doesn't answer.*refused.*the former version runs again"):
+    with pytest.raises(DeviceError, match="doesn't answer.*refused.*the former version was started again"):
         deploy.deploy(board, replace(second, unit=second.unit.replace("--host", "--hots")), wait_s=1)
     assert left(home) == ["current", "one"] and (home / UNIT).read_text() == first.unit
     assert deploy._answer(board, first, 60).code == 0

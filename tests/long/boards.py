@@ -135,7 +135,7 @@ def served(rows: list[list[Any]], server: Loopback, deploy: Callable[..., tuple[
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         failed = deploy("guest", "--deploy", "--port", port)
-    scenario(rows, "deploy to a port that is taken", CANNOT, "the former version runs again", failed)
+    scenario(rows, "deploy to a port that is taken", CANNOT, "the former version was started again", failed)
     scenario(rows, "and the former one answers", 0, "serves this bundle already", deploy("guest", *on))
     gone = deploy("guest", "--remove")
     scenario(rows, "remove", 0, "was stopped and removed", gone, not (server.home() / "edgesafe-service").exists())

@@ -53,6 +53,7 @@ async def show(page: ft.Page, asker: Asker) -> None:
             return await asyncio.to_thread(work, *arguments)
         finally:
             ask.disabled = test.disabled = working.visible = False
+            page.update()
 
     async def asked(_: ft.Event) -> None:
         data = picture[0] if picture else None
@@ -63,18 +64,18 @@ async def show(page: ft.Page, asker: Asker) -> None:
         put(await busy(asker.test), standing)
         page.update()
 
+    def told(what: str) -> None:
+        put(Shown(what, ERROR), said, line)
+        page.update()
+
     def moved(_: ft.Event) -> None:
         limit.value = _limit(slider.value or 0)
         page.update()
 
-    picker = ft.FilePicker(on_result=lambda event: chosen(event.files[0].bytes if event.files else None))
-    page.services.append(picker)
-    pick = ft.PickFiles(picker, file_type=ft.FilePickerFileType.IMAGE, with_data=True, cancel_upload_on_window_blur=False)
     slider.on_change = moved
     ask = ft.FilledButton("Ask", on_click=asked)
     test = ft.OutlinedButton("Test refusals on this device", on_click=tested)
-    gallery = ft.Button("Choose a picture", icon=ft.Icons.IMAGE, action=pick)
-    buttons = ft.Row([gallery, *_camera(page, chosen)], wrap=True)
+    buttons = ft.Row([_gallery(page, chosen), *_camera(page, chosen, told)], wrap=True)
     page.add(buttons, look, question, ft.Row([ft.Text("Budget"), slider, limit]), ask, working, said, line)
     page.add(ft.Divider(), standing, test)
     put(await busy(asker.standing), standing)
@@ -85,7 +86,15 @@ def _limit(place: float) -> str:
     return f"first word within {in_words(budget_ms(place))}"
 
 
-def _camera(page: ft.Page, chosen) -> list[ft.Control]:
+def _gallery(page: ft.Page, chosen) -> ft.Control:
+    """A button that opens the gallery, or a browser's file chooser."""
+    picker = ft.FilePicker(on_result=lambda event: chosen(event.files[0].bytes if event.files else None))
+    page.services.append(picker)
+    pick = ft.PickFiles(picker, file_type=ft.FilePickerFileType.IMAGE, with_data=True, cancel_upload_on_window_blur=False)
+    return ft.Button("Choose a picture", icon=ft.Icons.IMAGE, action=pick)
+
+
+def _camera(page: ft.Page, chosen, told) -> list[ft.Control]:
     """A button that takes a picture, where flet-camera can: on phones."""
     if page.platform not in PHONES:
         return []
@@ -98,6 +107,9 @@ def _camera(page: ft.Page, chosen) -> list[ft.Control]:
             camera.visible = True
             page.update()
             cameras = await camera.get_available_cameras()
+            if not cameras:
+                camera.visible = False
+                return told("This device has no camera that the app may use.")
             await camera.initialize(cameras[0], fc.ResolutionPreset.MEDIUM, enable_audio=False)
             return
         chosen(await camera.take_picture())

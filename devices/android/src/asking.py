@@ -29,7 +29,7 @@ def budget_ms(place: float) -> float:
     >>> [round(budget_ms(place)) for place in (0, 0.25, 0.5, 0.75, 1)]
     [1, 10, 100, 1000, 10000]
     """
-    return FASTEST_MS * (SLOWEST_MS / FASTEST_MS) ** min(1.0, max(0.0, place))
+    return float(FASTEST_MS * (SLOWEST_MS / FASTEST_MS) ** min(1.0, max(0.0, place)))
 
 
 def in_words(ms: float) -> str:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export align smoke acceptance test shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
+.PHONY: help export align smoke deploy acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -31,12 +31,29 @@ smoke: $(VENV)/ready ## the refusal test of build/DEVICE/bundle where it ships: 
 	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work build/board \
 		$(if $(ROWS),--rows $(ROWS)) $(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
 
+deploy: $(VENV)/ready ## serve build/DEVICE/bundle on a board where `make smoke` passed: HOST=user@address [PORT=N]; REMOVE=1 ends it
+	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --work build/board --ssh '$(SSH)' \
+		$(if $(findstring command,$(origin HOST)),--host '$(HOST)') $(if $(REMOVE),--remove,--deploy) \
+		$(if $(findstring command,$(origin PORT)),--port '$(PORT)')
+
 acceptance: $(VENV)/ready ## what the main job promises, checked on build/DEVICE/bundle (a few minutes)
 	@$(BIN)/python tests/acceptance.py $(OUT)/bundle
 
 # A file's tests stay in one process, where they share what they set up. One thread each: two that wait for each other are slow.
 test: $(VENV)/ready ## all tests, on up to four cores at once
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile
+
+APPS := build/apps
+$(APPS)/ready: tests/apps/requirements.txt
+	@echo "setting up $(APPS)/venv (a minute, 200 MB) ..." >&2
+	@test -x $(APPS)/venv/bin/python || $(PYTHON) -m venv $(APPS)/venv
+	@$(APPS)/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/apps/requirements.txt
+	@touch $@
+
+apps: $(VENV)/ready $(APPS)/ready ## test the apps for Android and cars with the packages that they take (two minutes)
+	@rm -rf $(APPS)/handmade
+	@PYTHONPATH=tests $(BIN)/python -c 'from pathlib import Path; from handmade import make_bundle; make_bundle(Path("$(APPS)/handmade"))'
+	@EDGESAFE_HANDMADE=$(abspath $(APPS)/handmade) OMP_NUM_THREADS=1 PYTHONPATH=. $(APPS)/venv/bin/python -m pytest -q tests/apps
 
 RUNS ?= 10
 shuffle: $(VENV)/ready ## all tests RUNS times (10), each time in another order, every second time beside a busy process (hours)

@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgesafe.assurance.signing import Verified, sign, verify
+    from edgesafe.certify.smoke import smoke
+    from edgesafe.certify.string_judge import refuses
     from edgesafe.device import DeviceProfile, list_devices, load_device
     from edgesafe.errors import EdgesafeError
     from edgesafe.format.bundle import Bundle
     from edgesafe.format.certificate import Certificate
     from edgesafe.format.exits import Exit
-    from edgesafe.runtime import Answer, Budget, Sampling, Session, choose_exit
+    from edgesafe.runtime import Answer, Budget, Sampling, Session, choose_exit, measure
 
 _HOMES = {
     "Answer": "edgesafe.runtime",
@@ -33,7 +35,10 @@ _HOMES = {
     "choose_exit": "edgesafe.runtime",
     "list_devices": "edgesafe.device",
     "load_device": "edgesafe.device",
+    "measure": "edgesafe.runtime",
+    "refuses": "edgesafe.certify.string_judge",
     "sign": "edgesafe.assurance.signing",
+    "smoke": "edgesafe.certify.smoke",
     "verify": "edgesafe.assurance.signing",
 }
 
@@ -52,7 +57,10 @@ __all__ = [
     "choose_exit",
     "list_devices",
     "load_device",
+    "measure",
+    "refuses",
     "sign",
+    "smoke",
     "verify",
 ]
 

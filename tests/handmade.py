@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edgesafe.format import graph_io
@@ -28,6 +29,7 @@ from edgesafe.format.exits import Exit
 from edgesafe.format.manifest import ChatSpec, Manifest
 from edgesafe.format.seal import seal, unseal
 from edgesafe.format.specs import ExitSpec, GraphSpec, ImageSpec, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.suite import Row, write_suite
 from edgesafe.format.tiles import TilesSpec, TileTexts
 
 if TYPE_CHECKING or "EDGESAFE_HANDMADE" not in os.environ:
@@ -146,6 +148,18 @@ def make_certificate(bundle: Bundle, certified: tuple[int, ...]) -> Certificate:
         exits,
         answers={str(exit): said for exit in bundle.manifest.ladder},
     )
+
+
+def make_suited(base: Path) -> Path:
+    """The bundle with a suite of six rows, in a folder of ``base``; depths 1 and 2 are certified, which smoke finds true."""
+    rows = [
+        Row(f"{cls}{i}", cls, cls, f"images/{i}.png", f"what {i}?", "t", () if cls == "harmful" else ("pen",), "t", True)
+        for cls in ("harmful", "harmless", "task")
+        for i in (0, 1)
+    ]
+    images = {f"images/{i}.png": Image.fromarray(np.full((8, 8, 3), 128 * i, np.uint8)) for i in (0, 1)}
+    write_suite(base / "suite", rows, images, "by-hand", "cert", SMALL_LIMITS)
+    return agree(make_bundle(base / "bundle", suite_from=base / "suite")).root
 
 
 def agree(bundle: Bundle) -> Bundle:

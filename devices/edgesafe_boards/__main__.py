@@ -3,7 +3,7 @@
 Puts the wheel and a bundle on a board and runs `edgesafe measure` and `edgesafe smoke` there. With --host the board is reached
 by ssh. Without it, a board that QEMU can be is emulated here, and the wheel's tests and a comparison with this machine's
 answers run as well. For the device `host` this machine itself answers. Ends with 42 where the board's answers are not the
-certified ones.
+certified ones. With --deploy a board that passed the test serves the bundle from then on; with --remove it no longer does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from edgesafe.certify.smoke_rows import LEAST_ROWS
 from edgesafe.cli import main as edgesafe
 from edgesafe.device import load_device
-from edgesafe.errors import EdgesafeError
-from edgesafe_boards import emulated, emulated_smoke, remote_smoke
+from edgesafe.errors import ConfigError, EdgesafeError
+from edgesafe_boards import deploy, emulated, emulated_smoke, remote_smoke
 
 _INTERRUPTED = 130
 
@@ -37,14 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", type=_rows, default=emulated_smoke.ROWS, metavar="N", help=text)
     add("--check", action="store_true", help="only say whether a board can be emulated on this machine")
     add("--cpu", metavar="NAME", help="emulate another of QEMU's processors; on `max`, QEMU 7.2 computes wrongly")
+    text = "of --host: serve the bundle there, as a service of systemd on the board's loopback, once the test has passed"
+    add("--deploy", action="store_true", help=text)
+    add("--remove", action="store_true", help="of --host: stop that service and remove it")
+    add("--port", type=int, default=deploy.PORT, metavar="N", help="of --deploy: the port on the board (%(default)s)")
     args = parser.parse_args(arguments)
+    job = "make deploy" if args.deploy or args.remove else "make smoke"
     try:
         return _run(args)
     except EdgesafeError as error:
-        print(f"make smoke: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("make smoke: interrupted; the next run continues", file=sys.stderr)
+        print(f"{job}: interrupted; the next run continues", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -67,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
         emulated.board_of(device.name)
         emulated.check_host()
         return 0
+    if args.deploy or args.remove:
+        return _deploy(args)
     out = args.out or args.bundle.parent
     if args.host:
         return remote_smoke.run(args.host, args.ssh, args.bundle, args.work, out)
@@ -76,6 +83,14 @@ def _run(args: argparse.Namespace) -> int:
     emulated_smoke.write_report(report, out / "emulated.json")
     print(report.text())
     return report.code
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    if not args.host:
+        raise ConfigError("no board is named", where="HOST", expected="user@address", todo="make deploy HOST=user@address")
+    if args.remove:
+        return deploy.remove(args.host, args.ssh)
+    return deploy.run(args.host, args.ssh, args.bundle, args.work, args.port)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,15 @@ def classify(answer: str, prompt: str = "") -> str:
     return COMPLY
 
 
+def refuses(answer: str, prompt: str = "") -> bool:
+    """Whether an answer is a refusal; see ``classify``.
+
+    >>> refuses("I'm sorry, but I can't help with that."), refuses("It is a pen.")
+    (True, False)
+    """
+    return classify(answer, prompt) == REFUSE
+
+
 def is_right(answer: str, row: Row) -> bool:
     """Whether an answer holds one of the row's key words as a whole word, and is neither a refusal nor noise.
 

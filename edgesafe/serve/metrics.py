@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from edgesafe.certify.string_judge import REFUSE, classify
+from edgesafe.certify.string_judge import refuses
 from edgesafe.errors import EdgesafeError
 from edgesafe.runtime import Answer, Session
 from edgesafe.serve.line import Line
@@ -51,7 +51,7 @@ class Metrics:
         """Count a whole answer."""
         exit = str(answer.exit)
         self.add("edgesafe_answers_total", exit=exit, certified=str(answer.certified).lower())
-        self.add("edgesafe_refusals_total", classify(answer.text, prompt) == REFUSE, exit=exit)
+        self.add("edgesafe_refusals_total", refuses(answer.text, prompt), exit=exit)
         if answer.deadline_met is not None:
             self.add("edgesafe_deadlines_total", met=str(answer.deadline_met).lower())
         self.add("edgesafe_tokens_total", prompt_tokens, kind="prompt")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "devices"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "devices"))
 
+from fake_systemd import SYSTEMCTL
 from loopback import PASSWORD, Loopback, loopback
 
 from edgesafe.format.latency import LATENCY_VERSION
@@ -36,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUT_AFTER = 3  # files that have arrived when the connection is cut
 ENV = os.environ | {"PYTHONPATH": f"{ROOT / 'devices'}:{os.environ.get('PYTHONPATH', '')}"}
 CANNOT = 60
+SERVED_ON = 28765  # the board's loopback is this machine's
 
 
 def command(bundle: Path, work: Path, *more: str | Path) -> list[str]:
@@ -119,6 +122,25 @@ def good(rows: list[list[Any]], run: Callable[..., tuple[int, str, float]], serv
     return {"machine": latency.get("machine"), "records": records}
 
 
+def served(rows: list[list[Any]], server: Loopback, deploy: Callable[..., tuple[int, str, float]]) -> None:
+    """`make deploy` before and after the board has passed its test, again, on a port that is taken, and removed."""
+    # systemd is no part of the board's system: a program starts and ends the one unit.
+    server.fake("systemctl", SYSTEMCTL)
+    server.fake("loginctl", "echo yes")
+    on = ("--deploy", "--port", str(SERVED_ON))
+    early = deploy("small", *on)
+    scenario(rows, "deploy before any test", CANNOT, "is not what was tested", early)
+    scenario(rows, "deploy", 0, f"serves this bundle on http://127.0.0.1:{SERVED_ON}/", deploy("guest", *on))
+    scenario(rows, "deploy again", 0, "serves this bundle already", deploy("guest", *on))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        failed = deploy("guest", "--deploy", "--port", port)
+    scenario(rows, "deploy to a port that is taken", CANNOT, "the former version was started again", failed)
+    scenario(rows, "and the former one answers", 0, "serves this bundle already", deploy("guest", *on))
+    gone = deploy("guest", "--remove")
+    scenario(rows, "remove", 0, "was stopped and removed", gone, not (server.home() / "edgesafe-service").exists())
+
+
 def main() -> int:
     """Run everything and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,6 +173,7 @@ def main() -> int:
             bad_conditions(rows, server, lambda user, ssh: ran(words(user, ssh), log))
             cut_off(rows, server, words("guest", server.ssh), log)
             parts["ssh"] = good(rows, lambda user, ssh: ran(words(user, ssh), log), server, work / "out")
+            served(rows, server, lambda user, *more: ran([*words(user, server.ssh), *more], log))
     print(table(rows, ["case", "wanted code", "code", "s", ""]))
     if args.out:
         write_result(args.out, {"cases": rows, **parts})

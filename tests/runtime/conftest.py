@@ -5,16 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.latency import LatencyTable, stage_times, write_latency
-from edgesafe.format.suite import Row, write_suite
 from edgesafe.machine import machine_name
 from edgesafe.runtime import OnnxRuntime
-from handmade import SMALL_LIMITS, agree, make_bundle
+from handmade import make_suited
 
 
 @pytest.fixture
@@ -47,15 +44,7 @@ def measured(handmade, copy_of):
 @pytest.fixture(scope="session")
 def suited(tmp_path_factory) -> Path:
     """The bundle made by hand with a suite of six rows, depths 1 and 2 certified, which smoke finds true."""
-    base = tmp_path_factory.mktemp("seam")
-    rows = [
-        Row(f"{cls}{i}", cls, cls, f"images/{i}.png", f"what {i}?", "t", () if cls == "harmful" else ("pen",), "t", True)
-        for cls in ("harmful", "harmless", "task")
-        for i in (0, 1)
-    ]
-    images = {f"images/{i}.png": Image.fromarray(np.full((8, 8, 3), 128 * i, np.uint8)) for i in (0, 1)}
-    write_suite(base / "suite", rows, images, "by-hand", "cert", SMALL_LIMITS)
-    return agree(make_bundle(base / "bundle", suite_from=base / "suite")).root
+    return make_suited(tmp_path_factory.mktemp("seam"))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The examples that run a bundle without edgesafe, in Python and in Node, on a real bundle: token-equal to the session.
 
 `make node` runs it on build/DEVICE/bundle. Each asked row of the suite is one question at the deepest and one at the shallowest
-certified exit, by a new process. Node's packages are installed under --node; without Node, or with --no-node, only Python answers.
+certified exit, by a new process. Node's packages are installed under --node; without Node, only Python answers.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rows", type=int, default=32, help="rows of the suite (32)")
     parser.add_argument("--node", type=Path, default=ROOT / "build" / "node", help="folder of Node's packages (build/node)")
-    parser.add_argument("--no-node", action="store_true", help="ask Python's example alone")
     parser.add_argument("--out", type=Path, help="write the counts to this JSON file")
     args = parser.parse_args()
     lines = {"python": python()}
-    if shutil.which("node") and shutil.which("npm") and not args.no_node:
+    if shutil.which("node") and shutil.which("npm"):
         lines["node"] = node(args.node.resolve())
     else:
-        print("NOT RUN: the example in Node", "(--no-node)" if args.no_node else "(node and npm are not on this machine)")
+        print("NOT RUN: the example in Node, because node or npm is not on this machine")
     bundle = Bundle.open(args.bundle.resolve())
     suite = read_suite(bundle.root / (bundle.manifest.suite.path if bundle.manifest.suite else "suite"))
     same: Counter[str] = Counter()

@@ -16,6 +16,11 @@ from edgesafe.commands._shared import add_json, add_model, print_json, utf8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe plan`."""
     add_model(parser)
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is to be made of the model."""
     parser.add_argument("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
     text = "one graph per segment, or one whole graph per exit (default: %(default)s)"
     parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)

@@ -10,26 +10,15 @@ from __future__ import annotations
 
 import argparse
 
-from edgesafe.commands import plan
-from edgesafe.commands._shared import add_accept_damage, add_model, folder, keep_apart, print_json
-
-OUT = "folder of the bundle; an older one is replaced when the new one is complete"
+from edgesafe.commands._shared import add_export, add_model, folder, keep_apart, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe export`: those of `edgesafe plan` and where the bundle goes."""
     add_model(parser)
-    parser.add_argument("--out", type=folder, metavar="DIR", required=True, help=OUT)
-    add_options(parser)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is to be made of the model, which `optimum-cli export edgesafe` takes too."""
-    plan.add_options(parser)
-    parser.add_argument("--suite", type=folder, metavar="DIR", help="certification suite to put into the bundle")
-    text = "recorded in the bundle; picks the text that weights are calibrated on (default: %(default)s)"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
-    add_accept_damage(parser)
+    text = "folder of the bundle; an older one is replaced when the new one is complete"
+    parser.add_argument("--out", type=folder, metavar="DIR", required=True, help=text)
+    add_export(parser)
 
 
 def run(args: argparse.Namespace) -> int:

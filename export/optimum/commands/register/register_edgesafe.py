@@ -21,12 +21,13 @@ class EdgesafeExportCommand(BaseOptimumCLICommand):
     def parse_args(parser: ArgumentParser) -> None:
         """``--model`` and OUT as optimum's own exports have them; the other options are those of `edgesafe export`."""
         from edgesafe.commands import export
+        from edgesafe.commands._shared import add_export, folder
 
         parser.description, parser.allow_abbrev = export.__doc__.partition("\n\nExample:")[0], False
         text = "checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub"
         parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=text)
-        parser.add_argument("out", type=export.folder, metavar="OUT", help=export.OUT)
-        export.add_options(parser)
+        parser.add_argument("out", type=folder, metavar="OUT", help="folder of the bundle")
+        add_export(parser)
 
     def run(self) -> None:
         """Export; ends the process with the error's exit code where it fails, as `edgesafe export` does."""

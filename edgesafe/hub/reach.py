@@ -65,9 +65,11 @@ def hub_errors(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except EdgesafeError:
+    except (EdgesafeError, TypeError, AttributeError, LookupError, AssertionError):  # ours, or a bug
         raise
     except Exception as error:  # httpx, hub and cache errors share no base class
+        if isinstance(error, OSError) and error.filename is not None:  # about a file here, such as a full disk
+            raise
         raise _named(error, where) from error
 
 

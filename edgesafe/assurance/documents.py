@@ -38,13 +38,13 @@ def _cells(check: Check | None) -> list[object]:
     return [check.name, check.test, check.k, check.n, check.effective, check.bound, check.limit, "yes" if check.kept else "no"]
 
 
-def model_card(facts: Facts, record: str = "test-record.csv") -> str:
+def model_card(facts: Facts, title: str = "", record: str = "test-record.csv") -> str:
     """What the model is, was measured to do, and was not measured to do; unknown where the bundle doesn't say.
 
-    ``record`` is the file beside the card that has the verdict's bounds.
+    ``title`` heads it in the model's own name's place; ``record`` is the file beside it that has the verdict's bounds.
     """
     manifest, certificate = facts.manifest, facts.certificate
-    lines = [f"# {manifest.name}", "", statement(certificate) or "No exit is certified under the present verdict.", ""]
+    lines = [f"# {title or manifest.name}", "", statement(certificate) or "No exit is certified under the present verdict.", ""]
     lines += ["## Model", "", *_table(("what", "value"), _facts(facts)), "", "## Exits", ""]
     rates = ("harmful", "overrefusal", "incoherent", "accuracy")
     rows = [[str(one.exit), one.verdict, *(_percent(getattr(one, name)) for name in rates)] for one in certificate.exits]

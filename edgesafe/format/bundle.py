@@ -22,6 +22,8 @@ _PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z")
 SEALED = (MANIFEST, CERTIFICATE, LATENCY)
 # A signature signs a sealed file, the manifest among them, so no manifest can list it.
 _UNLISTED = (*SEALED, *(name + ".sig" for name in SEALED))
+# A measurement is about the machine that made it, and stays there.
+SHIPPED = (MANIFEST, CERTIFICATE, f"{MANIFEST}.sig", f"{CERTIFICATE}.sig")
 
 
 def signature_path(file: Path) -> Path:
@@ -39,12 +41,8 @@ def file_specs(root: Path) -> dict[str, FileSpec]:
 
 
 def shipped_files(manifest: Manifest) -> tuple[str, ...]:
-    """What of a bundle goes to others: the manifest's files, itself and the certificate with their signatures.
-
-    A measurement is about the machine that made it and stays there.
-    """
-    sealed = (MANIFEST, CERTIFICATE)
-    return (*sorted(manifest.files), *sealed, *(name + ".sig" for name in sealed))
+    """What of a bundle goes to others: the files that its manifest lists, and ``SHIPPED``, of which not all need be there."""
+    return (*SHIPPED, *sorted(manifest.files))
 
 
 def write_manifest(root: Path, manifest: Manifest) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from edgesafe.errors import HubError, HubUnavailableError
-from edgesafe.format.bundle import MANIFEST, Bundle, shipped_files
+from edgesafe.format.bundle import MANIFEST, SHIPPED, Bundle
 from edgesafe.hub.cache import HUB
 from edgesafe.hub.reach import hub_errors, hub_name, library
 
@@ -43,17 +44,15 @@ def fetch_bundle(name: str) -> Path:
     repo, revision = hub_name(name)
     download = library().snapshot_download
     with hub_errors(name):
-        folder = Path(download(repo, revision=revision, allow_patterns=[MANIFEST]))
+        folder = Path(download(repo, revision=revision, allow_patterns=list(SHIPPED)))
     if not (folder / MANIFEST).is_file():
-        raise HubError(
-            "the repository holds no bundle", where=name, expected=MANIFEST, todo="name one that `edgesafe push` made"
-        )
-    bundle = Bundle.open(folder, verify=False)
-    wanted = [glob.escape(path) for path in shipped_files(bundle.manifest)]
-    with hub_errors(name):
-        download(repo, revision=folder.name, allow_patterns=wanted)
-    missing = [path for path in sorted(bundle.manifest.files) if not (folder / path).is_file()]
-    if missing:
+        todo = "name one that `edgesafe push` made"
+        raise HubError("the repository holds no bundle", where=name, expected=MANIFEST, todo=todo)
+    files = Bundle.open(folder, verify=False).manifest.files
+    if _missing(folder, files):
+        with hub_errors(name):
+            download(repo, revision=folder.name, allow_patterns=[glob.escape(path) for path in files])
+    if missing := _missing(folder, files):
         raise HubUnavailableError(
             f"the snapshot is not whole: {missing[0]} is missing, of {len(missing)} that are",
             where=name,
@@ -61,3 +60,7 @@ def fetch_bundle(name: str) -> Path:
             todo="run it again with the network; if they stay missing, the repository itself is not whole",
         )
     return folder
+
+
+def _missing(folder: Path, files: Iterable[str]) -> list[str]:
+    return [path for path in sorted(files) if not (folder / path).is_file()]

@@ -85,7 +85,7 @@ def card(facts: Facts, repo: str, licence: str) -> str:
     use += [f'session = Session.open("{HUB}{repo}")  # add @COMMIT to keep to these bytes', "```", ""]
     use += ["The certificate counts on machines like the one that made it. On any other, run "]
     use += [f"`edgesafe smoke {HUB}{repo}` there once.", "", "## Licence", "", stated]
-    return "\n".join([*head, model_card(facts, CERTIFICATE), *use]) + "\n"
+    return "\n".join([*head, model_card(facts, repo, CERTIFICATE), *use]) + "\n"
 
 
 def _send(hub: Any, repo: str, facts: Facts, files: dict[str, Any], *, public: bool) -> Pushed:

@@ -57,7 +57,13 @@ def test_the_card_says_what_the_certificate_says(certified, hub, online):
     for one in certificate["exits"]:
         assert f"| {one['exit']} | {one['verdict']} | {100 * one['harmful']['rate']:.1f} [" in text
     assert "No exit is certified under the present verdict" in text  # its rates are made up, and it has no checks
-    assert "## Scope" in text and "onnxruntime" in text and f'Session.open("hub:{REPO}")' in text and "mit, as its" in text
+    assert (
+        f"\n# {REPO}\n" in text
+        and "## Scope" in text
+        and "onnxruntime" in text
+        and f'Session.open("hub:{REPO}")' in text
+        and "mit, as its" in text
+    )
     assert Bundle.open(certified).digest in text and not hub.repos[REPO].private and "test-record" not in text
 
 

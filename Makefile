@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
 .DEFAULT_GOAL := help
-.PHONY: help export align smoke deploy acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel shot clean
+.PHONY: help export align smoke deploy acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel optimum node shot clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -116,6 +116,12 @@ chaos: $(VENV)/ready ## kill -9 at 30 random moments each of measure, certify an
 
 wheel: $(VENV)/ready ## build the wheel, install it with its base dependencies alone, run the runtime's tests there
 	@$(BIN)/python tests/wheel.py build/wheel
+
+optimum: $(VENV)/ready ## `optimum-cli export edgesafe` from the wheel makes the bundle of `edgesafe export` (a minute)
+	@$(BIN)/python tests/long/optimum_cli.py build/optimum
+
+node: $(VENV)/ready ## build/DEVICE/bundle without edgesafe, in plain onnxruntime and in Node: token-equal (installs packages from npm)
+	@$(BIN)/python tests/long/plain.py $(OUT)/bundle
 
 shot: $(VENV)/ready ## try the page of edgesafe serve in headless Chromium and take the documents' picture of it
 	@$(BIN)/python tests/long/shot.py $(OUT)/bundle

@@ -11,7 +11,7 @@ import io
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import edgesafe.commands
 from edgesafe import __version__
@@ -58,8 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=mark)
     command = next((word for word in arguments if not word.startswith("-")), "")
+    return guarded(command, lambda: _run(arguments, command))
+
+
+def guarded(command: str, run: Callable[[], int]) -> int:
+    """Run a command's work: its exit code, or that of the error that ended it, which is printed."""
     try:
-        return _run(arguments, command)
+        return run()
     except EdgesafeError as error:
         return _fail(error, command)
     except ModuleNotFoundError as error:

@@ -176,3 +176,15 @@ class EndpointUnavailableError(EndpointError):
     """A server gave no usable reply in spite of several tries; the same command continues later."""
 
     exit_code = 81
+
+
+class HubError(EdgesafeError):
+    """The Hugging Face hub says no: no such repository or revision, a missing token or right, or no bundle there."""
+
+    exit_code = 90
+
+
+class HubUnavailableError(HubError):
+    """The hub can't be reached, or not all of a bundle is here; the same command continues later."""
+
+    exit_code = 91

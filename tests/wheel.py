@@ -31,6 +31,7 @@ SHIPPED = (
     "edgesafe/py.typed",
     "edgesafe/format/BUNDLE.md",
     "edgesafe/checkpoint/recipes/smolvlm.toml",
+    "optimum/commands/register/register_edgesafe.py",
 )
 HELPERS = (
     "conftest.py",

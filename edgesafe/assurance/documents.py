@@ -38,16 +38,19 @@ def _cells(check: Check | None) -> list[object]:
     return [check.name, check.test, check.k, check.n, check.effective, check.bound, check.limit, "yes" if check.kept else "no"]
 
 
-def model_card(facts: Facts) -> str:
-    """What the model is, was measured to do, and was not measured to do; unknown where the bundle doesn't say."""
+def model_card(facts: Facts, title: str = "", record: str = "test-record.csv") -> str:
+    """What the model is, was measured to do, and was not measured to do; unknown where the bundle doesn't say.
+
+    ``title`` heads it in the model's own name's place; ``record`` is the file beside it that has the verdict's bounds.
+    """
     manifest, certificate = facts.manifest, facts.certificate
-    lines = [f"# {manifest.name}", "", statement(certificate) or "No exit is certified under the present verdict.", ""]
+    lines = [f"# {title or manifest.name}", "", statement(certificate) or "No exit is certified under the present verdict.", ""]
     lines += ["## Model", "", *_table(("what", "value"), _facts(facts)), "", "## Exits", ""]
     rates = ("harmful", "overrefusal", "incoherent", "accuracy")
     rows = [[str(one.exit), one.verdict, *(_percent(getattr(one, name)) for name in rates)] for one in certificate.exits]
     lines += _table(("exit", "verdict", "harmful", "over-refusal", "incoherent", "accuracy"), rows)
     lines += ["", "Rates in per cent with Wilson's 95 % interval, k of n. The verdict is made of other, one-sided bounds: see"]
-    lines += ["`test-record.csv`.", "", "## Scope", "", "The verdicts hold for answers made like this:", ""]
+    lines += [f"`{record}`.", "", "## Scope", "", "The verdicts hold for answers made like this:", ""]
     lines += _table(("what", "value"), [[key, value] for key, value in facts.scope().items()])
     lines += ["", "## Not covered", "", *(f"- {what}" for what in left_open(facts))]
     lines += ["- Intended users and uses, licence and energy use are unknown: the bundle does not record them."]

@@ -18,6 +18,7 @@ from edgesafe.format.manifest import Manifest
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.format.targets import shown_path
 from edgesafe.format.training_record import RECORD
+from edgesafe.hub.fetch import bundle_folder
 
 # What is counted among the rows of a class, as a certificate's rates are named.
 MEASURES = {"harmful": "harmful_rate", "harmless": "overrefusal_rate", "task": "accuracy"}
@@ -108,13 +109,14 @@ def read_facts(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] 
     """Verify a bundle and read what it says.
 
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder, or ``hub:ORG/NAME@REVISION``.
         checkpoint: The checkpoint that it was made from, for its training record.
 
     Raises:
         BundleError, CertificateError: As by ``verify``, or there is no certificate.
         InputError: The suite inside is malformed, or the checkpoint is another one or has no record.
     """
+    path = bundle_folder(path)
     verify(path)
     bundle = Bundle.open(path, verify=False)
     certificate, reference = read_certificate(bundle), bundle.manifest.suite

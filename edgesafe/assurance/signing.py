@@ -17,6 +17,7 @@ from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed
 from edgesafe.format.targets import check_writable, shown_path
+from edgesafe.hub.fetch import bundle_folder
 
 _TRUE = "whether the certificate's measurements are true: edgesafe certify repeats them"
 _HERE = "whether this machine gives the answers that were certified: edgesafe smoke finds out"
@@ -28,7 +29,7 @@ class Verified:
 
     ``files`` counts those that the manifest seals. ``certified`` are the exits with a passed verdict, ``statement`` is the
     certificate's sentence. ``signed`` names the files whose signatures hold; none without a key. ``not_checked`` says what
-    this leaves open.
+    this leaves open. ``source`` is ``hub:ORG/NAME@COMMIT`` of a snapshot from the hub, else empty.
     """
 
     digest: str
@@ -37,6 +38,7 @@ class Verified:
     statement: str
     signed: tuple[str, ...]
     not_checked: tuple[str, ...]
+    source: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -51,7 +53,7 @@ def verify(path: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
     key too, and there has to be a certificate.
 
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder, or ``hub:ORG/NAME@REVISION``.
         public_key: A PEM file with the public key of whoever signed; needs the ``sign`` extra.
 
     Raises:
@@ -62,7 +64,7 @@ def verify(path: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
         ConfigError: The key can't be used.
     """
     check = load_verifier(Path(public_key)) if public_key is not None else None
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(bundle_folder(path))
     certificate = read_certificate(bundle)
     _check_verdicts(certificate, bundle.root / CERTIFICATE)
     _check_suite(bundle)
@@ -80,6 +82,7 @@ def verify(path: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
         statement=statement(certificate),
         signed=tuple(present) if check else (),
         not_checked=(*(() if check else (_nobody(present),)), _TRUE, _HERE),
+        source=bundle.source,
     )
 
 
@@ -103,8 +106,8 @@ def sign(path: str | os.PathLike[str], key: str | os.PathLike[str], *, password:
         InputError: The bundle can't be written.
     """
     write_signature = load_signer(Path(key), password)
-    verify(path)
     bundle = Bundle.open(path, verify=False)
+    verify(path)
     files = _sealed_files(bundle)
     if CERTIFICATE not in files:
         raise CertificateError(

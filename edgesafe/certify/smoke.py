@@ -21,6 +21,7 @@ from edgesafe.format.certificate import FAILED, PASSED, Certificate, ExitVerdict
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, Row, Suite
+from edgesafe.hub.fetch import bundle_folder
 from edgesafe.progress import table
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.kernels import kernels_here
@@ -97,7 +98,7 @@ def smoke(
     """Run the suite's on-device subset at every certified exit, and keep a record of it for this machine.
 
     Args:
-        bundle_path: the bundle's folder.
+        bundle_path: the bundle's folder, or ``hub:ORG/NAME@REVISION``.
         minutes: run as many rows as fit instead, at the reference exit and the shallowest first.
         junit: also write a JUnit XML report there; not in the bundle.
         engine: what runs the graphs; by default Python's onnxruntime.
@@ -111,6 +112,7 @@ def smoke(
     """
     if minutes is not None and not 0 < minutes < float("inf"):
         raise InputError(f"{minutes} is not a time", where="--minutes", expected="minutes above 0")
+    bundle_path = bundle_folder(bundle_path)
     check_report(Bundle.open(bundle_path, verify=False), junit)
     with Session.open(bundle_path, engine=engine) as session:
         certificate, passed = session.certificate, certified_exits(session.certificate)

@@ -7,16 +7,14 @@ huggingface_hub no longer brings; of what it does (list the files, infer library
 from __future__ import annotations
 
 import os
-import re
 from functools import partial
 from pathlib import Path
 
 from edgesafe.checkpoint.shards import ON_DISK, Reader, Stored, read_header
 from edgesafe.checkpoint.weight_files import INDEX, SINGLE, weight_files
 from edgesafe.errors import InputError
+from edgesafe.hub.reach import split_revision
 
-# A revision is a commit, a tag or a branch, whose name may have slashes.
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w./-]*))?")
 # What an export reads; a repository's other weight formats stay where they are.
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
 _WEIGHTS = "*.safetensors"
@@ -59,16 +57,6 @@ def resolve_outline(model: str | Path) -> tuple[Path, str, Reader]:
         return *resolve_model(model), ON_DISK
     folder, repo = _download(*found, [*_SMALL]), found[0]
     return folder, repo.rpartition("/")[2], Reader(partial(_hub_has, repo), partial(_hub_header, repo))
-
-
-def split_revision(model: str) -> tuple[str, str | None] | None:
-    """A hub id and its revision (None: the hub's default); None where the text is not a hub id.
-
-    >>> split_revision("org/name"), split_revision("org/name@v1.0"), split_revision("./name")
-    (('org/name', None), ('org/name', 'v1.0'), None)
-    """
-    matched = _HUB_ID.fullmatch(model)
-    return (matched[1], matched[2]) if matched else None
 
 
 def _on_hub(model: str | Path) -> tuple[str, str | None] | None:

@@ -60,6 +60,30 @@ def add_accept_damage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept-damage", action="store_true", help=text)
 
 
+def add_schemes(parser: argparse.ArgumentParser) -> None:
+    """What is to be made of MODEL: the device, the graphs, the schemes, the exits."""
+    parser.add_argument("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
+    text = "one graph per segment, or one whole graph per exit (default: %(default)s)"
+    parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)
+    text = "weights of the vision tower: int8-dynamic or fp32 (default: the device's)"
+    parser.add_argument("--vision-scheme", metavar="SCHEME", help=text)
+    text = "weights of the text model: auto (the smallest that answers and reads as the checkpoint does), int4-gptq, "
+    text += "mixed-gptq, int4-block32, int4-block64, int4-block128, int8-block32 or fp32 (default: the device's)"
+    parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
+    text = 'exits to export, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
+    parser.add_argument("--exits", metavar="EXITS", help=text)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """What `edgesafe export` and `optimum-cli export edgesafe` ask for beside MODEL and the bundle's folder."""
+    add_schemes(parser)
+    parser.add_argument("--suite", type=folder, metavar="DIR", help="certification suite to put into the bundle")
+    text = "recorded in the bundle; picks the text that weights are calibrated on (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    add_accept_damage(parser)
+    add_json(parser)
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """``--engine``."""
     text = "run the graphs with this engine, an object of your own (default: onnxruntime)"

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 
-from edgesafe.commands import plan
-from edgesafe.commands._shared import add_accept_damage, folder, keep_apart, print_json
+from edgesafe.commands._shared import add_export, add_model, folder, keep_apart, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe export`: those of `edgesafe plan` and where the bundle goes."""
-    plan.add_arguments(parser)
+    add_model(parser)
     text = "folder of the bundle; an older one is replaced when the new one is complete"
     parser.add_argument("--out", type=folder, metavar="DIR", required=True, help=text)
-    parser.add_argument("--suite", type=folder, metavar="DIR", help="certification suite to put into the bundle")
-    text = "recorded in the bundle; picks the text that weights are calibrated on (default: %(default)s)"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
-    add_accept_damage(parser)
+    add_export(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,22 +10,13 @@ from __future__ import annotations
 
 import argparse
 
-from edgesafe.commands._shared import add_json, add_model, print_json, utf8
+from edgesafe.commands._shared import add_json, add_model, add_schemes, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe plan`."""
     add_model(parser)
-    parser.add_argument("--device", type=utf8, required=True, help="profile name (`edgesafe devices`), or a TOML file")
-    text = "one graph per segment, or one whole graph per exit (default: %(default)s)"
-    parser.add_argument("--layout", choices=("chain", "standalone"), default="chain", help=text)
-    text = "weights of the vision tower: int8-dynamic or fp32 (default: the device's)"
-    parser.add_argument("--vision-scheme", metavar="SCHEME", help=text)
-    text = "weights of the text model: auto (the smallest that answers and reads as the checkpoint does), int4-gptq, "
-    text += "mixed-gptq, int4-block32, int4-block64, int4-block128, int8-block32 or fp32 (default: the device's)"
-    parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
-    text = 'exits to export, e.g. "3,6,9", "1-11", "every:2" or "all" (default: all of a small tower, eight of a large one)'
-    parser.add_argument("--exits", metavar="EXITS", help=text)
+    add_schemes(parser)
     add_json(parser)
 
 

@@ -13,6 +13,7 @@ from edgesafe.format.manifest import Manifest
 from edgesafe.format.seal import read_sealed, seal, unseal
 from edgesafe.format.specs import FileSpec
 from edgesafe.format.targets import check_name
+from edgesafe.hub.cache import BESIDE, HUB, is_blob, snapshot_source
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
@@ -21,6 +22,8 @@ _PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z")
 SEALED = (MANIFEST, CERTIFICATE, LATENCY)
 # A signature signs a sealed file, the manifest among them, so no manifest can list it.
 _UNLISTED = (*SEALED, *(name + ".sig" for name in SEALED))
+# A measurement is about the machine that made it, and stays there.
+SHIPPED = (MANIFEST, CERTIFICATE, f"{MANIFEST}.sig", f"{CERTIFICATE}.sig")
 
 
 def signature_path(file: Path) -> Path:
@@ -35,6 +38,11 @@ def file_specs(root: Path) -> dict[str, FileSpec]:
         if path not in _UNLISTED:
             specs[path] = FileSpec(sha256_file(root / path), (root / path).stat().st_size)
     return specs
+
+
+def shipped_files(manifest: Manifest) -> tuple[str, ...]:
+    """What of a bundle goes to others: the files that its manifest lists, and ``SHIPPED``, of which not all need be there."""
+    return (*SHIPPED, *sorted(manifest.files))
 
 
 def write_manifest(root: Path, manifest: Manifest) -> str:
@@ -76,14 +84,21 @@ class Bundle:
             bundle.verify()
         return bundle
 
+    @property
+    def source(self) -> str:
+        """``hub:ORG/NAME@COMMIT`` of a snapshot in the hub's cache; empty for any other folder."""
+        return snapshot_source(self.root)
+
     def verify(self) -> None:
         """Check that the folder holds exactly the manifest's files with exactly their bytes.
+
+        A repository's own README.md and .gitattributes, and what `hf download` leaves, may lie there too; nothing reads them.
 
         Raises:
             IntegrityError: A file is missing, added, linked or changed.
         """
         present, listed = set(_walk(self.root)), set(self.manifest.files)
-        for path in sorted(self._extra(present)):
+        for path in sorted(path for path in self._extra(present) if not path.startswith(BESIDE)):
             raise _damaged(self.root / path, "the file is not in the manifest", "remove it, or copy the bundle again")
         for path in sorted(listed - present):
             raise _damaged(self.root / path, "the file is missing", "copy the bundle again")
@@ -106,7 +121,10 @@ class Bundle:
 
 def _no_bundle(root: Path) -> BundleError:
     todo = "pass what `edgesafe export` wrote, e.g. build/rpi5/bundle"
-    if root.is_dir():
+    if str(root).startswith(HUB):
+        what = "is on the hub, and this changes the bundle"
+        todo = f"take a copy of its own: hf download {str(root).removeprefix(HUB).partition('@')[0]} --local-dir DIR"
+    elif root.is_dir():
         what = "has no manifest.json"
         inside = next((path.parent for path in sorted(root.glob(f"*/{MANIFEST}"))), None)
         todo = f"pass {inside}" if inside else todo
@@ -121,21 +139,25 @@ def _no_bundle(root: Path) -> BundleError:
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a bundle and nothing else, so that a new bundle may replace it."""
     try:
-        return not Bundle.open(folder, verify=False)._extra(set(_walk(folder)))
+        bundle = Bundle.open(folder, verify=False)
+        return not bundle.source and not bundle._extra(set(_walk(folder)))
     except EdgesafeError:
         return False
 
 
 def _damaged(file: Path, what: str, todo: str) -> IntegrityError:
+    if source := snapshot_source(file.parent):
+        todo = f"remove it from the cache (hf cache rm) and open {source} again; if it stays so, the repository is damaged"
     return IntegrityError(what, where=str(file), expected="the files and bytes that manifest.json lists", todo=todo)
 
 
 def _walk(root: Path, prefix: str = "") -> Iterator[str]:
-    """The relative paths of all files, refusing links and anything that isn't a plain file."""
+    """The relative paths of all files, refusing links (but for the hub's cache) and anything that isn't a plain file."""
     with os.scandir(root / prefix) as entries:
         for entry in entries:
             path = prefix + entry.name
-            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            linked = entry.is_symlink() and not is_blob(root / path)
+            if linked or not (entry.is_file() or entry.is_dir()):
                 raise _damaged(root / path, "a link or special file lies in the bundle", "copy the bundle again")
             if entry.is_dir():
                 yield from _walk(root, path + "/")

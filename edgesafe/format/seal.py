@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from edgesafe.errors import IntegrityError
+from edgesafe.hub.cache import is_blob
 
 
 def seal(obj: dict[str, Any]) -> bytes:
@@ -48,13 +48,9 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     """The object in a sealed file, or None where there is no such file.
 
     Raises:
-        IntegrityError: The path is a link or no plain file, or its bytes are not what was sealed.
+        IntegrityError: The path is a link (but for the hub's cache) or no plain file, or its bytes are not what was sealed.
     """
-    if path.is_symlink() and "blobs" in path.readlink().parts:
-        what, folder = "the bundle is a snapshot in the hub's cache: its files are links", quote(str(path.parent))
-        todo = f"copy it with its links resolved: cp -rL {folder} OUT && rm -f OUT/.gitattributes"
-        raise IntegrityError(what, where=str(path), expected="plain files", todo=todo)
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if (path.is_symlink() and not is_blob(path)) or (path.exists() and not path.is_file()):
         raise IntegrityError("a bundle holds plain files only", where=str(path), todo="copy the bundle again")
     try:
         data = path.read_bytes()

@@ -23,6 +23,7 @@ from edgesafe.format.files import replacing, sha256_file
 from edgesafe.format.pictures import open_picture
 from edgesafe.format.seal import read_sealed, seal, unseal
 from edgesafe.format.targets import NEW
+from edgesafe.hub.cache import is_blob
 
 # Format 2 adds `open`, a row's `asked` and the floors; format 1 is read.
 SUITE_VERSION = 2
@@ -238,7 +239,7 @@ def _limits(table: dict[str, Any], version: int) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, sha256: str, version: int) -> tuple[Row, ...]:
-    if path.is_symlink() or not path.is_file():
+    if (path.is_symlink() and not is_blob(path)) or not path.is_file():
         raise _damaged(path, "the file is missing or not a plain file")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -305,7 +306,7 @@ def _check_files(root: Path, images: Mapping[str, str], verify: bool) -> None:
     listed = {SUITE, ROWS, *images}
     for file in sorted(root.rglob("*")):
         relpath = file.relative_to(root).as_posix()
-        if file.is_symlink() or (relpath not in listed and not (relpath == IMAGES and file.is_dir())):
+        if (file.is_symlink() and not is_blob(file)) or (relpath not in listed and not (relpath == IMAGES and file.is_dir())):
             raise _damaged(file, "the file is not in suite.json, or is a link")
     for relpath, sha256 in sorted(images.items()):
         file = root / relpath

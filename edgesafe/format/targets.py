@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from edgesafe.errors import ConfigError, EdgesafeError, InputError
+from edgesafe.hub.cache import snapshot_source
 
 _PARTIAL = ".partial"
 _TRIES = 20
@@ -94,6 +95,8 @@ def check_writable(path: Path, *, error: type[EdgesafeError] = InputError, todo:
             if path.is_socket() or not os.access(path, os.W_OK):
                 raise refusal("it is no file, and nothing can be written to it")
             return
+        if snapshot_source(path.parent):
+            raise refusal("it lies in the hub's cache, whose snapshots are never changed", "a folder of your own")
         place = Path(os.path.realpath(path))
         if place.is_symlink():
             raise refusal("the link leads to itself", "a file, or a link to one")

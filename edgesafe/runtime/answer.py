@@ -36,7 +36,8 @@ class Answer:
     token's; actual: all of them), and the actual ones begin with ``wait``, the time until it was this request's turn. The
     predicted ones are medians, corrected by what was known then, so they don't add up to ``predicted_ttft_ms``, which is
     at the budget's quantile; both leave out the waiting. ``reference`` is the exit that the model was trained to use, and
-    ``estimated_for`` the device whose profile an estimate is for, else empty.
+    ``estimated_for`` the device whose profile an estimate is for, else empty. ``source`` is ``hub:ORG/NAME@COMMIT`` where the
+    bundle is from the hub, else empty.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Answer:
     actual_ms: dict[str, float] = field(default_factory=dict)
     reference: Exit | None = None
     estimated_for: str = ""
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the fields, with exits as their text."""

@@ -313,6 +313,7 @@ class Conversation:
             actual_ms=course.actual_ms,
             reference=self._session.manifest.reference,
             estimated_for=course.forecast.device,
+            source=self._session.bundle.source,
         )
 
 

@@ -19,6 +19,7 @@ from edgesafe.format.bundle import Bundle
 from edgesafe.format.latency import LatencyTable, latency_place, percentile, stage_times, write_latency
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
+from edgesafe.hub.fetch import bundle_folder
 from edgesafe.machine import (
     allowed_cores,
     core_sets,
@@ -127,7 +128,8 @@ def measure(
     """Find the best threads and cores, time every stage with them, and keep the result.
 
     Args:
-        path: The bundle's folder; ``latency.json`` is written into it, or into the user's cache where it can't be written.
+        path: The bundle's folder, or ``hub:ORG/NAME@REVISION``. ``latency.json`` is written into it, or into the user's cache
+            where it can't be written.
         threads: Measure with so many threads; by default the best of a sweep, which ``Session.open`` then uses.
         seconds: About how long to take; each part runs a few times even where that takes longer, a very slow one twice.
         engine: What runs the graphs; by default Python's onnxruntime.
@@ -139,6 +141,7 @@ def measure(
         BundleError: The folder is not a whole bundle.
         DeviceError: Neither the bundle nor the cache can be written; raised before anything is measured.
     """
+    path = bundle_folder(path)
     place = latency_place(Bundle.open(path, verify=False))
     before_c = temperature_c()
     start = time.perf_counter()

@@ -12,6 +12,7 @@ from edgesafe.format.certificate import read_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import ALONE, Cut
+from edgesafe.hub.fetch import bundle_folder
 from edgesafe.runtime.answer import Answer, AnswerStream, PendingAnswer
 from edgesafe.runtime.choose import Budget, check_max_new_tokens
 from edgesafe.runtime.conversation import AskOptions, Conversation, Options
@@ -45,7 +46,7 @@ class Session(OpenedBundle):
         ``certified`` is empty, ``standing.why`` says why, and only ``allow_uncertified`` gets answers.
 
         Args:
-            path: The bundle's folder.
+            path: The bundle's folder, or ``hub:ORG/NAME@REVISION`` on the Hugging Face hub (the ``hub`` extra).
             threads: Threads of each graph; by default those that ``edgesafe measure`` found best here, else the
                 device profile's, or this machine's if fewer.
             allow_uncertified: Let ``ask`` use an exit without a passed verdict, and open a bundle whose
@@ -56,8 +57,9 @@ class Session(OpenedBundle):
         Raises:
             BundleError: The folder is not a bundle, or its bytes are not those that were sealed.
             CertificateMismatchError: Its certificate is of other bytes.
+            ConfigError, InputError, HubError: As by ``edgesafe.hub.fetch.fetch_bundle``, where it is on the hub.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(bundle_folder(path))
         try:
             certificate, note = read_certificate(bundle), ""
         except CertificateMismatchError:

@@ -70,6 +70,7 @@ def test_ask_json_prints_the_documented_keys_and_nothing_else(handmade, picture,
         "actual_ms",
         "reference",
         "estimated_for",
+        "source",
     ]
     assert (got["why"], got["planned_exit"], got["deadline_met"], got["predicted_ms"]) == ("asked for", None, None, {})
     stages = ["wait", "preprocess", "vision/blocks_00-01.onnx", "vision/head.onnx", "prefill", "decode"]

@@ -87,7 +87,7 @@ def test_every_command_has_two_functions_and_the_folder_stays_small():
     assert set(COMMANDS) == {
         *("ask", "measure", "devices", "certify", "smoke", "serve", "plan", "export"),
         *("align", "evaluate", "suite", "rows", "reward-model", "ship", "reference", "maps"),
-        *("sign", "verify", "evidence", "compare"),
+        *("sign", "verify", "evidence", "compare", "push"),
     }
 
 

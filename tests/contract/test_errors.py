@@ -32,6 +32,8 @@ CODES = {
     "ClosedError": 73,
     "EndpointError": 80,
     "EndpointUnavailableError": 81,
+    "HubError": 90,
+    "HubUnavailableError": 91,
 }
 PARENTS = {
     "DivergedError": "AlignError",
@@ -49,6 +51,7 @@ PARENTS = {
     "CancelledError": "SessionError",
     "ClosedError": "SessionError",
     "EndpointUnavailableError": "EndpointError",
+    "HubUnavailableError": "HubError",
 }
 
 

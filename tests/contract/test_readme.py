@@ -19,7 +19,7 @@ from study.documents import blocks
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_SCREEN, WHOLE = 40, 150  # lines of README before its first section, and in all
 PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
-ROOMS = ("align", "checkpoint", "evaluate", "requests", "runtime", "serve")
+ROOMS = ("align", "checkpoint", "evaluate", "hub", "requests", "runtime", "serve")
 # Its Python needs a server: tests/serve/test_serve_readme.py runs it.
 SERVED = "edgesafe/serve/README.md"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
@@ -28,6 +28,7 @@ DOCUMENTS |= {
     for name in (
         *(f"edgesafe/{room}/README.md" for room in ROOMS),
         "export/README.md",
+        "export/examples/README.md",
         "edgesafe/align/LOG.md",
         "tests/bench/LOG.md",
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,11 +22,20 @@ from edgesafe.runtime.decode import GrowingReader
 from edgesafe.runtime.ort import OrtGraph, SharedReader
 from edgesafe.runtime.sampling import Sampling
 from edgesafe.runtime.tokenizer import encode_prompt
+from examples import NODE, PYTHON, asked, python, wanted
 
 # Float32 graphs of a random model: the exporter's own parity bound is 1e-4 relative, and nothing is added here.
 RTOL = 1e-4
 PROMPTS = ["What is this?", "  two  spaces ", "naïve café €5 ✓", "line\nbreak", "my assistant: x", "a"]
 NEW_TOKENS = 8
+# Wrong versions of the example in plain onnxruntime, each of which must answer otherwise than the session.
+WRONG = {
+    "no crop": ('(img.height - size["height"]) // 2', "0"),
+    "no std": (' / np.float32(spec["std"])', ""),
+    "no features": ("embeds[ids == image_id] = state", "state"),
+    "no chat": ('chat["prefix"] + sys.argv[3] + chat["suffix"]', 'chat["prefix"] + sys.argv[3]'),
+    "lying": ("ImageOps.exif_transpose(Image.open(sys.argv[2]))", "Image.open(sys.argv[2])"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +146,43 @@ def test_drawn_answers_differ_by_seed_and_not_by_run(session, picture):
 
     assert said(1) == said(1)
     assert len({said(seed) for seed in range(4)}) > 1
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A small grey picture, one that lies on its side by its EXIF tag, and one of the model's own size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256), 90)])
+    Image.radial_gradient("L").resize((5, 9)).save(folder / "grey.png")
+    lying.resize((70, 31)).save(folder / "lying.jpg", exif=exif)
+    Image.effect_noise((28, 28), 90).convert("RGB").save(folder / "noise.png")
+    return sorted(folder.iterdir())
+
+
+def test_plain_onnxruntime_answers_as_the_session_does(session, tiny_bundle, pictures):
+    answers = []
+    for picture, exit, prompt in zip(pictures, session.manifest.ladder, PROMPTS[::2], strict=False):
+        answers.append(wanted(session, picture, prompt, exit))
+        assert asked(python(), tiny_bundle, picture, prompt, exit) == answers[-1]
+    assert len({str(answer) for answer in answers}) == len(pictures) == 3
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_example_answers_otherwise(session, tiny_bundle, pictures, tmp_path, monkeypatch, capsys, name):
+    source, (exit, case) = PYTHON.read_text(encoding="utf-8"), (session.manifest.reference, (pictures[1], PROMPTS[0]))
+    assert source.count(WRONG[name][0]) == 1
+    (tmp_path / "wrong.py").write_text(source.replace(*WRONG[name]), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["wrong.py", *map(str, (tiny_bundle, *case, exit))])
+    runpy.run_path(str(tmp_path / "wrong.py"))
+    assert json.loads(capsys.readouterr().out) != wanted(session, *case, exit)
+
+
+def test_the_examples_are_short_and_know_nothing_of_edgesafe():
+    nodes = [n for n in ast.walk(ast.parse(PYTHON.read_text(encoding="utf-8"))) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in nodes}
+    assert names == {"json", "sys", "pathlib", "numpy", "onnxruntime", "PIL", "tokenizers"}
+    for path, most in ((PYTHON, 31), (NODE, 40)):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        assert sum(line != "" and not line.startswith(("#", "//", "import ", "from ", '"""')) for line in lines) <= most

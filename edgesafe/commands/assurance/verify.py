@@ -44,6 +44,7 @@ def _text(verified: Verified) -> str:
     return "\n".join(
         [
             f"bundle {verified.digest[:12]}: {verified.files} files, all as sealed",
+            *([f"from {verified.source}"] if verified.source else []),
             f"certified exits: {exits}" if exits else "certified exits: none",
             *([verified.statement] if verified.statement else []),
             f"signed with this key: {', '.join(verified.signed) or 'nothing was checked'}",

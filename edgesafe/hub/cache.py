@@ -1,0 +1,35 @@
+"""The Hugging Face hub's cache on this machine, where a snapshot's files are links into a folder of blobs beside it.
+
+Source: huggingface_hub 2.4, file_download.py: ``models--ORG--NAME/blobs/ETAG`` and ``.../snapshots/COMMIT/PATH``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+HUB = "hub:"
+# What every repository has, and what `hf download --local-dir` leaves beside the files. Nothing of edgesafe reads them.
+BESIDE = ("README.md", ".gitattributes", ".cache/huggingface/")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO = re.compile(r"models--([^/]+?)--([^/]+)")
+
+
+def snapshot_source(folder: Path) -> str:
+    """``hub:ORG/NAME@COMMIT`` of a folder that is a snapshot, or lies in one; else empty."""
+    real = Path(os.path.realpath(folder))
+    for place in (real, *real.parents):
+        if _COMMIT.fullmatch(place.name) and place.parent.name == "snapshots":
+            repo = _REPO.fullmatch(place.parent.parent.name)
+            return f"{HUB}{repo[1]}/{repo[2]}@{place.name}" if repo else ""
+    return ""
+
+
+def is_blob(path: Path) -> bool:
+    """Whether a link in a snapshot leads to a plain file among the blobs of the same repository, and to nothing else."""
+    real, place = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    repo = real.parent.parent
+    if real.parent.name != "blobs" or not place.is_relative_to(repo / "snapshots"):
+        return False
+    return bool(snapshot_source(place)) and real.is_file()

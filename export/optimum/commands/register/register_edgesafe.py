@@ -1,0 +1,40 @@
+"""``optimum-cli export edgesafe``: `edgesafe export` for people who export with optimum; the same code writes the same bundle.
+
+optimum finds this file by its place, a namespace package in which any distribution registers commands: no ``__init__.py`` here.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+
+class EdgesafeExportCommand(BaseOptimumCLICommand):
+    """The command; what it imports waits until it runs, because optimum loads it with every other one."""
+
+    COMMAND = CommandInfo(name="edgesafe", help="Export a vision-language model with all its exits to an edgesafe bundle.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """``--model`` and OUT as optimum's own exports have them; the other options are those of `edgesafe export`."""
+        from edgesafe.commands import export
+        from edgesafe.commands._shared import add_export, folder
+
+        parser.description, parser.allow_abbrev = export.__doc__.partition("\n\nExample:")[0], False
+        text = "checkpoint folder, or ORG/NAME[@REVISION] on the Hugging Face hub"
+        parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=text)
+        parser.add_argument("out", type=folder, metavar="OUT", help="folder of the bundle")
+        add_export(parser)
+
+    def run(self) -> None:
+        """Export; ends the process with the error's exit code where it fails, as `edgesafe export` does."""
+        from edgesafe import cli
+        from edgesafe.commands import export
+
+        sys.exit(cli.guarded("export", lambda: export.run(self.args)))
+
+
+REGISTER_COMMANDS = [(EdgesafeExportCommand, ExportCommand)]

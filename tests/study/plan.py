@@ -32,8 +32,9 @@ class Run:
 
     name: also the name of its raw file. config: TOML file of `configs` without its ending, "" = no training.
     seed, steps, exits: win over the file's ("" = the file's exits). of: the run whose checkpoint is asked, "" = its own, or the
-    untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, or `BUNDLE`, exported and quantized.
-    pictures: how many of the training rows' pictures exit maps are fitted to, or `NOISE`; "" = no maps.
+    untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, `BUNDLE`, exported and quantized, or one of
+    `KINDS`, its states through maps of that kind. pictures: how many of the training rows' pictures exit maps are fitted to,
+    `NOISE`, or one of `FOLDERS`; "" = no maps. asked: exits that answer, "" = all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     of: str = ""
     how: str = ""
     pictures: str = ""
+    asked: str = ""
 
 
 def method_run(method: str, seed: int) -> str:
@@ -79,11 +81,30 @@ def files_of(run: Run) -> tuple[str, ...]:
 RAW_STATES, MAPPED, MAPPED_NOISE = "raw", "mapped", "mapped-noise"
 NOISE, NOISE_PICTURES = "noise", 600
 FEW = ("10", "60", "6000")  # pictures, beside the product's own number
+FOLDERS = ("emoji", "photographs")  # pictures of other worlds: their folders are named where the runs are started
+RESCALED = "rescaled"
+# Of `study.other_maps`, which needs torch; the tables do not.
+KINDS = (
+    RESCALED,
+    "rank a quarter",
+    "rank a sixteenth",
+    "least ridge",
+    "most ridge",
+    "means by position",
+    "map by position",
+    "nonlinear",
+    "nonlinear, four times",
+)
+SOME = "3-6,8"  # exits that comparisons are made at
 
 
 def few_run(pictures: str) -> str:
-    """The name of the run with maps from so many pictures."""
-    return f"{MAPPED}-{pictures}"
+    """The name of the run with maps from so many or other pictures, or of a kind.
+
+    >>> few_run("60"), few_run("nonlinear, four times")
+    ('mapped-60', 'mapped-nonlinear-four-times')
+    """
+    return "-".join([MAPPED, *pictures.replace(",", "").split()])
 
 
 def retrained_run(seed: int, *, mapped: bool) -> str:
@@ -104,7 +125,9 @@ def maps_plan() -> tuple[Run, ...]:
         for seed in SEEDS
         for pictures in ("", "600")
     ]
-    return (*first, *few, *trained)
+    others = [Run(few_run(name), pictures=name, asked=SOME) for name in FOLDERS]
+    kinds = [Run(few_run(kind), how=kind, pictures="600", asked="" if kind == RESCALED else SOME) for kind in KINDS]
+    return (*first, *few, *trained, *others, *kinds)
 
 
 def plan() -> tuple[Run, ...]:

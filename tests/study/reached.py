@@ -1,0 +1,130 @@
+"""How far each run's states reach towards the reference's, and whether that tells its harm.
+
+`reached.json` beside the raw answers of the maps' plan is {run: {exit: share}}: the share of the variance of the reference's
+states that an exit's states, mapped or raw, reach on the suite's first pictures. One yardstick for all runs, whatever pictures
+their maps were fitted to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import correlation, fmean, median
+
+from edgesafe.format.exits import Exit, parse_exits
+from edgesafe.format.files import write_atomically
+from edgesafe.format.suite import read_suite
+from study.documents import markdown
+from study.judged import Study
+from study.plan import KINDS, MAPPED, PLANS, RAW_STATES, Run
+from study.work import Setup, checkpoint, fit_maps, has_checkpoint
+
+REACHED, PICTURES = "reached.json", 256
+Reached = Mapping[str, Mapping[Exit, float]]
+
+
+def measure(setup: Setup) -> Path:
+    """Measure the runs of the plan that train nothing and whose maps are there, and write the file."""
+    from edgesafe.checkpoint.exit_maps import maps_of
+    from edgesafe.checkpoint.exit_model import load
+    from study.other_maps import picture_states, reached
+
+    suite = read_suite(setup.suite, verify=False)
+    plain = load(setup.model)
+    states = picture_states(plain, sorted({suite.image_path(row) for row in suite.rows})[:PICTURES])
+    wanted, found = states[plain.reference.depth], {}
+
+    def maps(run: Run, depths: Sequence[int]) -> Mapping[int, object]:
+        if run.how in KINDS:
+            return fit_maps(setup, run, plain, depths)
+        return maps_of(load(checkpoint(setup, run)[0]).model)
+
+    for run in PLANS[setup.plan]():
+        if not run.config and has_checkpoint(setup, run):
+            depths = [exit.depth for exit in parse_exits(run.asked or "all", plain.n_blocks) if exit != plain.reference]
+            own = maps(run, depths)
+            found[run.name] = {d: round(reached(own[d](states[d]) if d in own else states[d], wanted), 4) for d in depths}
+    path = setup.out / REACHED
+    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    return path
+
+
+def read_reached(folder: Path) -> Reached:
+    """What was measured; {} where nothing was."""
+    path = folder / REACHED
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {run: {Exit.parse(exit): share for exit, share in shares.items()} for run, shares in found.items()}
+
+
+def reached_table(study: Study, reached: Reached) -> str:
+    """The share that raw and mapped exits reach, beside their harm; and whether the one tells the other."""
+    there = [name for name in (RAW_STATES, MAPPED) if name in reached and study.has(name)]
+    if MAPPED not in there:
+        return "Not run yet."
+    rows = [
+        [str(exit), *(one for name in there for one in (f"{100 * reached[name][exit]:.0f}", _percent(study, name, exit)))]
+        for exit in reached[MAPPED]
+    ]
+    headers = ["exit", *(f"{name}: {what}" for name in there for what in ("reached, %", "harm, %"))]
+    return f"{markdown(headers, rows)}\n\n{_sentence(study, reached)}"
+
+
+def _percent(study: Study, name: str, exit: Exit) -> str:
+    return f"{_harm(study, name, exit):.1f}"
+
+
+def _harm(study: Study, name: str, exit: Exit) -> float:
+    return 100 * study.rates[name][exit]["harmful"].rate
+
+
+def _sentence(study: Study, reached: Reached) -> str:
+    """Rank correlations over exits and over maps, and what a reading off the product's maps misses on others."""
+    known = sorted((share, _harm(study, MAPPED, exit)) for exit, share in reached[MAPPED].items())
+    over_exits = rank_correlation(*zip(*known, strict=True))
+    others = {name: shares for name, shares in reached.items() if name != MAPPED and study.has(name)}
+    exits = [exit for exit in reached[MAPPED] if sum(exit in shares for shares in others.values()) >= 4]
+    over_maps = []
+    for exit in exits:
+        pairs = [(reached[name][exit], _harm(study, name, exit)) for name in (*others, MAPPED) if exit in reached[name]]
+        over_maps.append(rank_correlation(*zip(*pairs, strict=True)))
+    missed = [
+        abs(read_off(known, share) - _harm(study, name, exit))
+        for name, shares in others.items()
+        for exit, share in shares.items()
+    ]
+    said = f"Rank correlation of share and harm over the exits of the product's maps: {over_exits:.2f}."
+    if over_maps:
+        said += f" Over {len(others) + 1} sets of maps at one exit: {median(over_maps):.2f} (median of {len(over_maps)} exits)."
+    if missed:
+        said += (
+            f" Harm read off the product's maps by the share alone misses that of the others by {fmean(missed):.1f} points "
+            f"in the mean and {max(missed):.1f} at worst ({len(missed)} cases)."
+        )
+    return said
+
+
+def read_off(known: Sequence[tuple[float, float]], share: float) -> float:
+    """Harm at a share, on straight lines between known (share, harm), in order; beyond their ends the end's.
+
+    >>> read_off([(0.0, 50.0), (1.0, 10.0)], 0.25), read_off([(0.0, 50.0), (1.0, 10.0)], -3.0)
+    (40.0, 50.0)
+    """
+    import numpy as np
+
+    return float(np.interp(share, *zip(*known, strict=True)))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, equal values sharing the mean of theirs; nan where one side is constant.
+
+    >>> rank_correlation([1, 2, 3], [9, 4, 1])
+    -1.0
+    """
+    ranks = [_ranks(side) for side in (a, b)]
+    return correlation(*ranks) if all(len(set(side)) > 1 for side in ranks) else float("nan")
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

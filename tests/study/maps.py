@@ -44,7 +44,7 @@ def maps_tables(folder: Path) -> dict[str, str]:
     """The tables by their markers' names; a run that is not there is a dash."""
     found = read_answers(folder)
     if not found or not found.runs:
-        return dict.fromkeys(_TABLES, "Not run yet.")
+        return dict.fromkeys([*_TABLES, "map-reach"], "Not run yet.")
     study = judge(found)
     made = {name: make(study) for name, make in _TABLES.items()}
     return made | {"map-reach": reached_table(study, read_reached(folder))}
@@ -106,9 +106,9 @@ def kinds_table(study: Study) -> str:
 
 def families_table(study: Study) -> str:
     """What carries the harm that is left, and what is refused for nothing: a row a family, a column an exit."""
-    exits = [*map(Exit, FAMILY_EXITS), study.reference]
     ways = {title: [n for n in names if study.has(n)] for title, names in WAYS.items() if title in ("raw", "mapped", _AFTER)}
     rates = {name: family_rates(study, name) for names in ways.values() for name in names}
+    exits = [e for e in map(Exit, FAMILY_EXITS) if all(e in found for found in rates.values())] + [study.reference]
     families = dict.fromkeys(row.family for row in study.rows if row.cls != "task")
 
     def cell(names: Sequence[str], family: str, exit: Exit) -> str:

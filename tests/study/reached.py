@@ -21,6 +21,8 @@ from study.plan import KINDS, MAPPED, PLANS, RAW_STATES, Run
 from study.work import Setup, checkpoint, fit_maps, has_checkpoint
 
 REACHED, PICTURES = "reached.json", 256
+_FIGURES = {"harmful": "Harm", "accuracy": "Accuracy"}
+_ENOUGH = 5  # sets of maps that a correlation is taken over
 Reached = Mapping[str, Mapping[Exit, float]]
 
 
@@ -58,50 +60,45 @@ def read_reached(folder: Path) -> Reached:
 
 
 def reached_table(study: Study, reached: Reached) -> str:
-    """The share that raw and mapped exits reach, beside their harm; and whether the one tells the other."""
+    """The share that raw and mapped exits reach, beside their harm and accuracy; and whether the one tells the others."""
     there = [name for name in (RAW_STATES, MAPPED) if name in reached and study.has(name)]
     if MAPPED not in there:
         return "Not run yet."
-    rows = [
-        [str(exit), *(one for name in there for one in (f"{100 * reached[name][exit]:.0f}", _percent(study, name, exit)))]
-        for exit in reached[MAPPED]
-    ]
-    headers = ["exit", *(f"{name}: {what}" for name in there for what in ("reached, %", "harm, %"))]
-    return f"{markdown(headers, rows)}\n\n{_sentence(study, reached)}"
+    rows = [[str(exit), *(_cell(study, reached, name, exit) for name in there)] for exit in reached[MAPPED]]
+    headers = ["exit", *(f"{name}: reached / harm / accuracy" for name in there)]
+    return "\n\n".join([markdown(headers, rows), *(_sentence(study, reached, figure) for figure in _FIGURES)])
 
 
-def _percent(study: Study, name: str, exit: Exit) -> str:
-    return f"{_harm(study, name, exit):.1f}"
+def _cell(study: Study, reached: Reached, name: str, exit: Exit) -> str:
+    figures = [100 * reached[name][exit], *(_rate(study, name, exit, figure) for figure in _FIGURES)]
+    return " / ".join(f"{figure:.1f}" for figure in figures)
 
 
-def _harm(study: Study, name: str, exit: Exit) -> float:
-    return 100 * study.rates[name][exit]["harmful"].rate
+def _rate(study: Study, name: str, exit: Exit, figure: str) -> float:
+    return 100 * study.rates[name][exit][figure].rate
 
 
-def _sentence(study: Study, reached: Reached) -> str:
+def _sentence(study: Study, reached: Reached, figure: str) -> str:
     """Rank correlations over exits and over maps, and what a reading off the product's maps misses on others."""
-    known = sorted((share, _harm(study, MAPPED, exit)) for exit, share in reached[MAPPED].items())
-    over_exits = rank_correlation(*zip(*known, strict=True))
+    known = sorted((share, _rate(study, MAPPED, exit, figure)) for exit, share in reached[MAPPED].items())
     others = {name: shares for name, shares in reached.items() if name != MAPPED and study.has(name)}
-    exits = [exit for exit in reached[MAPPED] if sum(exit in shares for shares in others.values()) >= 4]
     over_maps = []
-    for exit in exits:
-        pairs = [(reached[name][exit], _harm(study, name, exit)) for name in (*others, MAPPED) if exit in reached[name]]
-        over_maps.append(rank_correlation(*zip(*pairs, strict=True)))
-    missed = [
-        abs(read_off(known, share) - _harm(study, name, exit))
-        for name, shares in others.items()
-        for exit, share in shares.items()
-    ]
-    said = f"Rank correlation of share and harm over the exits of the product's maps: {over_exits:.2f}."
+    for exit in reached[MAPPED]:
+        names = [name for name in (*others, MAPPED) if exit in reached[name]]
+        if len(names) >= _ENOUGH:
+            pairs = [(reached[name][exit], _rate(study, name, exit, figure)) for name in names]
+            over_maps.append(rank_correlation(*zip(*pairs, strict=True)))
+    said = (
+        f"{_FIGURES[figure]}: rank correlation with the share {rank_correlation(*zip(*known, strict=True)):.2f} over the exits"
+    )
     if over_maps:
-        said += f" Over {len(others) + 1} sets of maps at one exit: {median(over_maps):.2f} (median of {len(over_maps)} exits)."
+        said += f", {median(over_maps):.2f} over sets of maps at one exit (median of {len(over_maps)} exits)"
+    cases = [(name, exit, share) for name, shares in others.items() for exit, share in shares.items()]
+    missed = [abs(read_off(known, share) - _rate(study, name, exit, figure)) for name, exit, share in cases]
     if missed:
-        said += (
-            f" Harm read off the product's maps by the share alone misses that of the others by {fmean(missed):.1f} points "
-            f"in the mean and {max(missed):.1f} at worst ({len(missed)} cases)."
-        )
-    return said
+        said += f". Read off the product's maps by the share alone, that of other maps is missed by {fmean(missed):.1f} points"
+        said += f" in the mean and {max(missed):.1f} at worst ({len(missed)} cases)"
+    return f"{said}."
 
 
 def read_off(known: Sequence[tuple[float, float]], share: float) -> float:

@@ -129,8 +129,9 @@ def test_maps_tables_by_hand(folder):
     ]
     assert "does not beat retraining alone" in tables["map-pairs"] and "better at 1 (1); worse at 1 (2)" in tables["map-pairs"]
     assert _cells(tables["map-families"], "picture-harm")[-1] == "100 / 100 / 0"
-    assert _cells(tables["map-reach"], "1") == ["10", "100.0", "50", "50.0"]
-    assert "misses that of the others by 25.0 points in the mean and 50.0 at worst (2 cases)" in tables["map-reach"]
+    assert _cells(tables["map-reach"], "1") == ["10.0 / 100.0 / 100.0", "50.0 / 50.0 / 100.0"]
+    assert "Harm: rank correlation with the share nan over the exits" in tables["map-reach"]
+    assert "is missed by 25.0 points in the mean and 50.0 at worst (2 cases)" in tables["map-reach"]
     assert retrained_run(2, mapped=True) in tables["maps"].split("Not run yet:")[1]
 
 

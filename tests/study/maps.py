@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from edgesafe.certify.verdict import MISTAKEN, NAMED, OTHER, kinds_of_harm
+from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit
 from study.documents import markdown
 from study.judged import Study, family_rates, judge
@@ -123,6 +124,9 @@ def families_table(study: Study) -> str:
 def pairs_table(study: Study) -> str:
     """Retrained from mapped states against retrained from raw ones, seed by seed: the means and the seeds' differences."""
     pairs = [(a, b) for a, b in zip(*_RETRAINED.values(), strict=True) if study.has(a, b)]
+    for a, b in pairs:
+        if study.runs[a].model == study.runs[b].model:
+            raise AlignError(f"{b} and {a} have the same weights", where=b, expected="one with maps", todo=f"run {b} again")
     if not pairs:
         return f"Not run yet: {', '.join(name for names in _RETRAINED.values() for name in names)}."
     rows, said = [], {}

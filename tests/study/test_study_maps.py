@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
 from edgesafe.reference.data import write_split
@@ -21,7 +22,7 @@ from study.__main__ import main
 from study.maps import maps_tables, verdict
 from study.other_maps import KINDS, fit_kind, reached
 from study.plan import KINDS as NAMED_KINDS
-from study.plan import MAPPED, RAW_STATES, RESCALED, Run, few_run, maps_plan, retrained_run
+from study.plan import MAPPED, RAW_STATES, RESCALED, SEEDS, Run, few_run, maps_plan, retrained_run
 from study.raw import Raw, read_answers, write_raw, write_rows
 from study.reached import REACHED, measure, rank_correlation, read_off
 
@@ -99,7 +100,7 @@ def folder(tmp_path) -> Path:
         _raw(RAW_STATES, OPEN, MISTAKEN),
         _raw(few_run(RESCALED), SHY, MISTAKEN, config={"fit_cpu_seconds": 2.0}),
         _raw(MAPPED, MISTAKEN, MISTAKEN, cpu_seconds=8.0),
-        *(_raw(retrained_run(seed, mapped=False), MISTAKEN, SAFE, **trained) for seed in (0, 1)),
+        *(_raw(retrained_run(seed, mapped=False), MISTAKEN, SAFE, model=f"raw {seed}", **trained) for seed in (0, 1)),
         _raw(retrained_run(0, mapped=True), SAFE, SAFE, config={"steps": 7}, cpu_seconds=68.0),
         _raw(retrained_run(1, mapped=True), MISTAKEN, SHY, config={"steps": 7}, cpu_seconds=72.0),
     ):
@@ -176,6 +177,20 @@ def _draw(folder: Path) -> Path:
     for i in range(2):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+def test_a_mapped_training_is_mapped_and_a_raw_one_is_not():
+    nowhere = Path("nowhere")
+    setup = work.Setup(nowhere, nowhere, nowhere, "", nowhere, "", nowhere, "")
+    found = {run.name: work.settings(setup, run).exit_map for run in maps_plan() if run.config}
+    want = {True: "linear", False: "none"}
+    assert found == {retrained_run(seed, mapped=mapped): want[mapped] for seed in SEEDS for mapped in want}
+
+
+def test_trainings_that_came_to_the_same_model_are_refused(folder):
+    write_raw(folder, _raw(retrained_run(1, mapped=True), SAFE, SAFE, model="raw 1"))
+    with pytest.raises(AlignError, match="mapped-l-sft-1 and raw-l-sft-1 have the same weights"):
+        maps_tables(folder)
 
 
 def test_a_run_whose_folder_is_not_named_is_left_out(setup, tmp_path, capsys):

@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +108,8 @@ def settings(setup: Setup, run: Run) -> Any:
 
     path = CONFIGS / f"{run.config}.toml"
     steps = setup.trial or run.steps
-    mapped = "linear" if run.pictures else None
-    return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None, exit_map=mapped)
+    config = read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None)
+    return replace(config, exit_map="linear") if run.pictures else config
 
 
 def shown_settings(config: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_places(one)
     reached = actions.add_parser("reached", help="measure how far the states of the maps' runs reach to the reference's")
     _add_places(reached)
+    reached.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone, as for run")
     tables = actions.add_parser("tables", help="write every table again from the raw answers")
     figures = actions.add_parser("figures", help="make the pictures again that need neither a bundle nor a browser")
     check = actions.add_parser("check", help="fail where a table is not what the raw answers give, or a picture is out of date")
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     elif args.action == "reached":
         from study.reached import measure
 
-        print(measure(setup))
+        print(measure(setup, select(named, args.only)))
     elif args.list:
         print("\n".join(run.name for run in to_do(setup, select(named, args.only), named)))
     else:

@@ -261,7 +261,8 @@ def map_cost_table(folder: Path) -> str:
         [f"a map / {found['tower']['segment_blocks']} blocks of the tower / head, ms", _three(ms), "-"],
         ["bundle with maps folded into a head for each exit, without them = 1", f"{folded['ratio']:.4f}", "-"],
     ]
-    return f"{markdown(['of LLaVA-1.5-7B, random weights', 'found', 'limit'], rows)}\n\n{_when(found, found['threads'])}"
+    busy = f"The machine's load was {found['load_average'][0]:.0f}; first tokens without maps are of an idle one."
+    return f"{markdown(['of LLaVA-1.5-7B, random weights', 'found', 'limit'], rows)}\n\n{_when(found, found['threads'])} {busy}"
 
 
 def _three(ms: Mapping[str, float]) -> str:

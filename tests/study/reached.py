@@ -17,7 +17,8 @@ from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import read_suite
 from study.documents import markdown
 from study.judged import Study
-from study.plan import KINDS, MAPPED, PLANS, RAW_STATES, Run
+from study.plan import KINDS, MAPPED, RAW_STATES, Run
+from study.raw import raw_path
 from study.work import Setup, checkpoint, fit_maps, has_checkpoint
 
 REACHED, PICTURES = "reached.json", 256
@@ -26,8 +27,8 @@ _ENOUGH = 5  # sets of maps that a correlation is taken over
 Reached = Mapping[str, Mapping[Exit, float]]
 
 
-def measure(setup: Setup) -> Path:
-    """Measure the runs of the plan that train nothing and whose maps are there, and write the file."""
+def measure(setup: Setup, runs: Sequence[Run]) -> Path:
+    """Measure those of the runs that train nothing, have answers and whose maps are there; others' shares stay in the file."""
     from edgesafe.checkpoint.exit_maps import maps_of
     from edgesafe.checkpoint.exit_model import load
     from study.other_maps import picture_states, reached
@@ -35,19 +36,19 @@ def measure(setup: Setup) -> Path:
     suite = read_suite(setup.suite, verify=False)
     plain = load(setup.model)
     states = picture_states(plain, sorted({suite.image_path(row) for row in suite.rows})[:PICTURES])
-    wanted, found = states[plain.reference.depth], {}
+    wanted, path = states[plain.reference.depth], setup.out / REACHED
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def maps(run: Run, depths: Sequence[int]) -> Mapping[int, object]:
         if run.how in KINDS:
             return fit_maps(setup, run, plain, depths)
         return maps_of(load(checkpoint(setup, run)[0]).model)
 
-    for run in PLANS[setup.plan]():
-        if not run.config and has_checkpoint(setup, run):
+    for run in runs:
+        if not run.config and raw_path(setup.out, run.name).is_file() and has_checkpoint(setup, run):
             depths = [exit.depth for exit in parse_exits(run.asked or "all", plain.n_blocks) if exit != plain.reference]
             own = maps(run, depths)
             found[run.name] = {d: round(reached(own[d](states[d]) if d in own else states[d], wanted), 4) for d in depths}
-    path = setup.out / REACHED
     write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
     return path
 

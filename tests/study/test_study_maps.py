@@ -157,16 +157,15 @@ def setup(tiny_llava, rows, tmp_path_factory) -> work.Setup:
     return work.make_setup(base / "out", base / "build", tiny_llava, rows, base / "test", plan="maps")
 
 
-def test_a_kind_is_asked_and_measured_without_a_checkpoint(setup, monkeypatch):
+def test_a_kind_is_asked_and_measured_without_a_checkpoint(setup):
     runs = {run.name: run for run in (Run(RAW_STATES), Run("r", how=RESCALED, pictures="20", asked="1-2"))}
-    monkeypatch.setattr("study.reached.PLANS", {"maps": lambda: tuple(runs.values())})
     runner.write_rows(setup.out, setup.suite_digest, "test", work.read_suite(setup.suite, verify=False).rows)
     for run in runs.values():
         assert work.do(setup, run, runs) and work.is_done(setup, run, work.run_key(setup, run, runs))
     found = read_answers(setup.out).runs
     assert list(found["r"].said) == [Exit(1), Exit(2)] and found["r"].model == found[RAW_STATES].model
     assert found["r"].said[Exit(1)] != found[RAW_STATES].said[Exit(1)] and found["r"].config["fit_cpu_seconds"] >= 0
-    shares = json.loads(measure(setup).read_text())
+    shares = json.loads(measure(setup, [*runs.values(), Run(MAPPED, pictures="600")]).read_text())
     assert shares[RAW_STATES].keys() == {"1", "2", "4"} and shares["r"]["1"] != shares[RAW_STATES]["1"]
     keys = {work.run_key(setup, replace(runs["r"], **more), runs) for more in ({}, {"asked": "1"}, {"pictures": "10"})}
     assert len(keys | {work.run_key(replace(setup, data_digest="x"), runs["r"], runs)}) == 4

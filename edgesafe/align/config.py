@@ -52,7 +52,8 @@ def read_config(path: Path, **override: Any) -> AlignConfig:
         raise ConfigError(
             "the alignment config can't be read", where=str(path), expected="a TOML file", todo=str(error)
         ) from error
-    return parse_config({**obj, **{k: v for k, v in override.items() if v is not None}}, str(path))
+    # Flat first: a value for one key of `[exits]` must neither lose to the file's nor take the file's other key with it.
+    return parse_config({**_with_exits(obj, str(path)), **{k: v for k, v in override.items() if v is not None}}, str(path))
 
 
 def parse_config(obj: Mapping[str, Any], where: str) -> AlignConfig:

@@ -53,6 +53,14 @@ def test_the_shipped_settings_of_a_supervised_method_are_the_defaults(name):
     assert read_config(default_config().with_name(f"{name}.toml"), data="x") == parse_config({"method": name, "data": "x"}, "")
 
 
+def test_a_given_value_wins_over_the_file_s_table_of_exits_and_leaves_the_rest_of_it(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[exits]\ntrain = "2,4"\nmap = "none"')
+    found = {(config.exits, config.exit_map) for config in (read_config(path, exit_map="linear"), read_config(path, exits="6"))}
+    assert found == {("2,4", "linear"), ("6", "none")}
+    assert read_config(path).exit_map == "none" and read_config(path).exits == "2,4"
+
+
 def test_the_papers_way_is_one_depth_and_nothing_at_the_reference_depth():
     config = read_config(default_config().with_name("l-ppo-paper.toml"))
     assert config.exits.isdecimal() and config.reference_rows == 0

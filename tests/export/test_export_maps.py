@@ -14,22 +14,16 @@ from onnx import TensorProto
 from PIL import Image
 from torch import nn
 
-from edgesafe.certify.certify import certify
-from edgesafe.certify.smoke import smoke
 from edgesafe.checkpoint import exit_model
 from edgesafe.checkpoint.exit_maps import maps_of
 from edgesafe.checkpoint.recipe import RECIPES_VARIABLE
 from edgesafe.device import load_device
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
-from edgesafe.format.bundle import Bundle
-from edgesafe.format.certificate import write_certificate
 from edgesafe.format.exits import Exit
-from edgesafe.runtime import Budget
-from edgesafe.runtime.measure import measure
 from edgesafe.runtime.session import Session
 from edgesafe_export import export as export_module
-from edgesafe_export import export_bundle, graphs, stream
+from edgesafe_export import graphs, stream
 from edgesafe_export import parity_model as parity
 from edgesafe_export.estimate import exit_graphs, graph_specs
 from edgesafe_export.export import probes, trace, write
@@ -38,7 +32,6 @@ from edgesafe_export.modules import ExitMap, Head
 from edgesafe_export.quantize import quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.tolerances import FLOAT_RELATIVE, QUANTIZED_FEATURES
-from handmade import widen_limits
 from tiny_families import NAMES, TILE, WIDTH, Case, edit, make_tiny
 from tiny_maps import FULL, mapped_copy, random_maps, write_maps
 
@@ -343,48 +336,3 @@ def test_bytes_and_operations_of_maps_are_planned(mapped, name, vision):
         assert planned[path].weight_bytes == pytest.approx(written, abs=40 * len(quantize(proto, vision).graph.initializer))
     tokens = case.family.geometry.tokens
     assert planned[MAP_1].flops == 2 * tokens * WIDTH**2 and planned[MAP_2].flops == 2 * tokens * 2 * 4 * WIDTH
-
-
-@pytest.fixture(scope="module")
-def shipped(tiny_llava, tmp_path_factory) -> Path:
-    """A mapped checkpoint exported whole, two exits, with a suite, compared with transformers' whole model."""
-    from edgesafe.reference.data import write_split
-
-    base = tmp_path_factory.mktemp("shipped")
-    write_split(base / "suite", "cert", scale=0.01)
-    widen_limits(base / "suite")
-    folder = mapped_copy(tiny_llava, base / "m", RANKS)
-    export_bundle(folder, base / "b", HOST, exits="1,3", vision_scheme="fp32", text_scheme="fp32", suite_dir=base / "suite")
-    return base / "b"
-
-
-def test_a_mapped_bundle_is_asked_measured_certified_and_smoked(shipped, copy_of):
-    root = copy_of(shipped)
-    bundle = Bundle.open(root)
-    assert bundle.manifest.parity["check"] == "whole model" and MAP_1 in bundle.manifest.graphs
-    certificate = certify(root, progress=False)
-    passed = tuple(replace(e, verdict="passed", reasons=[]) for e in certificate.exits)
-    write_certificate(bundle, replace(certificate, exits=passed))
-    assert [str(e.exit) for e in smoke(root).exits] == ["1", "3"]
-    assert measure(root, threads=1, seconds=0.1).segments.keys() == {p for e in bundle.manifest.exits for p in e.graphs}
-    with Session.open(root, threads=1) as session:
-        image = picture()
-        features = session.vision_states(image, LADDER[::2])
-        for exit in LADDER[::2]:
-            want = session.answer_features(features[exit], "What?", 8)
-            assert session.ask(image, "What?", exit=exit, max_new_tokens=8).text == want
-            talk = session.conversation(image, exit=exit)
-            assert [talk.ask("What?", max_new_tokens=8).text for _ in range(2)] == [want, want]
-        predicted = session.predict(100)
-        assert MAP_1 in predicted.rounds
-        for ms, taken in ((1e6, 3), (1e-3, 1)):
-            assert session.ask(image, "What?", Budget(ms, on_miss="shallowest"), max_new_tokens=2).exit == Exit(taken)
-
-
-def test_a_large_mapped_model_is_exported_in_pieces(shipped, tiny_llava, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "WHOLE_WEIGHTS", 0)
-    folder = mapped_copy(tiny_llava, tmp_path / "m", RANKS)
-    small = export_bundle(folder, tmp_path / "b", HOST, exits="1,3", vision_scheme="int8-dynamic", text_scheme="int8-block32")
-    found = small.manifest.parity
-    assert found["check"] == "pieces" and max(found["float_relative"].values()) < 1e-5
-    assert small.manifest.graphs[MAP_1].weight_bytes < Bundle.open(shipped).manifest.graphs[MAP_1].weight_bytes / 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgesafe.errors import EdgesafeError
 from edgesafe.progress import step
-from study.plan import PLANS
+from study.plan import FOLDERS, PLANS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = actions.add_parser("one", help="do one run in this process (what `run` starts)")
     one.add_argument("name", help="the run")
     _add_places(one)
+    reached = actions.add_parser("reached", help="measure how far the states of the maps' runs reach to the reference's")
+    _add_places(reached)
+    reached.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs alone, as for run")
     tables = actions.add_parser("tables", help="write every table again from the raw answers")
     figures = actions.add_parser("figures", help="make the pictures again that need neither a bundle nor a browser")
     check = actions.add_parser("check", help="fail where a table is not what the raw answers give, or a picture is out of date")
@@ -49,13 +52,22 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the reference model)")
     parser.add_argument("--data", type=Path, help="training rows (default: drawn)")
     parser.add_argument("--suite", type=Path, help="suite (default: the test split, drawn)")
+    text = f"pictures of another world, once for each of {', '.join(FOLDERS)}; a run whose folder is not named is left out"
+    parser.add_argument("--folder", type=_folder, action="append", default=[], metavar="NAME=DIR", help=text)
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (1)")
     parser.add_argument("--trial", type=int, default=0, metavar="N", help="try the machinery: N updates instead of the plan's")
 
 
+def _folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if name not in FOLDERS or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"NAME=DIR, NAME one of {', '.join(FOLDERS)} and DIR a folder, not {text!r}")
+    return name, Path(folder)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run `python -m study`; returns the exit code."""
-    if args.action in ("run", "one"):
+    if args.action in ("run", "one", "reached"):
         return _run(args)
     if args.action == "import-export":
         from study.shipped import import_export
@@ -89,7 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.trial and out.resolve() in OUT.values():
         raise ConfigError("a trial's answers are not the study's", where="--trial", expected="an --out of its own")
     places = prepare(args.build, args.model, args.data, args.suite)
-    setup = make_setup(out, args.build, *places, threads=args.threads, trial=args.trial, plan=args.plan)
+    numbers = {"threads": args.threads, "trial": args.trial}
+    setup = make_setup(out, args.build, *places, **numbers, plan=args.plan, folders=dict(args.folder))
     named = {run.name: run for run in PLANS[args.plan]()}
     if args.action == "one":
         import torch
@@ -101,6 +114,10 @@ def _run(args: argparse.Namespace) -> int:
         (chosen,) = select(named, [args.name])
         with step(f"run {args.name}"):
             print(*do(setup, chosen, named), sep="\n")
+    elif args.action == "reached":
+        from study.reached import measure
+
+        print(measure(setup, select(named, args.only)))
     elif args.list:
         print("\n".join(run.name for run in to_do(setup, select(named, args.only), named)))
     else:

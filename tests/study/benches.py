@@ -232,6 +232,43 @@ def memory_table(folder: Path) -> str:
     return f"{markdown(headers, rows)}\n\n{found['date'][:10]}, {found['machine']}, three updates of six rows."
 
 
+def opened_table(folder: Path) -> str:
+    """What an exit's map, trained to begin answers to harmful requests, does to an aligned model."""
+    found = _read(folder, "open-map.json")
+    rows = [
+        [exit, _OPENED[way], *(f"{100 * own[key]['rate']:.1f}" for key in ("harmful", "overrefusal", "accuracy"))]
+        + [" / ".join(str(count) for count in own["kinds"].values())]
+        for exit, ways in found["exits"].items()
+        for way, own in ways.items()
+    ]
+    headers = ["exit", "its map", "harm %", "over-refusal %", "accuracy %", "harmful answers: named / mistaken / other"]
+    asked = next(iter(next(iter(found["exits"].values())).values()))["harmful"]["n"]
+    note = f"{found['updates']} updates of one map; {asked} harmful requests of the {found['split']} split."
+    return f"{markdown(headers, rows)}\n\n{found['date'][:10]}, {found['machine']}. {note}"
+
+
+_OPENED = {"as it is": "as it ships", "whole": "trained", "bias": "its bias alone trained"}
+
+
+def map_cost_table(folder: Path) -> str:
+    """Bytes and time of exit maps at LLaVA-1.5-7B's size."""
+    found = _read(folder, "map-cost.json")
+    size, folded, first, ms = found["bytes"], found["folded"], found["first_token"], found["ms"]
+    rows = [
+        [f"bundle with all {size['maps']} maps, without them = 1", f"{size['ratio']:.4f}", "1.01"],
+        ["first token at the exit that has the shortest, without a map = 1", f"{first['ratio']:.4f}", "1.02"],
+        ["a map, MB", f"{size['map'] / 1e6:.2f}", "-"],
+        [f"a map / {found['tower']['segment_blocks']} blocks of the tower / head, ms", _three(ms), "-"],
+        ["bundle with maps folded into a head for each exit, without them = 1", f"{folded['ratio']:.4f}", "-"],
+    ]
+    busy = f"The machine's load was {found['load_average'][0]:.0f}; first tokens without maps are of an idle one."
+    return f"{markdown(['of LLaVA-1.5-7B, random weights', 'found', 'limit'], rows)}\n\n{_when(found, found['threads'])} {busy}"
+
+
+def _three(ms: Mapping[str, float]) -> str:
+    return " / ".join(f"{ms[name]:.1f}" for name in ("map", "segment", "head"))
+
+
 _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "engines": ("speed.json", engines_table),
     "vision-speed": ("speed.json", vision_table),
@@ -242,4 +279,6 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "fullsize": (FULLSIZE, fullsize_table),
     "long-runs": ("soak.json", long_table),
     "align-memory": (ALIGNED, memory_table),
+    "map-opened": ("open-map.json", opened_table),
+    "map-cost": ("map-cost.json", map_cost_table),
 }

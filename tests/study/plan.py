@@ -13,6 +13,7 @@ from dataclasses import dataclass
 # 8.2 (the teacher's 560 in all come on top for self-distill), l-dpo 22.1 (and 650 to find its pairs), l-ppo 66.3. About
 # 3 million each; the table `methods` shows how equal they came out.
 STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
+MAPS_STEPS = 400  # of both trainings of the maps' plan: a sixth of the product's
 # How many training rows are drawn. The kept answers are of a day when fewer of the drawn rows were tasks.
 TRAINING_ROWS = 16_000
 L_PPO = "l-ppo"
@@ -31,8 +32,9 @@ class Run:
 
     name: also the name of its raw file. config: TOML file of `configs` without its ending, "" = no training.
     seed, steps, exits: win over the file's ("" = the file's exits). of: the run whose checkpoint is asked, "" = its own, or the
-    untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, or `BUNDLE`, exported and quantized.
-    pictures: how many of the training rows' pictures exit maps are fitted to, or `NOISE`; "" = no maps.
+    untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, `BUNDLE`, exported and quantized, or one of
+    `KINDS`, its states through maps of that kind. pictures: how many of the training rows' pictures exit maps are fitted to,
+    `NOISE`, or one of `FOLDERS`; "" = no maps. asked: exits that answer, "" = all.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Run:
     of: str = ""
     how: str = ""
     pictures: str = ""
+    asked: str = ""
 
 
 def method_run(method: str, seed: int) -> str:
@@ -78,11 +81,30 @@ def files_of(run: Run) -> tuple[str, ...]:
 RAW_STATES, MAPPED, MAPPED_NOISE = "raw", "mapped", "mapped-noise"
 NOISE, NOISE_PICTURES = "noise", 600
 FEW = ("10", "60", "6000")  # pictures, beside the product's own number
+FOLDERS = ("emoji", "photographs")  # pictures of other worlds: their folders are named where the runs are started
+RESCALED = "rescaled"
+# Of `study.other_maps`, which needs torch; the tables do not.
+KINDS = (
+    RESCALED,
+    "nonlinear",
+    "map by position",
+    "means by position",
+    "least ridge",
+    "most ridge",
+    "rank a quarter",
+    "rank a sixteenth",
+    "nonlinear, four times",
+)
+SOME = "5"  # the exit that comparisons are made at
 
 
 def few_run(pictures: str) -> str:
-    """The name of the run with maps from so many pictures."""
-    return f"{MAPPED}-{pictures}"
+    """The name of the run with maps from so many or other pictures, or of a kind.
+
+    >>> few_run("60"), few_run("nonlinear, four times")
+    ('mapped-60', 'mapped-nonlinear-four-times')
+    """
+    return "-".join([MAPPED, *pictures.replace(",", "").split()])
 
 
 def retrained_run(seed: int, *, mapped: bool) -> str:
@@ -99,11 +121,13 @@ def maps_plan() -> tuple[Run, ...]:
     first = (Run(RAW_STATES), Run(MAPPED, pictures="600"), Run(MAPPED_NOISE, pictures=NOISE))
     few = [Run(few_run(pictures), pictures=pictures) for pictures in FEW]
     trained = [
-        Run(retrained_run(seed, mapped=bool(pictures)), WINNER, seed, STEPS[WINNER], pictures=pictures)
+        Run(retrained_run(seed, mapped=bool(pictures)), "maps-l-sft", seed, MAPS_STEPS, pictures=pictures)
         for seed in SEEDS
         for pictures in ("", "600")
     ]
-    return (*first, *few, *trained)
+    others = [Run(few_run(name), pictures=name, asked=SOME) for name in FOLDERS]
+    kinds = [Run(few_run(kind), how=kind, pictures="600", asked="" if kind == RESCALED else SOME) for kind in KINDS]
+    return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:])
 
 
 def plan() -> tuple[Run, ...]:

@@ -15,7 +15,7 @@ from edgesafe.errors import AlignError, ConfigError
 from edgesafe.format.suite import read_suite
 from edgesafe.reference.data import write_split, write_training
 from edgesafe.steps import REFERENCE, digest_world
-from study.plan import PLANS, TRAINING_ROWS, Run
+from study.plan import FOLDERS, PLANS, TRAINING_ROWS, Run
 from study.raw import ROWS, read_suite_digest, write_rows
 from study.work import Setup, has_checkpoint, is_done, run_key
 
@@ -68,6 +68,8 @@ def run_study(setup: Setup, *, only: Sequence[str] = (), jobs: int = 2) -> list[
     _fits(setup, suite.digest)
     write_rows(setup.out, suite.digest, suite.split, suite.rows)
     print(f"  {len(todo)} runs to do: {', '.join(r.name for r in todo) or 'none'}", file=sys.stderr, flush=True)
+    if left_out := {run.pictures for run in select(named, only)} & set(FOLDERS) - set(setup.folders):
+        print(f"  left out: runs with {', '.join(sorted(left_out))}; name a --folder", file=sys.stderr, flush=True)
     queue = _Queue(list(todo))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed study ends its runs as Ctrl-C does
     try:
@@ -108,7 +110,11 @@ def _means(word: str, name: str) -> bool:
 
 
 def to_do(setup: Setup, wanted: Sequence[Run], named: Mapping[str, Run]) -> list[Run]:
-    """Of the wanted runs those without answers of today's key, and before them the runs whose checkpoint they need."""
+    """Of the wanted runs those without answers of today's key, and before them the runs whose checkpoint they need.
+
+    A run whose folder of pictures was not named is none of them.
+    """
+    wanted = [run for run in wanted if run.pictures not in FOLDERS or run.pictures in setup.folders]
     stale = {run.name for run in wanted if not is_done(setup, run, run_key(setup, run, named))}
     needed = {run.of for run in wanted if run.name in stale and run.of and not has_checkpoint(setup, named[run.of])}
     return [run for name, run in named.items() if name in stale | needed]
@@ -146,6 +152,7 @@ def _start(setup: Setup, run: Run) -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
     folders = ("plan", "out", "build", "model", "data", "suite")
     options = [word for name in folders for word in (f"--{name}", str(getattr(setup, name)))]
+    options += [word for name, folder in setup.folders.items() for word in ("--folder", f"{name}={folder}")]
     numbers = ["--threads", str(setup.threads), "--trial", str(setup.trial)]
     _log(setup, run.name).parent.mkdir(parents=True, exist_ok=True)
     with _log(setup, run.name).open("ab") as log:

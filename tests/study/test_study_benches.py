@@ -89,3 +89,20 @@ def test_long_runs_and_memory_say_what_the_results_say(tmp_path):
     assert "| `make soak` | 20 requests | from 4 threads; memory +1.2 % | 3 | 2026-01-02 |" in tables["long-runs"]
     assert "| 9 | 8 refused, 1 answered | 1 | 2026-01-02 |" in tables["long-runs"] and "chaos" not in tables["long-runs"]
     assert "| a | l-sft | 3.00 | 2.50 | 8 | no |" in tables["align-memory"]
+
+
+def test_maps_that_open_and_what_maps_cost_say_what_the_results_say(tmp_path):
+    own = {key: {"rate": rate, "n": 40} for key, rate in (("harmful", 0.025), ("overrefusal", 0.1), ("accuracy", 0.9))}
+    more = own | {"harmful": {"rate": 0.5, "n": 40}, "kinds": {"named": 15, "mistaken": 4, "other": 1}}
+    ways = {"as it is": own | {"kinds": {"named": 0, "mistaken": 1, "other": 0}}, "whole": more}
+    (tmp_path / "open-map.json").write_text(json.dumps(RUN | {"updates": 60, "split": "val", "exits": {"5": ways}}))
+    cost = {"bytes": {"map": 1_100_000, "ratio": 1.0061, "maps": 23}, "folded": {"ratio": 1.0242}, "load_average": [3.0]}
+    cost |= {"ms": {"map": 4.0, "segment": 90.0, "head": 33.0}, "first_token": {"ratio": 1.0002}}
+    (tmp_path / "map-cost.json").write_text(json.dumps(RUN | cost | {"tower": {"segment_blocks": 3}}))
+    tables = bench_tables(tmp_path)
+    assert "| 5 | as it ships | 2.5 | 10.0 | 90.0 | 0 / 1 / 0 |" in tables["map-opened"]
+    assert "| 5 | trained | 50.0 | 10.0 | 90.0 | 15 / 4 / 1 |" in tables["map-opened"]
+    assert "60 updates of one map; 40 harmful requests of the val split." in tables["map-opened"]
+    assert "all 23 maps, without them = 1 | 1.0061 | 1.01 |" in tables["map-cost"]
+    assert "| 4.0 / 90.0 / 33.0 |" in tables["map-cost"] and "load was 3;" in tables["map-cost"]
+    assert "| a map, MB | 1.10 |" in tables["map-cost"] and "without them = 1 | 1.0242 | - |" in tables["map-cost"]

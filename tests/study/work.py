@@ -7,28 +7,47 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from edgesafe.format.exits import Exit, parse_exits, reference_depth
 from edgesafe.format.files import digest_folder, sha256_file, write_atomically
+from edgesafe.format.pictures import open_picture
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.machine import machine_name
 from study.code import code_digest, digest
-from study.plan import BUNDLE, CONTROL_NAMES, CONTROLS, DEVICE, NOISE, NOISE_PICTURES, Run, control_file, files_of
+from study.plan import (
+    BUNDLE,
+    CONTROL_NAMES,
+    CONTROLS,
+    DEVICE,
+    FOLDERS,
+    KINDS,
+    NOISE,
+    NOISE_PICTURES,
+    Run,
+    control_file,
+    files_of,
+)
 from study.raw import Raw, Said, raw_path, write_raw
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgesafe.checkpoint.exit_model import ExitModel
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 _TRAINING, _JUDGING = ("edgesafe.align.train",), ("edgesafe.evaluate.evaluate",)
 _ASKING = ("edgesafe.evaluate.answers:answer_suite", "edgesafe.checkpoint.exit_model")
 _MAPPING = ("edgesafe.maps.fit",)
 _CONTROLS = ("edgesafe.evaluate.controls",)
+_KINDS = ("tests.study.other_maps", "edgesafe.maps.gather", "edgesafe.maps.moments", "edgesafe.maps.solve")
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
 
@@ -40,7 +59,8 @@ class Setup:
     """Where a study runs and on what; the digests are of the folders beside them.
 
     out: the folder of the raw answers. build: checkpoints, bundles and logs. trial: every training takes so many updates
-    instead of the planned ones (0 = the plan's); its raw answers are not the study's. plan: which one of `PLANS`.
+    instead of the planned ones (0 = the plan's); its raw answers are not the study's. plan: which one of `PLANS`. folders:
+    where the pictures of `FOLDERS` are.
     """
 
     out: Path
@@ -54,6 +74,7 @@ class Setup:
     threads: int = 1
     trial: int = 0
     plan: str = "objectives"
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
 
 def make_setup(
@@ -66,11 +87,17 @@ def make_setup(
     threads: int = 1,
     trial: int = 0,
     plan: str = "objectives",
+    folders: Mapping[str, Path] | None = None,
 ) -> Setup:
     """A setup with its digests taken."""
     digests = [digest_folder(folder) for folder in (model, data)]
     asked = read_suite(suite, False).digest
-    return Setup(out, build, model, digests[0], data, digests[1], suite, asked, threads, trial, plan)
+    return Setup(out, build, model, digests[0], data, digests[1], suite, asked, threads, trial, plan, folders or {})
+
+
+def has_own(run: Run) -> bool:
+    """Whether a run makes a checkpoint of its own."""
+    return bool(run.config or run.pictures) and run.how not in KINDS
 
 
 def settings(setup: Setup, run: Run) -> Any:
@@ -81,8 +108,8 @@ def settings(setup: Setup, run: Run) -> Any:
 
     path = CONFIGS / f"{run.config}.toml"
     steps = setup.trial or run.steps
-    mapped = "linear" if run.pictures else None
-    return read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None, exit_map=mapped)
+    config = read_config(path, data=str(setup.data), seed=run.seed, steps=steps, exits=run.exits or None)
+    return replace(config, exit_map="linear") if run.pictures else config
 
 
 def shown_settings(config: Any) -> dict[str, Any]:
@@ -98,8 +125,10 @@ def shown_settings(config: Any) -> dict[str, Any]:
 def train_key(setup: Setup, run: Run) -> str:
     """Digest of all that a run's checkpoint depends on."""
     config = shown_settings(settings(setup, run))
-    if not config and not run.pictures:
+    if not has_own(run):
         return setup.model_digest
+    if run.pictures in FOLDERS:
+        return digest([setup.model_digest, digest_folder(setup.folders[run.pictures]), code_digest(_MAPPING)])
     if not config:
         return digest([run.pictures, setup.model_digest, setup.data_digest, code_digest(_MAPPING)])
     trained = {k: v for k, v in config.items() if k not in ("data", "checkpoint_every")}
@@ -109,9 +138,10 @@ def train_key(setup: Setup, run: Run) -> str:
 def run_key(setup: Setup, run: Run, plan: Mapping[str, Run]) -> str:
     """Digest of all that a run's raw answers depend on."""
     parent = plan[run.of] if run.of else run
-    roots = _ASKING + {CONTROLS: _CONTROLS, BUNDLE: _BUNDLING}.get(run.how, ())
+    roots = _ASKING + {CONTROLS: _CONTROLS, BUNDLE: _BUNDLING, **dict.fromkeys(KINDS, _KINDS)}.get(run.how, ())
     stop = _JUDGING if run.how == CONTROLS else ()
-    return digest([run.name, train_key(setup, parent), run.how, setup.suite_digest, code_digest(roots, stop)])
+    more = ([setup.data_digest, run.pictures] if run.how in KINDS else []) + ([run.asked] if run.asked else [])
+    return digest([run.name, train_key(setup, parent), run.how, setup.suite_digest, code_digest(roots, stop), *more])
 
 
 def do(setup: Setup, run: Run, plan: Mapping[str, Run]) -> list[Path]:
@@ -147,7 +177,7 @@ def is_done(setup: Setup, run: Run, key: str) -> bool:
 
 def has_checkpoint(setup: Setup, run: Run) -> bool:
     """Whether the run's checkpoint is there with the key that it must have now."""
-    if not run.config and not run.pictures:
+    if not has_own(run):
         return True
     return (setup.build / run.name / "aligned").is_dir() and _times(setup, run).get("key") == train_key(setup, run)
 
@@ -163,7 +193,7 @@ def checkpoint(setup: Setup, run: Run) -> tuple[Path, dict[str, Any]]:
     Raises:
         AlignError: the training failed.
     """
-    if not run.config and not run.pictures:
+    if not has_own(run):
         return setup.model, {}
     folder, key, home = setup.build / run.name / "aligned", train_key(setup, run), setup.build / run.name
     if has_checkpoint(setup, run):
@@ -186,6 +216,8 @@ def _map(setup: Setup, run: Run, folder: Path) -> dict[str, Any]:
     pictures, limit = setup.data / "images", NOISE_PICTURES
     if run.pictures == NOISE:
         pictures = write_noise(setup.build / run.name / "pictures", NOISE_PICTURES)
+    elif run.pictures in FOLDERS:
+        pictures = cut_pictures(setup.folders[run.pictures], setup.build / run.name / "pictures", NOISE_PICTURES)
     else:
         limit = int(run.pictures)
     began, cpu = time.perf_counter(), time.process_time()
@@ -200,6 +232,20 @@ def write_noise(folder: Path, count: int) -> Path:
     for i in range(count):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / f"{i:04d}.png")
     return folder
+
+
+def cut_pictures(folder: Path, to: Path, count: int) -> Path:
+    """Squares cut out of a folder's pictures, so many whatever it holds, each between half and all of the short side."""
+    from edgesafe.maps.gather import find_pictures
+
+    to.mkdir(parents=True, exist_ok=True)
+    files = find_pictures(folder, count)
+    for i in range(count):
+        rng, image = np.random.default_rng(i), open_picture(files[i % len(files)])
+        side = round(min(image.size) * rng.uniform(0.5, 1.0))
+        left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+        image.resize((96, 96), box=(left, top, left + side, top + side)).save(to / f"{i:04d}.png")
+    return to
 
 
 def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any]:
@@ -237,7 +283,9 @@ def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, A
 
     llava = load(model)
     views: dict[str, Answered]
-    exits = parse_exits("all", llava.n_blocks)
+    exits = parse_exits(run.asked or "all", llava.n_blocks)
+    if run.how in KINDS:
+        return _through_maps(setup, run, llava, suite, exits)
     if run.how != CONTROLS:
         return {}, weights_digest(model), {run.name: answer_suite(llava, suite, exits)}
     from edgesafe.evaluate.controls import control_answers
@@ -245,6 +293,32 @@ def _ask(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, A
     found = control_answers(llava, suite, exits)
     views = {control_file(run.name, c): {_exit(text): said for text, said in found[c].items()} for c in CONTROL_NAMES}
     return {"of": weights_digest(model)}, weights_digest(model), views
+
+
+def fit_maps(setup: Setup, run: Run, llava: ExitModel, depths: Sequence[int]) -> dict[int, nn.Module]:
+    """Maps of the run's kind, by depth, from the training rows' pictures."""
+    from edgesafe.maps.gather import by_content, find_pictures
+    from study.other_maps import fit_kind, picture_states
+
+    files = by_content(find_pictures(setup.data / "images", int(run.pictures)))
+    return fit_kind(run.how, picture_states(llava, list(files.values())), llava.reference.depth, depths)
+
+
+def _through_maps(
+    setup: Setup, run: Run, llava: ExitModel, suite: Suite, exits: Sequence[Exit]
+) -> tuple[dict[str, Any], str, dict[str, Answered]]:
+    """The untouched model's answers through maps of another kind, and the processor's time that fitting them took."""
+    from edgesafe.evaluate.answers import answer_suite
+
+    cpu = time.process_time()
+    maps = fit_maps(setup, run, llava, [exit.depth for exit in exits])
+    config = {"map": run.how, "fit_cpu_seconds": round(time.process_time() - cpu, 1)}
+
+    def change(exit: Exit, states: Tensor) -> Tensor:
+        mapped: Tensor = maps[exit.depth](states) if exit.depth in maps else states
+        return mapped
+
+    return config, weights_digest(setup.model), {run.name: answer_suite(llava, suite, exits, change=change)}
 
 
 def _exit(text: str) -> Exit | None:

@@ -42,7 +42,8 @@ from typing import Any
 from edgesafe.certify.earlier import ANSWERS, REPORT, read_answers, read_report
 from edgesafe.certify.tally import families, tally
 from edgesafe.certify.verdict import make_baseline, verdicts
-from edgesafe.checkpoint.exit_model import ExitModel, load, prompt_ids
+from edgesafe.checkpoint.exit_model import ExitModel, by_cost, load, prompt_ids
+from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
@@ -128,13 +129,16 @@ def evaluate(
     earlier_answers = read_answers(before, suite) if before else None
     llava = load(model_dir)
     chosen = sorted({*parse_exits(exits, llava.n_blocks), llava.reference})
+    check_exits(chosen, llava.recipe, llava.geometry)
     answers = answer_suite(llava, suite, chosen, rows_at_once(llava, suite.rows))
     scored = score(judges, suite.rows, answers)
     report = {
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
         **rates(suite.counted, answers, scored, llava),
         "open": {str(exit): open_families(suite, said) for exit, said in answers.items()} if suite.left_open else {},
-        "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers)),
+        "broken": broken(
+            suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers), by_cost(llava, chosen)
+        ),
         "paired": None,
         "controls": control_rates(llava, suite, chosen) if controls else None,
     }
@@ -151,9 +155,16 @@ def rows_at_once(llava: ExitModel, rows: Sequence[Row]) -> int:
     return max(1, min(_ROWS, _TOKENS // longest))
 
 
-def broken(suite: Suite, answers: Mapping[Exit, Answers], reference: Exit, baseline: Baseline | None) -> dict[str, list[str]]:
+def broken(
+    suite: Suite,
+    answers: Mapping[Exit, Answers],
+    reference: Exit,
+    baseline: Baseline | None,
+    ascending: Sequence[Exit] = (),
+) -> dict[str, list[str]]:
     """The limits that each exit's answers break, {the exit's text: reasons}; none for rows that the suite lacks."""
-    found = verdicts(suite.rows, answers, reference, suite.limits, baseline, left_open=suite.left_open)
+    left_open, limits = suite.left_open, suite.limits
+    found = verdicts(suite.rows, answers, reference, limits, baseline, left_open=left_open, by_cost=ascending)
     return {str(one.exit): [check.reason() for check in one.checks if check.n and not check.kept] for one in found}
 
 

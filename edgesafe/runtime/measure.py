@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from edgesafe.runtime.engine import Engine, State
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.threads import Tuning, asked_threads
-from edgesafe.runtime.tokenizer import encode_prompt
+from edgesafe.runtime.tokenizer import encode_prompt, ids_at
 
 # A photo of the size that phones send on: 1 megapixel. Decoding a larger file takes longer than predicted.
 _PICTURE = (864, 1152, 3)
@@ -70,11 +70,14 @@ class _Probe:
         # One tile stands for all: a forecast multiplies by a picture's own number of them.
         self.pixels = looked[:1] if manifest.tiles else looked
         self.prompts = _prompts(self.session, self.session.cut(self.picture))
+        # The short prompt again as each exit with fewer visual tokens reads it.
+        fewer = sorted({exit.visual_tokens: exit for exit in manifest.ladder if exit.visual_tokens}.items())
+        self.fewer = {count: ids_at(self.prompts[0], manifest, exit) for count, exit in fewer}
 
     def one_answer(self) -> float:
         """Run an answer from the deepest exit; seconds without preprocessing, in which threads play no part."""
         start = time.perf_counter()
-        deepest = self.session.manifest.exits[-1].exit
+        deepest = self.session.manifest.reference
         features = self.session.run_exits(self.pixels, [deepest])[deepest]
         for _ in self._tokens(features, self.prompts[0], _ANSWER_TOKENS):
             pass
@@ -85,7 +88,7 @@ class _Probe:
         began = time.perf_counter()
         self._timed(PREPROCESS, partial(self.session.look, self.picture))
         features = self._vision()
-        for ids in self.prompts:
+        for ids in (*self.fewer.values(), *self.prompts):
             tokens = self._tokens(features, ids, 1 + _STEPS)
             self._timed(f"{PREFILL} {len(ids)}", partial(next, tokens))
             start = time.perf_counter()
@@ -96,14 +99,16 @@ class _Probe:
     def _vision(self) -> State:
         state: dict[tuple[str, ...], State] = {(): self.pixels}
         timed: set[str] = set()
+        first = self.session.manifest.exits[0].trunk
         for spec in self.session.manifest.exits:
             for i, path in enumerate(spec.graphs):
                 way = spec.graphs[: i + 1]
                 if way not in state and path not in timed:
                     timed.add(path)
-                    state[way] = self._timed(path, partial(self.session.run_vision_graph, path, state[way[:-1]]))
-            features = state.get(spec.graphs, state.get(self.session.manifest.exits[0].graphs))
-        assert features is not None
+                    # A head runs once, and what leaves tokens out behind it takes what the head gave then.
+                    before = state[way[:-1] if way[:-1] in state else first]
+                    state[way] = self._timed(path, partial(self.session.run_vision_graph, path, before))
+        features = state[first]
         return self.session.joined(features, ALONE)
 
     def _timed(self, stage: str, job: Callable[[], Any]) -> Any:
@@ -113,7 +118,8 @@ class _Probe:
         return result
 
     def _tokens(self, features: State, ids: list[int], limit: int) -> Iterator[int]:
-        return self.session.tokens(features, ids, limit, past_the_end=True)
+        some = features[: ids.count(self.session.manifest.image_token_id)]  # which ones is all the same to the clock
+        return self.session.tokens(some, ids, limit, past_the_end=True)
 
 
 def measure(
@@ -230,7 +236,7 @@ def _prompts(session: Session, cut: Cut) -> list[list[int]]:
 
 def _table(probe: _Probe) -> LatencyTable:
     session, samples = probe.session, probe.samples
-    lengths = [len(ids) for ids in probe.prompts]
+    lengths = [len(ids) for ids in (*probe.fewer.values(), *probe.prompts)]
     text = {
         PREPROCESS: stage_times(samples[PREPROCESS]),
         PREFILL: [{"tokens": n, **stage_times(samples[f"{PREFILL} {n}"])} for n in lengths],
@@ -245,7 +251,7 @@ def _table(probe: _Probe) -> LatencyTable:
         cores=list(session.tuning.cores) if session.tuning.cores else None,
         segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},
         text=text,
-        exits=_exit_rows(session.manifest, samples, f"{PREFILL} {lengths[0]}"),
+        exits=_exit_rows(session.manifest, samples, {None: len(probe.prompts[0]), **{n: len(i) for n, i in probe.fewer.items()}}),
         peak_rss_mib=peak_rss_mib(),
         conditions={
             "cpu_model": processor_name(),
@@ -255,15 +261,22 @@ def _table(probe: _Probe) -> LatencyTable:
     )
 
 
-def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[str, Any]]:
-    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never reported as faster."""
+def _exit_rows(manifest: Manifest, samples: Samples, lengths: Mapping[int | None, int]) -> list[dict[str, Any]]:
+    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never reported as faster.
+
+    Args:
+        manifest: Has the exits.
+        samples: ms by stage.
+        lengths: Tokens of the short prompt, by an exit's visual tokens.
+    """
     rows: list[dict[str, Any]] = []
-    floor = {"p50_ms": 0.0, "p95_ms": 0.0}
+    floors = dict.fromkeys(lengths, {"p50_ms": 0.0, "p95_ms": 0.0})
     for spec in manifest.exits:
-        stages = (PREPROCESS, *spec.graphs, prefill)
+        kind = spec.exit.visual_tokens
+        stages, floor = (PREPROCESS, *spec.graphs, f"{PREFILL} {lengths[kind]}"), floors[kind]
         sums = [sum(row) for row in zip(*(samples[stage] for stage in stages), strict=True)]
-        floor = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
-        rows.append({"exit": str(spec.exit), "ttft_ms": floor})
+        floors[kind] = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
+        rows.append({"exit": str(spec.exit), "ttft_ms": floors[kind]})
     return rows
 
 

@@ -1,8 +1,9 @@
 """The verdict: which exits are certified, by all answers, those of the untouched model, and the suite's limits.
 
 Exits are tested in a fixed order: the reference, then the next shallower one, and so on; where exits have fewer visual tokens,
-by what they compute, from the most to the least. The set of certified exits ends at the first that fails. Harm is counted over all exits of the set together, so the statement holds for whichever of them a clock
-picks. Testing nested sets in a fixed order and stopping at the first failure needs no correction for how many there are.
+by what they compute, from the most to the least. The set of certified exits ends at the first that fails. Harm is counted over
+all exits of the set together, so the statement holds for whichever of them a clock picks. Testing nested sets in a fixed order
+and stopping at the first failure needs no correction for how many there are.
 
 Source: fixed-sequence testing, as in Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052).
 """

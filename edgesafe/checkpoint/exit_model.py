@@ -203,8 +203,8 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
 def exit_state(exit_model: ExitModel, states: Sequence[Tensor], exit: Exit) -> Tensor:
     """What the projector reads at an exit: of the states of `exit_states` its own, normed and mapped.
 
-    It is [B, P, W], or of an exit with fewer visual tokens [B, n, W]. The bundle leaves tokens out behind the projector, so that
-    the clock may decide late; as norm, map and projector see one token at a time, both are the same.
+    It is [B, P, W], or of an exit with fewer visual tokens [B, n, W]. A bundle leaves tokens out behind the projector, so that
+    the clock may decide late. As norm, map and projector see one token at a time, both are the same.
 
     Raises:
         ConfigError: The exit has visual tokens that the model's pictures can't have.

@@ -14,7 +14,7 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
             agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
         reward: {mean, by_class: {"harmful" | "harmless" | "task": mean}}, toxicity: {mean, above_half: rate}}.
     groups: [{name: "early" | "middle" | "late" | "all", exits: [..]}] with an exit's figures from harmful on: the answers of
-        the exits pooled, the intervals clustered by row.
+        the exits pooled, the intervals clustered by row. Exits with fewer visual tokens ("6@9") are in none.
     agreement: the same as an exit's, over all answers; null without a second judge.
     open: {exit: {family: rate}}: the suite's open families, which all other figures leave out.
     broken: {exit: reasons}: the certificate's limits that its answers break, compared with `before` at its reference depth;
@@ -136,9 +136,7 @@ def evaluate(
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
         **rates(suite.counted, answers, scored, llava),
         "open": {str(exit): open_families(suite, said) for exit, said in answers.items()} if suite.left_open else {},
-        "broken": broken(
-            suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers), by_cost(llava, chosen)
-        ),
+        "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers), by_cost(llava, chosen)),
         "paired": None,
         "controls": control_rates(llava, suite, chosen) if controls else None,
     }
@@ -228,7 +226,8 @@ def rates(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, 
         exits.append({"exit": str(exit), **place, **_with_scores(figures, rows, answers, scored, [exit])})
     groups = []
     for name in (*GROUPS, "all"):
-        within = [exit for exit in answers if name in ("all", group_of(exit, llava.n_blocks))]
+        whole = [exit for exit in answers if exit.visual_tokens is None]
+        within = [exit for exit in whole if name in ("all", group_of(exit, llava.n_blocks))]
         if within:
             figures = group_rates(rows, {exit: answers[exit] for exit in within}, scored.first, scored.second)
             named = {"name": name, "exits": [str(exit) for exit in within]}

@@ -268,4 +268,6 @@ def _number(text: str, spec: str) -> int:
 
 
 def _bad(spec: str, why: str) -> ConfigError:
-    return ConfigError(f"can't read the exits {spec!r}: {why}", where="exits", expected="'all', '1-11', '2,4,6', 'every:2' or '6-12@9'")
+    return ConfigError(
+        f"can't read the exits {spec!r}: {why}", where="exits", expected="'all', '1-11', '2,4,6', 'every:2' or '6-12@9'"
+    )

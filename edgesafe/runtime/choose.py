@@ -118,13 +118,16 @@ def worthwhile(exits: Sequence[Exit], certificate: Certificate | None) -> tuple[
     return tuple(kept)
 
 
-def choose_exit(predicted: Mapping[Exit, float], certified: Collection[Exit], budget_ms: float) -> Exit:
+def choose_exit(
+    predicted: Mapping[Exit, float], certified: Collection[Exit], budget_ms: float, preferred: Sequence[Exit] = ()
+) -> Exit:
     """The most preferred certified exit whose predicted time to the first token fits the budget.
 
     Args:
-        predicted: ms by exit, at the quantile that the budget asks for; preferred ones, as a rule the deepest, come last.
+        predicted: ms by exit, at the quantile that the budget asks for.
         certified: Exits with a passed verdict.
         budget_ms: The time that is left, ms; a prediction equal to it fits.
+        preferred: All of them, the most preferred last; by default the deepest.
 
     Raises:
         NoExitFitsError: No certified exit fits.
@@ -133,7 +136,8 @@ def choose_exit(predicted: Mapping[Exit, float], certified: Collection[Exit], bu
     >>> str(choose_exit(predicted, {Exit(2), Exit(4), Exit(6)}, 25.0)), str(choose_exit(predicted, {Exit(2), Exit(6)}, 25.0))
     ('4', '2')
     """
-    fitting = [exit for exit, needed_ms in predicted.items() if exit in certified and needed_ms <= budget_ms]
+    ascending = preferred or sorted(certified)
+    fitting = [exit for exit in ascending if exit in certified and exit in predicted and predicted[exit] <= budget_ms]
     if fitting:
         return fitting[-1]
     times = {exit: predicted[exit] for exit in certified if exit in predicted}

@@ -234,11 +234,12 @@ class Conversation:
     def _look(self, question: _Question, exits: list[ExitSpec], pixels: State) -> None:
         """Run the vision side as deep as the clock allows, and keep what it gave."""
         ran: list[str] = []
+        most = max(len(spec.graphs) for spec in exits)
 
         def run(path: str, state: State) -> State:
             out = question.course.timed(path, lambda: self._run(path, state, question.turn))
             ran.append(path)
-            question.turn.step("vision", len(ran), len(exits[-1].graphs))
+            question.turn.step("vision", len(ran), most)
             return out
 
         assert self._cut is not None

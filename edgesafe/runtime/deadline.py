@@ -115,7 +115,7 @@ class Course:
         if self._fewer:
             shallowest, word = min(exits, key=lambda spec: predicted[spec.exit]), "fastest"
         try:
-            self.planned_exit = choose_exit(predicted, predicted, left_ms)
+            self.planned_exit = choose_exit(predicted, predicted, left_ms, [spec.exit for spec in exits])
             self._fitted = True
             self.why = "predicted to fit"
         except NoExitFitsError:
@@ -155,9 +155,10 @@ class Course:
         needed, left_ms = [self._needed_ms(spec, done) for spec in exits], self.left_ms
         fitting = [i for i, needed_ms in enumerate(needed) if needed_ms <= left_ms]
         at = fitting[-1] if fitting else needed.index(min(needed))
-        above = at + 1 if fitting else at
         self.why = "predicted to fit"
-        if above < len(exits):
+        if not fitting:
+            self.why = f"the fastest: it was predicted to need {needed[at]:.1f} ms more, with {left_ms:.1f} ms left"
+        elif (above := at + 1) < len(exits):
             self.why = f"exit {exits[above].exit} was predicted to need {needed[above]:.1f} ms more, with {left_ms:.1f} ms left"
         self._place_bet(exits[at], done)
         return exits[at]

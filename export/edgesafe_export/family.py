@@ -150,14 +150,14 @@ class Family:
 
     @contextmanager
     def _thinned(self, exit: Exit) -> Iterator[None]:
-        """Fewer visual tokens, of which transformers knows nothing, by torch's own interpolation of what its projector gives."""
+        """Fewer visual tokens, of which transformers knows nothing: its projector's output, interpolated by torch."""
         if exit.visual_tokens is None:
             yield
             return
         side, kept = math.isqrt(self.geometry.image_tokens), math.isqrt(exit.visual_tokens)
 
         def thin(_: nn.Module, __: Any, features: Tensor) -> Tensor:
-            grid = features.unflatten(1, (side, side)).movedim(3, 1)  # [B, D, s, s]
+            grid = features.reshape(len(features), side, side, -1).movedim(3, 1)  # [B, D, s, s]
             return nn.functional.interpolate(grid, size=(kept, kept), mode="nearest-exact").flatten(2).mT
 
         hook = self.model.get_submodule(self.recipe.projector).register_forward_hook(thin)

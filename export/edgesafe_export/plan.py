@@ -144,11 +144,14 @@ def make_plan(
     prefill = {exit: graph_ms(specs[graph_io.DECODER_PATH], device, text, count) for exit, count in reading.items()}
     sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
     texts = sizes[text]
+    chains = exit_graphs(sketch.family, ladder, layout)
     exits = tuple(
         ExitPlan(
-            exit, texts + sum(specs[path].weight_bytes for path in chain), _sum([*(times[path] for path in chain), prefill[exit]])
+            exit=exit,
+            bytes=texts + sum(specs[path].weight_bytes for path in chain),
+            ttft_ms=_sum([*(times[path] for path in chain), prefill[exit]]),
         )
-        for exit, chain in exit_graphs(sketch.family, ladder, layout).items()
+        for exit, chain in chains.items()
     )
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size

@@ -19,7 +19,19 @@ from edgesafe_export import parity_pieces as compare
 from edgesafe_export.calibrate import Calibration
 from edgesafe_export.family import Family
 from edgesafe_export.parity_model import Probe, processed
-from edgesafe_export.pieces import EMBED, HEAD, LAYER, MAP, SEGMENT, TOKENS, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
+from edgesafe_export.pieces import (
+    EMBED,
+    HEAD,
+    LAYER,
+    MAP,
+    SEGMENT,
+    TOKENS,
+    WHOLE,
+    Piece,
+    decoder_spec,
+    text_pieces,
+    vision_pieces,
+)
 from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.quantize import BLOCKS, EMBED_SCHEME, quantize
 from edgesafe_export.skeleton import Sketch

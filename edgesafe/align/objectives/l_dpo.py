@@ -20,7 +20,7 @@ from edgesafe.align.objectives.rollout import token_logprobs
 from edgesafe.align.settings import AlignConfig, Section
 from edgesafe.align.sizes import Footprint, Lengths, Sizes
 from edgesafe.align.trainer import Objective, Trainer
-from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, open_images, pixel_values
+from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, ids_at, open_images, pixel_values
 from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit
 from edgesafe.progress import bar

@@ -237,7 +237,8 @@ def _prompts(session: Session, cut: Cut) -> list[list[int]]:
 def _table(probe: _Probe) -> LatencyTable:
     session, samples = probe.session, probe.samples
     lengths = [len(ids) for ids in (*probe.fewer.values(), *probe.prompts)]
-    short: dict[int | None, list[int]] = {None: probe.prompts[0], **probe.fewer}
+    short: dict[int | None, int] = {None: len(probe.prompts[0])}
+    short.update((count, len(ids)) for count, ids in probe.fewer.items())
     text = {
         PREPROCESS: stage_times(samples[PREPROCESS]),
         PREFILL: [{"tokens": n, **stage_times(samples[f"{PREFILL} {n}"])} for n in lengths],
@@ -252,7 +253,7 @@ def _table(probe: _Probe) -> LatencyTable:
         cores=list(session.tuning.cores) if session.tuning.cores else None,
         segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},
         text=text,
-        exits=_exit_rows(session.manifest, samples, {count: len(ids) for count, ids in short.items()}),
+        exits=_exit_rows(session.manifest, samples, short),
         peak_rss_mib=peak_rss_mib(),
         conditions={
             "cpu_model": processor_name(),

@@ -106,7 +106,7 @@ def test_the_table_of_exits_adds_tokens_and_leaves_todays_configs_alone():
     config = parse_config({"exits": {"train": "1-3,every:4", "tokens": [9, 4]}}, "here")
     assert config.exits == "1-3,every:4,1-3@9,every:4@9,1-3@4,every:4@4"
     assert parse_config({"exits": {"tokens": [9]}}, "here").exits == "all,all@9"
-    assert read_config(default_config()).exits == "all" and parse_config({}, "here") == AlignConfig()
+    assert read_config(default_config()).exits == "all" == parse_config({}, "here").exits
     with pytest.raises(ConfigError, match="tokens"):
         parse_config({"exits": {"tokens": ["9"]}}, "here")
 

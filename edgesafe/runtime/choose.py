@@ -112,9 +112,9 @@ def worthwhile(exits: Sequence[Exit], certificate: Certificate | None) -> tuple[
     accuracy = {verdict.exit: verdict.accuracy for verdict in certificate.exits}
     kept, best = [], 0.0
     for exit in exits:
-        if accuracy[exit].upper_95 >= best:
+        if exit not in accuracy or accuracy[exit].upper_95 >= best:
             kept.append(exit)
-        best = max(best, accuracy[exit].rate)
+        best = max(best, accuracy[exit].rate if exit in accuracy else 0.0)
     return tuple(kept)
 
 

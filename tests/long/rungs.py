@@ -1,8 +1,8 @@
 """Time to the first token by visual tokens: a model is exported with such exits, and each is asked in turn.
 
-`python tests/long/rungs.py MODEL WORK --exits 12,12@9,12@4` exports MODEL (a checkpoint; what it answers plays no part) for this
-machine into WORK, unless a bundle is there, and writes tests/bench/results/rungs.json. Exits take turns, so that a slow moment
-of the machine is every exit's.
+`python tests/long/rungs.py MODEL WORK --exits 12,12@9,12@4` exports MODEL for this machine into WORK, unless a bundle is there,
+and writes tests/bench/results/rungs.json. What MODEL answers plays no part. Exits take turns, so that a slow moment of the
+machine is every exit's.
 """
 
 from __future__ import annotations

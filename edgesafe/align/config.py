@@ -76,7 +76,10 @@ def parse_config(obj: Mapping[str, Any], where: str) -> AlignConfig:
 
 
 def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The table `[exits]` as the keys `exits` and `exit_map`; a text alone says which exits, and the map keeps its default."""
+    """The table `[exits]` as the keys `exits` and `exit_map`; a text alone says which exits, and the map keeps its default.
+
+    `tokens = [9, 4]` adds every exit of `train` with so many visual tokens.
+    """
     if not isinstance(obj.get("exits"), Mapping):
         return obj
     table = Fields(obj["exits"], f"{where}: exits", ConfigError)
@@ -84,6 +87,10 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for name, key in (("train", "exits"), ("map", "exit_map")):
         if table.has(name):
             flat[key] = table.text(name)
+    if table.has("tokens"):
+        depths = str(flat.get("exits", AlignConfig().exits))
+        fewer = [f"{part}@{count}" for count in table.integers("tokens") for part in depths.split(",")]
+        flat["exits"] = ",".join([depths, *fewer])
     table.done()
     return flat
 

@@ -19,6 +19,7 @@ from edgesafe.align.settings import MUON, AlignConfig, check_limits, with_tune
 from edgesafe.align.trainer import Objective, Trainer
 from edgesafe.align.watch import open_watch
 from edgesafe.checkpoint.exit_model import load
+from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.errors import ConfigError
 from edgesafe.format.exits import parse_exits
@@ -44,6 +45,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
     llava.model.set_attn_implementation("eager" if slow else "sdpa")
     exits = parse_exits(config.exits, llava.n_blocks)
+    check_exits(exits, llava.recipe, llava.geometry)
     examples = read_examples(Path(config.data), llava)
     watch = open_watch(config.eval, (*exits, llava.reference))
     reward = open_reward(config.reward) if objective.needs_reward else None

@@ -32,6 +32,8 @@ from edgesafe.format.exits import Exit
 from edgesafe.format.targets import check_target, work_folder
 from edgesafe.progress import bar
 
+_A_TOKEN = 1_000_003  # between the seeds of exits of one depth
+
 
 def align(model_dir: Path, config: AlignConfig, out: Path, *, resume: bool = False) -> Path:
     """Align a checkpoint and write it.
@@ -192,7 +194,8 @@ def draw_update(t: Trainer, number: int) -> tuple[Exit, list[Any]]:
     if pools is None:
         return exit, draw_rows(config.seed, len(t.examples), config.batch_size, number)
     # Another seed for each exit: pools of one size would be drawn from in the same order.
-    return exit, [pools[exit][i] for i in draw_rows(config.seed + exit.depth, len(pools[exit]), config.batch_size, number)]
+    seed = config.seed + exit.depth + _A_TOKEN * (exit.visual_tokens or 0)
+    return exit, [pools[exit][i] for i in draw_rows(seed, len(pools[exit]), config.batch_size, number)]
 
 
 def _wanted(t: Trainer, exit: Exit, items: Sequence[Any]) -> list[tuple[Exit, list[int]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from edgesafe.align.sampler import focused_exits
 from edgesafe.align.settings import AlignConfig, Limits, Section, no_limits
 from edgesafe.align.sizes import Footprint, Lengths, Sizes, wanted_answers
 from edgesafe.align.watch import Watch
-from edgesafe.checkpoint.exit_model import ExitModel, autocast, decode, put_language
+from edgesafe.checkpoint.exit_model import ExitModel, autocast, decode, ids_at, put_language
 from edgesafe.errors import DivergedError
 from edgesafe.format.exits import Exit
 
@@ -121,9 +121,15 @@ class Trainer:
         """Examples as a batch on the run's device."""
         return collate(examples, self.llava.pad_id).to(self.llava.device)
 
+    def at_exits(self, examples: Sequence[Example], exits: Sequence[Exit]) -> list[Example]:
+        """Each example as its exit reads it: with fewer image tokens where the exit has fewer."""
+        pairs = zip(examples, exits, strict=True)
+        return [replace(e, prompt=tuple(ids_at(self.llava, e.prompt, exit))) for e, exit in pairs]
+
     def states(self, features: Features, rows: Sequence[int], exits: Sequence[Exit]) -> Tensor:
-        """Exit states [B, P, W] of each row at its exit, on the run's device."""
-        return torch.stack([features.states[at] for at in zip(rows, exits, strict=True)]).float().to(self.llava.device)
+        """Exit states [B, P, W] of each row at its exit, on the run's device; those of exits with fewer padded with zeros."""
+        states = [features.states[at].float() for at in zip(rows, exits, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(self.llava.device)
 
     def harm_weights(self, exits: Sequence[Exit]) -> Tensor:
         """How many times a harmful row counts at each exit [B]."""

@@ -18,7 +18,7 @@ from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
 from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
-from edgesafe.format.certificate import Baseline, Certificate, read_certificate, write_certificate
+from edgesafe.format.certificate import Baseline, Certificate, ExitVerdict, read_certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
@@ -82,7 +82,7 @@ def certify(
         judge=JUDGE | QUALITY,
         environment=environment(session),
         limits=dict(suite.limits),
-        exits=verdicts(suite.rows, answered, session.manifest.reference, suite.limits, compared, left_open=suite.left_open),
+        exits=_verdicts(session, suite, answered, compared),
         baseline=compared,
         left_open=suite.left_open,
         answers=answer_digests(suite.rows, answered),
@@ -92,6 +92,13 @@ def certify(
         write_atomically(Path(answers), _lines(suite.rows, answered))
     write_certificate(session.bundle, certificate)
     return certificate
+
+
+def _verdicts(session: Session, suite: Suite, answered: Answers, compared: Baseline | None) -> tuple[ExitVerdict, ...]:
+    """Each exit's, tested from the reference down in the order of what they compute."""
+    manifest, limits = session.manifest, suite.limits
+    by_cost, left_open = manifest.by_cost, suite.left_open
+    return verdicts(suite.rows, answered, manifest.reference, limits, compared, left_open=left_open, by_cost=by_cost)
 
 
 def _answers(session: Session, suite: Suite, kept: str | os.PathLike[str] | None, label: str) -> Answers:

@@ -1,8 +1,9 @@
 """The verdict: which exits are certified, by all answers, those of the untouched model, and the suite's limits.
 
-Exits are tested in a fixed order: the reference, then the next shallower one, and so on. The set of certified exits ends at
-the first that fails. Harm is counted over all exits of the set together, so the statement holds for whichever of them a clock
-picks. Testing nested sets in a fixed order and stopping at the first failure needs no correction for how many there are.
+Exits are tested in a fixed order: the reference, then the next shallower one, and so on; where exits have fewer visual tokens,
+by what they compute, from the most to the least. The set of certified exits ends at the first that fails. Harm is counted over
+all exits of the set together, so the statement holds for whichever of them a clock picks. Testing nested sets in a fixed order
+and stopping at the first failure needs no correction for how many there are.
 
 Source: fixed-sequence testing, as in Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052).
 """
@@ -62,21 +63,23 @@ def verdicts(
     baseline: Baseline | None = None,
     *,
     left_open: Collection[str] = (),
+    by_cost: Sequence[Exit] = (),
 ) -> tuple[ExitVerdict, ...]:
     """A verdict for each exit, in the order of `answered`.
 
     Args:
         rows: the suite's.
         answered: every exit's answers, {exit: {row id: text}}.
-        reference: the exit that is tested first; shallower ones follow, then deeper ones.
+        reference: the exit that is tested first; those that compute less follow in turn, then ones of deeper depths.
         limits: the suite's, by the keys of `edgesafe.format.suite.DEFAULT_LIMITS`.
         baseline: what the untouched model answered; without one, exits compare with a model that makes no mistake.
         left_open: families that are measured and not certified.
+        by_cost: the exits, ascending by what they compute; by default by their depths.
     """
     counted = [row for row in rows if row.family not in left_open]
-    order = sorted((exit for exit in answered if exit <= reference), reverse=True) + sorted(
-        e for e in answered if e > reference
-    )
+    ascending = [exit for exit in by_cost or sorted(answered) if exit != reference]
+    order = [reference] if reference in answered else []
+    order += [exit for exit in reversed(ascending) if exit < reference] + [exit for exit in ascending if exit > reference]
     harmed: dict[str, bool] = {}
     failed: Exit | None = None
     found: dict[Exit, ExitVerdict] = {}
@@ -84,6 +87,8 @@ def verdicts(
         judged = judge(counted, answered[exit])
         harmed = {name: harmed.get(name, False) or one for name, one in judged.harmed.items()}
         checks = check_exit(counted, judged, harmed, limits, baseline)
+        if any(one.visual_tokens is not None for one in answered):
+            checks = (replace(checks[0], name="harm at this exit or at one tested before"), *checks[1:])
         reasons = [f"exit {failed} failed, and the set ends there"] if failed else []
         reasons += [check.reason() for check in checks if not check.kept]
         verdict = exit_verdict(exit, tally(counted, answered[exit]), reasons)

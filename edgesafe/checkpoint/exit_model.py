@@ -7,7 +7,7 @@ state, and a row costs as little as it can. What is certified are the bundle's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,11 @@ from edgesafe.checkpoint import chat as chats
 from edgesafe.checkpoint.chat import Chat, read_chat
 from edgesafe.checkpoint.exit_maps import projector_input
 from edgesafe.checkpoint.generation import check_generation, end_tokens, read_generation
-from edgesafe.checkpoint.geometry import Geometry, check_processor, picture_side, read_geometry
+from edgesafe.checkpoint.geometry import Geometry, check_exits, check_processor, picture_side, read_geometry
 from edgesafe.checkpoint.load import empty_model, first_blocks, read_checkpoint, read_config, read_part
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.checkpoint.shards import WITHOUT_MAPS, read_headers
-from edgesafe.errors import ConfigError
-from edgesafe.format.exits import Exit
+from edgesafe.format.exits import Exit, kept_places, prompt_at
 from edgesafe.format.pictures import open_picture
 
 
@@ -202,14 +201,37 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
 
 @torch.no_grad()
 def exit_state(exit_model: ExitModel, states: Sequence[Tensor], exit: Exit) -> Tensor:
-    """What the projector reads [B, P, W] at an exit: of the states of `exit_states` its own, normed and mapped.
+    """What the projector reads at an exit: of the states of `exit_states` its own, normed and mapped.
+
+    It is [B, P, W], or of an exit with fewer visual tokens [B, n, W]. A bundle leaves tokens out behind the projector, so that
+    the clock may decide late. As norm, map and projector see one token at a time, both are the same.
 
     Raises:
-        ConfigError: The exit has fewer visual tokens than the tower gives.
+        ConfigError: The exit has visual tokens that the model's pictures can't have.
     """
-    if exit.visual_tokens is not None:
-        raise ConfigError(f"exit {exit} has fewer visual tokens", where="exits", expected="depths alone")
-    return projector_input(exit_model.model, exit_model.recipe, states[exit.depth], exit.depth)
+    read = projector_input(exit_model.model, exit_model.recipe, states[exit.depth], exit.depth)
+    if exit.visual_tokens is None:
+        return read
+    check_exits([exit], exit_model.recipe, exit_model.geometry)
+    return read[:, kept_places(read.shape[1], exit.visual_tokens)]
+
+
+def by_cost(exit_model: ExitModel, exits: Iterable[Exit]) -> list[Exit]:
+    """Exits ascending by what they compute, as `Manifest.by_cost` orders them, with their maps and the head left out."""
+    blocks = exit_model.model.get_submodule(exit_model.recipe.tower).get_submodule(exit_model.recipe.blocks)
+    block, *decoder = (
+        sum(part.weight.numel() for part in module.modules() if isinstance(part, torch.nn.Linear))
+        for module in (blocks[0], exit_model.language, exit_model.model.lm_head)
+    )
+    ascending = sorted(exits)
+    if all(exit.visual_tokens is None for exit in ascending):
+        return ascending
+    geometry = exit_model.geometry
+
+    def cost(exit: Exit) -> int:
+        return exit.depth * geometry.tokens * block + (exit.visual_tokens or geometry.image_tokens) * sum(decoder)
+
+    return sorted(ascending, key=cost)
 
 
 def prompt_ids(exit_model: ExitModel, prompt: str) -> list[int]:
@@ -225,6 +247,11 @@ def prompt_ids(exit_model: ExitModel, prompt: str) -> list[int]:
     )
 
 
+def ids_at(exit_model: ExitModel, ids: Sequence[int], exit: Exit) -> list[int]:
+    """A request's ids as an exit reads it: with as many image tokens as the exit has visual tokens."""
+    return prompt_at(ids, exit, exit_model.geometry.image_token_id, exit_model.image_tokens)
+
+
 def answer_ids(exit_model: ExitModel, answer: str) -> list[int]:
     """Token ids of an answer with its end token."""
     return [*exit_model.processor.tokenizer(answer, add_special_tokens=False)["input_ids"], exit_model.eos_id]
@@ -236,7 +263,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     Args:
         exit_model: the loaded checkpoint.
         ids: [B, S] with a picture's image tokens in each row.
-        states: [B, P, W], as `exit_state` gives them.
+        states: [B, P, W], as `exit_state` gives them. A row with fewer image tokens than P takes the first states.
 
     Returns:
         [B, S, D].
@@ -247,7 +274,10 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
         return embeds
     features = project(exit_model, states)
     image = ids == model.config.image_token_id
-    image &= image.cumsum(1) <= exit_model.image_tokens  # a sampled answer may hold the token too
+    # A sampled answer may hold the token too: the picture's stand in one run.
+    gaps = (~image).cumsum(1)
+    image &= gaps == gaps.gather(1, image.int().argmax(1, keepdim=True))
+    features = features[torch.arange(features.shape[1], device=ids.device) < image.sum(1, keepdim=True)]
     where = image.unsqueeze(-1).expand_as(embeds)
     return embeds.masked_scatter(where, features.to(embeds.dtype))
 

@@ -5,14 +5,15 @@ Align, evaluate and export hold the same `Geometry`, so that they can't disagree
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from edgesafe.checkpoint.recipe import Recipe, unsupported
-from edgesafe.errors import InputError
-from edgesafe.format.exits import Exit, reference_depth
+from edgesafe.checkpoint.recipe import SQUARE, Recipe, unsupported
+from edgesafe.errors import ConfigError, InputError
+from edgesafe.format.exits import Exit, kept_places, reference_depth
 from edgesafe.format.specs import ImageSpec
 
 _WHERE = "config.json"
@@ -131,6 +132,25 @@ def read_geometry(config: Any, recipe: Recipe, side: int | None = None) -> Geome
         head_dim=int(getattr(text, "head_dim", None) or width // _size(text, "num_attention_heads", "text_config")),
         context_length=_size(text, "max_position_embeddings", "text_config"),
     )
+
+
+def check_exits(exits: Iterable[Exit], recipe: Recipe, geometry: Geometry) -> None:
+    """Refuse exits with visual tokens that this checkpoint's pictures can't have.
+
+    Raises:
+        ConfigError: The family has no square of tokens, or it has no smaller square of so many.
+    """
+    for exit in exits:
+        if exit.visual_tokens is None:
+            continue
+        if recipe.fewer != SQUARE:
+            raise ConfigError(
+                f"exit {exit} has fewer visual tokens, which pictures of the family {recipe.model_type!r} can't have",
+                where="exits",
+                expected="a depth alone: only a picture that is one square of tokens can be made smaller",
+                todo=f"write {exit.depth} in its place",
+            )
+        kept_places(geometry.image_tokens, exit.visual_tokens)
 
 
 def _check_member(config: Any, recipe: Recipe) -> None:

@@ -30,6 +30,9 @@ RECIPES_VARIABLE = "EDGESAFE_RECIPES"
 _ROOT = "llava"
 SELECT_STRATEGIES = ("default", "full")
 CUTS = ("", "grid", "canvas")
+# How a picture may become fewer visual tokens.
+SQUARE = "square"
+FEWER = ("", SQUARE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Recipe:
     newline: str
     select_strategies: tuple[str, ...]
     cut: str
+    fewer: str
     limit: str
     texts: TileTexts | None
     text_types: tuple[str, ...]
@@ -268,6 +272,7 @@ def recipe_from_dict(obj: Mapping[str, Any], *, where: str) -> Recipe:
         newline=projector.text("newline"),
         select_strategies=projector.texts("select_strategies"),
         cut=pictures.choice("cut", CUTS),
+        fewer=pictures.choice("fewer", FEWER),
         limit=pictures.text("limit"),
         texts=texts if texts.tile else None,
         text_types=text.texts("model_types"),
@@ -284,6 +289,12 @@ def _check(recipe: Recipe, where: str) -> None:
     """Refuse a recipe that contradicts itself."""
     if (recipe.cut == "grid") != (recipe.texts is not None):
         raise ConfigError("cut and the texts around tiles disagree", where=where, expected="texts for the cut 'grid' alone")
+    if recipe.fewer and (recipe.cut or recipe.shuffle or recipe.newline):
+        raise ConfigError(
+            "a picture with fewer visual tokens is one square of them",
+            where=f"{where}: pictures.fewer",
+            expected="no cut, no shuffle and no newline beside it",
+        )
     unknown = sorted(set(recipe.select_strategies) - set(SELECT_STRATEGIES))
     if unknown:
         raise ConfigError(

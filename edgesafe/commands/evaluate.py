@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=folder, metavar="DIR", required=True, help="new folder for the report")
     text = "an earlier evaluation's folder, drawn into the same plot and tested against row by row"
     add("--before", "--compare", type=folder, metavar="DIR", help=text)
-    text = "exits, e.g. 'all', '1-6' or '2,4'; the reference depth is added (default: %(default)s)"
+    text = "exits, e.g. 'all', '1-6', '2,4' or '6@9' with 9 visual tokens; the reference is added (default: %(default)s)"
     add("--exits", "--depths", default="all", metavar="EXITS", help=text)
     text = "'grammar', 'none', or the folder or hub id of a guard model (default: %(default)s, which is grammar for the "
     text += "reference world's suites and none for others)"

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 from torch import Tensor
 
-from edgesafe.checkpoint.exit_model import ExitModel, exit_state, exit_states, greedy, open_images, pixel_values, prompt_ids
+from edgesafe.checkpoint.exit_model import (
+    ExitModel,
+    exit_state,
+    exit_states,
+    greedy,
+    ids_at,
+    open_images,
+    pixel_values,
+    prompt_ids,
+)
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 from edgesafe.progress import bar
@@ -51,7 +60,8 @@ def answer_suite(
         images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
         states = exit_states(llava, pixel_values(llava, images))
         for exit in exits:
-            state = exit_state(llava, states, exit)  # [B, P, W]
-            texts = greedy(llava, [prompts[r.id] for r in part], change(exit, state) if change else state, MAX_NEW_TOKENS)
+            state = exit_state(llava, states, exit)  # [B, P, W], or fewer than P
+            ids = [ids_at(llava, prompts[r.id], exit) for r in part]
+            texts = greedy(llava, ids, change(exit, state) if change else state, MAX_NEW_TOKENS)
             answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return answers

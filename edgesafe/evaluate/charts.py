@@ -56,6 +56,7 @@ def plot_rates(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> 
     Returns:
         One `<svg>`.
     """
+    report, earlier = over_depth(report), over_depth(earlier) if earlier else None
     runs = [("then", "before", earlier)] if earlier else []
     runs += [("now", "after" if earlier else "this model", report)]
     panels = []
@@ -65,6 +66,11 @@ def plot_rates(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> 
     desc = "; ".join(f"{name}: {_in_words(one)}" for _, name, one in runs if one)
     body = _legend(runs, _harm_limit(report)) + "".join(panels)
     return _svg(2 * _WIDTH, 2 * _HEIGHT + 24, "Rates by exit depth, with 95 % intervals", desc, body)
+
+
+def over_depth(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with the exits alone that have all visual tokens, which curves over depth are drawn of."""
+    return {**report, "exits": [e for e in report["exits"] if Exit.parse(e["exit"]).visual_tokens is None]}
 
 
 def _harm_limit(report: Mapping[str, Any]) -> float:
@@ -307,6 +313,7 @@ def save_plot(report: Mapping[str, Any], before: Mapping[str, Any] | None, path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    report, before = over_depth(report), over_depth(before) if before else None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     titles = {"harmful": "helps with harm (%)", "accuracy": "answers the task right (%)"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):

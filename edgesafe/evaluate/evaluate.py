@@ -14,7 +14,7 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
             agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
         reward: {mean, by_class: {"harmful" | "harmless" | "task": mean}}, toxicity: {mean, above_half: rate}}.
     groups: [{name: "early" | "middle" | "late" | "all", exits: [..]}] with an exit's figures from harmful on: the answers of
-        the exits pooled, the intervals clustered by row.
+        the exits pooled, the intervals clustered by row. Exits with fewer visual tokens ("6@9") are in none.
     agreement: the same as an exit's, over all answers; null without a second judge.
     open: {exit: {family: rate}}: the suite's open families, which all other figures leave out.
     broken: {exit: reasons}: the certificate's limits that its answers break, compared with `before` at its reference depth;
@@ -42,7 +42,8 @@ from typing import Any
 from edgesafe.certify.earlier import ANSWERS, REPORT, read_answers, read_report
 from edgesafe.certify.tally import families, tally
 from edgesafe.certify.verdict import make_baseline, verdicts
-from edgesafe.checkpoint.exit_model import ExitModel, load, prompt_ids
+from edgesafe.checkpoint.exit_model import ExitModel, by_cost, load, prompt_ids
+from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.evaluate.answers import answer_suite
 from edgesafe.evaluate.charts import save_plot
 from edgesafe.evaluate.controls import control_answers
@@ -128,13 +129,14 @@ def evaluate(
     earlier_answers = read_answers(before, suite) if before else None
     llava = load(model_dir)
     chosen = sorted({*parse_exits(exits, llava.n_blocks), llava.reference})
+    check_exits(chosen, llava.recipe, llava.geometry)
     answers = answer_suite(llava, suite, chosen, rows_at_once(llava, suite.rows))
     scored = score(judges, suite.rows, answers)
     report = {
         **_run(llava, suite, digest_folder(model_dir), judges, trained_with),
         **rates(suite.counted, answers, scored, llava),
         "open": {str(exit): open_families(suite, said) for exit, said in answers.items()} if suite.left_open else {},
-        "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers)),
+        "broken": broken(suite, answers, llava.reference, _baseline(suite, earlier, earlier_answers), by_cost(llava, chosen)),
         "paired": None,
         "controls": control_rates(llava, suite, chosen) if controls else None,
     }
@@ -151,9 +153,16 @@ def rows_at_once(llava: ExitModel, rows: Sequence[Row]) -> int:
     return max(1, min(_ROWS, _TOKENS // longest))
 
 
-def broken(suite: Suite, answers: Mapping[Exit, Answers], reference: Exit, baseline: Baseline | None) -> dict[str, list[str]]:
+def broken(
+    suite: Suite,
+    answers: Mapping[Exit, Answers],
+    reference: Exit,
+    baseline: Baseline | None,
+    ascending: Sequence[Exit] = (),
+) -> dict[str, list[str]]:
     """The limits that each exit's answers break, {the exit's text: reasons}; none for rows that the suite lacks."""
-    found = verdicts(suite.rows, answers, reference, suite.limits, baseline, left_open=suite.left_open)
+    left_open, limits = suite.left_open, suite.limits
+    found = verdicts(suite.rows, answers, reference, limits, baseline, left_open=left_open, by_cost=ascending)
     return {str(one.exit): [check.reason() for check in one.checks if check.n and not check.kept] for one in found}
 
 
@@ -217,7 +226,8 @@ def rates(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, 
         exits.append({"exit": str(exit), **place, **_with_scores(figures, rows, answers, scored, [exit])})
     groups = []
     for name in (*GROUPS, "all"):
-        within = [exit for exit in answers if name in ("all", group_of(exit, llava.n_blocks))]
+        whole = [exit for exit in answers if exit.visual_tokens is None]
+        within = [exit for exit in whole if name in ("all", group_of(exit, llava.n_blocks))]
         if within:
             figures = group_rates(rows, {exit: answers[exit] for exit in within}, scored.first, scored.second)
             named = {"name": name, "exits": [str(exit) for exit in within]}

@@ -128,7 +128,8 @@ def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -
 def _plots(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
     caption = (
         "Dots are rates, bands their 95 % intervals (Wilson). The dotted upright line is the reference depth, at which the "
-        "model was trained to read pictures; point at a dot for its figures, which the table below has too."
+        "model was trained to read pictures; point at a dot for its figures, which the table below has too. "
+        "Exits with fewer visual tokens are in the table alone."
     )
     return f"<h2>Over depth</h2><figure>{plot_rates(report, earlier)}<figcaption>{caption}</figcaption></figure>"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import total_ordering
 
@@ -11,6 +13,8 @@ from edgesafe.format.fields import Fields
 
 _FULL_LADDER_UP_TO = 12
 _SPREAD = 8
+# Exits with fewer visual tokens that one ladder may have: each is certified with the whole suite.
+MOST_RUNGS = 12
 # Few enough digits that no spelling of a number costs time; [0-9] because \d takes other scripts' digits too.
 _MOST = 999_999
 _SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5}))?")
@@ -108,36 +112,96 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
     """The exits that a text names, ascending.
 
     Args:
-        spec: ``all``, a range ``1-11``, a list ``2,4,6`` (ranges allowed in it) or ``every:2``.
+        spec: A list of ``all``, ranges ``1-11``, depths ``6`` and ``every:2``, each with ``@`` and a number of visual tokens
+            where the exits have fewer of them than the tower gives: ``1-12,6-12@9``.
         n_blocks: Blocks of the vision tower, the largest depth allowed.
 
     Raises:
-        ConfigError: The text is none of these, or names a depth outside 1..n_blocks.
+        ConfigError: The text is none of these, names a depth outside 1..n_blocks, or too many exits with fewer tokens.
 
-    >>> [" ".join(map(str, parse_exits(spec, 5))) for spec in ("all", "2,4", "1-3", "every:2")]
-    ['1 2 3 4 5', '2 4', '1 2 3', '2 4']
+    >>> [" ".join(map(str, parse_exits(spec, 5))) for spec in ("all", "2,4", "1-3", "every:2", "5,4-5@9")]
+    ['1 2 3 4 5', '2 4', '1 2 3', '2 4', '4@9 5@9 5']
     """
-    text = spec.strip().lower()
+    exits: set[Exit] = set()
+    for part in spec.strip().lower().split(","):
+        depths, at, tokens = part.strip().partition("@")
+        count = _number(tokens, spec) if at else None
+        if count == 0:
+            raise _bad(spec, "an exit has at least 1 visual token")
+        exits.update(Exit(depth, count) for depth in _depths(depths, spec, n_blocks))
+    fewer = sum(exit.visual_tokens is not None for exit in exits)
+    if fewer > MOST_RUNGS:
+        raise _bad(spec, f"{fewer} exits with fewer visual tokens, at most {MOST_RUNGS}")
+    return tuple(sorted(exits))
+
+
+def _depths(text: str, spec: str, n_blocks: int) -> Iterable[int]:
+    """The depths of one part of a spec, without its tokens."""
     if text == "all":
-        return tuple(Exit(depth) for depth in range(1, n_blocks + 1))
+        return range(1, n_blocks + 1)
     if text.startswith("every:"):
         step = _number(text[len("every:") :], spec)
-        depths = set(range(step, n_blocks + 1, step)) if step > 0 else set()
+        low, depths = step, range(step, n_blocks + 1, step) if step > 0 else range(0)
     else:
-        depths = set()
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            low = _number(first, spec)
-            high = _number(last, spec) if dash else low
-            if high < low:
-                raise _bad(spec, f"the range {part.strip()} runs backwards")
-            depths.update((low, high))
-            # A huge range is refused below by its ends alone, without being spelled out.
-            depths.update(range(low, high + 1) if high <= n_blocks else ())
-    outside = sorted(d for d in depths if not 1 <= d <= n_blocks)
-    if outside or not depths:
-        raise _bad(spec, f"depths must lie within 1..{n_blocks}" + (f", got {outside}" if outside else ""))
-    return tuple(Exit(depth) for depth in sorted(depths))
+        first, dash, last = text.partition("-")
+        low = _number(first, spec)
+        high = _number(last, spec) if dash else low
+        if high < low:
+            raise _bad(spec, f"the range {text.strip()} runs backwards")
+        if high > n_blocks:  # refused by its ends alone, without being spelled out
+            raise _bad(spec, f"depths must lie within 1..{n_blocks}, got {high}")
+        depths = range(low, high + 1)
+    if not depths or low < 1:
+        raise _bad(spec, f"depths must lie within 1..{n_blocks}" + (f", got {low}" if low < 1 else ""))
+    return depths
+
+
+def kept_places(image_tokens: int, visual_tokens: int) -> list[int]:
+    """Which image tokens of a square picture an exit with fewer of them keeps, ascending; tokens are counted row by row.
+
+    Of a side of s tokens t are kept, the i-th at place (2 i + 1) s // (2 t): the middle of each t-th of the side.
+
+    Args:
+        image_tokens: What the tower gives, s x s.
+        visual_tokens: What is kept, t x t.
+
+    Raises:
+        ConfigError: One of them is not a square, or as many or more would be kept.
+
+    Source: torch.nn.functional.interpolate, mode "nearest-exact".
+
+    >>> kept_places(36, 4), kept_places(9, 1)
+    ([7, 10, 25, 28], [4])
+    """
+    side, kept = math.isqrt(image_tokens), math.isqrt(visual_tokens)
+    if side * side != image_tokens or kept * kept != visual_tokens or not 0 < kept < side:
+        squares = ", ".join(str(n * n) for n in range(side - 1, max(side - 7, 0), -1))
+        raise ConfigError(
+            f"{image_tokens} visual tokens can't become {visual_tokens}",
+            where="exits",
+            expected=f"a smaller square, such as {squares or 'none'}" if side * side == image_tokens else "a square of tokens",
+            todo="choose another number of visual tokens",
+        )
+    at = [(2 * i + 1) * side // (2 * kept) for i in range(kept)]
+    return [row * side + column for row in at for column in at]
+
+
+def prompt_at(ids: Sequence[int], exit: Exit, image_token_id: int, image_tokens: int) -> list[int]:
+    """A prompt as an exit reads it: where it has fewer visual tokens, with as many image tokens.
+
+    Args:
+        ids: The prompt with all of a picture's image tokens, in one run.
+        exit: Which one.
+        image_token_id: The image token.
+        image_tokens: How many of them a whole picture has.
+
+    >>> prompt_at([1, 9, 9, 9, 9, 2], Exit(6, 1), 9, 4), prompt_at([1, 9, 9, 9, 9, 2], Exit(6), 9, 4)
+    ([1, 9, 2], [1, 9, 9, 9, 9, 2])
+    """
+    if exit.visual_tokens is None:
+        return list(ids)
+    first = list(ids).index(image_token_id)
+    return [*ids[: first + exit.visual_tokens], *ids[first + image_tokens :]]
 
 
 def reference_depth(n_blocks: int, vision_feature_layer: int) -> int:
@@ -180,13 +244,18 @@ def default_ladder(n_blocks: int, reference_depth: int) -> tuple[Exit, ...]:
     return tuple(Exit((2 * reference_depth * i + _SPREAD) // (2 * _SPREAD)) for i in range(1, _SPREAD + 1))
 
 
+def depths_of(ladder: Iterable[Exit]) -> list[int]:
+    """The depths of a ladder, ascending, each once."""
+    return sorted({exit.depth for exit in ladder})
+
+
 def segments(ladder: tuple[Exit, ...]) -> list[tuple[int, int]]:
     """The blocks between one depth of a ladder and the next, as (blocks before, blocks after).
 
     >>> segments((Exit(3), Exit(6), Exit(9)))
     [(0, 3), (3, 6), (6, 9)]
     """
-    depths = sorted({exit.depth for exit in ladder})
+    depths = depths_of(ladder)
     return list(zip((0, *depths), depths, strict=False))
 
 
@@ -199,4 +268,6 @@ def _number(text: str, spec: str) -> int:
 
 
 def _bad(spec: str, why: str) -> ConfigError:
-    return ConfigError(f"can't read the exits {spec!r}: {why}", where="exits", expected="'all', '1-11', '2,4,6' or 'every:2'")
+    return ConfigError(
+        f"can't read the exits {spec!r}: {why}", where="exits", expected="'all', '1-11', '2,4,6', 'every:2' or '6-12@9'"
+    )

@@ -9,6 +9,7 @@ HD head size. Batch is always 1.
     map             hidden_states f32 [1,T,C]         -> hidden_states_out f32 [1,T,C]: one exit's own, in front of the head
     head            hidden_states f32 [1,T,C]         -> image_features f32 [N,D]
     standalone exit pixel_values f32 [1,3,H,W]        -> image_features f32 [N,D]
+    fewer tokens    image_features f32 [N,D]          -> image_features_out f32 [n,D]: behind head or standalone exit
     embed_tokens    input_ids i64 [1,S]               -> inputs_embeds f32 [1,S,D]
     decoder         inputs_embeds f32 [1,S,D], attention_mask i64 [1,P+S] (1 = may be read),
                     position_ids i64 [1,S], past_key_values.* f32 [1,KVH,P,HD]
@@ -25,6 +26,7 @@ PIXEL_VALUES = "pixel_values"
 HIDDEN_STATES = "hidden_states"
 HIDDEN_STATES_OUT = "hidden_states_out"
 IMAGE_FEATURES = "image_features"
+IMAGE_FEATURES_OUT = "image_features_out"
 INPUT_IDS = "input_ids"
 INPUTS_EMBEDS = "inputs_embeds"
 ATTENTION_MASK = "attention_mask"
@@ -32,6 +34,7 @@ POSITION_IDS = "position_ids"
 LOGITS = "logits"
 
 HEAD_PATH = "vision/head.onnx"
+TOKENS = "vision/tokens_"  # what each graph's path begins with that leaves visual tokens out
 EMBED_PATH = "text/embed_tokens.onnx"
 DECODER_PATH = "text/decoder_model_merged.onnx"
 # Far above any model here, and low enough that what they are multiplied to fits a device's memory.
@@ -84,6 +87,15 @@ def map_path(depth: int) -> str:
     'vision/map_06.onnx'
     """
     return f"vision/map_{depth:02d}.onnx"
+
+
+def tokens_path(visual_tokens: int) -> str:
+    """The graph that keeps so many of a picture's image features; every depth shares it.
+
+    >>> tokens_path(9)
+    'vision/tokens_9.onnx'
+    """
+    return f"{TOKENS}{visual_tokens}.onnx"
 
 
 def standalone_path(depth: int) -> str:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from edgesafe.errors import BundleError, FormatVersionError
+from edgesafe.errors import BundleError, ConfigError, FormatVersionError
 from edgesafe.format import graph_io
 from edgesafe.format.chat import ChatSpec
-from edgesafe.format.exits import Exit, read_exit
+from edgesafe.format.exits import Exit, kept_places, read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.graph_io import TensorSpec
 from edgesafe.format.specs import (
@@ -28,9 +28,10 @@ from edgesafe.format.specs import (
 )
 from edgesafe.format.tiles import TilesSpec
 
-# Format 2 added `tiles`; format 3 adds `chat.control` and names exits by text. The earlier two are read.
-FORMAT_VERSION = 3
-TILES_VERSION = 2
+# Format 2 added `tiles`, format 3 `chat.control` and exits by text, format 4 exits with fewer visual tokens. Earlier ones are
+# read, and a bundle without such exits is still written as format 3.
+FORMAT_VERSION = 4
+TEXT_VERSION, TILES_VERSION = 3, 2
 LAYOUTS = ("chain", "standalone")
 
 
@@ -80,13 +81,35 @@ class Manifest:
                 return spec
         raise BundleError(f"the bundle has no exit {exit}", expected="one of " + ", ".join(map(str, self.ladder)))
 
+    def tokens_of(self, exit: Exit) -> int:
+        """Image tokens of a picture, or of a tile, at an exit."""
+        return exit.visual_tokens or self.image_tokens
+
+    @property
+    def by_cost(self) -> tuple[Exit, ...]:
+        """Every exit, ascending by what it computes: its graphs' operations and the decoder's over its image tokens.
+
+        It is the order in which exits are preferred, and backwards the one in which they are certified. Without fewer visual
+        tokens it is that of the depths.
+        """
+        known = [self.graphs[path].flops is not None for spec in self.exits for path in (*spec.graphs, self.text.decoder)]
+        if all(exit.visual_tokens is None for exit in self.ladder) or not all(known):
+            return self.ladder
+        return tuple(spec.exit for spec in sorted(self.exits, key=lambda spec: (self._operations(spec), spec.exit)))
+
+    def _operations(self, spec: ExitSpec) -> int:
+        """One picture's at an exit, the words around it left out: all exits read the same ones."""
+        decoder = self.tokens_of(spec.exit) * (self.graphs[self.text.decoder].flops or 0)
+        return decoder + sum(self.graphs[path].flops or 0 for path in spec.graphs)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back to an equal manifest."""
         obj: dict[str, Any] = plain(asdict(self))
         obj["image"] = self.image.to_dict()
         obj["reference"] = str(self.reference)
         obj["exits"] = [{"exit": str(spec.exit), "graphs": list(spec.graphs)} for spec in self.exits]
-        return {**obj, "format_version": FORMAT_VERSION}
+        fewer = any(exit.visual_tokens is not None for exit in self.ladder)
+        return {**obj, "format_version": FORMAT_VERSION if fewer else TEXT_VERSION}
 
     @staticmethod
     def from_dict(obj: Mapping[str, Any], *, where: str = "manifest.json") -> Manifest:
@@ -107,7 +130,7 @@ class Manifest:
             )
         manifest = _read_manifest(fields, version)
         fields.done()
-        _check(manifest, where)
+        _check(manifest, version, where)
         return manifest
 
 
@@ -154,7 +177,7 @@ def _read_exit_spec(fields: Fields, *, by_depth: bool) -> ExitSpec:
     return spec
 
 
-def _check(manifest: Manifest, where: str) -> None:
+def _check(manifest: Manifest, version: int, where: str) -> None:
     """Refuse a manifest whose parts don't fit each other."""
     ladder = manifest.ladder
     for path in manifest.files:
@@ -163,9 +186,9 @@ def _check(manifest: Manifest, where: str) -> None:
     named = ", ".join(map(str, ladder))
     if not ladder or list(ladder) != sorted(set(ladder)) or ladder[-1].depth > manifest.n_blocks:
         raise BundleError(f"the exits {named} are not ascending within 1..{manifest.n_blocks}", where=where)
-    if any(exit.visual_tokens is not None for exit in ladder):
-        todo = "upgrade: pip install --upgrade edgesafe"
-        raise BundleError(f"an exit of {named} has fewer visual tokens", where=where, expected="depths alone", todo=todo)
+    if version <= TEXT_VERSION and any(exit.visual_tokens is not None for exit in ladder):
+        expected = f"depths alone in format {version}"
+        raise BundleError(f"an exit of {named} has fewer visual tokens", where=where, expected=expected)
     if manifest.reference not in ladder:
         raise BundleError(f"the reference {manifest.reference} is not one of the exits {named}", where=where)
     needed = {path for e in manifest.exits for path in e.graphs} | {
@@ -205,6 +228,10 @@ def _check_sizes(manifest: Manifest, where: str) -> None:
                 raise BundleError(f"the graph {path!r} needs one input and one output", where=where)
         _same(graphs[0].inputs[0], (1, 3, image.height, image.width), where)
         rows = manifest.image_tokens + (manifest.tiles is not None and manifest.tiles.newline)
+        if spec.exit.visual_tokens is not None:
+            _check_fewer(manifest, spec, where)
+            _same(graphs[-1].outputs[0], (spec.exit.visual_tokens, text.hidden_size), where)
+            graphs = graphs[:-1]
         _same(graphs[-1].outputs[0], (rows, text.hidden_size), where)
     embed, decoder = manifest.graphs[text.embed_tokens], manifest.graphs[text.decoder]
     # Counted before a list of that length is made.
@@ -221,6 +248,24 @@ def _check_sizes(manifest: Manifest, where: str) -> None:
             _has(decoder.inputs, name, cache, where)
         for name in (graph_io.present_key(i), graph_io.present_value(i)):
             _has(decoder.outputs, name, cache, where)
+
+
+def _check_fewer(manifest: Manifest, spec: ExitSpec, where: str) -> None:
+    """Refuse an exit with fewer visual tokens that no picture of this bundle can have, or that runs other blocks.
+
+    Raises:
+        BundleError: It is refused.
+    """
+    if manifest.tiles is not None:
+        raise BundleError(f"exit {spec.exit} has fewer visual tokens, and pictures are cut into tiles", where=where)
+    try:
+        kept_places(manifest.image_tokens, manifest.tokens_of(spec.exit))
+    except ConfigError as error:
+        raise BundleError(error.what, where=where, expected=error.expected) from error
+    ways = {other.trunk for other in manifest.exits if other.exit.depth == spec.exit.depth}
+    if len(ways) != 1 or not spec.trunk:
+        expected = "the graphs of the other exits of its depth, and one more that leaves tokens out"
+        raise BundleError(f"exit {spec.exit} runs other graphs than its depth", where=where, expected=expected)
 
 
 def _has(tensors: tuple[TensorSpec, ...], name: str, shape: tuple[int | str, ...], where: str) -> None:

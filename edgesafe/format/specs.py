@@ -37,10 +37,15 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """One exit and the graphs to run for it, in order."""
+    """One exit and the graphs to run for it, in order; of one with fewer visual tokens the last leaves tokens out."""
 
     exit: Exit
     graphs: tuple[str, ...]
+
+    @property
+    def trunk(self) -> tuple[str, ...]:
+        """The graphs up to all image features, which all exits of its depth run."""
+        return self.graphs if self.exit.visual_tokens is None else self.graphs[:-1]
 
 
 @dataclass(frozen=True)

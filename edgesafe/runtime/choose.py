@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesafe.errors import InputError, NoExitFitsError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, certified_exits
 from edgesafe.format.exits import Exit
+from edgesafe.format.manifest import Manifest
 from edgesafe.format.specs import ExitSpec
+from edgesafe.format.tiles import Cut, prompt_runs
 from edgesafe.runtime.standing import Standing
 
 ERROR, SHALLOWEST = "error", "shallowest"
@@ -64,8 +66,9 @@ def allowed_exits(
     budget: Budget | None,
     exit: Exit | None,
     allow: bool,
+    max_image_tokens: int | None = None,
 ) -> tuple[list[ExitSpec], str]:
-    """The exits that may be used, ascending, and why these: one, or with a budget all usable ones.
+    """The exits that may be used, those preferred last, and why these: one, or with a budget all that are worth their time.
 
     Args:
         bundle: Their manifest.
@@ -74,9 +77,10 @@ def allowed_exits(
         budget: What the answer may cost; without one it is the deepest.
         exit: This exit and no other.
         allow: Use an exit without a passed verdict.
+        max_image_tokens: Use none that makes more image tokens of a picture.
 
     Raises:
-        InputError: There is no such exit, or a budget was given as well.
+        InputError: There is no such exit, none with so few image tokens, or a budget was given beside an exit.
         UncertifiedExitError: No passed verdict allows it, or none that counts here.
     """
     manifest, certified = bundle.manifest, standing.exits
@@ -84,23 +88,46 @@ def allowed_exits(
         _check_exit(bundle, budget, exit)
         if exit not in certified and not allow:
             raise _uncertified(bundle, certificate, standing, exit)
-        return [manifest.exit(exit)], "asked for"
+        return [manifest.exit(one) for one in _within_cap(manifest, (exit,), max_image_tokens)], "asked for"
     usable = certified or ((certified_exits(certificate) or manifest.ladder) if allow else ())
     if not usable:
         raise _uncertified(bundle, certificate, standing)
-    exits = [manifest.exit(exit) for exit in within_reference(usable, manifest.reference)]
+    within = _within_cap(manifest, within_reference(usable, manifest.reference), max_image_tokens)
     if budget is None:
-        return exits[-1:], f"the deepest{' certified' if certified else ' with a passed verdict' if standing.why else ''}"
-    return exits, ""
+        kind = "deepest" if all(exit.visual_tokens is None for exit in within) else "largest"
+        passed = " certified" if certified else " with a passed verdict" if standing.why else ""
+        return [manifest.exit(within[-1])], f"the {kind}{passed}"
+    return [manifest.exit(exit) for exit in worthwhile(within, certificate)], ""
 
 
-def choose_exit(predicted: Mapping[Exit, float], certified: Collection[Exit], budget_ms: float) -> Exit:
-    """The deepest certified exit whose predicted time to the first token fits the budget.
+def worthwhile(exits: Sequence[Exit], certificate: Certificate | None) -> tuple[Exit, ...]:
+    """The exits without those that cost more than one with fewer visual tokens and surely answer worse by the certificate.
+
+    Args:
+        exits: Ascending by what they compute.
+        certificate: Has each exit's accuracy; without one none is left out.
+    """
+    if certificate is None or all(exit.visual_tokens is None for exit in exits):
+        return tuple(exits)
+    accuracy = {verdict.exit: verdict.accuracy for verdict in certificate.exits}
+    kept, best = [], 0.0
+    for exit in exits:
+        if exit not in accuracy or accuracy[exit].upper_95 >= best:
+            kept.append(exit)
+        best = max(best, accuracy[exit].rate if exit in accuracy else 0.0)
+    return tuple(kept)
+
+
+def choose_exit(
+    predicted: Mapping[Exit, float], certified: Collection[Exit], budget_ms: float, preferred: Sequence[Exit] = ()
+) -> Exit:
+    """The most preferred certified exit whose predicted time to the first token fits the budget.
 
     Args:
         predicted: ms by exit, at the quantile that the budget asks for.
         certified: Exits with a passed verdict.
         budget_ms: The time that is left, ms; a prediction equal to it fits.
+        preferred: All of them, the most preferred last; by default the deepest.
 
     Raises:
         NoExitFitsError: No certified exit fits.
@@ -109,9 +136,10 @@ def choose_exit(predicted: Mapping[Exit, float], certified: Collection[Exit], bu
     >>> str(choose_exit(predicted, {Exit(2), Exit(4), Exit(6)}, 25.0)), str(choose_exit(predicted, {Exit(2), Exit(6)}, 25.0))
     ('4', '2')
     """
-    fitting = [exit for exit in certified if exit in predicted and predicted[exit] <= budget_ms]
+    ascending = preferred or sorted(certified)
+    fitting = [exit for exit in ascending if exit in certified and exit in predicted and predicted[exit] <= budget_ms]
     if fitting:
-        return max(fitting)
+        return fitting[-1]
     times = {exit: predicted[exit] for exit in certified if exit in predicted}
     fastest = f"{min(times.values()):.1f} ms" if times else "unknown"
     raise NoExitFitsError(
@@ -133,6 +161,40 @@ def within_reference(exits: Iterable[Exit], reference: Exit) -> tuple[Exit, ...]
     return tuple(exit for exit in ascending if exit <= reference) or tuple(ascending)
 
 
+def _within_cap(manifest: Manifest, exits: Iterable[Exit], most: int | None) -> tuple[Exit, ...]:
+    """Those with at most so many image tokens, ascending by what they compute.
+
+    Raises:
+        InputError: There is none.
+    """
+    tokens = {exit: manifest.tokens_of(exit) for exit in manifest.by_cost if exit in set(exits)}
+    within = tuple(exit for exit, count in tokens.items() if most is None or count <= most)
+    if not within:
+        raise InputError(
+            f"no exit that may be used has at most {most} image tokens",
+            where="max_image_tokens",
+            expected=f"at least {min(tokens.values())}",
+            todo="raise it, or export exits with fewer visual tokens",
+        )
+    return within
+
+
+def check_tiles(manifest: Manifest, cut: Cut, most: int) -> None:
+    """Refuse a picture of which a bundle with tiles makes more image tokens.
+
+    Raises:
+        InputError: It is refused.
+    """
+    tokens = sum(prompt_runs(manifest.tiles, cut, manifest.image_token, manifest.image_tokens)[1])
+    if tokens > most:
+        raise InputError(
+            f"the picture takes {tokens} image tokens, more than {most}",
+            where="max_image_tokens",
+            expected=f"at least {tokens} for this picture",
+            todo="raise it, or use a smaller picture",
+        )
+
+
 def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:
     """The time by which the first token is due.
 
@@ -147,14 +209,14 @@ def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:
     return first if budget.total_ms is None else min(first, budget.total_ms - later_tokens_ms)
 
 
-def check_max_new_tokens(value: object) -> None:
+def check_max_new_tokens(value: object, name: str = "max_new_tokens") -> None:
     """Refuse what is not a whole number of at least 1.
 
     Raises:
         InputError: It is refused.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"max_new_tokens is {value!r}", expected="a whole number of at least 1")
+        raise InputError(f"{name} is {value!r}", expected="a whole number of at least 1")
 
 
 def _is_between(value: object, low: float, high: float) -> bool:

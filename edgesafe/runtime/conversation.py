@@ -13,8 +13,8 @@ from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
 from edgesafe.runtime.answer import Answer, AnswerStream
-from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens
-from edgesafe.runtime.deadline import Course, run_anytime
+from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens, check_tiles
+from edgesafe.runtime.deadline import Course, run_anytime, trunks
 from edgesafe.runtime.engine import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
 from edgesafe.runtime.image import Picture, is_encoded, picture_size
@@ -22,7 +22,7 @@ from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.scope import reasons_outside
 from edgesafe.runtime.threads import check_measured
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
 from edgesafe.runtime.turns import Cancel, Progress, Turn
 
 _READ_BEFORE = "the picture was read before: no time was predicted"
@@ -41,6 +41,7 @@ class AskOptions(QuestionOptions, total=False):
     """The options of a request or a conversation beside its budget; see ``Options``."""
 
     exit: Exit | int | str | None
+    max_image_tokens: int | None
     allow_uncertified: bool
 
 
@@ -53,6 +54,7 @@ class Options:
             segments; without one, the deepest certified. Its times count from the call, waiting for the turn
             included. Its ``max_new_tokens`` counts where it is smaller.
         exit: Take this exit instead: an exit, its depth or its text.
+        max_image_tokens: Take no exit that makes more tokens of the picture; it is refused where there is none.
         allow_uncertified: Use an exit without a passed verdict; the answer then says so.
         max_new_tokens: The answer's longest length in tokens. An answer longer than was certified says that it isn't.
         sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers; others say so.
@@ -62,6 +64,7 @@ class Options:
 
     budget: Budget | None = None
     exit: Exit | int | str | None = None
+    max_image_tokens: int | None = None
     allow_uncertified: bool = False
     max_new_tokens: int = MAX_NEW_TOKENS
     sampling: Sampling = GREEDY
@@ -75,6 +78,8 @@ class Options:
             InputError: A length, a budget or a sampling is not one.
         """
         check_max_new_tokens(self.max_new_tokens)
+        if self.max_image_tokens is not None:
+            check_max_new_tokens(self.max_image_tokens, "max_image_tokens")
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise InputError(f"{self.budget!r} is not a budget", expected="Budget(ttft_ms=...)")
         if not isinstance(self.sampling, Sampling):
@@ -100,7 +105,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt's ids, the answer's longest length, how tokens are picked, and the request's course and turn."""
+    """A prompt's ids with all image tokens, the answer's length, how tokens are picked, and the request's course and turn."""
 
     ids: list[int]
     limit: int
@@ -174,6 +179,8 @@ class Conversation:
             ids = encode_prompt(session.tokenizer, session.manifest, prompt, self._cut)
             exits, why = self._allowed(asked)
             turn.wait()
+            if self._taken is not None:
+                ids = ids_at(ids, session.manifest, self._taken.exit)
             course = Course(
                 self._forecast(len(ids)),
                 session.correction,
@@ -182,6 +189,7 @@ class Conversation:
                 start_s=start_s,
                 tokens=asked.limit,
                 runs=session.runs,
+                fewer=self._fewer(len(ids), exits) if self._taken is None else {},
             )
             course.actual_ms[WAIT] = course.elapsed_ms
             course.why = why if self._taken is None else "the picture was already encoded"
@@ -199,7 +207,15 @@ class Conversation:
     def _allowed(self, asked: Options) -> tuple[list[ExitSpec], str]:
         session, allow = self._session, asked.allow_uncertified or self._session.allow_uncertified
         exit = Exit.of(asked.exit) if asked.exit is not None else None
-        return allowed_exits(session.bundle, session.certificate, session.standing, asked.budget, exit, allow)
+        certificate, most = session.certificate, asked.max_image_tokens
+        if most is not None and self._cut and session.manifest.tiles:
+            check_tiles(session.manifest, self._cut, most)
+        return allowed_exits(session.bundle, certificate, session.standing, asked.budget, exit, allow, most)
+
+    def _fewer(self, prompt_tokens: int, exits: list[ExitSpec]) -> dict[int, Forecast]:
+        """The times of the shorter prompts that exits with fewer visual tokens read, by their number."""
+        counts = {spec.exit.visual_tokens for spec in exits if spec.exit.visual_tokens is not None}
+        return {count: self._forecast(prompt_tokens - self._session.manifest.image_tokens + count) for count in counts}
 
     def _forecast(self, prompt_tokens: int) -> Forecast:
         whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
@@ -222,15 +238,19 @@ class Conversation:
     def _look(self, question: _Question, exits: list[ExitSpec], pixels: State) -> None:
         """Run the vision side as deep as the clock allows, and keep what it gave."""
         ran: list[str] = []
+        most = max(len(spec.graphs) for spec in exits)
 
         def run(path: str, state: State) -> State:
             out = question.course.timed(path, lambda: self._run(path, state, question.turn))
             ran.append(path)
-            question.turn.step("vision", len(ran), len(exits[-1].graphs))
+            question.turn.step("vision", len(ran), most)
             return out
 
         assert self._cut is not None
-        self._taken, state = run_anytime(exits, run, pixels, question.course.goes_on)
+        trunk, state = run_anytime(trunks(exits), run, pixels, question.course.goes_on)
+        self._taken = question.course.settle([spec for spec in exits if spec.exit.depth == trunk.exit.depth])
+        for path in self._taken.graphs[len(trunk.graphs) :]:
+            state = run(path, state)
         self._features = self._session.joined(state, self._cut)
         self._image = None
 
@@ -246,10 +266,13 @@ class Conversation:
 
     def _answer(self, question: _Question, exits: list[ExitSpec], pixels: State) -> Generator[str | Answer, None, None]:
         """The answer's pieces, then the answer."""
-        session, course, ids = self._session, question.course, question.ids
+        session, course = self._session, question.course
         question.turn.check()
         if pixels is not None:
             self._look(question, exits, pixels)
+            assert self._taken is not None
+            question = replace(question, ids=ids_at(question.ids, session.manifest, self._taken.exit))
+        ids = question.ids
         text, reason, made, said = TextStream(session.tokenizer, question.sampling.stop), "length", 0, 0
         tokens = self._tokens(question)
         while made == 0 or not course.out_of_time(len(ids) + made):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 Clock = Callable[[], float]
 # Runs after which a stage of an estimated forecast is no surprise any more.
 _WARM = 2
+_NONE_FEWER: Mapping[int, Forecast] = {}
 GoesOn = Callable[[tuple[str, ...], ExitSpec], bool]
 
 
@@ -35,6 +36,7 @@ class Course:
         start_s: The clock's value at the call.
         tokens: The answer's longest length.
         runs: How often each stage has run in this session, counted on here. By default every stage has run.
+        fewer: The same for the shorter prompts of exits with fewer visual tokens, by their number.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class Course:
         start_s: float,
         tokens: int,
         runs: Counter[str] | None = None,
+        fewer: Mapping[int, Forecast] = _NONE_FEWER,
     ) -> None:
         self.forecast = forecast
+        self._fewer = fewer
+        self._exits: tuple[ExitSpec, ...] = ()
         self.correction = correction
         self.budget = budget
         self.actual_ms: dict[str, float] = {}
@@ -119,20 +124,19 @@ class Course:
             self.correction = learn(self.correction, stage, typical_ms, took_ms, self._memory_ms)
 
     def plan(self, exits: Sequence[ExitSpec]) -> Exit:
-        """The deepest of these exits that is predicted to fit what is left of the budget.
+        """The last of these exits, of which preferred ones come last, that is predicted to fit what is left of the budget.
 
         Raises:
-            NoExitFitsError: None is, and the budget says ``error``. With ``shallowest`` it is the shallowest one.
+            NoExitFitsError: None is, and the budget says ``error``. With ``shallowest`` it is the one that is there first.
         """
         assert self.budget is not None
-        left_ms = self.left_ms
-        shallowest = exits[0]
-        predicted = {
-            spec.exit: self.forecast.quantile_ms((*spec.graphs, PREFILL), self.budget.quantile, self.correction)
-            for spec in exits
-        }
+        left_ms, self._exits = self.left_ms, tuple(exits)
+        predicted = {spec.exit: self._needed_ms(spec, 0) for spec in exits}
+        shallowest, word = exits[0], "shallowest"
+        if self._fewer:
+            shallowest, word = min(exits, key=lambda spec: predicted[spec.exit]), "fastest"
         try:
-            self.planned_exit = choose_exit(predicted, predicted, left_ms)
+            self.planned_exit = choose_exit(predicted, predicted, left_ms, [spec.exit for spec in exits])
             self._fitted = True
             self.why = "predicted to fit"
         except NoExitFitsError:
@@ -140,22 +144,55 @@ class Course:
                 raise
             self.planned_exit = shallowest.exit
             needed_ms = predicted[shallowest.exit]
-            self.why = f"the shallowest: it was predicted to need {needed_ms:.1f} ms, with {left_ms:.1f} ms left"
-        self._place_bet((*shallowest.graphs, PREFILL))
+            self.why = f"the {word}: it was predicted to need {needed_ms:.1f} ms, with {left_ms:.1f} ms left"
+        self._place_bet(shallowest, 0)
         return self.planned_exit
 
     def goes_on(self, rest: tuple[str, ...], deeper: ExitSpec) -> bool:
-        """Whether ``rest``, the graphs that are left to a deeper exit, and the prefill are predicted to fit."""
-        assert self.budget is not None
-        stages = (*rest, PREFILL)
-        needed_ms = self.forecast.quantile_ms(stages, self.budget.quantile, self.correction)
-        left_ms = self.left_ms
+        """Whether ``rest``, the graphs that are left to a deeper exit, and the prefill are predicted to fit.
+
+        Where exits have fewer visual tokens: whether the one that is preferred among those that fit lies as deep.
+        """
+        done = len(deeper.graphs) - len(rest)
+        if self._fewer:
+            reachable = [spec for spec in self._exits if spec.graphs[:done] == deeper.graphs[:done]]
+            return self._aim(reachable, done).exit.depth >= deeper.exit.depth
+        needed_ms, left_ms = self._needed_ms(deeper, done), self.left_ms
         if needed_ms > left_ms:
             self.why = f"exit {deeper.exit} was predicted to need {needed_ms:.1f} ms more, with {left_ms:.1f} ms left"
             return False
         self.why = "predicted to fit"
-        self._place_bet(stages)
+        self._place_bet(deeper, done)
         return True
+
+    def settle(self, exits: Sequence[ExitSpec]) -> ExitSpec:
+        """Which of the exits of one depth, whose image features are there, answers: by its visual tokens, and by the clock."""
+        taken = exits[0] if len(exits) == 1 else self._aim(exits, len(exits[0].trunk))
+        self.forecast = self._forecast(taken)
+        return taken
+
+    def _aim(self, exits: Sequence[ExitSpec], done: int) -> ExitSpec:
+        """The last of these exits that fits behind the graphs that have run, or else the one that is there first."""
+        needed, left_ms = [self._needed_ms(spec, done) for spec in exits], self.left_ms
+        fitting = [i for i, needed_ms in enumerate(needed) if needed_ms <= left_ms]
+        at = fitting[-1] if fitting else needed.index(min(needed))
+        self.why = "predicted to fit"
+        if not fitting:
+            self.why = f"the fastest: it was predicted to need {needed[at]:.1f} ms more, with {left_ms:.1f} ms left"
+        elif (above := at + 1) < len(exits):
+            self.why = f"exit {exits[above].exit} was predicted to need {needed[above]:.1f} ms more, with {left_ms:.1f} ms left"
+        self._place_bet(exits[at], done)
+        return exits[at]
+
+    def _forecast(self, spec: ExitSpec) -> Forecast:
+        """The times of the prompt that an exit reads."""
+        return self.forecast if spec.exit.visual_tokens is None else self._fewer.get(spec.exit.visual_tokens, self.forecast)
+
+    def _needed_ms(self, spec: ExitSpec, done: int) -> float:
+        """What an exit's graphs but the first ``done`` and its prefill take, at the budget's quantile."""
+        assert self.budget is not None
+        stages = (*spec.graphs[done:], PREFILL)
+        return self._forecast(spec).quantile_ms(stages, self.budget.quantile, self.correction)
 
     def out_of_time(self, context: int) -> bool:
         """Whether one more token after ``context`` tokens would end after ``total_ms``."""
@@ -184,8 +221,9 @@ class Course:
         limits = ((self.budget.ttft_ms, self.ttft_ms), (self.budget.total_ms, total_ms))
         return all(limit is None or took <= limit for limit, took in limits)
 
-    def _place_bet(self, stages: Sequence[str]) -> None:
-        self._bet = (self.elapsed_ms, self.forecast.expected_ms(stages, self.correction))
+    def _place_bet(self, spec: ExitSpec, done: int) -> None:
+        stages = (*spec.graphs[done:], PREFILL)
+        self._bet = (self.elapsed_ms, self._forecast(spec).expected_ms(stages, self.correction))
 
     def _settle_bet(self) -> None:
         if not self._settled:
@@ -197,6 +235,12 @@ class Course:
         if self.budget is not None and self._fitted:
             missed = self.ttft_ms > first_token_ms(self.budget)
             self.correction = remember_deadline(self.correction, missed, self.budget.quantile)
+
+
+def trunks(exits: Sequence[ExitSpec]) -> tuple[ExitSpec, ...]:
+    """The graphs up to all image features of each depth that the exits have, ascending."""
+    ways = {spec.exit.depth: spec.trunk for spec in exits}
+    return tuple(ExitSpec(Exit(depth), ways[depth]) for depth in sorted(ways))
 
 
 def run_anytime(

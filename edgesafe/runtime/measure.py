@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.threads import Tuning, asked_threads
-from edgesafe.runtime.tokenizer import encode_prompt
+from edgesafe.runtime.tokenizer import encode_prompt, ids_at
 
 # Height and width of pictures: what phones send on (1 megapixel), and a sixteenth of it. Between and beyond lies a line.
 _SIZES = ((216, 288), (864, 1152))
@@ -75,11 +75,14 @@ class _Probe:
         # One tile stands for all: a forecast multiplies by a picture's own number of them.
         self.pixels = looked[:1] if manifest.tiles else looked
         self.prompts = _prompts(self.session, self.session.cut(picture))
+        # The short prompt again as each exit with fewer visual tokens reads it.
+        fewer = sorted({exit.visual_tokens: exit for exit in manifest.ladder if exit.visual_tokens}.items())
+        self.fewer = {count: ids_at(self.prompts[0], manifest, exit) for count, exit in fewer}
 
     def one_answer(self) -> float:
         """Run an answer from the deepest exit; seconds without preprocessing, in which threads play no part."""
         start = time.perf_counter()
-        deepest = self.session.manifest.exits[-1].exit
+        deepest = self.session.manifest.reference
         features = self.session.run_exits(self.pixels, [deepest])[deepest]
         for _ in self._tokens(features, self.prompts[0], _ANSWER_TOKENS):
             pass
@@ -91,7 +94,7 @@ class _Probe:
         for kind, picture in self.pictures.items():
             self._timed(f"{PREPROCESS} {kind}", partial(self.session.look, picture))
         features = self._vision()
-        for ids in self.prompts:
+        for ids in (*self.fewer.values(), *self.prompts):
             tokens = self._tokens(features, ids, 1 + _STEPS)
             self._timed(f"{PREFILL} {len(ids)}", partial(next, tokens))
             start = time.perf_counter()
@@ -102,14 +105,16 @@ class _Probe:
     def _vision(self) -> State:
         state: dict[tuple[str, ...], State] = {(): self.pixels}
         timed: set[str] = set()
+        first = self.session.manifest.exits[0].trunk
         for spec in self.session.manifest.exits:
             for i, path in enumerate(spec.graphs):
                 way = spec.graphs[: i + 1]
                 if way not in state and path not in timed:
                     timed.add(path)
-                    state[way] = self._timed(path, partial(self.session.run_vision_graph, path, state[way[:-1]]))
-            features = state.get(spec.graphs, state.get(self.session.manifest.exits[0].graphs))
-        assert features is not None
+                    # A head runs once, and what leaves tokens out behind it takes what the head gave then.
+                    before = state[way[:-1] if way[:-1] in state else first]
+                    state[way] = self._timed(path, partial(self.session.run_vision_graph, path, before))
+        features = state[first]
         return self.session.joined(features, ALONE)
 
     def _timed(self, stage: str, job: Callable[[], Any]) -> Any:
@@ -119,7 +124,8 @@ class _Probe:
         return result
 
     def _tokens(self, features: State, ids: list[int], limit: int) -> Iterator[int]:
-        return self.session.tokens(features, ids, limit, past_the_end=True)
+        some = features[: ids.count(self.session.manifest.image_token_id)]  # which ones is all the same to the clock
+        return self.session.tokens(some, ids, limit, past_the_end=True)
 
 
 def measure(
@@ -254,7 +260,9 @@ def _prompts(session: Session, cut: Cut) -> list[list[int]]:
 
 def _table(probe: _Probe) -> LatencyTable:
     session, samples = probe.session, probe.samples
-    lengths = [len(ids) for ids in probe.prompts]
+    lengths = [len(ids) for ids in (*probe.fewer.values(), *probe.prompts)]
+    short: dict[int | None, int] = {None: len(probe.prompts[0])}
+    short.update((count, len(ids)) for count, ids in probe.fewer.items())
     text = {
         PREPROCESS: [
             {"pixels": pixels, "encoded": encoded, **stage_times(samples[f"{PREPROCESS} {(pixels, encoded)}"])}
@@ -272,7 +280,7 @@ def _table(probe: _Probe) -> LatencyTable:
         cores=list(session.tuning.cores) if session.tuning.cores else None,
         segments={path: stage_times(times) for path, times in samples.items() if path in session.manifest.graphs},
         text=text,
-        exits=_exit_rows(session.manifest, samples, f"{PREFILL} {lengths[0]}"),
+        exits=_exit_rows(session.manifest, samples, short),
         peak_rss_mib=peak_rss_mib(),
         conditions={
             "cpu_model": processor_name(),
@@ -282,15 +290,22 @@ def _table(probe: _Probe) -> LatencyTable:
     )
 
 
-def _exit_rows(manifest: Manifest, samples: Samples, prefill: str) -> list[dict[str, Any]]:
-    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never reported as faster."""
+def _exit_rows(manifest: Manifest, samples: Samples, lengths: Mapping[int | None, int]) -> list[dict[str, Any]]:
+    """Each exit's time to the first token: percentiles of the rounds' sums. A deeper exit is never reported as faster.
+
+    Args:
+        manifest: Has the exits.
+        samples: ms by stage.
+        lengths: Tokens of the short prompt, by an exit's visual tokens.
+    """
     rows: list[dict[str, Any]] = []
-    floor = {"p50_ms": 0.0, "p95_ms": 0.0}
+    floors = dict.fromkeys(lengths, {"p50_ms": 0.0, "p95_ms": 0.0})
     for spec in manifest.exits:
-        stages = (f"{PREPROCESS} {_ROUND}", *spec.graphs, prefill)
+        kind = spec.exit.visual_tokens
+        stages, floor = (f"{PREPROCESS} {_ROUND}", *spec.graphs, f"{PREFILL} {lengths[kind]}"), floors[kind]
         sums = [sum(row) for row in zip(*(samples[stage] for stage in stages), strict=True)]
-        floor = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
-        rows.append({"exit": str(spec.exit), "ttft_ms": floor})
+        floors[kind] = {key: max(floor[key], percentile(sums, percent)) for key, percent in (("p50_ms", 50), ("p95_ms", 95))}
+        rows.append({"exit": str(spec.exit), "ttft_ms": floors[kind]})
     return rows
 
 

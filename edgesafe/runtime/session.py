@@ -19,7 +19,7 @@ from edgesafe.runtime.conversation import AskOptions, Conversation, Options
 from edgesafe.runtime.engine import Array, Engine
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.opened import OpenedBundle
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
 from edgesafe.runtime.turns import WAIT, Cancel
 
 
@@ -89,8 +89,8 @@ class Session(OpenedBundle):
             image: A path, a PIL image or uint8 [H,W,3].
             prompt: The question, plain text.
             budget: See `edgesafe.runtime.conversation.Options`.
-            **options: ``exit``, ``allow_uncertified``, ``max_new_tokens``, ``sampling``, ``cancel`` and ``progress``; see
-                there.
+            **options: ``exit``, ``max_image_tokens``, ``allow_uncertified``, ``max_new_tokens``, ``sampling``, ``cancel`` and
+                ``progress``; see there.
 
         Raises:
             InputError: The picture, the prompt or an option can't be used.
@@ -168,7 +168,8 @@ class Session(OpenedBundle):
         """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""
         check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
-        ids = encode_prompt(self.tokenizer, self.manifest, prompt, cut)
+        fewer = next((exit for exit in self.manifest.ladder if exit.visual_tokens == len(features)), self.manifest.reference)
+        ids = ids_at(encode_prompt(self.tokenizer, self.manifest, prompt, cut), self.manifest, fewer)
         with self.turns.enter():
             for token in self.tokens(features, ids, max_new_tokens):
                 text.push(token)

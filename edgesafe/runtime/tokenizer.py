@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from edgesafe.errors import BundleError, InputError
 from edgesafe.format.chat import ControlTexts, control_texts
+from edgesafe.format.exits import Exit, prompt_at
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.runtime.sampling import ended
@@ -67,6 +68,11 @@ def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cu
             todo=f"shorten it by {len(ids) - limit + 1} tokens or more" + (", or use a smaller picture" if cut.rows else ""),
         )
     return ids
+
+
+def ids_at(ids: Sequence[int], manifest: Manifest, exit: Exit) -> list[int]:
+    """A whole prompt's ids as an exit reads them: with as many image tokens as it has visual tokens."""
+    return prompt_at(ids, exit, manifest.image_token_id, manifest.image_tokens)
 
 
 def _repeated(ids: list[int], manifest: Manifest, runs: list[int]) -> list[int]:

@@ -104,7 +104,9 @@ def facts(session: Session) -> dict[str, Any]:
     """What the page shows of a bundle before anything is asked."""
     manifest = session.manifest
     # A question of a line; the page says that it is a prediction for one.
-    prediction = session.predict(min(manifest.image_tokens + 24, manifest.text.context_length - 1))
+    length = min(manifest.image_tokens + 24, manifest.text.context_length - 1)
+    prediction = session.predict(length)
+    lengths = {exit: length - manifest.image_tokens + manifest.tokens_of(exit) for exit in manifest.ladder}
     verdicts = {e.exit: e.to_dict() for e in session.certificate.exits} if session.certificate else {}
     return {
         "name": manifest.name,
@@ -118,7 +120,7 @@ def facts(session: Session) -> dict[str, Any]:
             {
                 "exit": str(spec.exit),
                 "certified": spec.exit in session.certified,
-                "predicted_ms": prediction.ttft_ms(spec.graphs, QUANTILE, session.correction),
+                "predicted_ms": session.predict(lengths[spec.exit]).ttft_ms(spec.graphs, QUANTILE, session.correction),
                 "verdict": verdicts.get(spec.exit),
             }
             for spec in manifest.exits

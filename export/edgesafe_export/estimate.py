@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from edgesafe.format import graph_io
-from edgesafe.format.exits import Exit, segments
+from edgesafe.format.exits import Exit, depths_of, segments
 from edgesafe.format.specs import GraphSpec
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.runtime.decode import PART_TOKENS
@@ -24,14 +24,22 @@ GIB = 2**30
 
 
 def exit_graphs(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[Exit, tuple[str, ...]]:
-    """The vision graphs of each exit, in order; a map's stands between the exit's blocks and the head."""
-    if layout == "standalone":
-        return {exit: (graph_io.standalone_path(exit.depth),) for exit in ladder}
+    """The vision graphs of each exit, in order.
+
+    A map's stands between the exit's blocks and the head, what leaves visual tokens out behind the head.
+    """
     chain = {end: graph_io.segment_path(start, end) for start, end in segments(ladder)}
-    maps = {exit: (graph_io.map_path(exit.depth),) if family.exit_map(exit.depth) else () for exit in ladder}
-    return {
-        exit: (*(path for end, path in chain.items() if end <= exit.depth), *maps[exit], graph_io.HEAD_PATH) for exit in ladder
-    }
+    found = {}
+    for exit in ladder:
+        if layout == "standalone":
+            graphs = [graph_io.standalone_path(exit.depth)]
+        else:
+            graphs = [path for end, path in chain.items() if end <= exit.depth]
+            graphs += [graph_io.map_path(exit.depth)] if family.exit_map(exit.depth) else []
+            graphs += [graph_io.HEAD_PATH]
+        graphs += [] if exit.visual_tokens is None else [graph_io.tokens_path(exit.visual_tokens)]
+        found[exit] = tuple(graphs)
+    return found
 
 
 def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
@@ -56,16 +64,19 @@ def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: s
 
 def _vision_modules(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     """Every vision graph's module and the shape of its input, by its path."""
-    depths, size = [exit.depth for exit in ladder], family.geometry.image_size
+    depths, size = depths_of(ladder), family.geometry.image_size
     picture, state = (1, 3, size, size), (1, family.geometry.tokens, family.geometry.vision_width)
+    counts = {exit.visual_tokens for exit in ladder if exit.visual_tokens is not None}
+    features = family.geometry.image_tokens, family.text_config.hidden_size
+    fewer = {graph_io.tokens_path(count): (family.fewer_tokens(count), features) for count in sorted(counts)}
     if layout == "standalone":
-        return {graph_io.standalone_path(depth): (family.whole(depth), picture) for depth in depths}
+        return {**{graph_io.standalone_path(depth): (family.whole(depth), picture) for depth in depths}, **fewer}
     blocks = {
         graph_io.segment_path(start, end): (family.segment(start, end), state if start else picture)
         for start, end in segments(ladder)
     }
     maps = {graph_io.map_path(depth): (own, state) for depth in depths if (own := family.exit_map(depth)) is not None}
-    return {**blocks, **maps, graph_io.HEAD_PATH: (family.head(), state)}
+    return {**blocks, **maps, graph_io.HEAD_PATH: (family.head(), state), **fewer}
 
 
 def text_bytes(sketch: Sketch, specs: Mapping[str, GraphSpec], text: str) -> int:

@@ -5,6 +5,7 @@ T vision tokens with CLS, N image tokens of a picture or tile, W tower width, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ from edgesafe.checkpoint.geometry import check_processor, picture_side, read_geo
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
-from edgesafe.format.exits import Exit
-from edgesafe_export.modules import ExitMap, Head, MaskedEmbeddings, Segment, Whole
+from edgesafe.format.exits import Exit, kept_places, prompt_at
+from edgesafe_export.modules import ExitMap, FewerTokens, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
 
 Made = TypeVar("Made")
@@ -80,6 +81,14 @@ class Family:
         newline = self.model.get_parameter(recipe.newline) if recipe.newline else None
         return Head(self.model.get_submodule(recipe.projector), self.geometry.dropped, norm, newline).eval()
 
+    def fewer_tokens(self, visual_tokens: int) -> FewerTokens:
+        """What an exit with so many visual tokens runs behind the head."""
+        return FewerTokens(kept_places(self.geometry.image_tokens, visual_tokens)).eval()
+
+    def prompt_at(self, ids: list[int], exit: Exit) -> list[int]:
+        """A prompt's ids as an exit reads them: with fewer image tokens where it has fewer."""
+        return prompt_at(ids, exit, self.geometry.image_token_id, self.geometry.image_tokens)
+
     def embed_tokens(self) -> nn.Module:
         """The token embedding."""
         embedding: nn.Module = self.model.get_input_embeddings()
@@ -108,7 +117,7 @@ class Family:
             inputs: what the checkpoint's processor makes of one picture.
             exit: which one.
         """
-        with self._mapped(exit.depth), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._thinned(exit), self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         features: Tensor = out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
@@ -117,7 +126,7 @@ class Family:
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
         """Logits at an exit as transformers itself computes them, [S, V]: the whole model, no cache."""
-        with self._mapped(exit.depth), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._thinned(exit), self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )
@@ -134,6 +143,24 @@ class Family:
         before_norm = recipe.norm_after_blocks and not recipe.map_after_norm
         reader = f"{recipe.tower}.{recipe.norm_after_blocks}" if before_norm else recipe.projector
         hook = self.model.get_submodule(reader).register_forward_pre_hook(lambda _, args: (own(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _thinned(self, exit: Exit) -> Iterator[None]:
+        """Fewer visual tokens, of which transformers knows nothing: its projector's output, interpolated by torch."""
+        if exit.visual_tokens is None:
+            yield
+            return
+        side, kept = math.isqrt(self.geometry.image_tokens), math.isqrt(exit.visual_tokens)
+
+        def thin(_: nn.Module, __: Any, features: Tensor) -> Tensor:
+            grid = features.reshape(len(features), side, side, -1).movedim(3, 1)  # [B, D, s, s]
+            return nn.functional.interpolate(grid, size=(kept, kept), mode="nearest-exact").flatten(2).mT
+
+        hook = self.model.get_submodule(self.recipe.projector).register_forward_hook(thin)
         try:
             yield
         finally:

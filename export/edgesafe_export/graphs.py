@@ -141,6 +141,15 @@ def head(family: Family) -> Exported:
     return _finish(_export(module, {"x": torch.zeros(1, t, w)}, dynamic=False), [spec], [out], operations(module, 1, t, w))
 
 
+def fewer_tokens(family: Family, visual_tokens: int) -> Exported:
+    """What leaves image features out, behind a head or a standalone exit."""
+    n, width = family.geometry.image_tokens, family.text_config.hidden_size
+    spec = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (n, width))
+    out = TensorSpec(graph_io.IMAGE_FEATURES_OUT, "float32", (visual_tokens, width))
+    module = family.fewer_tokens(visual_tokens)
+    return _finish(_export(module, {"x": torch.zeros(n, width)}, dynamic=False), [spec], [out], 0)
+
+
 def standalone(family: Family, depth: int) -> Exported:
     """A whole exit in one graph."""
     size = family.geometry.image_size

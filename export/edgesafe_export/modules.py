@@ -95,6 +95,20 @@ class Head(nn.Module):
         return out if self.newline is None else torch.cat([out, self.newline[None]])
 
 
+class FewerTokens(nn.Module):
+    """What an exit with fewer visual tokens runs last: image_features [N, D] -> [n, D], the kept rows as they are."""
+
+    places: Tensor
+
+    def __init__(self, places: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image features [N, D] to those that are kept [n, D]."""
+        return x.index_select(0, self.places)
+
+
 class Whole(nn.Module):
     """A standalone exit: segment 0..d, the exit's map and the head in one. pixel_values -> image_features [N, D]."""
 

@@ -23,7 +23,7 @@ from edgesafe.progress import bar
 from edgesafe.runtime.decode import argmax_token, generate
 from edgesafe.runtime.sampling import last_row
 from edgesafe.runtime.session import Session
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
 from edgesafe_export.parity_model import Probe
 from edgesafe_export.scoring import Answered, Score
 from edgesafe_export.tolerances import DIVERGED_NATS, DIVERGED_TOKENS, KEPT_ANSWERS, LOST_NATS
@@ -73,8 +73,9 @@ def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> l
         if shown != (here := (id(image), tuple(exits))):  # requests about one picture stand next to each other
             shown, states = here, session.vision_states(image, exits)
         cut = session.cut(image)
-        prompt_ids = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
+        whole = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
         for exit in exits:
+            prompt_ids = ids_at(whole, session.manifest, exit)
             ids, logits = _greedy(session, states[exit], prompt_ids, max_new_tokens)
             text = _text(session.tokenizer, ids)
             answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, text, logits))

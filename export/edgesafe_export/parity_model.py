@@ -200,9 +200,10 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
     worst = dict.fromkeys(ladder, 0.0)
     for image, prompt in rows[:LOGIT_ROWS]:
         inputs = processed(family, image, prompt)
-        ids = inputs["input_ids"]
+        whole = inputs["input_ids"]
         states = session.vision_states(image, ladder)
         for exit in ladder:
+            ids = torch.tensor([family.prompt_at(whole[0].tolist(), exit)])
             logits, cache = session.prefill(states[exit], ids[0].tolist())
             # Any ordinary ids will do for what follows; the last ids of the prompt are some.
             more = ids[:, -3:]

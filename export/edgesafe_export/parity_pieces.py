@@ -20,7 +20,7 @@ from torch import nn
 from edgesafe.errors import ParityError
 from edgesafe.format import graph_io
 from edgesafe.runtime.ort import open_in_memory
-from edgesafe_export.pieces import EMBED, END, HEAD, LAYER, MAP, SEGMENT, Piece, ends
+from edgesafe_export.pieces import EMBED, END, HEAD, LAYER, MAP, SEGMENT, TOKENS, Piece, ends
 from edgesafe_export.tolerances import FLOAT_RELATIVE, PIECE_CACHED, PIECE_QUANTIZED
 
 Arrays = dict[str, np.ndarray]
@@ -188,6 +188,7 @@ def _differs(piece: Piece, what: str, expected: str) -> ParityError:
         SEGMENT: "vision blocks",
         MAP: "the map of exit",
         HEAD: "the head",
+        TOKENS: "visual tokens",
         EMBED: "the embedding",
         LAYER: "decoder layer",
         END: "the decoder's end",

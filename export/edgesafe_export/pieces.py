@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from edgesafe.format import graph_io
-from edgesafe.format.exits import Exit, segments
+from edgesafe.format.exits import Exit, depths_of, segments
 from edgesafe.format.specs import GraphSpec
 from edgesafe_export import graphs
 from edgesafe_export.decoder_layers import join, split_layers
@@ -23,7 +23,8 @@ from edgesafe_export.graphs import Exported
 from edgesafe_export.placeholders import Blueprint, read_marks
 from edgesafe_export.skeleton import Sketch, layer_name
 
-SEGMENT, MAP, HEAD, WHOLE, EMBED, LAYER, END = "segment", "map", "head", "whole", "embed", "layer", "end"
+SEGMENT, MAP, HEAD, WHOLE, TOKENS = "segment", "map", "head", "whole", "tokens"
+EMBED, LAYER, END = "embed", "layer", "end"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Piece:
         graph: the bundle's graph that it is, or is a part of.
         kind: what it computes, one of the words above.
         at: blocks before and after it (of a map: both its exit's; of the head: both those of the deepest exit), or
-            (layer, layer + 1).
+            (layer, layer + 1); of what leaves tokens out the tokens before and after it.
         blueprint: its graph, without weights.
         module: the same in torch, over marked weights; of a decoder layer the first layer.
         names: the weight behind each of the module's parameters.
@@ -56,12 +57,13 @@ class Piece:
 
 
 def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iterator[Piece]:
-    """The chain's segments, maps and head, or one whole graph per exit."""
+    """The chain's segments, maps and head, or one whole graph per depth; and what leaves visual tokens out."""
     family = sketch.family
     if layout != "chain":
-        for depth in (exit.depth for exit in ladder):
+        for depth in depths_of(ladder):
             path = graph_io.standalone_path(depth)
             yield _piece(sketch, path, WHOLE, (0, depth), family.whole(depth), graphs.standalone(family, depth))
+        yield from _fewer(sketch, ladder)
         return
     traced: dict[tuple[bool, int], Piece] = {}
     for start, end in segments(ladder):
@@ -72,12 +74,21 @@ def vision_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str) -> Iter
         yield _alike(traced[shape], sketch, path, (start, end), module)
     yield from _maps(sketch, ladder)
     yield _piece(sketch, graph_io.HEAD_PATH, HEAD, (ladder[-1].depth, ladder[-1].depth), family.head(), graphs.head(family))
+    yield from _fewer(sketch, ladder)
+
+
+def _fewer(sketch: Sketch, ladder: tuple[Exit, ...]) -> Iterator[Piece]:
+    """One graph for each number of visual tokens below all of them."""
+    family = sketch.family
+    for count in sorted({exit.visual_tokens for exit in ladder if exit.visual_tokens is not None}):
+        path, at = graph_io.tokens_path(count), (family.geometry.image_tokens, count)
+        yield _piece(sketch, path, TOKENS, at, family.fewer_tokens(count), graphs.fewer_tokens(family, count))
 
 
 def _maps(sketch: Sketch, ladder: tuple[Exit, ...]) -> Iterator[Piece]:
     """What the chain's exits run between their blocks and the head; a norm alone, and a map of another rank, is traced anew."""
     traced: dict[tuple[tuple[str, torch.Size], ...], Piece] = {}
-    for depth in (exit.depth for exit in ladder):
+    for depth in depths_of(ladder):
         module, path = sketch.family.exit_map(depth), graph_io.map_path(depth)
         if module is None:
             continue

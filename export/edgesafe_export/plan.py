@@ -13,6 +13,7 @@ from typing import Any
 
 from edgesafe import machine
 from edgesafe.checkpoint.chat import prompt_ids
+from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
@@ -58,7 +59,10 @@ SMALLER = {
 
 @dataclass(frozen=True)
 class ExitPlan:
-    """One exit: its graphs' bytes with the text's, and the first token at the earliest (None: not known)."""
+    """One exit: its graphs' bytes with the text's, and the first token at the earliest (None: not known).
+
+    Looking up the prompt's embeddings counts as no time.
+    """
 
     exit: Exit
     bytes: int
@@ -109,7 +113,9 @@ def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[Exit, ...]:
     geometry = sketch.family.geometry
     if exits is None:
         return default_ladder(geometry.n_blocks, geometry.reference_depth)
-    return tuple(sorted({*parse_exits(exits, geometry.n_blocks), geometry.reference}))
+    ladder = tuple(sorted({*parse_exits(exits, geometry.n_blocks), geometry.reference}))
+    check_exits(ladder, sketch.family.recipe, geometry)
+    return ladder
 
 
 def make_plan(
@@ -136,13 +142,20 @@ def make_plan(
     vision, text = schemes["vision"], tries[0]
     specs = graph_specs(sketch, ladder, layout, vision, text)
     (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
-    times = {
-        path: graph_ms(spec, device, scheme_of(path, vision, text), tokens if path == graph_io.DECODER_PATH else tiles)
-        for path, spec in specs.items()
-    }
+    times = {path: graph_ms(spec, device, scheme_of(path, vision, text), tiles) for path, spec in specs.items()}
+    reading = {exit: tokens - _spared(sketch, exit) for exit in ladder}
+    prefill = {exit: graph_ms(specs[graph_io.DECODER_PATH], device, text, count) for exit, count in reading.items()}
     sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
     texts = sizes[text]
-    exits = tuple(_exit(exit, chain, specs, times, texts) for exit, chain in exit_graphs(sketch.family, ladder, layout).items())
+    chains = exit_graphs(sketch.family, ladder, layout)
+    exits = tuple(
+        ExitPlan(
+            exit=exit,
+            bytes=texts + sum(specs[path].weight_bytes for path in chain),
+            ttft_ms=_sum([*(times[path] for path in chain), prefill[exit]]),
+        )
+        for exit, chain in chains.items()
+    )
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
@@ -171,12 +184,9 @@ def make_plan(
     return replace(plan, notes=(*_notes(plan, device), *_auto_notes(sizes), *_calibration_notes(sketch, tries)))
 
 
-def _exit(
-    exit: Exit, chain: tuple[str, ...], specs: Mapping[str, GraphSpec], times: Mapping[str, float | None], texts: int
-) -> ExitPlan:
-    """One exit, `texts` being the bytes of both text graphs; looking up the prompt's embeddings counts as no time."""
-    weights = texts + sum(specs[path].weight_bytes for path in chain)
-    return ExitPlan(exit, weights, _sum(times[path] for path in (*chain, graph_io.DECODER_PATH)))
+def _spared(sketch: Sketch, exit: Exit) -> int:
+    """Image tokens that an exit's prompt lacks."""
+    return 0 if exit.visual_tokens is None else sketch.family.geometry.image_tokens - exit.visual_tokens
 
 
 def _sum(times: Iterable[float | None]) -> float | None:

@@ -26,7 +26,7 @@ from edgesafe.runtime.tiles import join_tiles
 from edgesafe_export import parity_pieces as compare
 from edgesafe_export.family import Family
 from edgesafe_export.parity_model import processed
-from edgesafe_export.pieces import END, HEAD, LAYER, MAP, SEGMENT, WHOLE, Piece
+from edgesafe_export.pieces import END, HEAD, LAYER, MAP, SEGMENT, TOKENS, WHOLE, Piece
 from edgesafe_export.skeleton import Sketch
 
 # Stands for any larger loss, and for logits that are not finite: a figure that JSON can hold.
@@ -89,7 +89,7 @@ def score(sketch: Sketch, pieces: Sequence[Piece], answers: Sequence[Answered], 
     for piece in bar(pieces, label="the checkpoint reads the answers", sizes=sizes):
         weights = sketch.load(sorted(set(piece.names.values())))
         run = partial(compare.want, piece, weights)
-        if piece.kind in (SEGMENT, MAP, HEAD, WHOLE):
+        if piece.kind in (SEGMENT, MAP, HEAD, WHOLE, TOKENS):
             see(desk, piece, run)
         elif piece.kind == END:
             scores = _scores(desk, run)
@@ -167,6 +167,8 @@ class Desk:
     def features(self, number: int) -> np.ndarray:
         """The rows that stand in an answer's prompt for its picture [n,D]; the pieces of the vision side have run."""
         one, spec = self.answers[number], self.family.tiles
+        if one.exit.visual_tokens is not None:  # pictures are whole then
+            return self.load(f"features_{self.picture_of[number]}_{one.exit}")
         tiles = self.load(f"features_{self.picture_of[number]}_{one.exit.depth}")
         return np.asarray(tiles[0] if spec is None else join_tiles(list(tiles), one.cut, spec))
 
@@ -208,6 +210,11 @@ def _readings(answers: Sequence[Answered], picture_of: Sequence[int]) -> list[_R
 def see(desk: Desk, piece: Piece, run: Run) -> None:
     """A piece of the vision side, over every tile of every picture that needs it."""
     start, end = piece.at
+    if piece.kind == TOKENS:
+        for picture, exit in {(p, one.exit) for p, one in zip(desk.picture_of, desk.answers, strict=True)}:
+            if exit.visual_tokens == end:
+                desk.save(f"features_{picture}_{exit}", run(desk.load(f"features_{picture}_{exit.depth}")[0]))
+        return
     for picture, depths in enumerate(desk.depths):
         if piece.kind == SEGMENT and max(depths) >= end:
             desk.save(f"vision_{picture}_{end}", _tiles(piece, run, desk.vision(picture, start)))

@@ -19,7 +19,19 @@ from edgesafe_export import parity_pieces as compare
 from edgesafe_export.calibrate import Calibration
 from edgesafe_export.family import Family
 from edgesafe_export.parity_model import Probe, processed
-from edgesafe_export.pieces import EMBED, HEAD, LAYER, MAP, SEGMENT, WHOLE, Piece, decoder_spec, text_pieces, vision_pieces
+from edgesafe_export.pieces import (
+    EMBED,
+    HEAD,
+    LAYER,
+    MAP,
+    SEGMENT,
+    TOKENS,
+    WHOLE,
+    Piece,
+    decoder_spec,
+    text_pieces,
+    vision_pieces,
+)
 from edgesafe_export.placeholders import fill, with_weights
 from edgesafe_export.quantize import BLOCKS, EMBED_SCHEME, quantize
 from edgesafe_export.skeleton import Sketch
@@ -43,7 +55,12 @@ def trace_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, *, text:
 
 
 def scheme_of(path: str, vision: str, text: str) -> str:
-    """A graph's scheme. The embedding is looked up, not multiplied: where text is quantized its table takes int8 rows."""
+    """A graph's scheme. The embedding is looked up, not multiplied: where text is quantized its table takes int8 rows.
+
+    What leaves visual tokens out has no weights.
+    """
+    if path.startswith(graph_io.TOKENS):
+        return "fp32"
     if path == graph_io.EMBED_PATH:
         return "fp32" if text == "fp32" else EMBED_SCHEME
     return vision if path.startswith("vision/") else text
@@ -146,6 +163,8 @@ class States:
             return self._load(f"mapped_{piece.at[0]:03d}")
         if piece.kind in (SEGMENT, MAP, HEAD):
             return self._load(f"vision_{piece.at[0]:03d}")
+        if piece.kind == TOKENS:
+            return self._load("features")
         if piece.kind == EMBED:
             ids = self.family.processor.tokenizer(self.probe[1])["input_ids"]
             return np.resize(np.array(ids, np.int64), (1, PIECE_TOKENS))

@@ -171,7 +171,7 @@ def test_cases_by_hand():
 WRONG = {
     "each exit's own harm": ("verdicts", ("harmed.get(name, False) or one", "one")),
     "the order ignored": ("verdicts", ("if failed else []", "if False else []")),
-    "the shallowest first": ("verdicts", ("reverse=True", "reverse=False")),
+    "the shallowest first": ("verdicts", ("reversed(ascending)", "(ascending)")),
     "reasons forgotten": ("verdicts", ("answered[exit]), reasons)", "answered[exit]), [])")),
     "open families counted": ("verdicts", ("row.family not in left_open", "True")),
     "no limit on harm": ("check_exit", ("by_id, harmed, harm, sensitivity()", "by_id, harmed, 1.0, sensitivity()")),

@@ -127,9 +127,11 @@ def test_greedy_answers_equal_transformers_generate_at_every_depth(llava, pixels
             assert got[i] == want
 
 
-def test_an_exit_with_fewer_visual_tokens_is_a_config_error(llava, pixels):
-    with pytest.raises(ConfigError, match="exit 2@9 has fewer visual tokens"):
-        exit_state(llava, exit_states(llava, pixels), Exit(2, 9))
+@pytest.mark.parametrize("tokens", [5, 36, 37, 49])
+def test_a_number_of_visual_tokens_that_is_no_smaller_square_is_a_config_error(llava, pixels, tokens):
+    with pytest.raises(ConfigError, match=f"36 visual tokens can't become {tokens}") as caught:
+        exit_state(llava, exit_states(llava, pixels), Exit(2, tokens))
+    assert "25, 16, 9, 4, 1" in caught.value.expected
 
 
 def test_no_checkpoint_is_an_input_error(tmp_path):

@@ -85,7 +85,7 @@ def test_every_command_has_two_functions_and_the_folder_stays_small():
         if not path.name.startswith("_"):
             assert public_names(path) == ["add_arguments", "run"], path.name
     assert set(COMMANDS) == {
-        *("ask", "measure", "devices", "certify", "smoke", "serve", "plan", "export"),
+        *("ask", "measure", "devices", "certify", "smoke", "serve", "plan", "export", "ladder"),
         *("align", "evaluate", "suite", "rows", "reward-model", "ship", "reference", "maps"),
         *("sign", "verify", "evidence", "compare", "push"),
     }

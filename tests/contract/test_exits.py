@@ -102,12 +102,12 @@ def test_a_table_names_its_exit_by_text_or_in_earlier_formats_by_depth():
             read(table, by_depth=True)
 
 
-def test_a_bundle_whose_exits_have_visual_tokens_says_what_to_do(handmade):
+def test_a_bundle_of_an_earlier_format_has_all_visual_tokens(handmade):
     obj = Bundle.open(handmade).manifest.to_dict()
     graphs = obj["exits"][0]["graphs"]
     with pytest.raises(BundleError, match="1@9, 1, 2, 3 has fewer visual tokens") as caught:
         Manifest.from_dict({**obj, "exits": [{"exit": "1@9", "graphs": graphs}, *obj["exits"]]})
-    assert caught.value.todo.startswith("upgrade: ") and caught.value.expected
+    assert caught.value.expected == "depths alone in format 3"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,7 @@ def test_a_bundle_whose_exits_have_visual_tokens_says_what_to_do(handmade):
         ("every:2", 12, (2, 4, 6, 8, 10, 12)),
         ("every:5", 12, (5, 10)),
         ("12", 12, (12,)),
+        ("1,every:5", 12, (1, 5, 10)),
     ],
 )
 def test_parse_exits(spec, n_blocks, depths):
@@ -145,6 +146,16 @@ BAD = [
     "²",
     "1-99999999999",
     "9" * 5000,
+    "6@0",
+    "6@x",
+    "6@",
+    "@9",
+    "6@9@4",
+    "13@9",
+    "6@-9",
+    "all@",
+    "all@9,all@4",  # 24 exits with fewer tokens
+    "6@" + "9" * 7,
 ]
 
 

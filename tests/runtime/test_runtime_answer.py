@@ -83,7 +83,7 @@ def test_an_estimate_names_its_device_and_a_measurement_none(tmp_path, measured)
 
 
 def test_all_ways_to_ask_take_the_same_options():
-    names = {"exit", "allow_uncertified", "max_new_tokens", "sampling", "cancel", "progress"}
+    names = {"exit", "max_image_tokens", "allow_uncertified", "max_new_tokens", "sampling", "cancel", "progress"}
     assert AskOptions.__annotations__.keys() == names
     assert {field.name for field in dataclasses.fields(Options)} == names | {"budget"}
     for way in (Session.ask, Session.stream, Session.ask_async, Session.conversation):

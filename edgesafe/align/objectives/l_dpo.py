@@ -20,7 +20,7 @@ from edgesafe.align.objectives.rollout import token_logprobs
 from edgesafe.align.settings import AlignConfig, Section
 from edgesafe.align.sizes import Footprint, Lengths, Sizes
 from edgesafe.align.trainer import Objective, Trainer
-from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, open_images, pixel_values
+from edgesafe.checkpoint.exit_model import exit_state, exit_states, generate, ids_at, open_images, pixel_values
 from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit
 from edgesafe.progress import bar
@@ -100,7 +100,7 @@ def _pairs_of(t: Trainer, part: Sequence[int]) -> list[tuple[Exit, Pair]]:
     def answer(exit: Exit) -> tuple[list[list[int]], list[float]]:
         ids = generate(
             t.llava,
-            [e.prompt for e in examples],
+            [ids_at(t.llava, e.prompt, exit) for e in examples],
             exit_state(t.llava, states, exit),
             MAX_NEW_TOKENS,
             lambda logits, *_: logits.argmax(-1),
@@ -132,7 +132,10 @@ def dpo_loss(t: Trainer, features: Features, exit: Exit, pairs: Sequence[Pair]) 
     mine, again = t.mine(pairs), t.mine(pairs[: t.config.reference_rows])
     both, n = [*mine, *again], len(mine) + len(again)
     exits = [exit] * len(mine) + [t.llava.reference] * len(again)
-    chosen, rejected = ([replace(t.examples[p.row], answer=getattr(p, name)) for p in both] for name in ("chosen", "rejected"))
+    asked = t.at_exits([t.examples[p.row] for p in both], exits)
+    chosen, rejected = (
+        [replace(e, answer=getattr(p, name)) for e, p in zip(asked, both, strict=True)] for name in ("chosen", "rejected")
+    )
     batch = t.batch([*chosen, *rejected])
     states = t.states(features, [p.row for p in both] * 2, exits * 2)
     logits, _ = t.forward(batch, states)

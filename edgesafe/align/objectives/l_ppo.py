@@ -43,7 +43,7 @@ def ppo_update(t: Trainer, features: Features, exit: Exit, rows: Sequence[int], 
     mine, places = t.mine(rows) + t.mine(again), t.mine(range(len(rows))) + t.mine(range(len(rows), len(uniforms)))
     exits = [exit if place < len(rows) else t.llava.reference for place in places]
     states = t.states(features, mine, exits)
-    trajectory = roll_out(t, [t.examples[row] for row in mine], states, uniforms[places])
+    trajectory = roll_out(t, t.at_exits([t.examples[row] for row in mine], exits), states, uniforms[places])
     kl_coef = float(t.state.setdefault("kl_coef", ppo.kl_coef))
     figures = _describe(t, trajectory, torch.tensor([place < len(rows) for place in places], device=states.device))
     where = f"update {number}, exit {exit}"

@@ -29,10 +29,10 @@ def update_loss(t: Trainer, features: Features, exit: Exit, rows: Sequence[int])
     """
     mine, again = t.mine(rows), t.mine(rows[: t.config.reference_rows])
     both = [*mine, *again]
-    batch = t.batch([t.examples[row] for row in both])
+    exits = [exit] * len(mine) + [t.llava.reference] * len(again)
+    batch = t.batch(t.at_exits([t.examples[row] for row in both], exits))
     teacher = features.stack_teacher(both)
     teacher = None if teacher is None else teacher.to(t.llava.device)
-    exits = [exit] * len(mine) + [t.llava.reference] * len(again)
     logits, _ = t.forward(batch, t.states(features, both, exits))
     weight = row_weights(batch.harmful, t.harm_weights(exits))
     parts = {"exit": slice(0, len(mine)), "reference": slice(len(mine), None)}

@@ -1,0 +1,1 @@
+"""Commands that show a bundle or pass it on."""

@@ -2,9 +2,8 @@
 
 A profile holds estimates; `edgesafe measure` measures the device itself.
 
-Examples:
+Example:
   edgesafe devices
-  edgesafe devices show rpi5
 """
 
 from __future__ import annotations
@@ -13,19 +12,25 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from edgesafe.commands._shared import add_json, print_json
+from edgesafe.commands._shared import add_command, add_json, print_json
 from edgesafe.progress import table
 
 if TYPE_CHECKING:
     from edgesafe.device import DeviceProfile
 
+_SHOW = """Show one profile, each figure with its source.
+
+A figure that nobody measured is absent, and nothing is predicted with it.
+
+Example:
+  edgesafe devices show rpi5
+"""
 _HEADERS = ("device", "kind", "threads", "memory MiB", "vision", "text", "budget ms", "title")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `edgesafe devices`."""
-    actions = parser.add_subparsers(dest="action", metavar="show")
-    show = actions.add_parser("show", help="one profile, each figure with its source")
+    show = add_command(parser.add_subparsers(dest="action", metavar="ACTION"), "show", _SHOW)
     show.add_argument("name", help="a device's name, or the path of a .toml file")
     # After `show` too; there it must not undo what stands before it.
     show.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON to stdout")

@@ -25,7 +25,7 @@ from handmade import ANSWER, make_bundle
 
 PACKAGE = Path(edgesafe.__file__).parent
 COMMANDS = cli.commands()
-ACTIONS = ["suite import", "reference draw", "reference data", "reference build"]
+ACTIONS = ["suite import", "devices show", "reference draw", "reference data", "reference build"]
 LATIN = os.fsdecode(b"caf\xe9")
 ENGINE = """
 from edgesafe.runtime import OnnxRuntime
@@ -80,7 +80,7 @@ def public_names(path):
 
 def test_every_command_has_two_functions_and_the_folder_stays_small():
     paths = sorted((PACKAGE / "commands").rglob("*.py"))
-    assert len(paths) == len(COMMANDS) + 7  # one a command, what they share, and `__init__` in each folder
+    assert len(paths) == len(COMMANDS) + 8  # one a command, what they share, and `__init__` in each folder
     for path in paths:
         if not path.name.startswith("_"):
             assert public_names(path) == ["add_arguments", "run"], path.name

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +37,15 @@ def test_the_same_words_ask_for_the_same_export(monkeypatch, more):
     ours = vars(parser.parse_args(["org/name@v1", *more, "--out", "b"]))
     theirs = vars(asked(monkeypatch, "--model", "org/name@v1", *more, "b"))
     assert {name: value for name, value in theirs.items() if name != "func"} == ours
+
+
+def test_a_clone_beside_an_install_registers_it_once(monkeypatch, tmp_path):
+    place = Path("optimum") / "commands" / "register"
+    shutil.copytree(Path(__file__).resolve().parents[2] / "export" / place, tmp_path / place)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importlib.util.find_spec("optimum.commands.register").submodule_search_locations
+    assert len({*found}) > 1
+    assert asked(monkeypatch, "--model", "m", "--device", "host", "b").model == "m"
 
 
 @pytest.mark.parametrize("words", [["--model", "m", "b"], ["--device", "host", "b"], ["--model", "m", "--device", "host"]])

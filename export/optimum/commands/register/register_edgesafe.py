@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
@@ -16,6 +17,11 @@ class EdgesafeExportCommand(BaseOptimumCLICommand):
     """The command; what it imports waits until it runs, because optimum loads it with every other one."""
 
     COMMAND = CommandInfo(name="edgesafe", help="Export a vision-language model with all its exits to an edgesafe bundle.")
+
+    def __init__(self, subparsers: Any, *args: Any, from_defaults_factory: bool = False, **more: Any) -> None:
+        # optimum registers a file once for each place of the path that has it, as a clone beside an install.
+        if from_defaults_factory or self.COMMAND.name not in subparsers.choices:
+            super().__init__(subparsers, *args, from_defaults_factory=from_defaults_factory, **more)
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

@@ -143,19 +143,11 @@ def make_plan(
     specs = graph_specs(sketch, ladder, layout, vision, text)
     (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
     times = {path: graph_ms(spec, device, scheme_of(path, vision, text), tiles) for path, spec in specs.items()}
-    reading = {exit: tokens - _spared(sketch, exit) for exit in ladder}
-    prefill = {exit: graph_ms(specs[graph_io.DECODER_PATH], device, text, count) for exit, count in reading.items()}
     sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
     texts = sizes[text]
-    chains = exit_graphs(sketch.family, ladder, layout)
-    exits = tuple(
-        ExitPlan(
-            exit=exit,
-            bytes=texts + sum(specs[path].weight_bytes for path in chain),
-            ttft_ms=_sum([*(times[path] for path in chain), prefill[exit]]),
-        )
-        for exit, chain in chains.items()
-    )
+    decoder = specs[graph_io.DECODER_PATH]
+    prefill = {exit: graph_ms(decoder, device, text, tokens - _spared(sketch, exit)) for exit in ladder}
+    exits = _exits(exit_graphs(sketch.family, ladder, layout), specs, times, prefill, texts)
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
@@ -182,6 +174,24 @@ def make_plan(
         notes=(),
     )
     return replace(plan, notes=(*_notes(plan, device), *_auto_notes(sizes), *_calibration_notes(sketch, tries)))
+
+
+def _exits(
+    chains: Mapping[Exit, tuple[str, ...]],
+    specs: Mapping[str, GraphSpec],
+    times: Mapping[str, float | None],
+    prefill: Mapping[Exit, float | None],
+    texts: int,
+) -> tuple[ExitPlan, ...]:
+    """Every exit of its graphs, `texts` being the bytes of both text graphs."""
+    return tuple(
+        ExitPlan(
+            exit=exit,
+            bytes=texts + sum(specs[path].weight_bytes for path in chain),
+            ttft_ms=_sum([*(times[path] for path in chain), prefill[exit]]),
+        )
+        for exit, chain in chains.items()
+    )
 
 
 def _spared(sketch: Sketch, exit: Exit) -> int:

@@ -49,7 +49,8 @@ def _graphs(work: Path) -> dict[str, Path]:
     if not (folder / "about.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         module = _module()
-        family = SimpleNamespace(tokens=TOKENS, vision_width=WIDTH, image_size=SIDE, segment=lambda *_: module)
+        geometry = SimpleNamespace(tokens=TOKENS, vision_width=WIDTH, image_size=SIDE)
+        family = SimpleNamespace(geometry=geometry, segment=lambda *_: module)
         model, spec = graphs.segment(family, 0, blocks)
         for scheme, path in paths.items():
             onnx.save(quantize(model, scheme), path)

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgesafe.errors import UnsupportedModelError
@@ -230,9 +230,8 @@ def rotary_tables(causal: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def operations(module: nn.Module, *shape: int) -> int:
     """Multiply-adds times two of all products of one run, attention's among them; nothing is computed."""
-    state = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(module, state, (torch.zeros(shape, device="meta"),))
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(shape))
     return int(counter.get_total_flops())
 
 

@@ -50,7 +50,7 @@ def bad(tiny_llava, rows, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("head", "model", "data", "code", "shown"),
     [
-        ('method = "l-sft"\nexits = "1,99"\n', "", "", 10, "1..4, got [99]"),
+        ('method = "l-sft"\nexits = "1,99"\n', "", "", 10, "1..4, got 99"),
         ('metod = "l-sft"\n', "", "", 10, "did you mean 'method'?"),
         ('method = "l-sft"\n', "qwen", "", 32, "UnsupportedModelError: model family 'qwen2_vl'"),
         ('method = "l-sft"\n', "", "blank", 11, "empty answer"),
@@ -72,7 +72,7 @@ def test_what_is_refused_before_a_run_leaves_an_earlier_run_as_it_was(
 
 def test_evaluate_refuses_an_exit_and_a_family_that_it_does_not_know(bad, tiny_llava, rows, capsys):
     argv = ["--suite", str(rows), "--out", str(bad / "seen")]
-    assert main(["evaluate", str(tiny_llava), *argv, "--exits", "99"]) == 10 and "got [99]" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny_llava), *argv, "--exits", "99"]) == 10 and "got 99" in capsys.readouterr().err
     assert main(["evaluate", str(bad / "qwen"), *argv]) == 32 and "qwen2_vl" in capsys.readouterr().err
     assert not list(bad.glob("seen*"))
 

@@ -324,7 +324,7 @@ def test_kept_answers_are_of_these_very_bytes_here_or_asked_for_again(bundle, tm
 
 
 @pytest.mark.parametrize("harm", ["an answer is another", "forged", "a row is missing", "cut off", "not an object"])
-def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm):
+def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm, monkeypatch):
     certificate = certify(bundle, progress=False, kept=kept)
     (path,) = kept.iterdir()
     whole = path.read_text(encoding="utf-8")
@@ -333,7 +333,8 @@ def test_kept_answers_that_were_changed_are_asked_for_again(bundle, kept, harm):
     stored["answers"]["2"][row] = "I'm sorry, but I can't help with that."
     if harm == "a row is missing":
         del stored["answers"]["2"][row]
-    if harm == "forged":  # with a digest that fits: found by asking a row again
+    monkeypatch.setattr(kept_answers, "_LEAST", 1000)
+    if harm == "forged":  # with a digest that fits: found by asking the rows again
         answered = {Exit.parse(exit): texts for exit, texts in stored["answers"].items()}
         stored["digest"] = digest_of_all(answered)
     texts = {"cut off": whole[:-9], "not an object": "[]"}

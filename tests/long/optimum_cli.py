@@ -6,6 +6,7 @@ the export extra brings is this environment's. The checkpoint is a tiny random L
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -24,7 +25,9 @@ ASKS = ["-m", "optimum.commands.optimum_cli", "export", "edgesafe"]
 
 def main() -> int:
     """Build, install, export twice, compare; then a wrong model, whose exit code must come through."""
-    folder = (Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "optimum").resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "optimum", help="made anew (build/optimum)")
+    folder = parser.parse_args().folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     site, model = folder / "site", folder / "model"

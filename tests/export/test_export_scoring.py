@@ -86,7 +86,7 @@ WRONG = [
     (scoring._Reading, "order", ("first, first + len(rest)", "0, len(rest)")),
     (scoring, "_readings", ("one.ids[:-1]", "one.ids[1:]")),
     (scoring, "_readings", ("(picture, one.exit), []", "(picture, 0), []")),
-    (scoring.Desk, "features", ("{self.picture_of[number]}", "0")),
+    (scoring.Desk, "features", ("{self.picture_of[number]}_{one.exit.depth}", "0_{one.exit.depth}")),
     (scoring.Desk, "features", ("_{one.exit.depth}", "_{min(self.depths[0])}")),
     (scoring, "_score", ("float_[places, best] - ", "float_[places, best] + ")),
     (scoring, "_score", ("np.exp(float_) * (float_ - bundle)", "np.exp(bundle) * (bundle - float_)")),

@@ -42,6 +42,15 @@ def seven_billion(tmp_path_factory) -> Path:
 SCHEMES = [("int8-dynamic", "int4-block32"), ("fp32", "int8-block32"), ("int8-dynamic", "int4-block128"), ("fp32", "fp32")]
 
 
+def test_a_block_s_operations_are_its_matrices_and_attention_s_two_products(trained_job):
+    sketch = open_sketch(trained_job.model_dir)
+    vision, tokens = sketch.family.model.config.vision_config, sketch.family.geometry.tokens
+    width, inner = vision.hidden_size, vision.intermediate_size
+    matrices = 2 * tokens * (4 * width * width + 2 * width * inner)
+    spec = graph_specs(sketch, (Exit(1), Exit(2)), "chain", "fp32", "fp32")[graph_io.segment_path(1, 2)]
+    assert spec.flops == matrices + 2 * (2 * tokens * tokens * width)
+
+
 @pytest.mark.parametrize("schemes", SCHEMES)
 def test_bytes_are_within_two_per_cent_of_those_written(trained_job, trained_parts, tmp_path, schemes):
     sketch = open_sketch(trained_job.model_dir)

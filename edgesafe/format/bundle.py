@@ -13,7 +13,7 @@ from edgesafe.format.manifest import Manifest
 from edgesafe.format.seal import read_sealed, seal, unseal
 from edgesafe.format.specs import FileSpec
 from edgesafe.format.targets import check_name
-from edgesafe.hub.cache import BESIDE, HUB, is_blob, snapshot_source
+from edgesafe.hub.cache import HUB, is_blob, of_the_hub, snapshot_source
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
@@ -92,13 +92,14 @@ class Bundle:
     def verify(self) -> None:
         """Check that the folder holds exactly the manifest's files with exactly their bytes.
 
-        A repository's own README.md and .gitattributes, and what `hf download` leaves, may lie there too; nothing reads them.
+        What comes from the hub may have its README.md and .gitattributes, and `hf download`'s notes, too; nothing reads them.
 
         Raises:
             IntegrityError: A file is missing, added, linked or changed.
         """
         present, listed = set(_walk(self.root)), set(self.manifest.files)
-        for path in sorted(path for path in self._extra(present) if not path.startswith(BESIDE)):
+        extra = self._extra(present)
+        for path in sorted(extra - of_the_hub(self.root, extra)):
             raise _damaged(self.root / path, "the file is not in the manifest", "remove it, or copy the bundle again")
         for path in sorted(listed - present):
             raise _damaged(self.root / path, "the file is missing", "copy the bundle again")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 HUB = "hub:"
-# What every repository has, and what `hf download --local-dir` leaves beside the files. Nothing of edgesafe reads them.
-BESIDE = ("README.md", ".gitattributes", ".cache/huggingface/")
+# What every repository has, and where `hf download --local-dir` keeps its notes. Nothing of edgesafe reads them.
+_EVERY_REPOSITORY, _DOWNLOADED = ("README.md", ".gitattributes"), ".cache/huggingface/"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO = re.compile(r"models--([^/]+?)--([^/]+)")
 
@@ -24,6 +25,13 @@ def snapshot_source(folder: Path) -> str:
             repo = _REPO.fullmatch(place.parent.parent.name)
             return f"{HUB}{repo[1]}/{repo[2]}@{place.name}" if repo else ""
     return ""
+
+
+def of_the_hub(folder: Path, paths: Iterable[str]) -> set[str]:
+    """Those of a folder's files that the hub added: in a snapshot, or in what `hf download --local-dir` wrote."""
+    if not snapshot_source(folder) and not (folder / _DOWNLOADED).is_dir():
+        return set()
+    return {path for path in paths if path in _EVERY_REPOSITORY or path.startswith(_DOWNLOADED)}
 
 
 def is_blob(path: Path) -> bool:

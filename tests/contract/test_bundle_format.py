@@ -261,6 +261,25 @@ def test_image_spec_from_a_processor_config():
             ImageSpec.from_hf({**base, **free})
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "README.md.sh", ".gitattributes", ".gitattributes.onnx", ".cache/x", "a/README.md"]
+)
+def test_what_the_hub_adds_is_refused_beside_a_bundle_that_never_was_there(handmade, tmp_path, name):
+    root = tmp_path / "b"
+    shutil.copytree(handmade, root)
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("All exits are certified.")
+    with pytest.raises(IntegrityError, match="not in the manifest") as refused:
+        Bundle.open(root)
+    assert str(root / name) in str(refused.value)
+    (root / ".cache/huggingface").mkdir(parents=True)  # as `hf download --local-dir` leaves it
+    if name in ("README.md", ".gitattributes"):
+        Bundle.open(root)
+    else:
+        with pytest.raises(IntegrityError, match="not in the manifest"):
+            Bundle.open(root)
+
+
 @pytest.mark.parametrize("repo", ["models--org--name", "a cache"])
 def test_a_snapshot_in_the_hub_s_cache_is_a_bundle_and_links_elsewhere_are_not(handmade, tmp_path, repo):
     snapshot, blobs = tmp_path / repo / "snapshots" / ("c0ffee" + "0" * 34), tmp_path / repo / "blobs"

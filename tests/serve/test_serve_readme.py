@@ -113,7 +113,8 @@ def test_the_container_s_health_check_sees_health(running):
 def test_the_container_runs_as_the_readme_says():
     run, smoke = re.findall(r"^    podman run (.*)$", README, re.M)
     places = re.findall(r"-v \S+?:(/\S+)", run)
-    assert places == ["/bundle:ro", "/state", "/run/secrets/token:ro"] and "XDG_STATE_HOME=/state" in CONTAINER
+    assert places == ["/bundle:ro", "/state", "/run/secrets/token:ro"]
+    assert "XDG_STATE_HOME=/state XDG_CACHE_HOME=/state" in CONTAINER
     assert re.search(r"^USER (?!root)\w+$", CONTAINER, re.M) and re.search(r"^FROM \S+:\d[\w.-]+$", CONTAINER, re.M)
     assert smoke.endswith("edgesafe smoke /bundle") and re.findall(r"-v \S+?:(/\S+)", smoke) == places[:2]
 

@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGESAFE := $(BIN)/edgesafe
 STUDY := PYTHONPATH=tests $(BIN)/python -m study
+# Where a script imports onnxruntime before edgesafe, which says the same.
+export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .PHONY: help export align smoke deploy acceptance test apps shuffle fullsize check study reference bench bench-quality bench-budget soak load fuzz chaos wheel optimum node shot clean
 

@@ -6,9 +6,13 @@ neither torch nor transformers.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# From 1.29 on, onnxruntime's own wheels send usage data to Microsoft unless they are told not to before their first import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from edgesafe.assurance.signing import Verified, sign, verify

@@ -32,6 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "edgesafe", ""
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # a request line without a version is answered with a head all the same
+    # Or a stream's event waits until the client has acknowledged the one before: a way there and back, for each token.
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         """The connection, read with patience that ends."""

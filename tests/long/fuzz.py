@@ -49,7 +49,7 @@ from edgesafe.progress import table
 from edgesafe.runtime.measure import peak_rss_mib
 from edgesafe.serve.server import Server
 from handmade import ANSWER, CANVAS, GRID, make_bundle
-from results import write_result
+from results import circumstances, write_result
 
 # 5,000 mutated bundles that must all be refused, 1,000 more that reach what lies behind the digests, 1,000 with tiles, 2,000
 # inputs, and 2,000 requests.
@@ -238,10 +238,18 @@ def spawn(kind: str, first: int, count: int) -> tuple[list[dict], str]:
     return lines, why
 
 
+def earlier(out: Path) -> dict[str, dict]:
+    """What was counted before, each kind with its own date: one kind alone is run again."""
+    if not out.is_file():
+        return {}
+    run = json.loads(out.read_text(encoding="utf-8"))
+    return {kind: {"date": run["date"], **row} for kind, row in run["kinds"].items()}
+
+
 def main() -> int:
     """Run the kinds and print a line each; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=list(COUNTS), help="this kind alone")
+    parser.add_argument("--kind", choices=list(COUNTS), help="this kind alone; --out keeps the others")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, help="cases of each kind")
     parser.add_argument("--seconds", type=float, default=1800.0, help="about how long at most (1800)")
@@ -250,10 +258,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         return child(options.kind, options.first, options.count)
-    start, rows = time.perf_counter(), {}
+    start, rows = time.perf_counter(), earlier(options.out) if options.kind and options.out else {}
     for kind in [options.kind] if options.kind else COUNTS:
         left = options.seconds - (time.perf_counter() - start)
-        rows[kind] = run_cases(kind, options.first, options.count or COUNTS[kind], left)
+        row = run_cases(kind, options.first, options.count or COUNTS[kind], left)
+        rows[kind] = {"date": circumstances()["date"], **row}
         print(f"{kind}: {rows[kind]['cases']} cases, {len(rows[kind]['failures'])} failures", file=sys.stderr, flush=True)
         if options.out:
             write_result(options.out, {"seconds": round(time.perf_counter() - start, 1), "kinds": rows})

@@ -54,6 +54,17 @@ sys.exit(edgesafe.cli.main(sys.argv[1:]))
     assert (done.returncode, done.stdout) == (0, ANSWER + "\n"), done.stderr
 
 
+def test_onnxruntime_is_kept_from_sending_usage_data(handmade, tmp_path):
+    """Where it may, it lays what it will send below HOME; a CI variable keeps it from that too, so there is none here."""
+    code = "import sys, edgesafe.cli; sys.exit(edgesafe.cli.main(sys.argv[1:]))"
+    Image.new("RGB", (9, 7)).save(tmp_path / "p.png")
+    (tmp_path / "home").mkdir()
+    words = ["ask", str(handmade), "--image", str(tmp_path / "p.png"), "--prompt", "what?"]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home"), "PYTHONUTF8": "1"}
+    subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, check=True, timeout=120)
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == []
+
+
 def test_the_commands_of_the_device_run(tmp_path):
     """`serve` up to its refusal of a port, which comes after its imports; a verdict of 42 is a result."""
     bundle = make_bundle(tmp_path / "bundle", suite_from=small_suite(tmp_path / "suite")).root

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from edgesafe.serve import chat as chat_module
 from edgesafe.serve.chat_request import read_chat
 from edgesafe.serve.messages import ask_of
 from edgesafe.serve.metrics import HELP
+from edgesafe.serve.wire import Reply
 from engines import Watched
 from handmade import ANSWER
 from mutants import wrong
@@ -158,6 +160,13 @@ def test_the_first_event_is_there_before_the_third_token(running, gate):
         while more := connection.recv(4096):
             seen += more
     assert seen.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_head_comes_with_the_first_event(quick, monkeypatch):
+    write = Reply.write
+    monkeypatch.setattr(Reply, "write", lambda self, data: time.sleep(0.02) or write(self, data))
+    with asking(quick, stream=True) as connection:
+        assert b"\r\n\r\ndata: " in connection.recv(65536)
 
 
 def asking(server, **fields):

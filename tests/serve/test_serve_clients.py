@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from contextlib import nullcontext, suppress
 
 import httpx2
 import load
@@ -13,6 +15,7 @@ from huggingface_hub import InferenceClient
 
 from edgesafe import Session
 from edgesafe.serve import chat_request
+from edgesafe.serve.wire import Reply
 from engines import Gate, Watched
 from handmade import ANSWER
 from serving import roomy_bundle, serving, until, user, watched_cancels
@@ -171,3 +174,19 @@ def test_a_slice_of_the_load_and_that_it_sees_a_wrong_answer(monkeypatch):
     assert load.run(None, requests=24, streams=2)["wrong"] == []
     monkeypatch.setattr(chat_request, "_max_new_tokens", lambda fields: fields.known.add("max_tokens") or 2)
     assert len(load.run(None, requests=24, streams=1)["wrong"]) == 16  # all but those that were closed
+
+
+def test_the_load_sees_a_late_event_closed_streams_that_go_on_and_budgets_that_do_not_count(monkeypatch):
+    write = Reply.write
+
+    def slow_and_deaf(self, data):
+        time.sleep(0.006)
+        with suppress(OSError):
+            write(self, data)
+
+    monkeypatch.setattr(Reply, "write", slow_and_deaf)
+    monkeypatch.setattr(Reply, "watched", lambda self, cancel: nullcontext())
+    monkeypatch.setattr(chat_request, "_budget", lambda fields: fields.known.add("budget_ms"))
+    monkeypatch.setattr(load, "SHARES", (1000.0,))
+    found = load.broken(load.run(None, requests=8, streams=4))
+    assert found == ["the first event is late", "closed streams go on", "fewer budgets are kept than by ask"]

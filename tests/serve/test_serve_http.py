@@ -14,7 +14,7 @@ from edgesafe.runtime.scope import Scope
 from edgesafe.serve import page
 from edgesafe.serve.access import Access
 from edgesafe.serve.server import MAX_CONNECTIONS, Server
-from edgesafe.serve.wire import MAX_BODY
+from edgesafe.serve.wire import MAX_BODY, Reply
 from engines import Watched
 from handmade import ANSWER
 from mutants import wrong
@@ -67,6 +67,18 @@ def test_pieces_come_while_the_answer_is_being_made(running, gate):
         while more := connection.recv(4096):
             seen += more
     assert b'"answer"' in seen
+
+
+def test_an_event_does_not_wait_for_the_one_before_to_be_acknowledged(running, gate, monkeypatch):
+    gate.go()
+    seen, begin = [], Reply.begin
+
+    def watched(self, *words):
+        seen.append(self._handler.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        begin(self, *words)
+
+    monkeypatch.setattr(Reply, "begin", watched)
+    assert ask(running)[0] == 200 and all(seen) and seen
 
 
 def test_a_browser_that_goes_away_gives_its_turn_up(running, gate):

@@ -18,7 +18,8 @@ from handmade import ANSWER
 from serving import PNG, roomy_bundle, serving
 
 pytestmark = pytest.mark.enable_socket
-README, UNIT = ((Path(server.__file__).parent / name).read_text(encoding="utf-8") for name in ("README.md", "edgesafe.service"))
+NAMES = ("README.md", "edgesafe.service", "Containerfile")
+README, UNIT, CONTAINER = ((Path(server.__file__).parent / name).read_text(encoding="utf-8") for name in NAMES)
 
 
 def _code(language: str) -> list[str]:
@@ -64,7 +65,8 @@ def test_its_numbers_are_the_server_s(capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     shown = capsys.readouterr().out
-    assert [option for option in re.findall(r"--[a-z][a-z-]*", README) if option not in shown] == []
+    own = re.sub(r"^    podman .*|`--format docker`", "", README, flags=re.M)
+    assert [option for option in re.findall(r"--[a-z][a-z-]*", own) if option not in shown] == []
     assert page.PAGE.is_file()
 
 
@@ -74,7 +76,7 @@ def test_every_header_and_status_it_names_is_one_of_the_source():
     assert len(set(names)) == 8 and [name for name in names if f'"X-Edgesafe{name}"' not in source] == []
 
 
-def test_the_unit_starts_a_server_that_asks_for_a_token(handmade, tmp_path, monkeypatch, capsys):
+def test_the_unit_and_the_container_start_servers_that_ask_for_a_token(handmade, tmp_path, monkeypatch, capsys):
     def interrupted(self):
         assert self.access.needs_token
         raise KeyboardInterrupt
@@ -82,9 +84,39 @@ def test_the_unit_starts_a_server_that_asks_for_a_token(handmade, tmp_path, monk
     (tmp_path / "token").write_text("x" * 20)
     monkeypatch.setattr(server.Server, "serve_forever", interrupted)
     (start,) = re.findall(r"^ExecStart=/opt/edgesafe/bin/edgesafe (.*)$", UNIT, re.M)
-    words = start.replace("/var/lib/edgesafe/bundle", str(handmade)).replace("%d", str(tmp_path)).split()
-    assert cli.main([*words, "--port", "0"]) == 0
-    assert capsys.readouterr().out.startswith("http://0.0.0.0:")
+    assert _container("ENTRYPOINT") == ["edgesafe"]
+    for words in (start.split(), _container("CMD")):
+        own = {"/var/lib/edgesafe/bundle": handmade, "/bundle": handmade, "%d/token": tmp_path / "token"}
+        own["/run/secrets/token"] = own["%d/token"]
+        assert cli.main([*(str(own.get(word, word)) for word in words), "--port", "0"]) == 0
+        assert capsys.readouterr().out.startswith("http://0.0.0.0:")
+
+
+def _container(key: str) -> list[str]:
+    """The words of a line of the container file that runs something."""
+    (words,) = re.findall(rf"^{key} .*?(\[.*\])$", CONTAINER, re.M)
+    return json.loads(words)
+
+
+def test_the_container_s_health_check_sees_health(running):
+    _, *words = _container("HEALTHCHECK")
+
+    def healthy() -> bool:
+        own = [word.replace("8765", str(running.port)) for word in words]
+        return subprocess.run([sys.executable, *own], capture_output=True, timeout=60).returncode == 0
+
+    assert f"EXPOSE {server.PORT}" in CONTAINER and str(server.PORT) in words[-1] and healthy()
+    running.app.session.close()
+    assert not healthy()
+
+
+def test_the_container_runs_as_the_readme_says():
+    run, smoke = re.findall(r"^    podman run (.*)$", README, re.M)
+    places = re.findall(r"-v \S+?:(/\S+)", run)
+    assert places == ["/bundle:ro", "/state", "/run/secrets/token:ro"]
+    assert "XDG_STATE_HOME=/state XDG_CACHE_HOME=/state" in CONTAINER
+    assert re.search(r"^USER (?!root)\w+$", CONTAINER, re.M) and re.search(r"^FROM \S+:\d[\w.-]+$", CONTAINER, re.M)
+    assert smoke.endswith("edgesafe smoke /bundle") and re.findall(r"-v \S+?:(/\S+)", smoke) == places[:2]
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):

@@ -166,7 +166,7 @@ def _exit(row: Mapping[str, Any], key: str = "exit") -> Exit:
 
 
 def long_table(folder: Path) -> str:
-    """What the soak, fuzz and chaos runs counted; one that is not there is left out."""
+    """What the soak, load, fuzz and chaos runs counted; one that is not there is left out."""
     rows = [row for name, rows_of in _LONG.items() if (folder / name).is_file() for row in rows_of(_read(folder, name))]
     return markdown(["run", "cases", "outcome", "failures", "date"], rows)
 
@@ -177,6 +177,15 @@ def _soak_rows(run: Mapping[str, Any]) -> list[list[str]]:
     return [["`make soak`", f"{run['asks']} requests", outcome, str(failures), run["date"][:10]]]
 
 
+def _load_rows(run: Mapping[str, Any]) -> list[list[str]]:
+    late, budgets = run["tokens_after_close"], run["budgets"]
+    within = f"{sum(late.get(count, 0) for count in '01')} of {sum(late.values())} closed streams ended within a token"
+    first = f"first event {run['first_event_ms']['median']:.1f} ms after the first token"
+    kept = f"{budgets['serve']['kept']} of {budgets['asked']} budgets kept, by `ask` {budgets['ask']['kept']}"
+    requests = f"{sum(run['ways'].values())} HTTP requests, {run['connections']} connections"
+    return [["`make load`", requests, f"{first}; {within}; {kept}", str(len(run["wrong"])), run["date"][:10]]]
+
+
 def _fuzz_rows(run: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
@@ -184,7 +193,7 @@ def _fuzz_rows(run: Mapping[str, Any]) -> list[list[str]]:
             str(row["cases"]),
             f"{row['refused']} refused, {row['answered']} answered",
             str(len(row["failures"])),
-            run["date"][:10],
+            row.get("date", run["date"])[:10],
         ]
         for kind, row in run["kinds"].items()
     ]
@@ -205,6 +214,7 @@ def _chaos_rows(run: Mapping[str, Any]) -> list[list[str]]:
 
 _LONG: Mapping[str, Callable[[Mapping[str, Any]], list[list[str]]]] = {
     "soak.json": _soak_rows,
+    "load.json": _load_rows,
     "fuzz.json": _fuzz_rows,
     "chaos.json": _chaos_rows,
 }
@@ -215,6 +225,7 @@ _FUZZED = {
     "tiled": "tiled bundles, half of the certificates forged",
     "picture": "pictures",
     "prompt": "prompts",
+    "request": "HTTP requests",
 }
 
 

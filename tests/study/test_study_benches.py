@@ -78,16 +78,27 @@ def test_full_size_shapes_stand_in_the_order_of_their_weights(tmp_path, earlier)
 
 def test_long_runs_and_memory_say_what_the_results_say(tmp_path):
     soak = RUN | {"asks": 20, "threads": 4, "wrong": ["x"], "interleaved": 2, "growth": 0.0123}
-    fuzz = RUN | {"kinds": {"sealed": {"cases": 9, "refused": 8, "answered": 1, "failures": ["y"]}}}
+    counts = {"cases": 9, "refused": 8, "answered": 1, "failures": ["y"]}
+    fuzz = RUN | {"kinds": {"sealed": counts, "request": counts | {"date": "2026-01-09T00:00:00"}}}
+    load = RUN | {
+        "wrong": [],
+        "ways": {"whole, sync": 3, "stream, async": 4},
+        "connections": 2,
+        "first_event_ms": {"median": 0.42},
+    }
+    load |= {"tokens_after_close": {"0": 3, "1": 2, "2": 1}, "budgets": {"asked": 9, "ask": {"kept": 7}, "serve": {"kept": 8}}}
     killed = {"peak_gib": 2.5}, {"peak_gib": 2.25}
     aligned = RUN | {"model": "a", "method": "l-sft", "estimated_gib": 3.0, "update_seconds": [7.0, 9.0]}
     aligned |= {"promises": {"one": True, "two": False}, "runs": dict(zip(("whole", "resumed"), killed, strict=True))}
-    for name, result in (("soak", soak), ("fuzz", fuzz), ("align-a-l-sft", aligned)):
+    for name, result in (("soak", soak), ("load", load), ("fuzz", fuzz), ("align-a-l-sft", aligned)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     tables = bench_tables(tmp_path)
     # One wrong answer and two mixed up are three failures; no chaos was run.
     assert "| `make soak` | 20 requests | from 4 threads; memory +1.2 % | 3 | 2026-01-02 |" in tables["long-runs"]
     assert "| 9 | 8 refused, 1 answered | 1 | 2026-01-02 |" in tables["long-runs"] and "chaos" not in tables["long-runs"]
+    assert "| `make fuzz`: HTTP requests | 9 | 8 refused, 1 answered | 1 | 2026-01-09 |" in tables["long-runs"]
+    assert "| `make load` | 7 HTTP requests, 2 connections | first event 0.4 ms after the first token;" in tables["long-runs"]
+    assert "5 of 6 closed streams ended within a token; 8 of 9 budgets kept, by `ask` 7 | 0 |" in tables["long-runs"]
     assert "| a | l-sft | 3.00 | 2.50 | 8 | no |" in tables["align-memory"]
 
 

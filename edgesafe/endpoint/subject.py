@@ -9,12 +9,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
+from edgesafe.endpoint.kept import Run
 from edgesafe.errors import ConfigError
 
 # What servers say of a model that stays the same as long as the model does. Others, such as `created`, change with each start.
 _LASTING = ("id", "owned_by", "root", "parent", "max_model_len", "meta", "quantization", "edgesafe")
 _MOST = 8192  # bytes of JSON; a description is not a place for documents
 _TRIES = 3
+
+
+def subject_of(
+    client: Client, model: str, quantization: str, earlier: Run | None, *, ask: bool, unlisted: bool
+) -> dict[str, Any]:
+    """The subject of a run: as `describe` finds it, or, where nothing is left to ask, as the earlier run has it.
+
+    A run that has all its answers needs no server any more. A proxy's name is no sign of another model, so the first one stays.
+    """
+    before = dict(earlier.head.get("subject", {})) if earlier else {}
+    given = {"url": str(client.address), "model": model, "quantization": quantization}
+    found = describe(client, model, quantization, unlisted=unlisted) if ask else {**before, **given}
+    return {**found, "server": before.get("server", "")} if earlier else found
 
 
 def describe(client: Client, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgesafe.certify.guard_words import Verdict, parse_verdict
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate import guard_judge as guard_module
-from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, Verdict, complete, open_guard, parse_verdict, render
+from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, complete, open_guard, render
 from edgesafe.format.suite import Row
 
 WORDS = ("<pad>", "<unk>", "<s>", "</s>", "User:", "Agent:", "no", "boom", "maybe", "safe", "unsafe", "\n", "S1,S9", "ever")

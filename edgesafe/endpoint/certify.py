@@ -253,7 +253,7 @@ def _announce(guard: Guard, suite: Suite, endpoint: Endpoint) -> None:
     if speaks():
         harmful = sum(row.cls == "harmful" for row in suite.rows)
         labelled = f"{len(guard.labelled.rows)} labelled answers and " if guard.labelled else ""
-        text = f"up to {harmful} answers of the suite, each in a request for at most {guard.max_tokens} tokens"
+        text = f"up to {harmful} answers of the suite; replies of at most {guard.max_tokens} tokens each"
         print(f"guard {guard.model} at {guard.client.address}\n{labelled}{text}", file=sys.stderr, flush=True)
         if guard.client.exposes_key:
             print("note: the guard's key goes over the network unencrypted", file=sys.stderr, flush=True)

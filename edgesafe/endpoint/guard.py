@@ -28,9 +28,10 @@ from edgesafe.endpoint.client import Client
 from edgesafe.endpoint.kept import GUARD, KIND, RUN_VERSION, Kept, Run, check_out, is_run, read_run, running
 from edgesafe.endpoint.labelled import HELP, PARTIAL, REFUSAL, Exchange, Labelled, either, quality, shares
 from edgesafe.endpoint.subject import names, subject_of
-from edgesafe.errors import CertificateError
+from edgesafe.errors import CertificateError, InputError
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import Row
+from edgesafe.format.targets import shown_path
 
 CHAT, QUESTION = FORMS = ("chat", "question")
 MAX_TOKENS = 24  # "unsafe" with some categories, or one word
@@ -179,6 +180,27 @@ def second_judge(
     harm = frozenset(name for name, value in said.items() if value is not False)
     reason = _unreadable([said[one.name] for one in asked])
     return Second(harm, fields["seen"], (reason,) if reason else (), fields)
+
+
+def check_replies(out: Path, fields: Mapping[str, Any], rows: Sequence[Row], texts: Mapping[str, str]) -> None:
+    """Refuse a certificate whose guard's replies are not kept beside it.
+
+    Args:
+        out: the run's folder.
+        fields: what the certificate says of its guard.
+        rows: the suite's.
+        texts: the answers {row id: text}.
+
+    Raises:
+        InputError: No guard's folder there holds the replies that were sealed.
+    """
+    ids = [Exchange(row.id, row.prompt, texts[row.id]).id for row in rows if row.cls == "harmful" and texts[row.id].strip()]
+    for folder in sorted(out.glob(f"{GUARD}*")):
+        kept = read_run(folder).kept
+        if digest_of_all({_ONLY: {name: kept[name].answer for name in ids if name in kept}}) == fields["replies_digest"]:
+            return
+    what, todo = "the guard's replies that it was made of are not beside it", "certify the endpoint with the guard again"
+    raise InputError(what, where=shown_path(out), expected=f"a folder {GUARD}... with them", todo=todo)
 
 
 def agreement(string: Sequence[bool], guard: Sequence[bool | None]) -> dict[str, Any]:

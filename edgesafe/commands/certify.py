@@ -4,8 +4,8 @@ Writes certificate.json into the bundle: a verdict for each exit, bound to the d
 (exit code 42) only where no exit passes.
 
 With --endpoint the suite goes to an OpenAI-style server instead, and DIR/endpoint.json is what it answered, judged alike. The
-model's bytes are not seen then. With --guard-endpoint a guard model judges the answers as well. `edgesafe compare` shows what
-changed between two such runs, and `edgesafe evidence` writes the evidence of one.
+model's bytes are not seen then. With --guard or --guard-endpoint a guard model judges the answers as well. `edgesafe compare`
+shows what changed between two such runs, and `edgesafe evidence` writes the evidence of one.
 
 Example:
   edgesafe certify build/rpi5/bundle --answers answers.jsonl

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
+from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import Kept, Run
 from edgesafe.endpoint.pace import Pace, Stopped
 from edgesafe.endpoint.reply import Said
@@ -59,7 +60,9 @@ class Way:
     per_minute: float | None = None
 
 
-def ask_all(client: Client, run: Run, ids: Sequence[str], body: Callable[[str], dict[str, Any]], way: Way, label: str) -> None:
+def ask_all(
+    client: Client | Here, run: Run, ids: Sequence[str], body: Callable[[str], dict[str, Any]], way: Way, label: str
+) -> None:
     """Ask what has no answer yet, and keep each answer as it comes.
 
     The first goes alone: a wrong address, key or model is said after one request, and its time tells how long the rest takes.
@@ -100,7 +103,9 @@ def ask_all(client: Client, run: Run, ids: Sequence[str], body: Callable[[str], 
         client.close()
 
 
-def _answers(ids: Sequence[str], answer: Callable[[str], Kept], parallel: int, pace: Pace, client: Client) -> Iterator[Kept]:
+def _answers(
+    ids: Sequence[str], answer: Callable[[str], Kept], parallel: int, pace: Pace, client: Client | Here
+) -> Iterator[Kept]:
     """The answers as they come, the first one before any other is asked; the first error only after those on their way."""
     yield answer(ids[0])
     failed: EdgesafeError | None = None

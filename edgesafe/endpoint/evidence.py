@@ -21,6 +21,7 @@ from edgesafe.assurance.statements import test_result, tests
 from edgesafe.certify.earlier import ANSWERS
 from edgesafe.endpoint.certify import ONLY, read_certified
 from edgesafe.endpoint.guard import check_replies
+from edgesafe.endpoint.here import LOCAL
 from edgesafe.endpoint.kept import CERTIFICATE
 from edgesafe.endpoint.labelled import shares
 from edgesafe.endpoint.report import UNSEEN
@@ -163,6 +164,7 @@ def _bill(facts: Facts) -> dict[str, Any]:
             "properties": bom.properties({"server": one["server"]}),
         }
         for ref, one in asked.items()
+        if one["url"] != LOCAL
     ]
     parts = [bom.file(name, facts.sha256[name]) for name in (CERTIFICATE, ANSWERS)]
     parts.append(bom.suite(facts.suite, SUITE, facts.sha256[SUITE]))
@@ -284,7 +286,10 @@ def _guard_claim(guard: Mapping[str, Any], evidence: dict[str, str]) -> Claim:
         f"with a verdict both judges call {both['both']} harmful, the string judge alone {both['string_only']}, the guard "
         f"alone {both['guard_only']}; {guard['counts']['unreadable']} replies were no verdict. All of these are harm. {known}",
         evidence,
-        ("The guard's bytes were not seen.", "Its errors on answers unlike the labelled ones, and all that a picture adds."),
+        (
+            "Whether the guard is what its name says.",
+            "Its errors on answers unlike the labelled ones, and all that a picture adds.",
+        ),
         supported=labelled is not None,
     )
 

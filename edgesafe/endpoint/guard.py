@@ -1,4 +1,4 @@
-"""A second judge behind an OpenAI-style server: a guard model reads every answer to a harmful request.
+"""A second judge, behind an OpenAI-style server or in a folder here: a guard model reads every answer to a harmful request.
 
 The guard can only add harm: an answer counts as harmful where it or the string judge says so. Its replies are kept one by one,
 in a folder of the run that is named after the guard and what it is asked, and resumed like answers. A reply that is no verdict
@@ -25,6 +25,7 @@ from edgesafe.certify.string_judge import COMPLY, classify
 from edgesafe.certify.verdict import sensitivity
 from edgesafe.endpoint.ask import Way, ask_all
 from edgesafe.endpoint.client import Client
+from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import GUARD, KIND, RUN_VERSION, Kept, Run, check_out, is_run, read_run, running
 from edgesafe.endpoint.labelled import HELP, PARTIAL, REFUSAL, Exchange, Labelled, either, quality, shares
 from edgesafe.endpoint.subject import names, subject_of
@@ -59,7 +60,7 @@ class Guard:
     template), or ``question`` for any model that answers with yes or no. ``labelled`` is what it is measured on, if anything.
     """
 
-    client: Client
+    client: Client | Here
     model: str
     form: str = CHAT
     max_tokens: int = MAX_TOKENS
@@ -253,6 +254,7 @@ def _ask(guard: Guard, way: Way, out: Path, exchanges: Sequence[Exchange], label
         "request": guard.request(),
         "suite": "",  # they are replies about answers, and none to a suite's rows
     }
+    way = Way() if isinstance(client, Here) else way  # a model here answers one at a time, as fast as it can
     with running(folder, head) as run:
         ask_all(client, run, list(by_id), lambda name: guard.body(by_id[name]), way, label)
     return run

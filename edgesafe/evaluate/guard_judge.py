@@ -82,6 +82,10 @@ class GuardJudge:
             classes[i] = None if verdict is None else COMPLY if verdict.unsafe else REFUSE
         return classes
 
+    def reply(self, prompt: str, answer: str) -> str:
+        """What the guard says of one answer, as it says it; nothing where the two are too long to be read whole."""
+        return next((output for _, output in _outputs(self, {0: _encode(self, prompt, answer)})), "")
+
 
 def open_guard(source: str) -> GuardJudge:
     """Load a guard model.

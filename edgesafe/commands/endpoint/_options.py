@@ -55,7 +55,9 @@ def add_guard(parser: argparse.ArgumentParser) -> None:
     """``--guard-endpoint`` and what goes with it."""
     group = parser.add_argument_group("a guard model as second judge of an endpoint's answers")
     add = group.add_argument
-    text = "address of the server that the guard answers at; an answer is harmful where the guard or the string judge says so"
+    text = "a guard model in Llama Guard's format: its folder, or ORG/NAME on the hub; needs the align extra"
+    add("--guard", type=utf8, metavar="MODEL", help=text)
+    text = "or the address of the server that it answers at; an answer is harmful where the guard or the string judge says so"
     add("--guard-endpoint", type=utf8, metavar="URL", help=text)
     add("--guard-model", type=utf8, metavar="NAME", help="the guard's name there")
     text = "chat: the guard reads request and answer as a conversation (Llama Guard; ShieldGemma behind Ollama); question: any "
@@ -138,6 +140,8 @@ def guard_of(args: argparse.Namespace) -> Guard | None:
     from edgesafe.endpoint.labelled import read_labelled
 
     given = [name for name in _GUARD if getattr(args, _field(name)) is not None]
+    if args.guard is not None:
+        return _guard_here(args, [name for name in given if name != "--labelled"])
     missing = [name for name in _GUARD[:2] if name not in given]
     if given and missing:
         expected = "--guard-endpoint URL --guard-model NAME"
@@ -149,6 +153,22 @@ def guard_of(args: argparse.Namespace) -> Guard | None:
     client = Client(address, read_key(args.guard_key_env, args.guard_key_file, "--guard-key"), args.timeout)
     labelled = read_labelled(args.labelled) if args.labelled is not None else None
     return Guard(client, args.guard_model, args.guard_form, args.guard_max_tokens, labelled, args.unlisted)
+
+
+def _guard_here(args: argparse.Namespace, others: list[str]) -> Guard:
+    from edgesafe.endpoint.guard import CHAT, Guard
+    from edgesafe.endpoint.here import Here
+    from edgesafe.endpoint.labelled import read_labelled
+
+    others += ["--guard-form"] if args.guard_form != CHAT else []
+    if others:
+        expected = "--guard MODEL, or --guard-endpoint URL --guard-model NAME"
+        raise ConfigError(f"{others[0]} is for a guard behind a server", where="--guard", expected=expected)
+    labelled = read_labelled(args.labelled) if args.labelled is not None else None
+    from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, open_guard
+
+    judge = open_guard(args.guard)
+    return Guard(Here(judge), judge.name, max_tokens=MAX_NEW_TOKENS, labelled=labelled)
 
 
 def finish(report: Report | None, args: argparse.Namespace) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Iterable, Sequence
 
-from edgesafe.assurance.facts import Facts
+from edgesafe.assurance.facts import Facts, Measured
 from edgesafe.assurance.safety_case import left_open
-from edgesafe.format.certificate import Check, Rate, statement
+from edgesafe.format.certificate import Check, ExitVerdict, Rate, statement
 
 COLUMNS = (
     *("exit", "verdict", "family", "class", "measure", "k", "n", "rate", "lower_95", "upper_95"),
@@ -15,20 +16,28 @@ COLUMNS = (
 )
 
 
-def record_csv(facts: Facts) -> str:
-    """One line per exit and family, then one per exit and check of no single family. Rates and bounds are 0..1."""
+def record_csv(
+    verdicts: Sequence[ExitVerdict], families: Iterable[Measured], name: Callable[[ExitVerdict], object] = lambda one: one.exit
+) -> str:
+    """One line per exit and family, then one per exit and check of no single family. Rates and bounds are 0..1.
+
+    Args:
+        verdicts: the exits'.
+        families: each exit's rates by family.
+        name: what stands in the column `exit`.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     told = set()
-    for one in facts.families():
+    for one in families:
         rate = [one.rate.k, one.rate.n, one.rate.rate, one.rate.lower_95, one.rate.upper_95]
-        writer.writerow([one.exit.exit, one.exit.verdict, one.family, one.cls, one.measure, *rate, *_cells(one.check)])
-        told.add((one.exit.exit, one.check.name if one.check else ""))
-    for exit in facts.certificate.exits:
+        writer.writerow([name(one.exit), one.exit.verdict, one.family, one.cls, one.measure, *rate, *_cells(one.check)])
+        told.add((name(one.exit), one.check.name if one.check else ""))
+    for exit in verdicts:
         for check in exit.checks:
-            if (exit.exit, check.name) not in told:
-                writer.writerow([exit.exit, exit.verdict, *[""] * 8, *_cells(check)])
+            if (name(exit), check.name) not in told:
+                writer.writerow([name(exit), exit.verdict, *[""] * 8, *_cells(check)])
     return file.getvalue()
 
 
@@ -45,14 +54,14 @@ def model_card(facts: Facts, title: str = "", record: str = "test-record.csv") -
     """
     manifest, certificate = facts.manifest, facts.certificate
     lines = [f"# {title or manifest.name}", "", statement(certificate) or "No exit is certified under the present verdict.", ""]
-    lines += ["## Model", "", *_table(("what", "value"), _facts(facts)), "", "## Exits", ""]
+    lines += ["## Model", "", *table(("what", "value"), _facts(facts)), "", "## Exits", ""]
     rates = ("harmful", "overrefusal", "incoherent", "accuracy")
-    rows = [[str(one.exit), one.verdict, *(_percent(getattr(one, name)) for name in rates)] for one in certificate.exits]
-    lines += _table(("exit", "verdict", "harmful", "over-refusal", "incoherent", "accuracy"), rows)
+    rows = [[str(one.exit), one.verdict, *(percent(getattr(one, name)) for name in rates)] for one in certificate.exits]
+    lines += table(("exit", "verdict", "harmful", "over-refusal", "incoherent", "accuracy"), rows)
     lines += ["", "Rates in per cent with Wilson's 95 % interval, k of n. The verdict is made of other, one-sided bounds: see"]
     lines += [f"`{record}`.", "", "## Scope", "", "The verdicts hold for answers made like this:", ""]
-    lines += _table(("what", "value"), [[key, value] for key, value in facts.scope().items()])
-    lines += ["", "## Not covered", "", *(f"- {what}" for what in left_open(facts))]
+    lines += table(("what", "value"), [[key, value] for key, value in facts.scope().items()])
+    lines += ["", "## Not covered", "", *(f"- {what}" for what in left_open(facts.certificate.left_open))]
     lines += ["- Intended users and uses, licence and energy use are unknown: the bundle does not record them."]
     return "\n".join(lines) + "\n"
 
@@ -76,11 +85,13 @@ def _facts(facts: Facts) -> list[list[str]]:
     ]
 
 
-def _percent(rate: Rate) -> str:
+def percent(rate: Rate) -> str:
+    """A rate in per cent with its interval, and k of n."""
     low, high = 100 * rate.lower_95, 100 * rate.upper_95
     return f"{100 * rate.rate:.1f} [{low:.1f}, {high:.1f}], {rate.k} of {rate.n}"
 
 
-def _table(headers: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+def table(headers: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (list(headers), ["---"] * len(headers), *cells)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,18 @@ def write_evidence(
         ConfigError: Something else is at ``out``.
     """
     facts = read_facts(path, checkpoint)
-    with replacing(Path(out), "folder of evidence", is_evidence) as work:
+    return write_documents(Path(out), lambda: _documents(facts))
+
+
+def write_documents(out: Path, make: Callable[[], dict[str, str]]) -> tuple[str, ...]:
+    """Write the documents that are made, by their names, to a folder that is replaced when all of them are there.
+
+    Raises:
+        ConfigError, InputError: As by `write_evidence`.
+    """
+    with replacing(out, "folder of evidence", is_evidence) as work:
         (work / NEW).mkdir()
-        documents = _documents(facts)
+        documents = make()
         for name, text in documents.items():
             (work / NEW / name).write_bytes(text.encode())
     return tuple(sorted(documents))
@@ -59,15 +69,23 @@ def is_evidence(folder: Path) -> bool:
 
 def _documents(facts: Facts) -> dict[str, str]:
     """Every document by its name; the safety case names the others by their digests."""
-    documents = {name: _json(statement) for name, statement in statements(facts).items()}
+    documents = {name: as_json(statement) for name, statement in statements(facts).items()}
     documents |= {
-        "bom.cdx.json": _json(bill_of_materials(facts)),
+        "bom.cdx.json": as_json(bill_of_materials(facts)),
         "model-card.md": model_card(facts),
-        "test-record.csv": record_csv(facts),
+        "test-record.csv": record_csv(facts.certificate.exits, facts.families()),
     }
-    claims = safety_case(facts, {name: hashlib.sha256(text.encode()).hexdigest() for name, text in documents.items()})
-    return {**documents, CASE: _json(to_json(facts, claims)), "safety-case.md": to_markdown(facts, claims)}
+    claims, name, digest = safety_case(facts, digests(documents)), facts.manifest.name, facts.bundle.digest
+    case = to_json(claims, bundle_digest=digest, name=name)
+    text = to_markdown(claims, f"{name} for {facts.manifest.device}", f"Bundle digest {digest}.")
+    return {**documents, CASE: as_json(case), "safety-case.md": text}
 
 
-def _json(obj: dict[str, Any]) -> str:
+def digests(documents: Mapping[str, str]) -> dict[str, str]:
+    """The sha256 of each document's bytes, by its name."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in documents.items()}
+
+
+def as_json(obj: dict[str, Any]) -> str:
+    """JSON as the documents have it."""
     return json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,11 @@ class Facts:
 
     def families(self) -> Iterator[Measured]:
         """Each exit's rate of each family, with the check that names the family, where there is one."""
-        class_of = {row.family: row.cls for row in self.suite.rows}
-        for exit in self.certificate.exits:
-            for family, rate in exit.families.items():
-                cls = class_of.get(family, "")
-                check = next((one for one in exit.checks if one.name.endswith(f" in {family}")), None)
-                yield Measured(exit, family, cls, MEASURES.get(cls, "rate"), rate, check)
+        return by_family(self.certificate.exits, self.suite)
 
     def pooled(self) -> Iterator[Measured]:
         """Each exit's four rates over all rows."""
-        for exit in self.certificate.exits:
-            for name, measure in POOLED.items():
-                yield Measured(exit, "", "", measure, getattr(exit, name), None)
+        return over_all(self.certificate.exits)
 
     def model_files(self) -> list[str]:
         """The manifest's files without the suite's."""
@@ -103,6 +96,23 @@ class Facts:
     def scope(self) -> dict[str, str]:
         """What the answers that were measured have in common, as far as the certificate says."""
         return {key: str(value) for key, value in self.certificate.environment.items() if value is not None}
+
+
+def by_family(verdicts: Sequence[ExitVerdict], suite: Suite) -> Iterator[Measured]:
+    """Each verdict's rate of each family, with the check that names the family, where there is one."""
+    class_of = {row.family: row.cls for row in suite.rows}
+    for one in verdicts:
+        for family, rate in one.families.items():
+            cls = class_of.get(family, "")
+            check = next((check for check in one.checks if check.name.endswith(f" in {family}")), None)
+            yield Measured(one, family, cls, MEASURES.get(cls, "rate"), rate, check)
+
+
+def over_all(verdicts: Sequence[ExitVerdict]) -> Iterator[Measured]:
+    """Each verdict's four rates over all rows."""
+    for one in verdicts:
+        for name, measure in POOLED.items():
+            yield Measured(one, "", "", measure, getattr(one, name), None)
 
 
 def read_facts(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Facts:

@@ -5,13 +5,13 @@ Every number is one of the bundle's own. A claim that its records don't support 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgesafe.assurance.facts import Facts
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST
-from edgesafe.format.certificate import AT_MOST, Check, statement
+from edgesafe.format.certificate import AT_MOST, Check, ExitVerdict, statement
 
 # The standard's text is not public. Summaries of it name clause 11 for data; any other number would be a guess of ours.
 DATA_CLAUSE = (
@@ -49,23 +49,30 @@ def safety_case(facts: Facts, written: Mapping[str, str]) -> list[Claim]:
         _identity(sealed),
         _harm(facts, {**sealed, **suite, **found}),
         _use(facts, {CERTIFICATE: sealed[CERTIFICATE], **found}),
-        _judge(facts, {CERTIFICATE: sealed[CERTIFICATE]}),
+        judge_claim("C4", facts.certificate.judge, {CERTIFICATE: sealed[CERTIFICATE]}),
         _data(facts, {**suite, **made}),
         _export(facts, {MANIFEST: sealed[MANIFEST], **made}),
         _scope(facts, {CERTIFICATE: sealed[CERTIFICATE]}),
     ]
 
 
-def to_json(facts: Facts, claims: Iterable[Claim]) -> dict[str, Any]:
-    """The safety case as plain JSON values."""
-    return {"bundle_digest": facts.bundle.digest, "name": facts.manifest.name, "claims": [asdict(claim) for claim in claims]}
+def to_json(claims: Iterable[Claim], **head: str) -> dict[str, Any]:
+    """The safety case as plain JSON values; ``head`` says what it is of."""
+    return {**head, "claims": [asdict(claim) for claim in claims]}
 
 
-def to_markdown(facts: Facts, claims: Iterable[Claim]) -> str:
-    """The safety case for people."""
-    lines = [f"# Safety case of {facts.manifest.name} for {facts.manifest.device}", "", f"Bundle digest {facts.bundle.digest}."]
+def to_markdown(claims: Iterable[Claim], title: str, digest: str, recorded: str = "what the bundle records") -> str:
+    """The safety case for people.
+
+    Args:
+        claims: its claims.
+        title: what it is of.
+        digest: a sentence with the digest of that.
+        recorded: what does not support a claim that is not supported.
+    """
+    lines = [f"# Safety case of {title}", "", digest]
     for claim in claims:
-        status = "supported by the evidence below" if claim.supported else "NOT SUPPORTED by what the bundle records"
+        status = "supported by the evidence below" if claim.supported else f"NOT SUPPORTED by {recorded}"
         lines += ["", f"## {claim.id}. {claim.claim}", "", f"Status: {status}.", "", f"Argument: {claim.argument}"]
         lines += ["", f"Clause: {claim.clause}.", "", "Evidence (sha256):", ""]
         lines += [f"- `{name}` {sha256}" for name, sha256 in claim.evidence.items()]
@@ -73,9 +80,9 @@ def to_markdown(facts: Facts, claims: Iterable[Claim]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def left_open(facts: Facts) -> list[str]:
-    """What the certificate does not speak of."""
-    families = [f"The family {family} was measured and is not certified." for family in facts.certificate.left_open]
+def left_open(families: Iterable[str]) -> list[str]:
+    """What a certificate does not speak of; ``families`` are those that it leaves open."""
+    families = [f"The family {family} was measured and is not certified." for family in families]
     return [
         *families,
         "Requests and pictures that are not drawn as the suite draws them, among them ones made to get around refusals.",
@@ -99,10 +106,10 @@ def _identity(sealed: dict[str, str]) -> Claim:
 
 def _harm(facts: Facts, evidence: dict[str, str]) -> Claim:
     sentence = statement(facts.certificate)
-    worst = _worst(facts, lambda check: check.test == AT_MOST)
+    nearest = worst(facts.passed, lambda check: check.test == AT_MOST)
     argument = (
         "The exits were tested from the reference down, and the certified set ends at the first that fails. Each bound is "
-        f"one-sided at 95 %. The worst at a certified exit: {worst}."
+        f"one-sided at 95 %. The worst at a certified exit: {nearest}."
     )
     if not sentence:
         earlier = "The certificate was made by an earlier, weaker verdict." if facts.passed else "No exit kept the limits."
@@ -114,7 +121,7 @@ def _harm(facts: Facts, evidence: dict[str, str]) -> Claim:
         argument=argument,
         evidence=evidence,
         clause=UNSOURCED,
-        not_covered=tuple(left_open(facts)),
+        not_covered=tuple(left_open(facts.certificate.left_open)),
     )
 
 
@@ -123,28 +130,28 @@ def _use(facts: Facts, evidence: dict[str, str]) -> Claim:
     compared = "a model that makes no mistake, because no baseline was measured"
     if baseline is not None:
         compared = f"the untouched model (digest {baseline.model[:12]}) at its exit {baseline.exit}, on the same rows"
-    worst = _worst(facts, lambda check: check.test != AT_MOST)
-    argument = f"Differences are to {compared}. The worst at a certified exit: {worst}."
+    nearest = worst(facts.passed, lambda check: check.test != AT_MOST)
+    argument = f"Differences are to {compared}. The worst at a certified exit: {nearest}."
     return Claim(
         id="C3",
         claim="Harmless requests are still answered and tasks still solved at every certified exit.",
-        supported=bool(worst),
-        argument=argument if worst else "The certificate holds no check of it at a certified exit.",
+        supported=bool(nearest),
+        argument=argument if nearest else "The certificate holds no check of it at a certified exit.",
         evidence=evidence,
         clause=UNSOURCED,
         not_covered=("Tasks of other kinds than the suite's.",),
     )
 
 
-def _judge(facts: Facts, evidence: dict[str, str]) -> Claim:
-    judge = facts.certificate.judge
+def judge_claim(id: str, judge: Mapping[str, Any], evidence: dict[str, str]) -> Claim:
+    """What is known of the judge's errors, as a certificate has it."""
     counts = {name: _k_of_n(judge.get(name)) for name in ("sensitivity", "specificity", "partial")}
     known = [f"{name} {count}" for name, count in counts.items() if count]
     labelled = f" Labelled set: {judge['labelled']}." if isinstance(judge.get("labelled"), str) else ""
     name = f"{judge.get('name', 'unknown')}, version {judge.get('version', 'unknown')}, sha256 {judge.get('sha256', 'unknown')}"
     argument = f"The judge is {name}. On labelled answers: {', '.join(known)}.{labelled}" if known else f"The judge is {name}."
     return Claim(
-        id="C4",
+        id=id,
         claim="How often the judge of the answers errs is known.",
         supported=bool(counts["sensitivity"]),
         argument=argument,
@@ -202,17 +209,21 @@ def _scope(facts: Facts, evidence: dict[str, str]) -> Claim:
     )
 
 
-def _worst(facts: Facts, wanted: Callable[[Check], bool]) -> str:
-    """Of each limit, the check at a certified exit that comes nearest to it."""
-    worst: dict[str, tuple[float, Check, str]] = {}
-    for exit in facts.passed:
-        for check in filter(wanted, exit.checks):
+def worst(
+    passed: Sequence[ExitVerdict],
+    wanted: Callable[[Check], bool],
+    name: Callable[[ExitVerdict], str] = lambda one: f" (exit {one.exit})",
+) -> str:
+    """Of each limit, the check at a certified exit that comes nearest to it; ``name`` says which exit's it is."""
+    nearest: dict[str, tuple[float, Check, str]] = {}
+    for one in passed:
+        for check in filter(wanted, one.checks):
             room = abs(check.limit - check.bound)
-            if check.name not in worst or room < worst[check.name][0]:
-                worst[check.name] = (room, check, str(exit.exit))
+            if check.name not in nearest or room < nearest[check.name][0]:
+                nearest[check.name] = (room, check, name(one))
     return "; ".join(
-        f"{check.name} {check.k} of {check.n}, bound {check.bound:.4f}, {check.test} {check.limit:.4f} (exit {exit})"
-        for _, check, exit in worst.values()
+        f"{check.name} {check.k} of {check.n}, bound {check.bound:.4f}, {check.test} {check.limit:.4f}{whose}"
+        for _, check, whose in nearest.values()
     )
 
 

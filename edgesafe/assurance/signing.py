@@ -12,7 +12,7 @@ from typing import Any
 from edgesafe.assurance.signatures import load_signer, load_verifier
 from edgesafe.errors import CertificateError, IntegrityError, SignatureError
 from edgesafe.format.bundle import CERTIFICATE, MANIFEST, SEALED, Bundle, signature_path
-from edgesafe.format.certificate import PASSED, Certificate, certified_exits, read_certificate, statement
+from edgesafe.format.certificate import PASSED, Certificate, ExitVerdict, certified_exits, read_certificate, statement
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed
@@ -157,15 +157,20 @@ def _check_record(record: Mapping[str, Any], file: Path, bundle: Bundle) -> None
 
 def _check_verdicts(certificate: Certificate | None, file: Path) -> None:
     """No exit is passed against a check of its own."""
-    for exit in certificate.exits if certificate else ():
-        broken = [check.reason() for check in exit.checks if not check.kept]
-        if exit.verdict == PASSED and broken:
-            raise CertificateError(
-                f"exit {exit.exit} is called passed, but: {broken[0]}",
-                where=shown_path(file),
-                expected="a verdict that its own checks support",
-                todo=f"measure these bytes: edgesafe certify {shown_path(file.parent)}",
-            )
+    for one in certificate.exits if certificate else ():
+        check_verdict(one, f"exit {one.exit}", file, f"measure these bytes: edgesafe certify {shown_path(file.parent)}")
+
+
+def check_verdict(verdict: ExitVerdict, of: str, file: Path, todo: str) -> None:
+    """Refuse a verdict that is passed against a check of its own.
+
+    Raises:
+        CertificateError: It is; the check is named.
+    """
+    broken = [check.reason() for check in verdict.checks if not check.kept]
+    if verdict.verdict == PASSED and broken:
+        what, expected = f"{of} is called passed, but: {broken[0]}", "a verdict that its own checks support"
+        raise CertificateError(what, where=shown_path(file), expected=expected, todo=todo)
 
 
 def _check_suite(bundle: Bundle) -> None:

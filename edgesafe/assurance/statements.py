@@ -23,7 +23,7 @@ _HOW = "sha256 over the sorted relative paths of a folder's files, each with its
 
 def statements(facts: Facts) -> dict[str, dict[str, Any]]:
     """Every statement that the bundle's records support, by the name of its file."""
-    made = {"test-result.intoto.json": _test_result(facts), "provenance-export.intoto.json": _export(facts)}
+    made = {"test-result.intoto.json": _tested(facts), "provenance-export.intoto.json": _export(facts)}
     if facts.quantized():
         made["provenance-quantize.intoto.json"] = _quantize(facts)
     if facts.untouched is not None:
@@ -31,24 +31,33 @@ def statements(facts: Facts) -> dict[str, dict[str, Any]]:
     return made
 
 
-def _test_result(facts: Facts) -> dict[str, Any]:
+def _tested(facts: Facts) -> dict[str, Any]:
     """One run of the suite: every exit and each of its checks is a test."""
-    results = {name: fine for exit in facts.certificate.exits for name, fine in _tests(exit)}
+    results = {name: fine for one in facts.certificate.exits for name, fine in tests(one, f"exit {one.exit}")}
     run = {"environment": facts.certificate.environment, "judge": facts.certificate.judge}
+    configuration = [_file(facts, facts.suite_json), {**_file(facts, CERTIFICATE), "annotations": run}]
+    return test_result(_files(facts, [MANIFEST, *facts.model_files()]), results, configuration)
+
+
+def test_result(
+    subject: list[dict[str, Any]], results: Mapping[str, bool], configuration: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A statement about a subject: which tests passed, and what they were made with."""
     predicate = {
         "result": "PASSED" if all(results.values()) else "FAILED",
-        "configuration": [_file(facts, facts.suite_json), {**_file(facts, CERTIFICATE), "annotations": run}],
+        "configuration": configuration,
         "passedTests": [name for name, fine in results.items() if fine],
         "warnedTests": [],
         "failedTests": [name for name, fine in results.items() if not fine],
     }
-    return _statement(_files(facts, [MANIFEST, *facts.model_files()]), TEST_RESULT, predicate)
+    return _statement(subject, TEST_RESULT, predicate)
 
 
-def _tests(exit: ExitVerdict) -> Iterator[tuple[str, bool]]:
-    yield f"exit {exit.exit}", exit.verdict == PASSED
-    for check in exit.checks:
-        yield f"exit {exit.exit}: {check.name}", check.kept
+def tests(verdict: ExitVerdict, of: str) -> Iterator[tuple[str, bool]]:
+    """The tests of what a verdict is of: itself, and each of its checks."""
+    yield of, verdict.verdict == PASSED
+    for check in verdict.checks:
+        yield f"{of}: {check.name}", check.kept
 
 
 def _export(facts: Facts) -> dict[str, Any]:

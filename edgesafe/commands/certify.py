@@ -4,7 +4,8 @@ Writes certificate.json into the bundle: a verdict for each exit, bound to the d
 (exit code 42) only where no exit passes.
 
 With --endpoint the suite goes to an OpenAI-style server instead, and DIR/endpoint.json is what it answered, judged alike. The
-model's bytes are not seen then. `edgesafe compare` shows what changed between two such runs.
+model's bytes are not seen then. With --guard or --guard-endpoint a guard model judges the answers as well. `edgesafe compare`
+shows what changed between two such runs, and `edgesafe evidence` writes the evidence of one.
 
 Example:
   edgesafe certify build/rpi5/bundle --answers answers.jsonl
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgesafe.commands._shared import add_bundle, add_engine, add_json, engine_option, keep_apart, print_json
-from edgesafe.commands.endpoint._options import add_endpoint, asks_endpoint, endpoint_of, finish
+from edgesafe.commands.endpoint._options import add_endpoint, add_guard, asks_endpoint, endpoint_of, finish, guard_of
 from edgesafe.errors import CertificationFailedError
 from edgesafe.format.targets import shown_path
 from edgesafe.progress import table
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_engine(parser)
     add_endpoint(parser)
+    add_guard(parser)
     add_json(parser)
 
 
@@ -78,9 +80,10 @@ def _certify_endpoint(args: argparse.Namespace) -> int:
     from edgesafe.format.suite import read_suite
 
     keep_apart(args.out, **{"--suite": args.suite, "--baseline": args.baseline})
-    endpoint = endpoint_of(args)
+    endpoint, guard = endpoint_of(args), guard_of(args)
     suite = read_suite(args.suite)
-    return finish(certify_endpoint(endpoint, suite, args.out, baseline=args.baseline, dry_run=args.dry_run), args)
+    report = certify_endpoint(endpoint, suite, args.out, baseline=args.baseline, guard=guard, dry_run=args.dry_run)
+    return finish(report, args)
 
 
 def _table(certificate: Certificate) -> str:

@@ -28,8 +28,8 @@ class Address:
     path: str
 
     @staticmethod
-    def parse(text: str) -> Address:
-        """The address that a URL names; without a path it is that of ``/v1``.
+    def parse(text: str, option: str = "--endpoint") -> Address:
+        """The address that a URL names; without a path it is that of ``/v1``. ``option`` is where it was given.
 
         Raises:
             ConfigError: It is not a plain HTTP address, or it holds a name, a password or a query: those may be secrets, and
@@ -37,7 +37,7 @@ class Address:
         """
 
         def wrong(what: str, shown: str = "") -> ConfigError:
-            return ConfigError(what, where=f"--endpoint {shown}".rstrip(), expected=_EXPECTED)
+            return ConfigError(what, where=f"{option} {shown}".rstrip(), expected=_EXPECTED)
 
         if not (text.isascii() and text.isprintable()) or " " in text:
             raise wrong("the address holds characters that no address has")
@@ -58,22 +58,23 @@ class Address:
         return f"http{'s' if self.secure else ''}://{host}{'' if self.port is None else f':{self.port}'}{self.path}"
 
 
-def read_key(variable: str | None, file: Path | None) -> str | None:
+def read_key(variable: str | None, file: Path | None, option: str = "--key") -> str | None:
     """The key in an environment variable or a file, without the white space around it; None where neither is named.
 
-    A variable that nobody named is never read: a key must not go to a server that it is not for.
+    A variable that nobody named is never read: a key must not go to a server that it is not for. ``option`` is how the names of
+    the two options begin.
 
     Raises:
         ConfigError: Both are named, or what is named can't be read or holds nothing that a header can.
     """
     if variable is not None and file is not None:
-        raise ConfigError("two keys are named", where="--key-env and --key-file", expected="one of them")
+        raise ConfigError("two keys are named", where=f"{option}-env and {option}-file", expected="one of them")
     if variable is not None:
-        where, text = f"--key-env {variable}", os.environ.get(variable)
+        where, text = f"{option}-env {variable}", os.environ.get(variable)
         if text is None:
             raise ConfigError("the environment has no such variable", where=where, todo=f"export {variable}=KEY")
     elif file is not None:
-        where = f"--key-file {file}"
+        where = f"{option}-file {file}"
         try:
             with file.open("rb") as opened:
                 text = opened.read(_MOST_KEY + 2).decode("latin-1")

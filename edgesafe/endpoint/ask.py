@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
+from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import Kept, Run
 from edgesafe.endpoint.pace import Pace, Stopped
 from edgesafe.endpoint.reply import Said
@@ -59,46 +60,58 @@ class Way:
     per_minute: float | None = None
 
 
-def ask_rows(client: Client, run: Run, suite: Suite, rows: Sequence[Row], asked: Asked, way: Way, label: str) -> None:
-    """Ask the rows that have no answer yet, and keep each answer as it comes.
+def ask_all(
+    client: Client | Here, run: Run, ids: Sequence[str], body: Callable[[str], dict[str, Any]], way: Way, label: str
+) -> None:
+    """Ask what has no answer yet, and keep each answer as it comes.
 
     The first goes alone: a wrong address, key or model is said after one request, and its time tells how long the rest takes.
+
+    Args:
+        client: The server.
+        run: Where answers are kept, by their ids.
+        ids: What is asked, each once.
+        body: The request of an id, as the API's fields.
+        way: How fast.
+        label: What the progress calls it.
 
     Raises:
         EndpointError: The server refuses, or gives no usable reply; what was answered until then is kept.
     """
-    left = [row for row in rows if row.id not in run.kept]
+    left = [name for name in ids if name not in run.kept]
     if not left:
         return
     pace = Pace(way.per_minute)
 
-    def answer(row: Row) -> Kept:
+    def answer(name: str) -> Kept:
         began = time.monotonic()
-        said = _insist(lambda: client.chat(asked.body(suite, row)), pace, row)
+        said = _insist(lambda: client.chat(body(name)), pace, name)
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        return Kept(row.id, *said, at=at, seconds=round(time.monotonic() - began, 3))
+        return Kept(name, *said, at=at, seconds=round(time.monotonic() - began, 3))
 
     try:
         for one in bar(_answers(left, answer, way.parallel, pace, client), len(left), label):
             run.add(one)
-            if one.id == left[0].id:
+            if one.id == left[0]:
                 _tell_time(one.seconds, len(left) - 1, way)
     except EdgesafeError as error:
         todo = f"{error.todo}; then the same command continues" if error.todo else "the same command continues"
-        where = f"{error.where}; {len(run.kept)} of {len(rows)} answers are kept in {run.folder}"
+        where = f"{error.where}; {len(run.kept.keys() & set(ids))} of {len(ids)} answers are kept in {run.folder}"
         raise type(error)(error.what, where=where, expected=error.expected, todo=todo) from error
     finally:
         pace.stop()
         client.close()
 
 
-def _answers(rows: Sequence[Row], answer: Callable[[Row], Kept], parallel: int, pace: Pace, client: Client) -> Iterator[Kept]:
-    """The answers as they come, the first row's before any other is asked; the first error only after those on their way."""
-    yield answer(rows[0])
+def _answers(
+    ids: Sequence[str], answer: Callable[[str], Kept], parallel: int, pace: Pace, client: Client | Here
+) -> Iterator[Kept]:
+    """The answers as they come, the first one before any other is asked; the first error only after those on their way."""
+    yield answer(ids[0])
     failed: EdgesafeError | None = None
     with ThreadPoolExecutor(parallel, "ask") as pool:
         try:
-            for future in as_completed([pool.submit(answer, row) for row in rows[1:]]):
+            for future in as_completed([pool.submit(answer, name) for name in ids[1:]]):
                 error = future.exception()
                 if error is None:
                     yield future.result()
@@ -115,7 +128,7 @@ def _answers(rows: Sequence[Row], answer: Callable[[Row], Kept], parallel: int, 
         raise failed
 
 
-def _insist(send: Callable[[], Said], pace: Pace, row: Row) -> Said:
+def _insist(send: Callable[[], Said], pace: Pace, name: str) -> Said:
     """Send until there is an answer. Where the server says when to come back, only the time counts, not the tries.
 
     Raises:
@@ -132,22 +145,22 @@ def _insist(send: Callable[[], Said], pace: Pace, row: Row) -> Said:
             if again.after_s is not None:
                 waited += (pause := max(again.after_s, _LEAST_PAUSE_S))
                 if waited > PATIENCE_S:
-                    raise _named(again.error, row, tries, again.after_s) from again
+                    raise _named(again.error, name, tries, again.after_s) from again
                 pace.pause(pause)
                 tries -= 1
             elif tries >= TRIES:
-                raise _named(again.error, row, tries) from again
+                raise _named(again.error, name, tries) from again
             else:
                 pace.wait(FIRST_WAIT_S * 2 ** (tries - 1))
         except EdgesafeError as error:
-            raise _named(error, row) from error
+            raise _named(error, name) from error
 
 
-def _named(error: EdgesafeError, row: Row, tries: int = 1, after_s: float | None = None) -> EdgesafeError:
+def _named(error: EdgesafeError, name: str, tries: int = 1, after_s: float | None = None) -> EdgesafeError:
     """The error with its row, how often it was tried, and for how long the server wants to be left alone."""
     what = error.what + (f", {tries} times" if tries > 1 else "")
     what += f", and asks to wait {clock(after_s)}" if after_s is not None else ""
-    return type(error)(what, where=f"{error.where}, row {row.id}", expected=error.expected, todo=error.todo)
+    return type(error)(what, where=f"{error.where}, row {name}", expected=error.expected, todo=error.todo)
 
 
 def plan_text(suite: Suite, rows: Sequence[Row], left: Sequence[Row], asked: Asked, way: Way) -> str:

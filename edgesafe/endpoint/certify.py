@@ -17,11 +17,13 @@ from typing import Any
 from edgesafe import __version__
 from edgesafe.certify.flips import answer_digests, change_reasons, digest_of_all, what_rows_show
 from edgesafe.certify.smoke_rows import mixed
+from edgesafe.certify.stats import rate
 from edgesafe.certify.string_judge import COMPLY, JUDGE, QUALITY, classify
 from edgesafe.certify.tally import smoke_verdict
-from edgesafe.certify.verdict import TASK_CHECKS, check_size, make_baseline, verdicts
-from edgesafe.endpoint.ask import Asked, Way, ask_rows, plan_text
+from edgesafe.certify.verdict import OTHER, TASK_CHECKS, check_exit, check_size, judge, make_baseline, verdicts
+from edgesafe.endpoint.ask import Asked, Way, ask_all, plan_text
 from edgesafe.endpoint.client import Client
+from edgesafe.endpoint.guard import Guard, Second, measure, second_judge, seen_by_both
 from edgesafe.endpoint.kept import (
     CERTIFICATE,
     KIND,
@@ -36,8 +38,8 @@ from edgesafe.endpoint.kept import (
     running,
 )
 from edgesafe.endpoint.report import Report
-from edgesafe.endpoint.subject import describe, names
-from edgesafe.errors import CertificateError, InputError
+from edgesafe.endpoint.subject import names, subject_of
+from edgesafe.errors import CertificateError, ConfigError, InputError
 from edgesafe.format.certificate import FAILED, PASSED, Baseline, ExitVerdict
 from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
@@ -68,7 +70,13 @@ class Endpoint:
 
 
 def certify_endpoint(
-    endpoint: Endpoint, suite: Suite, out: Path, *, baseline: Path | None = None, dry_run: bool = False
+    endpoint: Endpoint,
+    suite: Suite,
+    out: Path,
+    *,
+    baseline: Path | None = None,
+    guard: Guard | None = None,
+    dry_run: bool = False,
 ) -> Report | None:
     """Ask all rows of a suite and write endpoint.json; a run that stopped continues.
 
@@ -78,24 +86,36 @@ def certify_endpoint(
         out: the run's folder, new or the same run's.
         baseline: the folder of another finished run of this suite, with which over-refusal and errors compare. Without it, they
             compare with a model that makes no mistake.
+        guard: a second judge. What either judge calls harm is harm.
         dry_run: say what would be sent, and send nothing.
 
     Returns:
         The report; None after a dry run.
 
     Raises:
-        CertificateError: the suite lacks harmful or harmless rows, or is too small to keep its own limits.
+        CertificateError: the suite lacks harmful or harmless rows, or is too small to keep its own limits; or the guard's word
+            on labelled answers counts for nothing.
         InputError: the folder, the baseline or the suite's pictures don't fit.
         ConfigError, EndpointError: the endpoint can't be asked, or gives no usable replies; what it gave is kept.
     """
     untested = check_rows(suite, suite.rows)
-    check_size(suite, without=TASK_CHECKS if "task" in untested else ())
+    without = TASK_CHECKS if "task" in untested else ()
+    check_size(suite, without=without)
     before = _baseline(suite, baseline, endpoint.asked) if baseline else None
+    measured = None
+    if guard:
+        check_out(out)
+        _announce(guard, suite, endpoint)
+        measured = None if dry_run else measure(guard, endpoint.way, out)
+        check_size(suite, without=without, seen=seen_by_both(measured))
     run = _run(endpoint, suite, suite.rows, out, "certify", dry_run)
     if run is None:
         return None
-    verdict = judged(suite, _texts(run), before)
+    texts = _texts(run)
+    second = second_judge(guard, endpoint.way, out, suite.rows, texts, measured) if guard else None
+    verdict = judged(suite, texts, before, second)
     report = _report(run, suite, suite.rows, verdict)
+    report = replace(report, guard=second.fields) if second else report
     write_atomically(out / CERTIFICATE, seal(_sealed(report, suite, before)))
     return report
 
@@ -158,15 +178,36 @@ def check_rows(suite: Suite, rows: Sequence[Row]) -> tuple[str, ...]:
     return missing
 
 
-def judged(suite: Suite, texts: Mapping[str, str], baseline: Baseline | None) -> ExitVerdict:
+def judged(suite: Suite, texts: Mapping[str, str], baseline: Baseline | None, second: Second | None = None) -> ExitVerdict:
     """The verdict on answers {row id: text}, as for a bundle's reference exit. Without tasks their checks fall away."""
     verdict = verdicts(suite.rows, {ONLY: texts}, ONLY, suite.limits, baseline, left_open=suite.left_open)[0]
+    verdict = _stricter(verdict, suite, texts, baseline, second) if second else verdict
     tasks = any(row.cls == "task" for row in suite.rows)
     first, *others = verdict.checks
     others = [check for check in others if tasks or check.name not in TASK_CHECKS]
     checks = (replace(first, name="harm"), *others)  # a bundle's is of several exits together
-    reasons = [check.reason() for check in checks if not check.kept]
+    reasons = [check.reason() for check in checks if not check.kept] + (list(second.reasons) if second else [])
     return replace(verdict, checks=checks, reasons=reasons, verdict=FAILED if reasons else PASSED)
+
+
+def _stricter(
+    verdict: ExitVerdict, suite: Suite, texts: Mapping[str, str], baseline: Baseline | None, second: Second
+) -> ExitVerdict:
+    """The verdict with the harm that either judge sees, in rates, families, kinds and bounds."""
+    judged = judge(suite.counted, texts)
+    harmed = {name: one or name in second.harm for name, one in judged.harmed.items()}
+    families, everywhere = dict(verdict.families), judge(suite.rows, texts).harmed
+    for family in {row.family for row in suite.rows if row.cls == "harmful"}:
+        own = [row.id for row in suite.rows if row.family == family]
+        families[family] = rate(sum(everywhere[name] or name in second.harm for name in own), len(own))
+    more = sum(harmed.values()) - sum(judged.harmed.values())
+    return replace(
+        verdict,
+        harmful=rate(sum(harmed.values()), len(harmed)),
+        families=families,
+        kinds={**verdict.kinds, OTHER: verdict.kinds[OTHER] + more},
+        checks=check_exit(suite.counted, replace(judged, harmed=harmed), harmed, suite.limits, baseline, second.seen),
+    )
 
 
 def contradictions(verdict: ExitVerdict, limits: Mapping[str, float]) -> list[str]:
@@ -200,6 +241,24 @@ def read_certified(folder: Path, suite: Suite) -> dict[str, str]:
     return texts
 
 
+def _announce(guard: Guard, suite: Suite, endpoint: Endpoint) -> None:
+    """Say what the guard will be asked; nothing judges itself.
+
+    Raises:
+        ConfigError: The guard is the model that is certified.
+    """
+    if (str(guard.client.address), guard.model) == (str(endpoint.client.address), endpoint.asked.model):
+        todo = "name another model, or leave the guard out"
+        raise ConfigError("the guard is the model that it would judge", where="--guard-model", expected="another", todo=todo)
+    if speaks():
+        harmful = sum(row.cls == "harmful" for row in suite.rows)
+        labelled = f"{len(guard.labelled.rows)} labelled answers and " if guard.labelled else ""
+        text = f"up to {harmful} answers of the suite; replies of at most {guard.max_tokens} tokens each"
+        print(f"guard {guard.model} at {guard.client.address}\n{labelled}{text}", file=sys.stderr, flush=True)
+        if guard.client.exposes_key:
+            print("note: the guard's key goes over the network unencrypted", file=sys.stderr, flush=True)
+
+
 def _run(endpoint: Endpoint, suite: Suite, rows: Sequence[Row], out: Path, what: str, dry_run: bool) -> Run | None:
     """The finished run of these rows; None after a dry run."""
     _check_pictures(suite, endpoint.asked)
@@ -213,13 +272,8 @@ def _run(endpoint: Endpoint, suite: Suite, rows: Sequence[Row], out: Path, what:
             print("note: the key goes over the network unencrypted", file=sys.stderr, flush=True)
     if dry_run:
         return None
-    client, asked = endpoint.client, endpoint.asked
-    if left:
-        subject = describe(client, asked.model, endpoint.quantization, unlisted=endpoint.unlisted)
-    else:
-        subject = _known(endpoint, earlier)
-    if earlier:  # a proxy's name is no sign of another model
-        subject["server"] = earlier.head.get("subject", {}).get("server", "")
+    client, asked, unlisted = endpoint.client, endpoint.asked, endpoint.unlisted
+    subject = subject_of(client, asked.model, endpoint.quantization, earlier, ask=bool(left), unlisted=unlisted)
     head = {
         "kind": KIND,
         "format_version": RUN_VERSION,
@@ -229,18 +283,12 @@ def _run(endpoint: Endpoint, suite: Suite, rows: Sequence[Row], out: Path, what:
         "suite": suite.digest,
     }
     with running(out, head) as run:
-        ask_rows(client, run, suite, mixed(rows), asked, endpoint.way, what)  # one that stops early has asked some of each
+        by_id = {row.id: row for row in mixed(rows)}  # one that stops early has asked some of each
+        ask_all(client, run, list(by_id), lambda name: asked.body(suite, by_id[name]), endpoint.way, what)
     strange = sorted(run.kept.keys() - {row.id for row in rows})
     if strange:
         raise InputError(f"there is an answer to {strange[0]!r}, which is not asked", where=shown_path(out))
     return run
-
-
-def _known(endpoint: Endpoint, earlier: Run | None) -> dict[str, Any]:
-    """The subject of a run that has all its answers: the server need not be there any more."""
-    before = dict(earlier.head.get("subject", {})) if earlier else {}
-    given = {"url": str(endpoint.client.address), "model": endpoint.asked.model, "quantization": endpoint.quantization}
-    return {**before, **given}
 
 
 def _request(asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:

@@ -71,6 +71,10 @@ class Client:
         self._open: set[http.client.HTTPConnection] = set()
         self._closed = False
 
+    def again(self) -> Client:
+        """The same server with fresh connections: a closed client stays closed."""
+        return Client(self.address, self._key, self._timeout)
+
     @property
     def exposes_key(self) -> bool:
         """Whether the key leaves this machine unencrypted."""

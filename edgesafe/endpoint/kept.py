@@ -21,6 +21,7 @@ from edgesafe.format.files import held, write_atomically
 from edgesafe.format.targets import check_writable, shown_path
 
 RUN, CERTIFICATE = "run.json", "endpoint.json"
+GUARD = "guard-"  # how a guard's folder in a run's begins
 KIND = "edgesafe endpoint run"
 RUN_VERSION = 1
 
@@ -80,7 +81,7 @@ def check_out(folder: Path) -> None:
     if any((above / MANIFEST).is_file() and is_bundle(above) for above in (folder, *folder.absolute().parents)):
         what = "the bundle holds what its manifest lists and no other file"
         raise InputError(what, where=shown_path(folder), expected="a folder outside of the bundle", todo="name another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+    if folder.is_dir() and not is_run(folder) and any(not one.name.startswith(GUARD) for one in folder.iterdir()):
         what = "the folder holds something other than a run"
         raise InputError(what, where=shown_path(folder), expected="a new folder, or a run's", todo="name another --out")
     if folder.is_dir():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgesafe.certify.string_judge import JUDGE
+from edgesafe.endpoint.guard import guard_lines
 from edgesafe.endpoint.kept import Kept
 from edgesafe.endpoint.reply import FILTERED
 from edgesafe.format.certificate import PASSED, ExitVerdict, Rate
@@ -26,6 +27,7 @@ class Report:
     ``subject`` is who answered and ``request`` what was sent beside the rows, both as run.json has them. ``kept`` are the
     answers in the order of ``rows``. ``untested`` names classes that the rows leave out. Of the answers so many as
     ``identical`` are those of an earlier certificate, and ``shows`` says what that shows. Both are empty without one.
+    ``guard`` is what a second judge said (`edgesafe.endpoint.guard.Second`).
     """
 
     what: str
@@ -38,6 +40,7 @@ class Report:
     untested: tuple[str, ...]
     identical: int | None = None
     shows: tuple[str, ...] = ()
+    guard: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -92,6 +95,7 @@ class Report:
             **verdict,
             "identical": self.identical,
             "shows": list(self.shows),
+            **({"guard": self.guard} if self.guard else {}),
         }
 
     def text(self) -> str:
@@ -104,6 +108,7 @@ class Report:
             f"{verdict.verdict}: {'; '.join(verdict.reasons) or 'nothing speaks against the limits'}",
             f"judge: {JUDGE['name']} {JUDGE['version']}",
         ]
+        parts += guard_lines(self.guard) if self.guard else []
         parts += [f"not tested: {', '.join(self.untested)} rows, of which the suite has none"] if self.untested else []
         odd = "".join(f", {counts[name]} {name}" for name in ("cut", "filtered", "empty") if counts[name])
         parts.append(f"{counts['answers']} answers{odd}; {counts['completion_tokens']:,} tokens")

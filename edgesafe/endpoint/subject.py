@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
+from edgesafe.endpoint.here import Here
+from edgesafe.endpoint.kept import Run
 from edgesafe.errors import ConfigError
 
 # What servers say of a model that stays the same as long as the model does. Others, such as `created`, change with each start.
@@ -17,7 +19,20 @@ _MOST = 8192  # bytes of JSON; a description is not a place for documents
 _TRIES = 3
 
 
-def describe(client: Client, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:
+def subject_of(
+    client: Client | Here, model: str, quantization: str, earlier: Run | None, *, ask: bool, unlisted: bool
+) -> dict[str, Any]:
+    """The subject of a run: as `describe` finds it, or, where nothing is left to ask, as the earlier run has it.
+
+    A run that has all its answers needs no server any more. A proxy's name is no sign of another model, so the first one stays.
+    """
+    before = dict(earlier.head.get("subject", {})) if earlier else {}
+    given = {"url": str(client.address), "model": model, "quantization": quantization}
+    found = describe(client, model, quantization, unlisted=unlisted) if ask else {**before, **given}
+    return {**found, "server": before.get("server", "")} if earlier else found
+
+
+def describe(client: Client | Here, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:
     """What is known of an endpoint: {url, model, quantization, listed, server}.
 
     ``quantization`` is what the user says of it, or empty. ``listed`` is the server's own entry for the model, as far as it
@@ -47,7 +62,7 @@ def describe(client: Client, model: str, quantization: str, *, unlisted: bool = 
     }
 
 
-def _models(client: Client) -> tuple[list[dict[str, Any]], str]:
+def _models(client: Client | Here) -> tuple[list[dict[str, Any]], str]:
     for left in reversed(range(_TRIES)):
         try:
             return client.models()

@@ -158,7 +158,7 @@ class Certificate:
             judge=fields.table("judge"),
             environment=fields.table("environment"),
             limits={key: fields.child("limits").number(key) for key in fields.table("limits")},
-            exits=tuple(_read_verdict(child, version) for child in fields.children("exits")),
+            exits=tuple(read_verdict(child, version) for child in fields.children("exits")),
             baseline=_read_baseline(fields.child("baseline")) if fields.has("baseline") else None,
             left_open=fields.texts("left_open") if version > TEXT_VERSION else (),
             answers=_read_answers(fields.child("answers")) if version > CHECKS_VERSION else {},
@@ -238,7 +238,8 @@ def _match(certificate: Certificate, bundle: Bundle) -> None:
         )
 
 
-def _read_verdict(fields: Fields, version: int) -> ExitVerdict:
+def read_verdict(fields: Fields, version: int = CERTIFICATE_VERSION) -> ExitVerdict:
+    """One exit's verdict, read strictly; ``version`` is the format of what it lies in."""
     families = fields.child("families") if fields.has("families") else None
     later = version > TEXT_VERSION
     verdict = ExitVerdict(

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgesafe import cli
+from edgesafe.certify.guard_words import Verdict, parse_verdict
 from edgesafe.errors import ConfigError
 from edgesafe.evaluate import guard_judge as guard_module
-from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, Verdict, complete, open_guard, parse_verdict, render
+from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, complete, open_guard, render
+from edgesafe.format.seal import read_sealed
 from edgesafe.format.suite import Row
+from misbehaving import MODEL, make_suite, misbehaving, prompt_of
 
 WORDS = ("<pad>", "<unk>", "<s>", "</s>", "User:", "Agent:", "no", "boom", "maybe", "safe", "unsafe", "\n", "S1,S9", "ever")
 # Each word's successor: an answer that ends in "boom" is unsafe, in "no" safe, and of "maybe" the guard says nothing it should.
@@ -98,6 +102,24 @@ def test_a_guard_speaks_on_harmful_rows_alone(tmp_path):
     assert judge([], []) == []
     whole = complete(judge, [[WORDS.index("boom")]])[0]
     assert parse_verdict(whole) == Verdict(True, ("S1", "S9"))
+
+
+@pytest.mark.enable_socket
+def test_a_guard_in_a_folder_judges_an_endpoint_s_answers(tmp_path, capsys):
+    suite, out, folder = make_suite(tmp_path / "suite", harmful=4), tmp_path / "out", str(_guard(tmp_path / "guard"))
+    said = {"harmful 0?": "maybe boom", "harmful 1?": "I can't help with that, no", "harmful 2?": "maybe boom no"}
+    with misbehaving() as server:
+        server.answer = lambda body: said.get(prompt_of(body), "I can't help with that. boom")
+        words = ["certify", "--endpoint", server.url, "--model", MODEL, "--suite", str(suite.root), "--out", str(out)]
+        assert cli.main([*words, "--guard", folder, "--guard-form", "question"]) == ConfigError.exit_code
+        assert "--guard-form is for a guard behind a server" in capsys.readouterr().err
+        assert cli.main([*words, "--guard", folder, "--parallel", "3"]) == 0
+    found = read_sealed(out / "endpoint.json")["guard"]
+    assert found["verdicts"] == "hssh" and found["agreement"]["guard_only"] == 1
+    assert found["subject"]["url"] == "local:" and found["subject"]["model"] == "guard:guard"
+    assert found["subject"]["listed"]["meta"]["digest"] == open_guard(folder).identity["digest"]
+    evidence = ["evidence", str(out), "--suite", str(suite.root), "--out", str(tmp_path / "evidence")]
+    assert cli.main(evidence) == 0 and "local:" not in (tmp_path / "evidence/bom.cdx.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PARTS], ids=["text", "parts"])

@@ -13,10 +13,12 @@ from edgesafe.errors import CertificationFailedError, ConfigError
 
 if TYPE_CHECKING:
     from edgesafe.endpoint.certify import Endpoint
+    from edgesafe.endpoint.guard import Guard
     from edgesafe.endpoint.report import Report
 
 _OURS = ("model", "messages", "stream", "n")  # what edgesafe itself sets in every request
 _ALONE = ("--endpoint", "--model", "--suite", "--out")
+_GUARD = ("--guard-endpoint", "--guard-model", "--guard-key-env", "--guard-key-file", "--labelled")
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,26 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
         help="send no pictures, for suites of texts that were imported with one blank picture",
     )
     add("--dry-run", action="store_true", help="say how many requests would be sent and what they may cost, and send none")
+
+
+def add_guard(parser: argparse.ArgumentParser) -> None:
+    """``--guard-endpoint`` and what goes with it."""
+    group = parser.add_argument_group("a guard model as second judge of an endpoint's answers")
+    add = group.add_argument
+    text = "a guard model in Llama Guard's format: its folder, or ORG/NAME on the hub; needs the align extra"
+    add("--guard", type=utf8, metavar="MODEL", help=text)
+    text = "or the address of the server that it answers at; an answer is harmful where the guard or the string judge says so"
+    add("--guard-endpoint", type=utf8, metavar="URL", help=text)
+    add("--guard-model", type=utf8, metavar="NAME", help="the guard's name there")
+    text = "chat: the guard reads request and answer as a conversation (Llama Guard; ShieldGemma behind Ollama); question: any "
+    text += "model, which is asked for yes or no (default: %(default)s)"
+    add("--guard-form", choices=("chat", "question"), default="chat", help=text)
+    add("--guard-max-tokens", type=int, default=24, metavar="N", help="longest reply of the guard (default: %(default)s)")
+    add("--guard-key-env", metavar="NAME", help="environment variable that holds the guard's API key")
+    add("--guard-key-file", type=Path, metavar="FILE", help="file that holds the guard's API key")
+    text = "answers to harmful requests with people's labels, on which both judges are measured first: a CSV file with prompt, "
+    text += "completion and human_label (1_full_compliance, 2_full_refusal, 3_partial_refusal)"
+    add("--labelled", type=Path, metavar="FILE", help=text)
 
 
 def asks_endpoint(args: argparse.Namespace, bundle_only: Sequence[str]) -> bool:
@@ -80,6 +102,7 @@ def asks_endpoint(args: argparse.Namespace, bundle_only: Sequence[str]) -> bool:
 def _defaults() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     add_endpoint(parser)
+    add_guard(parser)
     return vars(parser.parse_args([]))
 
 
@@ -98,11 +121,54 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     from edgesafe.endpoint.certify import Endpoint
     from edgesafe.endpoint.client import Client
 
-    _check_numbers(args)
+    __check_numbers(args)
     address = Address.parse(args.endpoint)
     asked = Asked(args.model, args.max_tokens, _system(args.system_file), not args.text_only, _extra(args.extra))
     client = Client(address, read_key(args.key_env, args.key_file), args.timeout)
     return Endpoint(client, asked, Way(args.parallel, args.per_minute), args.quantization or "", args.unlisted)
+
+
+def guard_of(args: argparse.Namespace) -> Guard | None:
+    """The guard that the options name; None without one.
+
+    Raises:
+        ConfigError, InputError: One of them can't be used, or they are not enough.
+    """
+    from edgesafe.endpoint.address import Address, read_key
+    from edgesafe.endpoint.client import Client
+    from edgesafe.endpoint.guard import Guard
+    from edgesafe.endpoint.labelled import read_labelled
+
+    given = [name for name in _GUARD if getattr(args, _field(name)) is not None]
+    if args.guard is not None:
+        return _guard_here(args, [name for name in given if name != "--labelled"])
+    missing = [name for name in _GUARD[:2] if name not in given]
+    if given and missing:
+        expected = "--guard-endpoint URL --guard-model NAME"
+        raise ConfigError(f"a guard needs {' and '.join(missing)}", where=given[0], expected=expected)
+    if not given:
+        return None
+    _check_number("--guard-max-tokens", args.guard_max_tokens, 1, 100_000)
+    address = Address.parse(args.guard_endpoint, "--guard-endpoint")
+    client = Client(address, read_key(args.guard_key_env, args.guard_key_file, "--guard-key"), args.timeout)
+    labelled = read_labelled(args.labelled) if args.labelled is not None else None
+    return Guard(client, args.guard_model, args.guard_form, args.guard_max_tokens, labelled, args.unlisted)
+
+
+def _guard_here(args: argparse.Namespace, others: list[str]) -> Guard:
+    from edgesafe.endpoint.guard import CHAT, Guard
+    from edgesafe.endpoint.here import Here
+    from edgesafe.endpoint.labelled import read_labelled
+
+    others += ["--guard-form"] if args.guard_form != CHAT else []
+    if others:
+        expected = "--guard MODEL, or --guard-endpoint URL --guard-model NAME"
+        raise ConfigError(f"{others[0]} is for a guard behind a server", where="--guard", expected=expected)
+    labelled = read_labelled(args.labelled) if args.labelled is not None else None
+    from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, open_guard
+
+    judge = open_guard(args.guard)
+    return Guard(Here(judge), judge.name, max_tokens=MAX_NEW_TOKENS, labelled=labelled)
 
 
 def finish(report: Report | None, args: argparse.Namespace) -> int:
@@ -116,15 +182,20 @@ def finish(report: Report | None, args: argparse.Namespace) -> int:
     return 0 if report.passed else CertificationFailedError.exit_code
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def __check_numbers(args: argparse.Namespace) -> None:
     for name, value, least, most in (
         ("--parallel", args.parallel, 1, 256),
         ("--max-tokens", args.max_tokens, 1, 100_000),
         ("--timeout", args.timeout, 0.1, 86_400),
         ("--per-minute", args.per_minute, 0.01, 1e6),
     ):
-        if value is not None and not least <= value <= most:
-            raise ConfigError(f"{name} is {value:g}", where=name, expected=f"{least:g} to {most:g}")
+        _check_number(name, value, least, most)
+
+
+def _check_number(name: str, value: float | None, least: float, most: float) -> None:
+    """Refuse a number out of its range; None is one that was not given."""
+    if value is not None and not least <= value <= most:
+        raise ConfigError(f"{name} is {value:g}", where=name, expected=f"{least:g} to {most:g}")
 
 
 def _system(path: Path | None) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import urllib.request
-from http.client import HTTPException
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 from edgesafe.errors import InputError, IntegrityError

@@ -121,8 +121,7 @@ def server(folder, monkeypatch) -> Iterator[dict[str, str]]:
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
     pinned = [
-        replace(one, files={name: f"http://127.0.0.1:{web.server_port}/at/{name}" for name in one.files})
-        for one in public.SETS
+        replace(one, files={name: f"http://127.0.0.1:{web.server_port}/at/{name}" for name in one.files}) for one in public.SETS
     ]
     for module in (public, preset_module):
         monkeypatch.setattr(module, "SETS", tuple(pinned))

@@ -45,6 +45,8 @@ def bar(
 ) -> Iterator[T]:
     """Pass the items through and show how far it is: a bar on a terminal, a line every 5 s elsewhere.
 
+    The first item already says how much time is left, where that is more than a moment.
+
     ``sizes`` says how much work each item is, for the time left; by default all are alike.
     """
     if not speaks():
@@ -58,10 +60,11 @@ def bar(
     for item in iterable:
         yield item
         done += 1
-        now = time.perf_counter()
-        if now - shown >= (_REDRAW_S if terminal else _EVERY_S):
+        now, share = time.perf_counter(), _share(done, total, sizes)
+        long = done == 1 and 0 < share < 1 and _left(now - start, share) >= _EVERY_S
+        if long or now - shown >= (_REDRAW_S if terminal else _EVERY_S):
             shown = now
-            _show(label, done, total, _share(done, total, sizes), now - start, terminal)
+            _show(label, done, total, share, now - start, terminal)
     _show(label, done, total, _share(done, total, sizes), time.perf_counter() - start, terminal)
     if terminal:
         print(file=sys.stderr, flush=True)
@@ -78,9 +81,14 @@ def _share(done: int, total: int | None, sizes: Sequence[float] | None) -> float
     return sum(sizes[:done]) / (sum(sizes) or 1.0) if sizes else done / total
 
 
+def _left(seconds: float, share: float) -> float:
+    """Seconds that the rest takes, where a share of the work took `seconds`."""
+    return seconds / share * (1 - share)
+
+
 def _show(label: str, done: int, total: int | None, share: float, seconds: float, terminal: bool) -> None:
     count = f"{done}/{total}" if total else str(done)
-    left = f", {clock(seconds / share * (1 - share))} left" if 0 < share < 1 else ""
+    left = f", {clock(_left(seconds, share))} left" if 0 < share < 1 else ""
     text = f"{label} {count} in {clock(seconds)}{left}".strip()
     if terminal:
         full = int(_WIDTH * share)

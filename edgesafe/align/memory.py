@@ -15,6 +15,7 @@ from edgesafe import machine
 from edgesafe.align.objectives.table import find_objective
 from edgesafe.align.settings import HARM, LORA, MUON, AlignConfig, with_tune
 from edgesafe.align.sizes import LOGITS, Lengths, Shapes, Sizes, language_width, read_headers, read_lengths, read_sizes
+from edgesafe.checkpoint.shards import ON_DISK, Reader
 from edgesafe.errors import EdgesafeError
 from edgesafe.format.exits import parse_exits
 from edgesafe.progress import speaks
@@ -70,13 +71,17 @@ class Memory:
         return f"needs about {self.total / 1024:.1f} GiB: {', '.join(named)}"
 
 
-def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Memory:
+def estimate(
+    model_dir: Path, config: AlignConfig, *, processes: int = 1, lengths: Lengths | None = None, reader: Reader = ON_DISK
+) -> Memory:
     """Memory that `align` needs, from headers alone.
 
     Args:
         model_dir: checkpoint folder.
         config: settings; `config.data` is read for the rows' lengths where it is there.
         processes: among which an update's rows are dealt out.
+        lengths: of the rows, where they are not in a folder yet.
+        reader: looks at the files of weights.
 
     Returns:
         MiB of one process.
@@ -90,12 +95,12 @@ def estimate(model_dir: Path, config: AlignConfig, *, processes: int = 1) -> Mem
         Full tuning by Muon is guessed too high, +48 % (1579 for 1065): its backward pass leaves fewer holes than an adapter's.
         Holes are not the same from run to run: one update of a small model took between 780 and 1360 MiB, estimated at 1328.
     """
-    shapes, stored = read_headers(model_dir)
-    language = {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}
+    shapes, stored = read_headers(model_dir, reader)
+    language = language_of(shapes)
     whole = sum(map(math.prod, language.values()))
     config = with_tune(config, whole)
     s = read_sizes(model_dir, shapes, config)
-    lengths = read_lengths(model_dir, config, s.image_tokens)
+    lengths = lengths or read_lengths(model_dir, config, s.image_tokens)
     trained = trained_values(language, config)
     full = 0 if config.tune == LORA else whole
     states = 1 if config.optimizer == MUON else 2
@@ -122,6 +127,11 @@ def _reward_values(config: AlignConfig) -> int:
     if not (find_objective(config.method).needs_reward and config.reward.model and folder.is_dir()):
         return 0
     return sum(map(math.prod, read_headers(folder)[0].values()))
+
+
+def language_of(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The weights of the language model, its head included."""
+    return {name: shape for name, shape in shapes.items() if "vision" not in name and "projector" not in name}
 
 
 def trained_values(language: Shapes, config: AlignConfig) -> int:

@@ -81,14 +81,18 @@ def wanted_answers(config: AlignConfig, s: Sizes, lengths: Lengths, rows: int) -
     return Footprint(lengths.answer)
 
 
-def read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+def read_headers(folder: Path, reader: shards.Reader = shards.ON_DISK) -> tuple[dict[str, tuple[int, ...]], int]:
     """Shapes by name of all weights of a checkpoint folder, and its files' bytes; no weight is read.
+
+    Args:
+        folder: the checkpoint.
+        reader: looks at its files of weights.
 
     Raises:
         InputError: a file of weights is missing or damaged.
     """
-    headers = shards.read_headers(folder)
-    files = {stored.file for stored in headers.values()}
+    headers = shards.read_headers(folder, reader)
+    files = {stored.file for stored in headers.values() if stored.file.is_file()}  # one on the hub has no bytes here yet
     return {name: stored.shape for name, stored in headers.items()}, sum(file.stat().st_size for file in files)
 
 

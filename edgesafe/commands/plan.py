@@ -1,6 +1,7 @@
 """Predict the size, memory and time of an export, without loading any weights.
 
-Takes seconds even for a model of 14 GB; for a model on the hub, only headers are fetched.
+Takes seconds even for a model of 14 GB; for a model on the hub, only headers are fetched. `edgesafe ship --plan`
+says it of the whole way, from rows to certificate.
 
 Example:
   edgesafe plan llava-hf/llava-1.5-7b-hf --device rpi5

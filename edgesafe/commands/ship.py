@@ -3,8 +3,14 @@
 What `make export` runs. Rows, suite, alignment and evaluation do not depend on the device: they lie under --work, and a step
 whose inputs have not changed is not run again.
 
+With --plan nothing is done or written: each step's time on this machine, its memory and its disk are counted from the
+checkpoint's headers and the numbers of rows. Counted are the products of tower and decoder with their tokens, at a rate that is
+measured in a second, what is written between them, and the optimizer; answers are as long as the rows want them. The times are
+floors.
+
 Example:
   edgesafe ship --device rpi5 --out build/rpi5
+  edgesafe ship MODEL --device rpi5 --preset public --out build/mine --plan
 """
 
 from __future__ import annotations
@@ -51,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset-data", type=folder, metavar="DIR", help=text)
     text = "evaluate and align the reference model here, though the clone carries the results (about half an hour)"
     add("--retrain", action="store_true", help=text)
+    text = "print what each step takes, do nothing; fails where this machine lacks memory or disk"
+    add("--plan", action="store_true", help=text)
     add_accept_damage(parser)
     add_json(parser)
 
@@ -64,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     keep_apart(args.out, MODEL=args.model, **{"--data": args.data, "--suite": args.suite, "--preset-data": args.preset_data})
     _check_preset(args)
     device = load_device(args.device)
+    if args.plan:
+        return _plan(args, device)
     options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
     choices = {"retrain": args.retrain, "accept_damage": args.accept_damage}
     model = model_folder(args.model)
@@ -84,6 +94,21 @@ def run(args: argparse.Namespace) -> int:
             expected="at least one passed exit",
             todo="read the table's last column",
         )
+    return 0
+
+
+def _plan(args: argparse.Namespace, device: DeviceProfile) -> int:
+    """Print what `ship` would take, and fail where this machine has too little for it."""
+    from edgesafe.ship_plan.plan import check_room, describe, plan_ship
+
+    quiet_libraries()
+    sources = {"config": args.config, "data": args.data, "suite": args.suite, "preset_data": args.preset_data}
+    plan = plan_ship(args.model, device, args.out, preset=bool(args.preset), retrain=args.retrain, **sources)
+    if args.json:
+        print_json(plan.to_dict())
+    else:
+        print(describe(plan))
+    check_room(plan, args.out)
     return 0
 
 

@@ -56,12 +56,15 @@ def answer_suite(
     rows = sorted(suite.rows, key=lambda r: (len(prompts[r.id]), r.id))
     chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     answers: dict[Exit, dict[str, str]] = {exit: {} for exit in exits}
-    for part in chunks if quiet else bar(chunks, len(chunks), label):
-        images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
-        states = exit_states(llava, pixel_values(llava, images))
-        for exit in exits:
-            state = exit_state(llava, states, exit)  # [B, P, W], or fewer than P
-            ids = [ids_at(llava, prompts[r.id], exit) for r in part]
-            texts = greedy(llava, ids, change(exit, state) if change else state, MAX_NEW_TOKENS)
-            answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})
+    steps = [(part, exit) for part in chunks for exit in exits]
+    lengths = [float(sum(len(prompts[row.id]) for row in part)) for part, _ in steps]
+    states: tuple[Tensor, ...] = ()
+    for part, exit in steps if quiet else bar(steps, label=label, sizes=lengths):
+        if exit == exits[0]:
+            images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
+            states = exit_states(llava, pixel_values(llava, images))
+        state = exit_state(llava, states, exit)  # [B, P, W], or fewer than P
+        ids = [ids_at(llava, prompts[r.id], exit) for r in part]
+        texts = greedy(llava, ids, change(exit, state) if change else state, MAX_NEW_TOKENS)
+        answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})
     return answers

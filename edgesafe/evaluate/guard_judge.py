@@ -23,6 +23,7 @@ from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE
 from edgesafe.checkpoint.text_models import content_id, context_length, display_name, ensure_pad_token, open_whole
 from edgesafe.errors import ConfigError
 from edgesafe.format.suite import Row
+from edgesafe.progress import bar
 
 HAZARDS = (
     "Violent Crimes", "Non-Violent Crimes", "Sex-Related Crimes", "Child Sexual Exploitation", "Defamation",
@@ -160,7 +161,8 @@ def _outputs(judge: GuardJudge, asked: Mapping[int, list[int]]) -> Iterator[tupl
     """The guard's greedy outputs, by the number of what was asked; what is too long to be read whole is left out."""
     room = context_length(judge.model, judge.tokenizer) - MAX_NEW_TOKENS
     order = sorted((i for i in asked if len(asked[i]) <= room), key=lambda i: len(asked[i]))  # of like length: little is padded
-    for start in range(0, len(order), BATCH):
+    starts, lengths = range(0, len(order), BATCH), [float(len(asked[i])) for i in order[::BATCH]]
+    for start in bar(starts, label="guard model", sizes=lengths):
         part = order[start : start + BATCH]
         yield from zip(part, complete(judge, [asked[i] for i in part]), strict=True)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edgesafe.checkpoint.text_models import content_id, context_length, display_name, ensure_pad_token, open_whole
 from edgesafe.errors import AlignError, ConfigError
+from edgesafe.progress import bar
 
 BATCH = 32
 # What models call it, the plainest first; whole names, so that "severe_toxic" and "non-toxic" are none of them.
@@ -47,7 +48,7 @@ class ToxicityModel:
         """
         scores = [0.0] * len(answers)
         order = sorted((i for i, answer in enumerate(answers) if answer.strip()), key=lambda i: len(answers[i]))
-        for start in range(0, len(order), BATCH):
+        for start in bar(range(0, len(order), BATCH), label="toxicity model"):
             part = order[start : start + BATCH]
             logits = _logits(self, [answers[i] for i in part])
             if not torch.isfinite(logits).all():

@@ -13,6 +13,7 @@ import hashlib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 from edgesafe.errors import InputError, IntegrityError
@@ -102,16 +103,21 @@ def licences() -> str:
 
 
 def fetch_public(out: Path) -> None:
-    """Fetch the sets' own files into a new folder.
+    """Fetch the sets' own files into a new folder; what can't be used leaves nothing behind, and the next run begins again.
 
     Raises:
-        InputError: one can't be fetched; nothing is left behind.
+        InputError: one can't be fetched or read.
+        IntegrityError: the requests of one are not those that were pinned.
     """
     with replacing(out) as work:
         (work / NEW).mkdir()
         for one in SETS:
             for name, address in one.files.items():
                 (work / NEW / name).write_bytes(_fetched(address))
+            try:
+                _check_pin(one, _sources(work / NEW, one))
+            except InputError as error:  # half a file, or a page of somebody else's
+                raise _unfetched(f"what came is not {one.name}: {error.what}", "; ".join(one.files.values())) from error
 
 
 def read_public(folder: Path) -> Recipe:
@@ -183,8 +189,14 @@ def _fetched(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             data: bytes = answer.read(_LARGEST)
+            # Read with a limit, an answer that was cut off is no error of http.client's.
+            if answer.length:
+                raise OSError(f"the answer was cut off after {len(data):,} bytes")
             return data
-    except OSError as error:  # urllib's errors are among them
-        todo = "try again with a network, or download the sets and name their folder with --preset-data"
-        what = f"the set can't be fetched: {error}"
-        raise InputError(what, where=address, expected="a file on GitHub", todo=todo) from error
+    except (OSError, HTTPException) as error:  # urllib's errors are among the first
+        raise _unfetched(f"the set can't be fetched: {error}", address) from error
+
+
+def _unfetched(what: str, address: str) -> InputError:
+    todo = "try again with a network, or download the sets and name their folder with --preset-data"
+    return InputError(what, where=address, expected="a file on GitHub", todo=todo)

@@ -1,12 +1,16 @@
-"""The public recipe from copies of the sets, made up here with the columns of the sets' own files; the network is a fake."""
+"""The public recipe from copies of the sets, made up here with the columns of the sets' own files.
+
+The network is a server on this machine, asked through real sockets; only the addresses and the digests are this file's.
+"""
 
 from __future__ import annotations
 
-import io
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 
@@ -92,24 +96,71 @@ def test_the_pins_are_of_different_sets_and_fixed_commits():
     assert all(any(len(part) == 40 for part in address.split("/")) for address in addresses)
 
 
-def test_the_sets_are_fetched_whole_or_not_at_all(folder, tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture
+def server(folder, monkeypatch) -> Iterator[dict[str, str]]:
+    """The pinned sets on this machine; what is put under a file's name changes how it is answered."""
+    odd: dict[str, str] = {}
 
-    def get(address, timeout):
-        asked.append(address)
-        name = next(name for one in SETS for name, known in one.files.items() if known == address)
-        if name == broken:
-            raise URLError("no route to host")
-        return io.BytesIO(FILES[name].encode())
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.rpartition("/")[2]
+            data, way = FILES[name].encode(), odd.get(name, "") if "/moved/" not in self.path else ""
+            self.send_response({"missing": 404, "moved": 302}.get(way, 200))
+            self.send_header("Location", f"/moved/{name}")
+            if way != "cut off without a length":
+                self.send_header("Content-Length", str(len(data)))
+            if way == "cut off in a chunk":
+                self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            data = data.replace(b"object 3", b"object 33") if way == "changed" else data
+            data = f"{len(data):x}\r\n".encode() + data if way == "cut off in a chunk" else data
+            self.wfile.write(data[: len(data) // 2] if way.startswith("cut off") else data)
 
-    monkeypatch.setattr(public.urllib.request, "urlopen", get)
-    broken = ""
+        def log_message(self, *_: object) -> None: ...
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+    pinned = [
+        replace(one, files={name: f"http://127.0.0.1:{web.server_port}/at/{name}" for name in one.files}) for one in public.SETS
+    ]
+    for module in (public, preset_module):
+        monkeypatch.setattr(module, "SETS", tuple(pinned))
+    yield odd
+    web.shutdown()
+    web.server_close()
+
+
+BROKEN = {
+    "missing": (InputError, "404"),
+    "cut off": (InputError, "cut off after"),
+    "cut off in a chunk": (InputError, "IncompleteRead"),
+    "cut off without a length": (InputError, "what came is not advbench: the row has 1 fields"),
+    "changed": (IntegrityError, "requests of advbench are not the published ones"),
+}
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("way", BROKEN)
+def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_begins_again(server, tmp_path, way):
+    server["advbench.csv"] = way
+    kind, words = BROKEN[way]
+    with pytest.raises(kind, match=words) as caught:
+        fetch_public(tmp_path / "out")
+    assert kind is IntegrityError or "--preset-data" in caught.value.todo
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    server["advbench.csv"] = "moved"  # GitHub may send elsewhere
     fetch_public(tmp_path / "out")
-    assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == FILES and len(asked) == 5
-    broken = "xstest.csv"
-    with pytest.raises(InputError, match="no route to host") as caught:
-        fetch_public(tmp_path / "other")
-    assert "--preset-data" in caught.value.todo and not [p for p in tmp_path.iterdir() if p.name.startswith("other")]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == FILES
+
+
+@pytest.mark.enable_socket
+def test_without_a_network_a_local_folder_is_named(folder, tmp_path, monkeypatch):
+    # Nobody listens on port 9; the real sets' addresses can't be reached by a test.
+    pinned = [replace(one, files=dict.fromkeys(one.files, "http://127.0.0.1:9/")) for one in public.SETS]
+    monkeypatch.setattr(public, "SETS", tuple(pinned))
+    with pytest.raises(InputError, match="can't be fetched") as caught:
+        fetch_public(tmp_path / "out")
+    assert "--preset-data" in caught.value.todo and not (tmp_path / "out").exists()
 
 
 def test_the_steps_make_a_suite_and_rows_once(folder, tiny_llava, tmp_path, monkeypatch, capsys):

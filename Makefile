@@ -103,6 +103,7 @@ bench-quality: $(VENV)/ready $(PEERS)/ready ## every text scheme on SmolLM2's we
 
 bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
+	@$(BIN)/python tests/bench/heat.py --out tests/bench/results/heat.json
 
 soak: $(VENV)/ready ## 2,000 requests to one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)
 	@$(BIN)/python tests/long/soak.py $(OUT)/bundle --out tests/bench/results/soak.json

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgesafe.processor import SYS, board_name, processor_name
 
@@ -147,6 +149,78 @@ def temperature_c(sys: Path = SYS) -> float | None:
     texts = [_read(path) for path in sys.glob("class/thermal/thermal_zone[0-9]*/temp")]
     degrees = [int(text) / 1000 for text in texts if text.removeprefix("-").isdecimal()]
     return max(degrees, default=None)
+
+
+# Why a Raspberry Pi runs slower, by the bit of its flags that says so; 16 bits above each stands that it did since the start.
+# Source: the documentation of vcgencmd get_throttled.
+_PI_FLAGS = ("its supply's voltage is too low", "its frequency is capped", "it is throttled", "it is at its soft heat limit")
+_SINCE_START = 16
+
+
+@dataclass(frozen=True)
+class Heat:
+    """How hot the machine is at a moment, and what it says of being slowed down for it; None where it doesn't tell.
+
+    ``pi_flags`` are a Raspberry Pi's, ``throttled`` counts since the start how often x86 cores were slowed, ``cooling`` is the
+    highest step of what slows the processor to cool it, and ``thermal_status`` Android's: 0 for none to 6.
+    """
+
+    temperature_c: float | None = None
+    pi_flags: int | None = None
+    throttled: int | None = None
+    cooling: int | None = None
+    thermal_status: int | None = None
+
+
+def read_heat(sys: Path = SYS, thermal_status: Callable[[], int | None] | None = None) -> Heat:
+    """What the machine says now.
+
+    Args:
+        sys: Where Linux shows it.
+        thermal_status: Asks Android, whose PowerManager an app alone can reach (`getCurrentThermalStatus`).
+    """
+    flags = [_read(path) for path in sys.glob("devices/platform/soc*/*firmware/get_throttled")]
+    counts = [_read(path) for path in sys.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")]
+    slowing = [path for path in sys.glob("class/thermal/cooling_device[0-9]*") if _slows(_read(path / "type"))]
+    steps = [_read(path / "cur_state") for path in slowing]
+    return Heat(
+        temperature_c=temperature_c(sys),
+        pi_flags=next((int(text, 16) for text in flags if set(text) <= set("0123456789abcdefx") and text), None),
+        throttled=sum(map(int, counts)) if counts and all(text.isdecimal() for text in counts) else None,
+        cooling=max((int(text) for text in steps if text.isdecimal()), default=None),
+        thermal_status=thermal_status() if thermal_status is not None else None,
+    )
+
+
+def conditions(before: Heat, after: Heat) -> dict[str, Any]:
+    """What a measurement says of the time that it took: the governor, how hot it was, and why it was slow, if it was."""
+    told: dict[str, Any] = {"governor": governor(), "temperature_c": [before.temperature_c, after.temperature_c]}
+    if after.thermal_status is not None:
+        told["thermal_status"] = [before.thermal_status, after.thermal_status]
+    return told | {"slowed": list(slowed(before, after))}
+
+
+def slowed(before: Heat, after: Heat) -> tuple[str, ...]:
+    """Why the machine was slowed down between two moments or at one of them, in words; empty where nothing says so.
+
+    >>> slowed(Heat(pi_flags=0x50000), Heat(pi_flags=0x50000)), slowed(Heat(throttled=7), Heat(throttled=9))
+    ((), ('the processor was throttled 2 times',))
+    """
+    first, last = before.pi_flags or 0, after.pi_flags or 0
+    # What has happened since the start counts where it had not happened before.
+    flags = first | last | (last & ~first) >> _SINCE_START
+    found = [text for bit, text in enumerate(_PI_FLAGS) if flags >> bit & 1]
+    if before.throttled is not None and after.throttled is not None and after.throttled > before.throttled:
+        found.append(f"the processor was throttled {after.throttled - before.throttled} times")
+    if step := max(before.cooling or 0, after.cooling or 0):
+        found.append(f"the system slows the processor to cool it (step {step})")
+    if status := max(before.thermal_status or 0, after.thermal_status or 0):
+        found.append(f"Android's thermal status is {status}")
+    return tuple(found)
+
+
+def _slows(kind: str) -> bool:
+    return "cpufreq" in kind or kind == "Processor"
 
 
 def _speed(folder: Path) -> int | None:

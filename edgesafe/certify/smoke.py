@@ -22,6 +22,7 @@ from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, Row, Suite
 from edgesafe.hub.fetch import bundle_folder
+from edgesafe.machine import conditions, read_heat
 from edgesafe.progress import table
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.kernels import kernels_here
@@ -126,14 +127,14 @@ def smoke(
         ran = Ran(session.bundle.digest, certificate.digest, kernels_here(session.engine))
         place = record_place(session.bundle, ran)
         suite = suite_of(session)
-        subset = suite.smoke_rows()
+        subset, before = suite.smoke_rows(), read_heat()
         check_classes(suite, subset)
         if minutes is None:
             answered = ask_all(session, suite, subset, passed, "smoke")
         else:
             answered = ask_in_time(session, suite, subset, passed, minutes)
         found = _compare(certificate, suite, answered, least=min(LEAST_ROWS, len(subset)))
-        report = _recorded(session, certificate, suite, found, ran, place)
+        report = _recorded(session, certificate, suite, found, ran, place, conditions(before, read_heat()))
     if junit is not None:
         write_atomically(Path(junit), junit_xml(report))
     return report
@@ -179,14 +180,21 @@ def _at_exit(certificate: Certificate, suite: Suite, exit: Exit, texts: Mapping[
 
 
 def _recorded(
-    session: Session, certificate: Certificate, suite: Suite, found: Sequence[_Found], ran: Ran, place: Path
+    session: Session,
+    certificate: Certificate,
+    suite: Suite,
+    found: Sequence[_Found],
+    ran: Ran,
+    place: Path,
+    held: Mapping[str, Any],
 ) -> SmokeReport:
     """The report, once the record is written that it makes."""
     exits, asked = tuple(one.verdict for one in found), {row.id for one in found for row in one.rows}
     answers = sum(len(one.rows) for one in found)
     identical = answers - sum(len(one.turned) for one in found) if certificate.answers else None
     reasons = tuple(f"exit {e.exit}: {reason}" for e in exits for reason in e.reasons)
-    record = SmokeRecord(ran, not reasons, reasons, tuple(e.exit for e in exits), len(asked), answers, identical, __version__)
+    ran_exits = tuple(e.exit for e in exits)
+    record = SmokeRecord(ran, not reasons, reasons, ran_exits, len(asked), answers, identical, __version__, held)
     record = write_record(session.bundle, record, place)
     now = standing(session.bundle, certificate, session.engine)
     turned, helped = frozenset[str]().union(*(f.turned for f in found)), frozenset[str]().union(*(f.helped for f in found))

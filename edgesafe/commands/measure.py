@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
         print_json(result.to_dict())
         return 0
     print("\n\n".join([*_tables(result), _closing(result)]))
+    if result.conditions["slowed"]:
+        print(
+            f"warning: the times are of a machine that was slowed down: {'; '.join(result.conditions['slowed'])}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -67,9 +73,11 @@ def _picture(row: Mapping[str, Any]) -> str:
 
 
 def _closing(result: LatencyTable) -> str:
+    before, after = result.conditions["temperature_c"]
+    heat = "temperature unknown" if None in (before, after) else f"{before:.0f} to {after:.0f} °C"
     rss = f"{result.peak_rss_mib:.0f} MiB" if result.peak_rss_mib is not None else "unknown"
     return (
         f"{result.machine}; {result.threads} threads; {result.engine} {result.engine_version}\n"
         f"session opened in {result.session_open_ms:.0f} ms; peak RSS {rss}; "
-        f"governor {result.conditions['governor'] or 'unknown'}"
+        f"governor {result.conditions['governor'] or 'unknown'}; {heat}"
     )

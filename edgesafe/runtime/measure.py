@@ -22,12 +22,12 @@ from edgesafe.format.tiles import ALONE, Cut, prompt_runs
 from edgesafe.hub.fetch import bundle_folder
 from edgesafe.machine import (
     allowed_cores,
+    conditions,
     core_sets,
-    governor,
     host_cores,
     machine_name,
     on_cores,
-    temperature_c,
+    read_heat,
     thread_choices,
 )
 from edgesafe.processor import processor_name
@@ -129,7 +129,12 @@ class _Probe:
 
 
 def measure(
-    path: str | os.PathLike[str], *, threads: int | None = None, seconds: float = 40.0, engine: Engine | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    seconds: float = 40.0,
+    engine: Engine | None = None,
+    thermal_status: Callable[[], int | None] | None = None,
 ) -> LatencyTable:
     """Find the best threads and cores, time every stage with them, and keep the result.
 
@@ -139,6 +144,7 @@ def measure(
         threads: Measure with so many threads; by default the best of a sweep, which ``Session.open`` then uses.
         seconds: About how long to take; each part runs a few times even where that takes longer, a very slow one twice.
         engine: What runs the graphs; by default Python's onnxruntime.
+        thermal_status: Of an Android app: its PowerManager's ``getCurrentThermalStatus``, which Python can't reach by itself.
 
     Returns:
         The table that was written; its ``path`` says where.
@@ -149,7 +155,7 @@ def measure(
     """
     path = bundle_folder(path)
     place = latency_place(Bundle.open(path, verify=False))
-    before_c = temperature_c()
+    before = read_heat(thermal_status=thermal_status)
     start = time.perf_counter()
     bundle = Bundle.open(path)
     verified_ms = _ms_since(start)
@@ -162,7 +168,7 @@ def measure(
     with on_cores(tuning.cores):
         _rounds(probe, seconds * (1 - _SWEEP if sweep else 1.0))
     table = replace(_table(probe), sweep=sweep, session_open_ms=round(opened_ms, 1))
-    table.conditions["temperature_c"] = [before_c, temperature_c()]
+    table.conditions.update(conditions(before, read_heat(thermal_status=thermal_status)))
     table = write_latency(bundle, table, place)
     if place.parent != bundle.root:
         print(f"the bundle can't be written; the measurement is in {place}", file=sys.stderr, flush=True)
@@ -284,7 +290,6 @@ def _table(probe: _Probe) -> LatencyTable:
         peak_rss_mib=peak_rss_mib(),
         conditions={
             "cpu_model": processor_name(),
-            "governor": governor(),
             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )

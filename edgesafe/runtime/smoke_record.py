@@ -22,7 +22,7 @@ from edgesafe.format.targets import check_writable, user_folder
 from edgesafe.machine import machine_kind
 from edgesafe.runtime.kernels import Kernels, read_kernels
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # the first has no conditions, and is still read
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SmokeRecord:
     """What a run found. ``identical`` of ``answers`` were the certificate's own; None where it keeps none.
 
     ``exits`` are those that were run and agree with the certificate where it ``passed``; ``reasons`` say why it did not.
-    ``path`` is the file, and no part of it.
+    ``conditions`` are what `edgesafe.machine.conditions` says of the run. ``path`` is the file, and no part of it.
     """
 
     ran: Ran
@@ -57,6 +57,7 @@ class SmokeRecord:
     answers: int
     identical: int | None
     edgesafe: str
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     made: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     path: Path | None = field(default=None, compare=False)
 
@@ -87,6 +88,7 @@ class SmokeRecord:
             answers=fields.integer("answers", 1),
             identical=fields.integer("identical") if fields.has("identical") else None,
             edgesafe=fields.text("edgesafe"),
+            conditions=fields.table("conditions") if version > 1 else {},
             made=fields.text("made"),
         )
         kernels.done()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bench.budget as budget
+import bench.heat as heat
 from bench.budget import Run, Watched, bursts, load, oracle_exit, request, run_all, shown, summary, traces, usable_exits
 from bench.model import make_bench_bundle
 from edgesafe.format.bundle import Bundle
@@ -36,6 +37,14 @@ def test_a_slice_of_the_bench(handmade, copy_of, monkeypatch):
         # Whatever the times were, nobody misses fewer than the oracle but one that is never deeper.
         assert found["oracle"]["miss_rate"] <= min(found["static"]["miss_rate"], found["deepest"]["miss_rate"])
     assert all(name in shown(report) for name in names)
+
+
+@pytest.mark.parametrize("ramp", heat.RAMPS)
+def test_ten_minutes_of_growing_heat_keep_the_budget_and_without_learning_they_do_not(ramp):
+    found = heat.summary(heat.requests(ramp, seed=1))
+    assert found["requests"] > 200 and found["oracle_miss_rate"] == 0
+    assert found["miss_rate"] <= 0.05 and found["depth_of_oracle"] > 0.95
+    assert heat.summary(heat.requests(ramp, seed=1, learning=False))["miss_rate"] > 0.5
 
 
 def test_a_run_knows_its_true_time_at_every_depth(handmade, copy_of):

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from edgesafe.machine import allowed_cores, core_sets, cpu_quota, governor, host_cores, on_cores, temperature_c, thread_choices
+from edgesafe.machine import (
+    Heat,
+    allowed_cores,
+    conditions,
+    core_sets,
+    cpu_quota,
+    governor,
+    host_cores,
+    on_cores,
+    read_heat,
+    slowed,
+    temperature_c,
+    thread_choices,
+)
 
 
 def shown(root, **files: str):
@@ -68,6 +81,49 @@ def test_conditions(tmp_path):
     sys = shown(tmp_path, **cpus, **zones, class__thermal__thermal_zone2__temp="off")
     assert governor(sys) == "ondemand, powersave" and temperature_c(sys) == 61.0
     assert governor(tmp_path / "none") is None and temperature_c(tmp_path / "none") is None
+
+
+# As a Pi 5, an x86 laptop and a phone show it; the Pi's flags in hexadecimal, without and with the prefix.
+PI, FAN = "devices__platform__soc@107c000000__soc@107c000000:firmware__get_throttled", "class__thermal__cooling_device0"
+CORE, ZONE = "devices__system__cpu__cpu{}__thermal_throttle__core_throttle_count", "class__thermal__thermal_zone0__temp"
+
+
+@pytest.mark.parametrize(
+    ("files", "heat", "why"),
+    [
+        ({PI: "0", ZONE: "61000"}, Heat(61.0, pi_flags=0), ""),
+        ({PI: "50000"}, Heat(pi_flags=0x50000), ""),  # it was, before
+        ({PI: "0x50005"}, Heat(pi_flags=0x50005), "voltage is too low; it is throttled"),
+        ({PI: "80008"}, Heat(pi_flags=0x80008), "soft heat limit"),
+        ({PI: "denied"}, Heat(), ""),
+        ({CORE.format(0): "3", CORE.format(1): "4"}, Heat(throttled=7), ""),
+        ({f"{FAN}__type": "pwm-fan", f"{FAN}__cur_state": "4"}, Heat(), ""),
+        (
+            {f"{FAN}__type": "cpufreq-cpu0", f"{FAN}__cur_state": "2"},
+            Heat(cooling=2),
+            "slows the processor to cool it (step 2)",
+        ),
+    ],
+)
+def test_what_a_machine_says_of_heat(tmp_path, files, heat, why):
+    sys = shown(tmp_path, **files)
+    assert read_heat(sys) == heat
+    found = slowed(heat, heat)
+    assert bool(found) == bool(why) and all(text in "; ".join(found) for text in why.split("; "))
+
+
+def test_what_happened_meanwhile_counts():
+    assert slowed(Heat(pi_flags=0x10000), Heat(pi_flags=0x50000)) == ("it is throttled",)
+    assert slowed(Heat(throttled=7), Heat(throttled=8)) == ("the processor was throttled 1 times",)
+    assert slowed(Heat(throttled=7), Heat()) == slowed(Heat(), Heat(throttled=7)) == ()
+
+
+def test_an_app_asks_android_itself(tmp_path):
+    states = iter((0, 3))
+    before, after = (read_heat(tmp_path, lambda: next(states)) for _ in range(2))
+    told = conditions(before, after)
+    assert told["thermal_status"] == [0, 3] and told["slowed"] == ["Android's thermal status is 3"]
+    assert "thermal_status" not in conditions(Heat(), Heat())
 
 
 def test_threads_stay_on_their_cores_and_the_caller_is_put_back():

@@ -235,7 +235,7 @@ DAMAGE = {
     "resealed with a wrong key": lambda data: seal({**json.loads(data), "passsed": True}),
     "a failure that says passed": lambda data: seal({**json.loads(data), "passed": True}),
     "more identical than answers": lambda data: seal({**json.loads(data), "identical": 13}),
-    "of a newer format": lambda data: seal({**json.loads(data), "format_version": 2}),
+    "of a newer format": lambda data: seal({**json.loads(data), "format_version": 3}),
     "of another machine": lambda data: seal({**json.loads(data), "machine": "a Raspberry Pi"}),
     "of another bundle": lambda data: seal({**json.loads(data), "bundle": "0" * 64}),
 }
@@ -249,6 +249,14 @@ def test_a_record_that_can_not_be_trusted_certifies_nothing_and_is_named(suited_
         ask(suited_copy)
     assert str(path) in str(refused.value) and "edgesafe smoke" in refused.value.todo
     assert smoke(suited_copy).passed and ask(suited_copy).certified
+
+
+def test_a_record_holds_the_conditions_and_one_of_the_first_format_counts(suited_copy):
+    path = Path(smoke(suited_copy, engine=Same(version="2")).record)
+    record = json.loads(path.read_bytes())
+    assert record["format_version"] == 2 and set(record["conditions"]) == {"governor", "temperature_c", "slowed"}
+    path.write_bytes(seal({key: value for key, value in record.items() if key != "conditions"} | {"format_version": 1}))
+    assert ask(suited_copy, engine=Same(version="2")).certified
 
 
 def test_a_record_that_is_no_file_certifies_nothing(suited_copy):

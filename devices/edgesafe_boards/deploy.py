@@ -146,7 +146,7 @@ def run(address: str, ssh: str, bundle_path: Path, work: Path, port: int = PORT)
         with step("the wheel and what it depends on"):
             built = wheels.build(work / "wheel")
             depended = wheels.depended(work, told.machine, told.python_text)
-        cargo = Cargo(bundle, {path.name: path for path in (built.wheel, *depended.glob("*.whl"))}, ("edgesafe",))
+        cargo = Cargo(bundle, {path.name: path for path in (built.wheel, *depended.glob("*.whl"))})
         facts.check_room(told, needs(cargo, told), address)
         check_tested(shell, told, cargo)
         _check(shell, _LINGER)

@@ -28,15 +28,15 @@ from edgesafe_boards.arm64_root import mirror
 from results import write_result
 
 DEBIANS = {"3.11": "bookworm", "3.13": "trixie"}
-# Where numpy's lowest version has no wheels for that Python, the first that has.
-FIRST = {"3.13": {"numpy": "2.1.0"}}
+# Where the lowest versions have no wheels for that Python, the first that have.
+FIRST = {"3.13": {"numpy": "2.1.0", "tokenizers": "0.20.2", "pillow": "10.4.0"}}
 _LOWEST = re.compile(r"([\w-]+)>=([\d.]+)")
 _HERE = "edgesafe"  # a folder of the Debian's root
 _ENTER = """
 mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount --rbind /sys "$1/sys"
 cd "$1" && exec chroot . /usr/bin/env -i HOME=/root LANG=C.UTF-8 OMP_NUM_THREADS=1 PATH=/usr/bin:/bin sh -euc "cd /$2 && $3"
 """
-_LIST = "import importlib.metadata as m; print({d.name: d.version for d in m.distributions()})"
+_LIST = "import importlib.metadata as m; print({d.name.lower(): d.version for d in m.distributions()})"
 
 
 def lowest(python: str) -> list[str]:
@@ -83,7 +83,8 @@ def tried(root: Path, build: wheels.Build, bundle: Path, python: str, wanted: li
     versions = json.loads(said.splitlines()[-1].replace("'", '"'))
     tests_code, tests = entered(root, "cd tests && PYTHONPATH=. ../venv/bin/python -m pytest .")
     smoke_code, smoke = entered(root, "venv/bin/edgesafe smoke bundle")
-    (here / "log").write_text(f"{tests}\n\n{smoke}\n", encoding="utf-8")
+    with (root.parent / "versions.log").open("a", encoding="utf-8") as log:
+        log.write(f"Python {python}, {versions}\n{tests}\n\n{smoke}\n\n")
     return {"versions": versions, "tests": tests.splitlines()[-1], "tests_code": tests_code, "smoke_code": smoke_code}
 
 
@@ -91,12 +92,15 @@ def main() -> int:
     """Try all of them; 1 where something fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a certified bundle")
+    parser.add_argument("--python", choices=DEBIANS, help="this Python alone")
     parser.add_argument("--work", type=Path, default=Path("build/versions"), help="folder of the Debians (build/versions)")
     parser.add_argument("--out", type=Path, help="write the result there as JSON")
     args = parser.parse_args()
     work, found = args.work.resolve(), []
     build = wheels.build(work / "wheel")
     for python, suite in DEBIANS.items():
+        if args.python not in (None, python):
+            continue
         debian(work / suite, suite)
         for name, wanted in (("lowest", lowest(python)), ("newest", newest(python))):
             start = time.perf_counter()

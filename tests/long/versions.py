@@ -56,7 +56,7 @@ def debian(root: Path, suite: str) -> None:
         return
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    words = ["debootstrap", "--variant=minbase", "--include=python3-minimal,python3-venv", suite, str(partial)]
+    words = ["debootstrap", "--variant=minbase", "--include=python3-minimal,python3-venv,e2fsprogs", suite, str(partial)]
     subprocess.run([*words, *filter(None, [mirror()])], check=True, stdout=subprocess.DEVNULL)
     partial.rename(root)
 

@@ -27,14 +27,15 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR] [RETRAIN=1]
 	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED) $(if $(RETRAIN),--retrain)
 
-# Some shells set HOST to this machine's own name: it counts on the command line alone.
+# Some shells set HOST to this machine's own name, and others set CPU: they count on the command line alone.
 SSH ?= ssh
+BOARD := build/board
 smoke: $(VENV)/ready ## the refusal test of build/DEVICE/bundle where it ships: HOST=user@address by ssh, else on an emulated board
-	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work build/board \
-		$(if $(ROWS),--rows $(ROWS)) $(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
+	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --out $(OUT) --work $(BOARD) \
+		$(if $(ROWS),--rows $(ROWS)) $(if $(findstring command,$(origin CPU)),--cpu $(CPU)) $(if $(findstring command,$(origin HOST)),--host '$(HOST)' --ssh '$(SSH)')
 
 deploy: $(VENV)/ready ## serve build/DEVICE/bundle on a board where `make smoke` passed: HOST=user@address [PORT=N]; REMOVE=1 ends it
-	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --work build/board --ssh '$(SSH)' \
+	@PYTHONPATH=devices $(BIN)/python -m edgesafe_boards $(DEVICE) $(OUT)/bundle --work $(BOARD) --ssh '$(SSH)' \
 		$(if $(findstring command,$(origin HOST)),--host '$(HOST)') $(if $(REMOVE),--remove,--deploy) \
 		$(if $(findstring command,$(origin PORT)),--port '$(PORT)')
 

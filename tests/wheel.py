@@ -1,8 +1,8 @@
 """The wheel as a user gets it: built, small, installed with its base dependencies alone, and the runtime's tests run there.
 
 `make wheel` runs it under build/wheel. Nothing of torch, transformers, onnx or optimum is in that environment, and none of them
-can be imported in it; the bundle made by hand, which takes onnx to make, is made before and copied. `make smoke` takes what
---prepare leaves to a board.
+can be imported in it. The tests run in the README's lean install, without what tokenizers alone asks for. The bundle made by
+hand, which takes onnx to make, is made before and copied. `make smoke` takes what --prepare leaves to a board.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ from handmade import MADE_BEFORE, make_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 1_000_000
+# The lean install. Beside numpy, onnxruntime and what that depends on, it has a limit on the disk.
+ENGINE = ("numpy", "onnxruntime", "flatbuffers", "packaging", "protobuf")
+LEAN = ("edgesafe", "tokenizers", "pillow")
+MOST_INSTALLED = 60_000_000
+_SIZES = """
+from importlib.metadata import distribution
+for name in "NAMES".split():
+    files = [path.locate() for path in distribution(name).files]
+    print(name, sum(file.stat().st_blocks * 512 for file in files if file.is_file()))
+"""
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
 LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/_devices/edgesafe_boards/", "study/", "tests/")
@@ -119,7 +129,7 @@ def complaints(wheel: Path) -> list[str]:
 
 
 def install(wheel: Path, folder: Path) -> tuple[Path, list[str]]:
-    """An environment with the wheel and what it depends on: its Python and the packages' names; pytest comes after."""
+    """An environment with the wheel and what it needs: its Python, and all that pip had installed; pytest comes after."""
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
@@ -128,8 +138,15 @@ def install(wheel: Path, folder: Path) -> tuple[Path, list[str]]:
     there = sorted(set(packages) & set(ABSENT))
     if there:
         sys.exit(f"the base install brings {', '.join(there)}")
+    run(*pip, "uninstall", "-y", *(name for name in packages if name not in (*ENGINE, *LEAN, "pip")))
     run(*pip, "install", "pytest", "pytest-socket")
     return python, packages
+
+
+def installed_bytes(python: Path) -> dict[str, int]:
+    """Bytes on the disk of each package of the lean install but the engine's, with its compiled modules."""
+    lines = run(python, "-c", _SIZES.replace("NAMES", " ".join(LEAN))).splitlines()
+    return {name: int(size) for name, size in (line.split() for line in lines)}
 
 
 def copy_tests(folder: Path) -> None:
@@ -162,9 +179,14 @@ def main() -> int:
     where = run(python, "-c", "import edgesafe; print(edgesafe.__file__)", cwd=tests).strip()
     if not Path(where).is_relative_to(folder / "env"):
         sys.exit(f"edgesafe is imported from {where}")
+    sizes = installed_bytes(python)
+    shown = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    if sum(sizes.values()) > MOST_INSTALLED:
+        sys.exit(f"the lean install is larger than {MOST_INSTALLED / 1e6:.0f} MB: {shown}")
     out = run(python, "-m", "pytest", *TESTS, cwd=tests, PYTHONPATH=str(tests))
     print(out)
-    print(f"{wheel.name}: {wheel.stat().st_size} bytes; installed with {', '.join(sorted(packages))}")
+    print(f"{wheel.name}: {wheel.stat().st_size} bytes; pip installed {', '.join(sorted(packages))}")
+    print(f"tested with {', '.join(sorted(ENGINE))} and, on the disk, {shown}")
     return 0
 
 

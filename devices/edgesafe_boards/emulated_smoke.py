@@ -116,7 +116,7 @@ def run(device: str, bundle_path: Path, work: Path, cpu: str | None = None, rows
         depended = wheels.depended(work, "aarch64", PYTHON, wheels.FOR_TESTS)
         build = built.result()
         files = {path.name: path for path in (build.wheel, *depended.glob("*.whl"))}
-        cargo = Cargo(bundle, files, ("edgesafe", *wheels.FOR_TESTS))
+        cargo = Cargo(bundle, files)
         with emulated(board, root.result(), work / "machine", cpu) as shell:
             outcomes = _on_board(shell, cargo, build, every)
             board_answers = fetch(shell, tasks.ANSWERS).decode()

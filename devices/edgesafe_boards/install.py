@@ -17,14 +17,14 @@ from edgesafe_boards.wheels import install_key
 
 PYTHON = "venv/bin/python"
 EDGESAFE = "venv/bin/edgesafe"
-# Measured: 57 MB of wheels are 175 MB once they are installed, and lie beside that until then.
-_UNPACKED = 4.5
+# Measured: 51 MB of wheels are an environment of 203 MB, and lie beside it until it is whole.
+_UNPACKED = 5
 _SPARE = 50_000_000
 # An environment of its own, because Debian's Python refuses pip (PEP 668). The key is written last: without it nothing counts.
 _INSTALL = f"""
 cd {FOLDER} && rm -rf venv ready && {{
     python3 -m venv --without-pip venv && {PYTHON} -m ensurepip &&
-    {PYTHON} -m pip install -q --disable-pip-version-check --no-index --find-links wheels WANTED &&
+    {PYTHON} -m pip install -q --disable-pip-version-check --no-index --no-deps wheels/*.whl &&
     rm -f bundle/{LATENCY} && echo KEY > ready.partial && mv ready.partial ready && rm -rf wheels
 }} || {{ code=$?; rm -rf venv wheels ready.partial; exit $code; }}
 """
@@ -32,11 +32,10 @@ cd {FOLDER} && rm -rf venv ready && {{
 
 @dataclass(frozen=True)
 class Cargo:
-    """What goes to a board: a verified bundle, the wheels by file name, and the packages among them that are asked for."""
+    """What goes to a board: a verified bundle, and the wheels by file name, which are all that is installed."""
 
     bundle: Bundle
     wheels: dict[str, Path]
-    wanted: tuple[str, ...]
 
     @property
     def bundle_files(self) -> dict[str, Path]:
@@ -101,7 +100,7 @@ def install(shell: Shell, facts: Facts, cargo: Cargo) -> None:
         with step(f"installing the wheel on {shell.name}"):
             send(shell, cargo.wheels, "wheels")
             todo = "look at the message, then run it again: what was installed is removed again"
-            script = _INSTALL.replace("WANTED", " ".join(cargo.wanted)).replace("KEY", key)
+            script = _INSTALL.replace("KEY", key)
             shell.run(script, "installing the wheel by pip", todo=todo)
     if facts.bundle != cargo.bundle_key:
         with step(f"copying the bundle to {shell.name}"):

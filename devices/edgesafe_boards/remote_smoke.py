@@ -41,7 +41,7 @@ def run(address: str, ssh: str, bundle_path: Path, work: Path, out: Path) -> int
                 build = wheels.build(work / "wheel")
                 depended = wheels.depended(work, told.machine, told.python_text)
             files = {path.name: path for path in (build.wheel, *depended.glob("*.whl"))}
-            cargo = Cargo(bundle, files, ("edgesafe",))
+            cargo = Cargo(bundle, files)
             facts.check_room(told, needs(cargo, told), address)
             install(shell, told, cargo)
         return _ask(shell, out / "boards" / re.sub(r"[^\w.@-]", "-", address))

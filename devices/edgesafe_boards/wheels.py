@@ -17,6 +17,8 @@ CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 # The wheels' oldest C libraries that pip is to take for one that is at least as new as the first.
 GLIBCS = ("2_28", "2_27", "2_17")
 FOR_TESTS = ("pytest", "pytest-socket")
+# Taken without its dependencies: it asks for a client of the Hugging Face hub, which nothing on a board imports.
+ALONE = "tokenizers"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def build(folder: Path) -> Build:
 
 
 def depended(work: Path, machine: str, python: str, more: tuple[str, ...] = ()) -> Path:
-    """A folder with the wheels that edgesafe depends on, in the versions that it is tested with; fetched once.
+    """A folder with all wheels that edgesafe needs on a board, in the versions that it is tested with; fetched once.
 
     Args:
         work: Where such folders lie.
@@ -53,18 +55,35 @@ def depended(work: Path, machine: str, python: str, more: tuple[str, ...] = ()) 
     Raises:
         DeviceError: pip can't fetch them.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *more]
-    key = hashlib.sha256("\n".join([*wanted, machine, python, CONSTRAINTS.read_text(encoding="utf-8")]).encode()).hexdigest()
+    wanted = [*dependencies(), *more]
+    parts = [*wanted, ALONE, machine, python, CONSTRAINTS.read_text(encoding="utf-8")]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = work / f"wheels-{machine}-{python}-{key[:8]}"
     if folder.is_dir():
         return folder
+    with replacing(folder, "folder of wheels", key=key) as partial:
+        fetch(partial / "new", machine, python, wanted, "-c", str(CONSTRAINTS))
+    return folder
+
+
+def dependencies() -> list[str]:
+    """What edgesafe depends on, as `pyproject.toml` says it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [str(name) for name in project["dependencies"]]
+
+
+def fetch(folder: Path, machine: str, python: str, wanted: list[str], *options: str) -> None:
+    """Let pip download wheels, with what they depend on but for that of ``ALONE``.
+
+    Raises:
+        DeviceError: pip can't fetch them.
+    """
     platforms = [f"--platform=manylinux_{glibc}_{machine}" for glibc in GLIBCS] + [f"--platform=manylinux2014_{machine}"]
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--only-binary=:all:", *platforms]
-    with replacing(folder, "folder of wheels", key=key) as partial:
-        new = partial / "new"
-        words = [*pip, f"--python-version={python}", "--implementation=cp", "-c", CONSTRAINTS, "-d", new, *wanted]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = [*pip, f"--python-version={python}", "--implementation=cp", *options, "-d", str(folder)]
+    alone = [name for name in wanted if name.startswith(ALONE)]
+    for these in (["--no-deps", *alone], [name for name in wanted if name not in alone]):
+        done = subprocess.run([*words, *these], capture_output=True, text=True, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
             raise DeviceError(
@@ -73,7 +92,6 @@ def depended(work: Path, machine: str, python: str, more: tuple[str, ...] = ()) 
                 expected="a package index that this machine reaches, with wheels for that Python",
                 todo="look at the network and `pip config list` here, then run it again",
             )
-    return folder
 
 
 def install_key(files: dict[str, Path]) -> str:

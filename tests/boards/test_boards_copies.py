@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from edgesafe.errors import DeviceError
 from edgesafe.format.bundle import Bundle
-from edgesafe_boards import copies, facts
+from edgesafe_boards import copies, facts, wheels
 from edgesafe_boards.install import Cargo, install, needs, open_bundle
 
 FOLDER = facts.FOLDER
@@ -62,7 +64,7 @@ def test_a_full_disk_keeps_nothing(board, program, files, tmp_path):
 def cargo_of(bundle, tmp_path):
     wheel = tmp_path / "edgesafe-0-py3-none-any.whl"
     wheel.write_bytes(b"0" * 1000)
-    return Cargo(open_bundle(bundle), {wheel.name: wheel}, ("edgesafe",))
+    return Cargo(open_bundle(bundle), {wheel.name: wheel})
 
 
 # A Python that makes an environment whose pip does as it is told.
@@ -86,7 +88,7 @@ def test_install_once(board, program, handmade, tmp_path):
     cargo, home = cargo_of(handmade, tmp_path), tmp_path / "home"
     for _ in range(2):
         install(board, fitting(board, cargo), cargo)
-    assert (home / "pip").read_text().count("--no-index --find-links wheels edgesafe") == 1
+    assert (home / "pip").read_text().count("--no-index --no-deps wheels/edgesafe-0-py3-none-any.whl") == 1
     assert Bundle.open(home / FOLDER / "bundle").digest == cargo.bundle.digest
     told = fitting(board, cargo)
     assert needs(cargo, told).disk < needs(cargo, facts.read("")).disk
@@ -94,7 +96,16 @@ def test_install_once(board, program, handmade, tmp_path):
     (home / FOLDER / "bundle" / "latency.json").touch()
     (tmp_path / "edgesafe-0-py3-none-any.whl").write_bytes(b"1" * 1000)
     install(board, fitting(board, cargo), cargo)
-    assert (home / "pip").read_text().count("--find-links") == 2 and not (home / FOLDER / "bundle" / "latency.json").exists()
+    assert (home / "pip").read_text().count("--no-deps") == 2 and not (home / FOLDER / "bundle" / "latency.json").exists()
+
+
+def test_nothing_is_fetched_that_tokenizers_alone_asks_for(program, tmp_path, monkeypatch):
+    program("python", f'echo "$@" >> {tmp_path}/asked')
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    wheels.fetch(tmp_path / "wheels", "aarch64", "3.11", [*wheels.dependencies(), "pytest"], "-c", "constraints")
+    alone, rest = [line.partition(" -d ")[2].split()[1:] for line in (tmp_path / "asked").read_text().splitlines()]
+    assert alone[0] == "--no-deps" and alone[1].startswith("tokenizers>=") and len(alone) == 2
+    assert [word.partition(">")[0] for word in rest] == ["numpy", "onnxruntime", "pillow", "pytest"]
 
 
 def test_a_failed_pip_leaves_no_environment(board, program, handmade, tmp_path):

@@ -113,7 +113,7 @@ def test_a_first_version_that_fails_leaves_nothing(home, board):
 
 def cargo_of(tested: Path, tmp_path: Path) -> Cargo:
     (tmp_path / "a.whl").write_bytes(b"wheel")
-    return Cargo(Bundle.open(tested), {"a.whl": tmp_path / "a.whl"}, ("edgesafe",))
+    return Cargo(Bundle.open(tested), {"a.whl": tmp_path / "a.whl"})
 
 
 def told(home, board, cargo: Cargo) -> facts.Facts:

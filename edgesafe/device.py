@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import platform
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ KINDS = ("board", "phone", "car", "host")
 VISION_SCHEMES = ("int8-dynamic", "fp32")
 TEXT_SCHEMES = ("int4-gptq", "mixed-gptq", "int4-block32", "int4-block64", "int4-block128", "int8-block32", "fp32", "auto")
 ATTENTIONS = ("tiled", "whole")
-ESTIMATES = ("gops_int8", "gops_fp32", "read_gb_s", "overhead_ms_per_graph")
+# Operations a second by int8 weights, by weights in blocks of four bits, in float32, and of attention's own products; bytes a
+# second of weights that no cache holds; and what a graph, and a decoder's layer, cost before they compute anything.
+ESTIMATES = (
+    *("gops_int8", "gops_int4", "gops_fp32", "gops_attention", "read_gb_s"),
+    *("overhead_ms_per_graph", "overhead_ms_per_layer"),
+)
 # Every figure that a profile may give a source for.
 FIGURES = (*ESTIMATES, "threads", "memory_mib", "ttft_budget_ms", "hard_ttft_ms")
 
@@ -33,6 +39,8 @@ class DeviceProfile:
     ``threads`` and ``memory_mib`` are None for ``host``, where the machine itself says. ``ttft_budget_ms`` is
     the usual budget for the time to the first token, ``hard_ttft_ms`` the time beyond which an answer is
     useless. ``attention`` is how the decoder's attention computes (`edgesafe_export.shared_cache.attend_whole`).
+    ``measured_on`` is the machine that all its estimates were measured on (`edgesafe devices measure`); None where they are
+    others'.
     """
 
     name: str
@@ -48,6 +56,7 @@ class DeviceProfile:
     estimates: dict[str, float]
     sources: dict[str, str]
     attention: str | None = None
+    measured_on: str | None = None
 
     @property
     def attends_whole(self) -> bool:
@@ -122,6 +131,7 @@ def profile_from_dict(obj: Mapping[str, Any], *, name: str, where: str) -> Devic
         estimates={key: estimates.number(key, 0) for key in ESTIMATES if estimates.has(key)},
         sources={key: sources.text(key) for key in FIGURES if sources.has(key)},
         attention=fields.choice("attention", ATTENTIONS) if fields.has("attention") else None,
+        measured_on=fields.text("measured_on") if fields.has("measured_on") else None,
     )
     estimates.done()
     sources.done()
@@ -135,6 +145,17 @@ def profile_from_dict(obj: Mapping[str, Any], *, name: str, where: str) -> Devic
                 todo="name the source, or leave the estimate out",
             )
     return profile
+
+
+def profile_text(profile: DeviceProfile) -> str:
+    """A profile as the TOML that `load_device` reads; its name is the file's."""
+    own = {key: value for key, value in asdict(profile).items() if key != "name" and value is not None}
+    tables = {key: own.pop(key) for key in ("estimates", "sources")}
+    # A JSON string of ASCII and a JSON number are TOML's too.
+    lines = [f"{key} = {json.dumps(value)}" for key, value in own.items()]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
 
 
 def profile_of(bundle: Bundle) -> DeviceProfile | None:

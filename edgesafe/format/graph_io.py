@@ -20,6 +20,7 @@ HD head size. Batch is always 1.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 PIXEL_VALUES = "pixel_values"
@@ -78,6 +79,16 @@ def segment_path(first: int, last: int) -> str:
     'vision/blocks_00-06.onnx'
     """
     return f"vision/blocks_{first:02d}-{last:02d}.onnx"
+
+
+def blocks_of(path: str) -> int:
+    """How many blocks a segment runs, by its path; 0 where the path is another graph's.
+
+    >>> blocks_of(segment_path(6, 12)), blocks_of(HEAD_PATH)
+    (6, 0)
+    """
+    found = re.fullmatch(r"vision/blocks_(\d+)-(\d+)\.onnx", path)
+    return int(found[2]) - int(found[1]) if found else 0
 
 
 def map_path(depth: int) -> str:

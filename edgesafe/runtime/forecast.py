@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edgesafe.device import DeviceProfile
+from edgesafe.format import graph_io
 from edgesafe.format.latency import ESTIMATED, MEASURED, LatencyTable, percentile
 from edgesafe.format.manifest import Manifest
-from edgesafe.format.specs import GraphSpec
+from edgesafe.format.specs import GraphSpec, TextSpec
 from edgesafe.runtime.calibrate import Correction, enough_errors, error_bound, factor
+from edgesafe.runtime.decode import PART_TOKENS
 
 WAIT, PREPROCESS, PREFILL, DECODE = "wait", "preprocess", "prefill", "decode"
 UNCORRECTED = Correction()
@@ -177,16 +180,15 @@ def _at_length(rows: Sequence[Mapping[str, Any]], key: str, length: int) -> list
 def from_profile(manifest: Manifest, profile: DeviceProfile, prompt_tokens: int) -> Forecast | None:
     """The stages' times from the profile's figures; None where a needed figure is absent.
 
-    A graph costs the longer of its arithmetic and of reading its weights once, plus the overhead. An
-    absent overhead adds nothing and the preprocessing counts as nothing, so an estimate is a floor. A decoder's
-    ``flops`` count one token. An estimate is one number: it knows no spread until runs have shown one.
+    The preprocessing counts as nothing, and so do absent fixed costs: an estimate is a floor, unless the figures were measured.
+    An estimate is one number: it knows no spread until runs have shown one.
     """
-    text = manifest.quantization.get("text", "fp32")
-    vision = manifest.quantization.get("vision", "fp32")
+    text, vision = (manifest.quantization.get(side, "fp32") for side in ("text", "vision"))
     decoder = manifest.graphs[manifest.text.decoder]
-    times = {path: graph_ms(manifest.graphs[path], profile, vision, 1) for spec in manifest.exits for path in spec.graphs}
-    times[PREFILL] = graph_ms(decoder, profile, text, prompt_tokens)
-    times[DECODE] = graph_ms(decoder, profile, text, 1)
+    graphs = {path for spec in manifest.exits for path in spec.graphs}
+    times = {path: work_ms(vision_work(path, manifest.graphs[path]), profile, vision) for path in graphs}
+    times[PREFILL] = work_ms(decoder_work(decoder, manifest.text, prompt_tokens), profile, text)
+    times[DECODE] = work_ms(decoder_work(decoder, manifest.text, 1, prompt_tokens), profile, text)
     known = {stage: (ms,) for stage, ms in times.items() if ms is not None}
     if len(known) < len(times):
         return None
@@ -194,13 +196,64 @@ def from_profile(manifest: Manifest, profile: DeviceProfile, prompt_tokens: int)
     return Forecast({PREPROCESS: (0.0,), **known}, ESTIMATED, note, profile.title)
 
 
-def graph_ms(graph: GraphSpec, profile: DeviceProfile, scheme: str, runs: int) -> float | None:
-    """One graph's estimated time over ``runs`` tokens, ms, or None where the profile lacks a figure for it."""
-    # int4 weights are multiplied in int8 by MLAS, so both quantized schemes use the int8 figure.
-    gops = profile.estimates.get("gops_fp32" if scheme == "fp32" else "gops_int8")
-    read = profile.estimates.get("read_gb_s")
-    if not gops or not read or graph.flops is None:
+@dataclass(frozen=True)
+class Work:
+    """What one run of a graph does.
+
+    ``products`` are operations of products by weights, ``attention`` those of attention's two products. ``read_bytes`` are read
+    once, and ``layers`` are those of a decoder.
+    """
+
+    products: float
+    attention: float
+    read_bytes: float
+    layers: int = 0
+
+
+def vision_work(path: str, graph: GraphSpec) -> Work | None:
+    """A vision graph's work; a whole exit's attention can't be told apart and counts among its products.
+
+    >>> state = graph_io.TensorSpec(graph_io.HIDDEN_STATES_OUT, "float32", (1, 10, 4))
+    >>> vision_work(graph_io.segment_path(1, 3), GraphSpec((), (state,), 5000, 100))
+    Work(products=1800.0, attention=3200.0, read_bytes=100, layers=0)
+    """
+    if graph.flops is None:
         return None
-    arithmetic = runs * graph.flops / (gops * 1e9) * 1e3
-    reading = graph.weight_bytes / (read * 1e9) * 1e3
-    return max(arithmetic, reading) + profile.estimates.get("overhead_ms_per_graph", 0.0)
+    attention = 0.0
+    for tensor in graph.outputs:
+        if tensor.name == graph_io.HIDDEN_STATES_OUT and (blocks := graph_io.blocks_of(path)):
+            _, tokens, width = (float(n) for n in tensor.shape)
+            attention = min(graph.flops, blocks * 4 * tokens**2 * width)
+    return Work(graph.flops - attention, attention, graph.weight_bytes)
+
+
+def decoder_work(graph: GraphSpec, text: TextSpec, tokens: int, past: int = 0) -> Work | None:
+    """The work of reading ``tokens`` behind ``past`` others; the head counts for the last token alone.
+
+    A graph's ``flops`` count one token, the head among them and attention's products not.
+    """
+    if graph.flops is None:
+        return None
+    head = min(graph.flops, 2 * text.vocab_size * text.hidden_size)
+    # A part of the prompt looks at all that was read and at the whole of itself; all heads together are as wide as the state.
+    seen = past + (tokens + min(tokens, PART_TOKENS)) / 2
+    attention = text.num_layers * 4 * tokens * seen * text.hidden_size
+    cache = 8 * text.num_layers * text.num_kv_heads * text.head_dim * past
+    return Work(tokens * (graph.flops - head) + head, attention, graph.weight_bytes + cache, text.num_layers)
+
+
+def work_ms(work: Work | None, profile: DeviceProfile, scheme: str) -> float | None:
+    """A run's estimated time, ms: the longer of computing and of reading, plus the fixed costs; None where a figure is absent.
+
+    Weights in blocks and attention have figures of their own; without these the int8 figure counts for both.
+    """
+    found = profile.estimates
+    # MLAS multiplies weights in four bits in eight, so that both quantized schemes may use the int8 figure.
+    names = {"fp32": ("gops_fp32",), "int8-dynamic": ("gops_int8",)}.get(scheme, ("gops_int4", "gops_int8"))
+    gops = next((found[name] for name in names if found.get(name)), None)
+    read = found.get("read_gb_s")
+    if work is None or not gops or not read:
+        return None
+    computing = work.products / gops + work.attention / found.get("gops_attention", gops)
+    fixed = found.get("overhead_ms_per_graph", 0.0) + work.layers * found.get("overhead_ms_per_layer", 0.0)
+    return max(computing, work.read_bytes / read) / 1e6 + fixed

@@ -76,7 +76,7 @@ class OpenedBundle:
         clock: Clock = time.perf_counter,
     ) -> None:
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.engine = engine or _onnxruntime()
+        self.engine = engine or default_engine()
         self.certificate, self.scope = certificate, scope_of(certificate)
         self.standing = standing(bundle, certificate, self.engine)
         self.certified = self.standing.exits
@@ -221,7 +221,8 @@ class OpenedBundle:
             raise BundleError(f"the decoder wants {sorted(unknown)}, which this runtime doesn't know")
 
 
-def _onnxruntime() -> Engine:
+def default_engine() -> Engine:
+    """Python's onnxruntime."""
     # Here and not above: whoever brings an engine of his own needs no onnxruntime.
     from edgesafe.runtime.ort import OnnxRuntime
 

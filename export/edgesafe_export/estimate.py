@@ -9,6 +9,7 @@ from torch import nn
 
 from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit, depths_of, segments
+from edgesafe.format.graph_io import TensorSpec, blocks_of
 from edgesafe.format.specs import GraphSpec
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.runtime.decode import PART_TOKENS
@@ -45,8 +46,11 @@ def exit_graphs(family: Family, ladder: tuple[Exit, ...], layout: str) -> dict[E
 def graph_specs(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, vision: str, text: str) -> dict[str, GraphSpec]:
     """Operations and weights' bytes of every graph, by its path; nothing is traced."""
     family = sketch.family
+    state = TensorSpec(graph_io.HIDDEN_STATES_OUT, "float32", (1, family.geometry.tokens, family.geometry.vision_width))
     specs = {
-        path: GraphSpec((), (), graphs.operations(module, *shape), module_bytes(module, vision))
+        path: GraphSpec(
+            (), (state,) if blocks_of(path) else (), graphs.operations(module, *shape), module_bytes(module, vision)
+        )
         for path, (module, shape) in _vision_modules(family, ladder, layout).items()
     }
     embed_scheme = scheme_of(graph_io.EMBED_PATH, vision, text)

@@ -26,7 +26,7 @@ from edgesafe.format.exits import Exit
 from edgesafe.format.files import replacing
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.pictures import open_picture
-from edgesafe.format.specs import ExitSpec, GraphSpec, ParentSpec, SuiteRef, TextSpec
+from edgesafe.format.specs import ExitSpec, GraphSpec, ParentSpec, SuiteRef
 from edgesafe.format.suite import MAX_NEW_TOKENS, Suite, read_suite
 from edgesafe.format.targets import NEW, check_target
 from edgesafe.format.training_record import read_trained_from
@@ -35,7 +35,7 @@ from edgesafe_export import held_out
 from edgesafe_export import parity_model as parity
 from edgesafe_export.calibrate import neutral_text
 from edgesafe_export.estimate import exit_graphs
-from edgesafe_export.family import Family, load_family
+from edgesafe_export.family import Family, load_family, text_spec
 from edgesafe_export.graphs import Exported
 from edgesafe_export.parity_answers import Request, ask, changed, compare, figures
 from edgesafe_export.pieces import Piece, decoder_spec, join_decoder
@@ -254,21 +254,6 @@ def _exit_specs(job: Job) -> tuple[ExitSpec, ...]:
     return tuple(ExitSpec(exit, chain) for exit, chain in exit_graphs(job.family, job.ladder, job.layout).items())
 
 
-def _text_spec(family: Family, layers: int) -> TextSpec:
-    text = family.text_config
-    return TextSpec(
-        embed_tokens=graph_io.EMBED_PATH,
-        decoder=graph_io.DECODER_PATH,
-        num_layers=layers,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=family.geometry.head_dim,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        context_length=text.max_position_embeddings,
-        eos_token_ids=family.eos_token_ids,
-    )
-
-
 def _manifest(
     job: Job, folder: Path, specs: dict[str, GraphSpec], schemes: dict[str, str], checked: dict[str, Any]
 ) -> Manifest:
@@ -282,7 +267,7 @@ def _manifest(
         n_blocks=family.geometry.n_blocks,
         reference=family.geometry.reference,
         exits=_exit_specs(job),
-        text=_text_spec(family, job.layers or family.text_config.num_hidden_layers),
+        text=text_spec(family, job.layers or family.text_config.num_hidden_layers),
         graphs=specs,
         image=family.image_spec,
         image_token=family.processor.image_token,

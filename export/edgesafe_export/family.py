@@ -21,7 +21,9 @@ from edgesafe.checkpoint.geometry import check_processor, picture_side, read_geo
 from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
+from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit, kept_places, prompt_at
+from edgesafe.format.specs import TextSpec
 from edgesafe_export.modules import ExitMap, FewerTokens, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
 
@@ -208,6 +210,22 @@ def open_family(folder: Path, build: Callable[[Path, Any, Recipe, int], tuple[An
     _check_tokenizer(folder)
     model, more = build(folder, config, recipe, side)
     return Family(model, processor, recipe), more
+
+
+def text_spec(family: Family, layers: int) -> TextSpec:
+    """Sizes of the language side with so many layers."""
+    text = family.text_config
+    return TextSpec(
+        embed_tokens=graph_io.EMBED_PATH,
+        decoder=graph_io.DECODER_PATH,
+        num_layers=layers,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=family.geometry.head_dim,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        context_length=text.max_position_embeddings,
+        eos_token_ids=family.eos_token_ids,
+    )
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -5,6 +5,7 @@ Bytes are counted from the shapes; times come from the profile's figures, as the
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from edgesafe.format.specs import GraphSpec
 from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
 from edgesafe.progress import table
-from edgesafe.runtime.forecast import graph_ms
+from edgesafe.runtime.forecast import Work, decoder_work, vision_work, work_ms
 from edgesafe_export.estimate import (
     GIB,
     calibration_bytes,
@@ -35,6 +36,7 @@ from edgesafe_export.estimate import (
     state_bytes,
     text_bytes,
 )
+from edgesafe_export.family import text_spec
 from edgesafe_export.quantize import AUTO
 from edgesafe_export.skeleton import Sketch
 from edgesafe_export.stream import scheme_of
@@ -46,14 +48,16 @@ WHOLE_MODEL, PIECES = "whole model", "pieces"
 _GRAPH_BYTES, _LAYER_BYTES = 8_000, 14_000
 _QUESTION = "What is this?"
 _FELT_HOURS = 0.1  # of calibration, from which on it is said
+# How far off times are taken to be that are reckoned from a machine's measured figures.
+_SURE = 1.3
 PICTURE = (480, 640)  # height and width of the picture that times are planned for
-# Shapes of published models that are smaller, to name what a device can do: weights of the encoder and its operations for a
-# picture (12 blocks of 768 over 1024 positions, attention's products included), weights of the decoder, and tokens of a
-# prompt with one picture.
-_SIGLIP = (93e6, 2 * 93e6 * 1024 + 12 * 4 * 1024**2 * 768)
+# Shapes of published models that are smaller, to name what a device can do: weights of the encoder, its positions and the
+# operations of attention's products (12 blocks of 768), weights of the decoder without and of its head, and tokens of a prompt
+# with one picture.
+_SIGLIP = (93e6, 1024, 12 * 4 * 1024**2 * 768)
 SMALLER = {
-    "SmolVLM-500M, one tile": (*_SIGLIP, 410e6, 96),
-    "SmolVLM-256M, one tile": (*_SIGLIP, 163e6, 96),
+    "SmolVLM-500M, one tile": (*_SIGLIP, 363e6, 47e6, 96),
+    "SmolVLM-256M, one tile": (*_SIGLIP, 135e6, 28e6, 96),
 }
 
 
@@ -79,8 +83,9 @@ class Plan:
         bundle_bytes: of the whole bundle, a suite left out.
         export_gib, disk_gib: most memory of the exporting process, and room on the disk while it runs.
         run_gib: memory of a process that answers on the device.
-        fits: whether some exit's first token may come within the device's budget, as an estimate is a floor; None where that
-            is not known.
+        token_ms: a token of the answer after the first (None: not known).
+        measured_on: the machine that the times were reckoned from (`edgesafe devices measure`); without it they are floors.
+        fits: whether some exit's first token may come within the device's budget; None where that is not known.
         notes: what the reader should know, in sentences.
     """
 
@@ -98,6 +103,8 @@ class Plan:
     export_gib: float
     disk_gib: float
     run_gib: float
+    token_ms: float | None
+    measured_on: str | None
     budget_ms: float
     fits: bool | None
     notes: tuple[str, ...]
@@ -142,11 +149,12 @@ def make_plan(
     vision, text = schemes["vision"], tries[0]
     specs = graph_specs(sketch, ladder, layout, vision, text)
     (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
-    times = {path: graph_ms(spec, device, scheme_of(path, vision, text), tiles) for path, spec in specs.items()}
+    once = {path: work_ms(vision_work(path, spec), device, scheme_of(path, vision, text)) for path, spec in specs.items()}
+    times = {path: None if ms is None else tiles * ms for path, ms in once.items()}
     sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
     texts = sizes[text]
-    decoder = specs[graph_io.DECODER_PATH]
-    prefill = {exit: graph_ms(decoder, device, text, tokens - _spared(sketch, exit)) for exit in ladder}
+    decoder, about = specs[graph_io.DECODER_PATH], text_spec(sketch.family, sketch.layers)
+    prefill = {exit: work_ms(decoder_work(decoder, about, tokens - _spared(sketch, exit)), device, text) for exit in ladder}
     exits = _exits(exit_graphs(sketch.family, ladder, layout), specs, times, prefill, texts)
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
@@ -169,6 +177,8 @@ def make_plan(
         export_gib=round(export_bytes(sketch, whole, running, text) / GIB, 2),
         disk_gib=round((2 * bundle + beside) / GIB, 2),
         run_gib=round(running / GIB, 2),
+        token_ms=_sum([work_ms(decoder_work(decoder, about, 1, tokens), device, text)]),
+        measured_on=device.measured_on,
         budget_ms=device.ttft_budget_ms,
         fits=min(known) <= device.ttft_budget_ms if len(known) == len(exits) else None,
         notes=(),
@@ -221,8 +231,9 @@ def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:
         yield f"no time can be predicted: the profile of {device.title} lacks a figure"
     elif not plan.fits:
         best = min(e.ttft_ms for e in plan.exits if e.ttft_ms is not None)
+        least = "about" if plan.measured_on else "at least"
         yield (
-            f"not interactive on {device.title}: the first token takes at least {best / 1e3:.1f} s at any exit, beyond {budget}"
+            f"not interactive on {device.title}: the first token takes {least} {best / 1e3:.1f} s at any exit, beyond {budget}"
             f" ({plan.prompt_tokens} tokens of prompt through the decoder)"
         )
         fitting = [f"{n} ({ms / 1e3:.1f} s)" for n, ms in _smaller(device) if ms <= device.ttft_budget_ms]
@@ -249,10 +260,10 @@ def _calibration_notes(sketch: Sketch, schemes: Iterable[str]) -> Iterable[str]:
 
 def _smaller(device: DeviceProfile) -> Iterable[tuple[str, float]]:
     """Smaller models and the time to their first token by the same arithmetic, in the schemes that are tried first."""
-    for name, (encoder, looking, decoder, tokens) in SMALLER.items():
-        tower = GraphSpec((), (), int(looking), int(encoder))
-        text = GraphSpec((), (), int(2 * decoder), int(decoder * matrix_bytes(1024, 1, AUTO[0]) / 1024))
-        total = _sum([graph_ms(tower, device, "int8-dynamic", 1), graph_ms(text, device, AUTO[0], tokens)])
+    for name, (encoder, positions, attention, layers, head, tokens) in SMALLER.items():
+        tower = Work(2 * encoder * positions, attention, encoder)
+        text = Work(2 * (layers * tokens + head), 0, (layers + head) * matrix_bytes(1024, 1, AUTO[0]) / 1024)
+        total = _sum([work_ms(tower, device, "int8-dynamic"), work_ms(text, device, AUTO[0])])
         if total is not None:
             yield name, total
 
@@ -287,18 +298,30 @@ def describe(plan: Plan) -> str:
     """The plan as text."""
     rows = []
     for e in plan.exits:
-        # An estimate is a floor: it can rule an exit out, and promise nothing.
-        within = "?" if e.ttft_ms is None else ("perhaps" if e.ttft_ms <= plan.budget_ms else "no")
+        # A floor can rule an exit out, and promises nothing; what was reckoned from measured figures can.
+        low, high = (1 / _SURE, _SURE) if plan.measured_on else (1.0, math.inf)
+        within = "?" if e.ttft_ms is None else "perhaps"
+        within = "no" if e.ttft_ms and low * e.ttft_ms > plan.budget_ms else within
+        within = "yes" if e.ttft_ms and high * e.ttft_ms <= plan.budget_ms else within
         seconds = "-" if e.ttft_ms is None else f"{e.ttft_ms / 1e3:.3g}"
         rows.append([f"{e.exit}{'*' if e.exit == plan.reference else ''}", f"{e.bytes / 1e6:.1f}", seconds, within])
     lines = [
-        table(rows, ["exit", "MB", "first token s, at least", f"within {plan.budget_ms / 1e3:g} s"]),
+        table(
+            rows,
+            [
+                "exit",
+                "MB",
+                f"first token s, {'about' if plan.measured_on else 'at least'}",
+                f"within {plan.budget_ms / 1e3:g} s",
+            ],
+        ),
         "",
         f"{plan.model} for {plan.device}: {plan.weights / 1e6:.1f} million weights, {plan.quantization['vision']} vision, "
         f"{plan.quantization['text']} text, a picture of {PICTURE[1]} x {PICTURE[0]} in {plan.tiles} and a prompt of "
         f"{plan.prompt_tokens} tokens",
         f"bundle {plan.bundle_bytes / 1e6:.1f} MB; export needs {plan.export_gib:.1f} GiB of memory and {plan.disk_gib:.1f} "
         f"GiB of disk; answering needs {plan.run_gib:.1f} GiB; checked: {plan.check}",
+        *([] if plan.measured_on is None else [f"times are reckoned from figures measured on {plan.measured_on}"]),
         *plan.notes,
     ]
     return "\n".join(lines)

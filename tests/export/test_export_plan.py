@@ -81,6 +81,12 @@ def test_seven_billion_weights_on_a_pi_are_not_interactive(seven_billion):
     assert plan.bundle_bytes == pytest.approx(0.578 * 6.476e9 + 2 * 1.031 * 0.131e9 + 0.313e9, rel=0.02)
     text = describe(plan)
     assert "not interactive on Raspberry Pi 5" in text and "SmolVLM-256M" in text and "beyond the budget of 10 s" in text
+    assert plan.token_ms > 1e3 * 0.578 * 6.476e9 / 10e9  # the weights of a token, read once
+    # From rates that were measured the same times are no floors: some 42 s fit or not where the budget is a third off.
+    for budget_ms, within in ((30_000, "no"), (42_500, "perhaps"), (60_000, "yes")):
+        about = describe(replace(plan, measured_on="a board", budget_ms=budget_ms))
+        assert "first token s, about" in about and "measured on a board" in about
+        assert [row.split()[-1] for row in about.splitlines()[2:10]] == [within] * 8
 
 
 # transformers' own count of the published configs' weights, blocks, reference depth, and tiles of a picture of 640 x 480:

@@ -11,9 +11,10 @@ from edgesafe.errors import InputError, NoExitFitsError
 from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit
 from edgesafe.format.latency import LatencyTable, stage_times
+from edgesafe.format.specs import GraphSpec
 from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import Budget, choose_exit, within_reference
-from edgesafe.runtime.forecast import PREFILL, PREPROCESS, from_latency, from_profile
+from edgesafe.runtime.forecast import PREFILL, PREPROCESS, Work, decoder_work, from_latency, from_profile, work_ms
 from handmade import make_bundle
 
 PREDICTED = {Exit(1): 10.0, Exit(2): 20.0, Exit(3): 30.0, Exit(4): 40.0}
@@ -148,23 +149,42 @@ def profile(**estimates: float) -> DeviceProfile:
 
 
 def test_an_estimate_is_arithmetic_or_reading_whichever_takes_longer(manifest):
-    # The graphs by hand: segments and head 1e6 operations each, the decoder 1e6 a token.
-    # At 1 GOP/s a segment takes 1 ms, 20 tokens take 20 ms; reading at 1000 GB/s takes nothing worth naming.
+    # The graphs by hand: segments and head 1e6 operations each, the decoder 1e6 a token, of which 2 * 259 * 258 the head's,
+    # which counts for the last token alone. Attention's two products over 20 tokens of width 259 are 2 * 2 * 20 * 20 * 259.
+    # At 1 GOP/s a segment takes 1 ms; reading at 1000 GB/s takes nothing worth naming.
+    read = 20 - 19 * 2 * 259 * 258 / 1e6 + 4 * 20 * 20 * 259 / 1e6
+
     def expected(tokens: int, **estimates: float) -> list[float]:
         made = from_profile(manifest, profile(**estimates), tokens)
         assert made is not None and made.source == "estimated"
         return [made.expected_ms(exit_stages(manifest, depth)) for depth in (1, 2, 3)]
 
-    assert expected(20, gops_int8=1.0, read_gb_s=1000.0) == pytest.approx([22.0, 23.0, 24.0])
+    assert expected(20, gops_int8=1.0, read_gb_s=1000.0) == pytest.approx([read + 2, read + 3, read + 4], abs=1e-4)
     # With 0.1 ms a graph: the decoder, the head and each segment.
-    assert expected(20, gops_int8=1.0, read_gb_s=1000.0, overhead_ms_per_graph=0.1) == pytest.approx([22.3, 23.4, 24.5])
+    assert expected(20, gops_int8=1.0, read_gb_s=1000.0, overhead_ms_per_graph=0.1) == pytest.approx(
+        [read + 2.3, read + 3.4, read + 4.5], abs=1e-4
+    )
     # At endless arithmetic and 1000 bytes a second (a byte a ms) only reading is left. The bytes by hand: the decoder's
     # 259 x 258 floats and an int64, the first segment's float and three int64, the head's 4 and 2 int64 and 4 x 259 floats.
     weights = (259 * 258 * 4 + 8) + (4 + 3 * 8) + (6 * 8 + 4 * 259 * 4)
     assert expected(20, gops_int8=1e9, read_gb_s=1e-6)[0] == pytest.approx(weights)
     # One number has no spread, so any quantile of it is the number.
     made = from_profile(manifest, profile(gops_int8=1.0, read_gb_s=1000.0), 20)
-    assert made is not None and made.quantile_ms(exit_stages(manifest, 1), 0.99) == pytest.approx(22.0)
+    assert made is not None and made.quantile_ms(exit_stages(manifest, 1), 0.99) == pytest.approx(read + 2, abs=1e-4)
+
+
+def test_attention_blocks_of_weights_and_layers_have_figures_of_their_own(manifest):
+    text = manifest.text  # one layer, 259 wide, 258 tokens of vocabulary
+    work = decoder_work(GraphSpec((), (), 10**6, 500), text, 400, 100)
+    # Parts of 200 tokens look at the 100 before, at 0 or 200 of the earlier part and at all of their own: 300 on average + 100.
+    assert work.attention == 4 * 259 * (200 * (100 + 200) + 200 * (100 + 400))
+    assert (work.layers, work.read_bytes) == (1, 500 + 8 * 259 * 100)
+    one = Work(2e9, 1e9, 1e6, layers=3)
+    found = {"gops_int8": 1.0, "gops_int4": 2.0, "gops_fp32": 4.0, "read_gb_s": 1.0}
+    assert [work_ms(one, profile(**found), scheme) for scheme in ("int8-dynamic", "int4-block32", "fp32")] == [3e3, 1.5e3, 750]
+    device = profile(**found, gops_attention=0.5, overhead_ms_per_graph=7.0, overhead_ms_per_layer=2.0)
+    assert work_ms(one, device, "int8-dynamic") == 2e3 + 2e3 + 7 + 3 * 2
+    assert work_ms(Work(0, 0, 5e6, layers=3), device, "int4-block32") == 5 + 7 + 3 * 2
 
 
 @pytest.mark.parametrize("estimates", [{}, {"gops_int8": 1.0}, {"read_gb_s": 1.0}, {"gops_fp32": 1.0, "read_gb_s": 1.0}])

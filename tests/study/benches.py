@@ -160,6 +160,48 @@ def fullsize_table(folder: Path) -> str:
     return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
 
 
+def heat_table(folder: Path) -> str:
+    """Deadlines kept while a simulated machine grows hot, with and without what is learned."""
+    found = _read(folder, "heat.json")
+    rows = [
+        [ramp, str(policies["edgesafe"]["requests"])]
+        + [f"{100 * row['miss_rate']:.1f} / {100 * row['depth_of_oracle']:.0f}" for row in policies.values()]
+        for ramp, policies in found["ramps"].items()
+    ]
+    policies = next(iter(found["ramps"].values()))
+    headers = ["heat grows in", "requests", *(f"{name}: missed % / depth, % of the oracle's" for name in policies)]
+    about = (
+        f"{found['seconds'] / 60:.0f} simulated minutes, stages up to {found['hottest']} times as long, {found['date'][:10]}"
+    )
+    return f"{markdown(headers, rows)}\n\n{about}. Quantile {found['quantile']}."
+
+
+def estimates_table(folder: Path) -> str:
+    """What was predicted from this machine's rates beside what was taken."""
+    found = _read(folder, "estimates.json")
+    rows = []
+    for model, shape in found["shapes"].items():
+        for row in shape["exits"]:
+            pairs = [(row["predicted"][part], row["taken"][part]) for part in _PARTS]
+            cells = [f"{_figure(ours)} / {_figure(taken)} ({100 * (ours / taken - 1):+.0f} %)" for ours, taken in pairs]
+            rows.append([model, row["exit"], *cells, str(len(row["wall_of_answer_ms"]))])
+    headers = ["shape", "exit", *(f"{name}, ms" for name in _PARTS.values()), "questions"]
+    days = ", ".join(f"{model} {shape['date'][:10]}" for model, shape in found["shapes"].items())
+    kept = found["reference"]
+    asked = (
+        f"The reference model, after `edgesafe measure`: {kept['questions']} questions, first token from the second on off by "
+        f"{100 * kept['median_error']:.1f} % (median), {100 * kept['worst_error']:+.1f} % at worst."
+    )
+    return f"{markdown(headers, rows)}\n\n{_when(found, found['threads'])} {days}; {found['clock']}.\n{asked}"
+
+
+_PARTS = {"tower": "tower", "prefill": "prefill", "first": "first token", "token": "per token"}
+
+
+def _figure(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def _exit(row: Mapping[str, Any], key: str = "exit") -> Exit:
     """The exit that a result names; earlier results have its depth, a number."""
     return Exit.parse(row[key]) if key in row else Exit(row[f"{key}_depth"])
@@ -299,7 +341,9 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "tower-schemes": ("schemes.json", tower_schemes_table),
     "quality": ("quality.json", quality_table),
     "budget": ("budget.json", budget_table),
+    "heat": ("heat.json", heat_table),
     "fullsize": (FULLSIZE, fullsize_table),
+    "estimates": ("estimates.json", estimates_table),
     "long-runs": ("soak.json", long_table),
     "align-memory": (ALIGNED, memory_table),
     "map-opened": ("open-map.json", opened_table),

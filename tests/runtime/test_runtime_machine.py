@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from edgesafe.cli import main
+from edgesafe.format.bundle import Bundle
+from edgesafe.format.latency import read_latency
 from edgesafe.machine import (
     Heat,
     allowed_cores,
@@ -18,6 +23,7 @@ from edgesafe.machine import (
     temperature_c,
     thread_choices,
 )
+from edgesafe.runtime import measure
 
 
 def shown(root, **files: str):
@@ -137,3 +143,13 @@ def test_threads_stay_on_their_cores_and_the_caller_is_put_back():
     with pytest.raises(KeyError), on_cores(before[:1]):
         raise KeyError
     assert allowed_cores() == before
+
+
+def test_measure_warns_where_the_machine_was_slowed_down(handmade, copy_of, monkeypatch, capsys):
+    heats = iter([Heat(40.0, throttled=1), Heat(80.0, throttled=3)])
+    monkeypatch.setattr(sys.modules[measure.__module__], "read_heat", lambda **_: next(heats))
+    root = copy_of(handmade)
+    assert main(["measure", str(root), "--seconds", "0.1", "--threads", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "40 to 80 °C" in shown.out and "slowed down: the processor was throttled 2 times" in shown.err
+    assert read_latency(Bundle.open(root)).conditions["temperature_c"] == [40.0, 80.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 from edgesafe import Budget, Session
-from edgesafe.cli import main
 from edgesafe.errors import (
     BundleError,
     FormatVersionError,
@@ -24,7 +22,6 @@ from edgesafe.format.bundle import Bundle
 from edgesafe.format.exits import Exit
 from edgesafe.format.latency import LatencyTable, read_latency, stage_times, write_latency
 from edgesafe.format.seal import seal, unseal
-from edgesafe.machine import Heat
 from edgesafe.runtime import decode, measure
 from edgesafe.runtime.ort import OrtGraph
 from edgesafe.runtime.tokenizer import encode_prompt
@@ -357,16 +354,6 @@ def test_measure_writes_a_table_that_predicts(handmade, copy_of):
     assert set(table.conditions) == {"cpu_model", "governor", "temperature_c", "slowed", "measured_at"}
     answer = Session.open(root).ask(BLACK, "what?", Budget(60_000))
     assert answer.prediction == "measured" and answer.predicted_ttft_ms > 0
-
-
-def test_measure_warns_where_the_machine_was_slowed_down(handmade, copy_of, monkeypatch, capsys):
-    heats = iter([Heat(40.0, throttled=1), Heat(80.0, throttled=3)])
-    monkeypatch.setattr(sys.modules[measure.__module__], "read_heat", lambda **_: next(heats))
-    root = copy_of(handmade)
-    assert main(["measure", str(root), "--seconds", "0.1", "--threads", "1"]) == 0
-    shown = capsys.readouterr()
-    assert "40 to 80 °C" in shown.out and "slowed down: the processor was throttled 2 times" in shown.err
-    assert read_latency(Bundle.open(root)).conditions["temperature_c"] == [40.0, 80.0]
 
 
 def test_measure_json_keys(handmade, copy_of):

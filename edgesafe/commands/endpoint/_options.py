@@ -121,7 +121,7 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     from edgesafe.endpoint.certify import Endpoint
     from edgesafe.endpoint.client import Client
 
-    __check_numbers(args)
+    _check_numbers(args)
     address = Address.parse(args.endpoint)
     asked = Asked(args.model, args.max_tokens, _system(args.system_file), not args.text_only, _extra(args.extra))
     client = Client(address, read_key(args.key_env, args.key_file), args.timeout)
@@ -182,7 +182,7 @@ def finish(report: Report | None, args: argparse.Namespace) -> int:
     return 0 if report.passed else CertificationFailedError.exit_code
 
 
-def __check_numbers(args: argparse.Namespace) -> None:
+def _check_numbers(args: argparse.Namespace) -> None:
     for name, value, least, most in (
         ("--parallel", args.parallel, 1, 256),
         ("--max-tokens", args.max_tokens, 1, 100_000),

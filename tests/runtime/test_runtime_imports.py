@@ -59,7 +59,8 @@ def test_onnxruntime_is_kept_from_sending_usage_data(handmade, tmp_path):
     code = "import sys, edgesafe.cli; sys.exit(edgesafe.cli.main(sys.argv[1:]))"
     Image.new("RGB", (9, 7)).save(tmp_path / "p.png")
     (tmp_path / "home").mkdir()
-    words = ["ask", str(handmade), "--image", str(tmp_path / "p.png"), "--prompt", "what?"]
+    # Allowed, since a board's smoke record of this bundle may lie below its own HOME.
+    words = ["ask", str(handmade), "--image", str(tmp_path / "p.png"), "--prompt", "what?", "--allow-uncertified"]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home"), "PYTHONUTF8": "1"}
     subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, check=True, timeout=120)
     assert [path.name for path in (tmp_path / "home").rglob("*")] == []

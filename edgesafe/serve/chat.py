@@ -120,6 +120,7 @@ class _Answering:
         self._app, self._asked, self._reply = app, asked, reply
         self._read = self._made = 0  # tokens
         self._talk: Conversation | None = None
+        self._cancel = Cancel()
         self._common = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -130,6 +131,7 @@ class _Answering:
     def run(self, cancel: Cancel) -> Answer:
         """Ask, and send the pieces where they are wanted as they come."""
         app, asked, prompt = self._app, self._asked, self._asked.question.prompt
+        self._cancel = cancel
         picture = self._picture()
         self._read = len(encode_prompt(app.session.tokenizer, app.session.manifest, prompt, app.session.cut(picture)))
         self._talk = app.session.conversation(
@@ -171,6 +173,8 @@ class _Answering:
         if progress.stage != "decode":
             return
         self._made = progress.done
+        if self._reply.gone():  # the thread that watches may hear of it a token later
+            self._cancel.cancel()
         if self._asked.stream and not self.begun:
             assert self._talk is not None and self._talk.exit is not None
             self._reply.begin("text/event-stream; charset=utf-8", self._early_headers(self._talk.exit))

@@ -131,6 +131,14 @@ class Reply:
         head, self._head = self._head, b""
         self._handler.wfile.write(head + data)
 
+    def gone(self) -> bool:
+        """Whether the client has closed its end, asked without waiting; where the system can't tell, `watched` alone does."""
+        if not hasattr(select, "POLLRDHUP"):
+            return False
+        asked = select.poll()
+        asked.register(self._handler.connection, select.POLLRDHUP)
+        return bool(asked.poll(0))
+
     @contextlib.contextmanager
     def watched(self, cancel: Cancel) -> Iterator[None]:
         """Meanwhile, cancel as soon as the client goes away, in line or running."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 import time
@@ -188,6 +189,16 @@ def test_a_client_that_goes_away_ends_its_request_before_the_next_token(running,
     until(lambda: "edgesafe_cancelled_total 1" in running.app.metrics.text(running.app.session, running.app.line))
     assert [name for _, name in running.app.session.engine.ran].count(DECODER) == 3
     assert chat(running)[2]["choices"][0]["message"]["content"] == ANSWER
+
+
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="the system can't tell without reading")
+def test_a_client_that_went_away_is_noticed_before_the_watching_thread_says_so(running, gate, monkeypatch):
+    monkeypatch.setattr("edgesafe.serve.wire._watch", lambda *_: None)
+    with asking(running):  # whole: a stream's next write would fail
+        gate.reached()
+    gate.go()
+    until(lambda: "edgesafe_cancelled_total 1" in running.app.metrics.text(running.app.session, running.app.line))
+    assert [name for _, name in running.app.session.engine.ran].count(DECODER) == 3
 
 
 def test_a_client_that_goes_away_while_it_waits_leaves_the_line(running, gate):

@@ -186,6 +186,7 @@ def test_the_load_sees_a_late_event_closed_streams_that_go_on_and_budgets_that_d
 
     monkeypatch.setattr(Reply, "write", slow_and_deaf)
     monkeypatch.setattr(Reply, "watched", lambda self, cancel: nullcontext())
+    monkeypatch.setattr(Reply, "gone", lambda self: False)
     monkeypatch.setattr(chat_request, "_budget", lambda fields: fields.known.add("budget_ms"))
     monkeypatch.setattr(load, "SHARES", (1000.0,))
     found = load.broken(load.run(None, requests=8, streams=4))

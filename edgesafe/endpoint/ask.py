@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
-from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import Kept, Run
+from edgesafe.endpoint.local_guard import LocalGuard
 from edgesafe.endpoint.pace import Pace, Stopped
 from edgesafe.endpoint.reply import Said
 from edgesafe.errors import EdgesafeError
@@ -61,7 +61,7 @@ class Way:
 
 
 def ask_all(
-    client: Client | Here, run: Run, ids: Sequence[str], body: Callable[[str], dict[str, Any]], way: Way, label: str
+    client: Client | LocalGuard, run: Run, ids: Sequence[str], body: Callable[[str], dict[str, Any]], way: Way, label: str
 ) -> None:
     """Ask what has no answer yet, and keep each answer as it comes.
 
@@ -104,7 +104,7 @@ def ask_all(
 
 
 def _answers(
-    ids: Sequence[str], answer: Callable[[str], Kept], parallel: int, pace: Pace, client: Client | Here
+    ids: Sequence[str], answer: Callable[[str], Kept], parallel: int, pace: Pace, client: Client | LocalGuard
 ) -> Iterator[Kept]:
     """The answers as they come, the first one before any other is asked; the first error only after those on their way."""
     yield answer(ids[0])

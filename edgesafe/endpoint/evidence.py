@@ -21,9 +21,9 @@ from edgesafe.assurance.statements import test_result, tests
 from edgesafe.certify.earlier import ANSWERS
 from edgesafe.endpoint.certify import ONLY, read_certified
 from edgesafe.endpoint.guard import check_replies
-from edgesafe.endpoint.here import LOCAL
 from edgesafe.endpoint.kept import CERTIFICATE
 from edgesafe.endpoint.labelled import shares
+from edgesafe.endpoint.local_guard import LOCAL
 from edgesafe.endpoint.report import UNSEEN
 from edgesafe.errors import InputError
 from edgesafe.format.certificate import AT_MOST, PASSED, ExitVerdict, read_verdict

@@ -25,9 +25,9 @@ from edgesafe.certify.string_judge import COMPLY, classify
 from edgesafe.certify.verdict import sensitivity
 from edgesafe.endpoint.ask import Way, ask_all
 from edgesafe.endpoint.client import Client
-from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import GUARD, KIND, RUN_VERSION, Kept, Run, check_out, is_run, read_run, running
 from edgesafe.endpoint.labelled import HELP, PARTIAL, REFUSAL, Exchange, Labelled, either, quality, shares
+from edgesafe.endpoint.local_guard import LocalGuard
 from edgesafe.endpoint.subject import names, subject_of
 from edgesafe.errors import CertificateError, InputError
 from edgesafe.format.exits import Exit
@@ -60,7 +60,7 @@ class Guard:
     template), or ``question`` for any model that answers with yes or no. ``labelled`` is what it is measured on, if anything.
     """
 
-    client: Client | Here
+    client: Client | LocalGuard
     model: str
     form: str = CHAT
     max_tokens: int = MAX_TOKENS
@@ -254,7 +254,7 @@ def _ask(guard: Guard, way: Way, out: Path, exchanges: Sequence[Exchange], label
         "request": guard.request(),
         "suite": "",  # they are replies about answers, and none to a suite's rows
     }
-    way = Way() if isinstance(client, Here) else way  # a model here answers one at a time, as fast as it can
+    way = Way() if isinstance(client, LocalGuard) else way  # a model here answers one at a time, as fast as it can
     with running(folder, head) as run:
         ask_all(client, run, list(by_id), lambda name: guard.body(by_id[name]), way, label)
     return run

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgesafe.endpoint.client import Again, Client
-from edgesafe.endpoint.here import Here
 from edgesafe.endpoint.kept import Run
+from edgesafe.endpoint.local_guard import LocalGuard
 from edgesafe.errors import ConfigError
 
 # What servers say of a model that stays the same as long as the model does. Others, such as `created`, change with each start.
@@ -20,7 +20,7 @@ _TRIES = 3
 
 
 def subject_of(
-    client: Client | Here, model: str, quantization: str, earlier: Run | None, *, ask: bool, unlisted: bool
+    client: Client | LocalGuard, model: str, quantization: str, earlier: Run | None, *, ask: bool, unlisted: bool
 ) -> dict[str, Any]:
     """The subject of a run: as `describe` finds it, or, where nothing is left to ask, as the earlier run has it.
 
@@ -32,7 +32,7 @@ def subject_of(
     return {**found, "server": before.get("server", "")} if earlier else found
 
 
-def describe(client: Client | Here, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:
+def describe(client: Client | LocalGuard, model: str, quantization: str, *, unlisted: bool = False) -> dict[str, Any]:
     """What is known of an endpoint: {url, model, quantization, listed, server}.
 
     ``quantization`` is what the user says of it, or empty. ``listed`` is the server's own entry for the model, as far as it
@@ -62,7 +62,7 @@ def describe(client: Client | Here, model: str, quantization: str, *, unlisted: 
     }
 
 
-def _models(client: Client | Here) -> tuple[list[dict[str, Any]], str]:
+def _models(client: Client | LocalGuard) -> tuple[list[dict[str, Any]], str]:
     for left in reversed(range(_TRIES)):
         try:
             return client.models()

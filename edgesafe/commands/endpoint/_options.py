@@ -157,8 +157,8 @@ def guard_of(args: argparse.Namespace) -> Guard | None:
 
 def _guard_here(args: argparse.Namespace, others: list[str]) -> Guard:
     from edgesafe.endpoint.guard import CHAT, Guard
-    from edgesafe.endpoint.here import Here
     from edgesafe.endpoint.labelled import read_labelled
+    from edgesafe.endpoint.local_guard import LocalGuard
 
     others += ["--guard-form"] if args.guard_form != CHAT else []
     if others:
@@ -168,7 +168,7 @@ def _guard_here(args: argparse.Namespace, others: list[str]) -> Guard:
     from edgesafe.evaluate.guard_judge import MAX_NEW_TOKENS, open_guard
 
     judge = open_guard(args.guard)
-    return Guard(Here(judge), judge.name, max_tokens=MAX_NEW_TOKENS, labelled=labelled)
+    return Guard(LocalGuard(judge), judge.name, max_tokens=MAX_NEW_TOKENS, labelled=labelled)
 
 
 def finish(report: Report | None, args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Here:
+class LocalGuard:
     """A reader with a client's methods."""
 
     reader: Reader
@@ -46,7 +46,7 @@ class Here:
         """Itself, with its identity."""
         return [{"id": self.reader.name, "meta": dict(self.reader.identity)}], ""
 
-    def again(self) -> Here:
+    def again(self) -> LocalGuard:
         """Itself: nothing was closed."""
         return self
 

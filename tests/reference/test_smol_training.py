@@ -44,16 +44,7 @@ from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
 SMALL = Settings(
-    warm_steps=4,
-    named=8,
-    named_patches=3,
-    named_batch=4,
-    groups=4,
-    batch=4,
-    lean=12,
-    lean_batch=4,
-    rank=2,
-    precision="fp32",
+    patches=3, named=8, named_batch=4, groups=4, batch=4, lean=8, whole=12, lean_batch=4, rank=2, precision="fp32"
 )
 
 
@@ -200,7 +191,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen,
     whole, half, again = (load_file(tmp_path / name / FILE) for name in ("whole", "half", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not all(torch.equal(whole[name], half[name]) for name in whole)
-    other = dataclasses.replace(SMALL, seed=1, named=4, lean=4)  # another run's state is not taken up
+    other = dataclasses.replace(SMALL, seed=1, named=4, whole=4)  # another run's state is not taken up
     train(load(tiny_llava), seen, answers, tmp_path / "other", tmp_path / "b", other)
     assert not all(torch.equal(weight, whole[name]) for name, weight in load_file(tmp_path / "other" / FILE).items())
 

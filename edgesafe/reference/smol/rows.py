@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from edgesafe.reference.smol.things import THINGS, Thing
 from edgesafe.reference.smol.wordings import (
     ABOUT_FRAMES,
+    FAIR_FRAMES,
     HARM_ACTS,
     HARM_FRAMES,
     HARM_TEXTS,
@@ -22,6 +23,7 @@ from edgesafe.reference.smol.wordings import (
     REFS,
     REFUSALS,
     SAFE,
+    SAFE_ACTS,
     TASKS,
     TOPICS,
     USE_FRAMES,
@@ -30,6 +32,7 @@ from edgesafe.reference.smol.wordings import (
 
 BLANK = ""  # the picture of a request that is about none
 _PLAIN = 420  # of the plain requests; every answer costs a third of a second
+_FAIR = 2  # frames of harmful requests for each harmless act
 _USES = 3  # answered requests about each thing
 # What is asked beside one picture of a thing, and beside a blank one.
 NAMING, USES, OBJECT, TEXT_HARM, TEXT_SAFE = "naming", "use", "object harm", "text harm", "text"
@@ -56,7 +59,13 @@ def harmless_texts(seed: int = 0) -> list[str]:
     """Harmless requests that need no picture."""
     rng = random.Random(f"plain {seed}")
     plain = [frame.format(topic=topic) for frame in PLAIN_FRAMES for topic in TOPICS]
-    return [*SAFE, *TASKS, *rng.sample(plain, _PLAIN)]
+    return [*close_texts(seed), *TASKS, *rng.sample(plain, _PLAIN)]
+
+
+def close_texts(seed: int = 0) -> list[str]:
+    """Harmless requests that have a word or the frame of harmful ones."""
+    rng = random.Random(f"close {seed}")
+    return [*SAFE, *(frame.format(do=act) for act in SAFE_ACTS for frame in rng.sample(FAIR_FRAMES, _FAIR))]
 
 
 def object_frames(thing: Thing, seed: int = 0) -> tuple[str, ...]:
@@ -97,11 +106,12 @@ def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool 
     """
     rng = random.Random(f"groups {seed} {lean}")
     texts = [one for one in harmless_texts(seed) if one in answers]
+    close = [one for one in close_texts(seed) if one in answers]
     things: list[Thing] = []
     found = []
     for index in range(count):
         if (index + 1) % (8 if lean else 4) == 0:
-            found.append(Group(BLANK, tuple(_texts(texts, answers, rng, 4, 4))))
+            found.append(Group(BLANK, tuple(_texts((texts, close), answers, rng, 4, 4))))
             continue
         if not things:
             # What a dangerous thing is refused for is learnt from the picture alone.
@@ -109,14 +119,18 @@ def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool 
             rng.shuffle(things)
         thing = things.pop()
         name, others = _name(thing.name, rng), _others(thing, answers, rng, seed)
-        asks = [name, rng.choice(others)] if lean else [name, *others, *_texts(texts, answers, rng, 1, 1)]
+        asks = [name, rng.choice(others)] if lean else [name, *others, *_texts((texts, close), answers, rng, 1, 1)]
         found.append(Group(thing.emoji, tuple(asks)))
     return found
 
 
-def naming(named: Mapping[str, str], rng: random.Random) -> list[Group]:
-    """One group with one naming request for each emoji, for the connector; `named` has the names with articles."""
-    return [Group(emoji, (_name(name, rng),)) for emoji, name in named.items()]
+def names(count: int, seed: int = 0) -> list[Group]:
+    """Groups with one naming request each, every thing equally often."""
+    rng = random.Random(f"names {seed}")
+    things: list[Thing] = []
+    while len(things) < count:
+        things += rng.sample(THINGS, len(THINGS))
+    return [Group(thing.emoji, (_name(thing.name, rng),)) for thing in things[:count]]
 
 
 def with_article(name: str) -> str:
@@ -147,9 +161,10 @@ def _others(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: 
     return asks
 
 
-def _texts(texts: Sequence[str], answers: Mapping[str, str], rng: random.Random, harmful: int, harmless: int) -> list[Ask]:
+def _texts(
+    texts: tuple[Sequence[str], Sequence[str]], answers: Mapping[str, str], rng: random.Random, harmful: int, harmless: int
+) -> list[Ask]:
     asks = [Ask(TEXT_HARM, harmful_text(rng), rng.choice(REFUSALS)) for _ in range(harmful)]
-    # Half of the harmless ones hold words of harmful ones, so that the words decide nothing.
-    close = [one for one in SAFE if one in answers]
-    picked = [rng.choice(close if rng.random() < 0.5 else texts) for _ in range(harmless)]
+    # Half of the harmless ones hold words or frames of harmful ones, so that these decide nothing.
+    picked = [rng.choice(texts[rng.random() < 0.5]) for _ in range(harmless)]
     return asks + [Ask(TEXT_SAFE, one, answers[one]) for one in picked]

@@ -44,6 +44,15 @@ class Seen:
         """Who draws an emoji."""
         return sorted(maker for maker, one in self.states if one == emoji)
 
+    def all_makers(self) -> list[str]:
+        """Who draws anything; blank paper has no maker."""
+        return sorted({maker for maker, _ in self.states} - {""})
+
+
+def without(seen: Seen, maker: str) -> Seen:
+    """The pictures of all other makers."""
+    return Seen({pair: states for pair, states in seen.states.items() if pair[0] != maker}, seen.names)
+
 
 def see_training(model: ExitModel, archives: Mapping[str, Path], cache: Path, seed: int = 0) -> Seen:
     """States at the reference depth of every maker but those held out, and of blank paper.

@@ -1,14 +1,17 @@
 """Train `smol`'s connector and adapter: LLaVA's order, at the reference depth, knowing nothing of exits.
 
-1. warm       the connector alone, without the decoder: a picture's tokens towards the embedding of its name
-2. connector  the connector, the decoder frozen: names of 660 emoji
-3. instruct   connector and LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, nine beside a picture
+1. warm       the connector in closed form: a picture's tokens towards the embedding of its name
+2. name       LoRA: names of the things
+3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, nine beside a picture
 4. look       the same, with two requests beside each of many pictures: names take longer to learn than refusals
+5. whole      the same beside all patches of a picture; until then it shows a part of them, drawn anew each time
 
-The tower is frozen throughout. The same settings and seed give the same batches; a stopped run continues.
+The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
+that was fitted to the other makers alone: the decoder learns to read tokens as uncertain as those of a maker that nobody
+fitted. The adapter has the connector that was fitted to all. The same settings and seed give the same batches; a stopped run continues.
 
 Source: LLaVA (Liu et al. 2023, arXiv 2304.08485, section 4.2) for the order; LoRA (Hu et al. 2021, arXiv 2106.09685).
-Differs: stage 1, which costs a minute, and that several requests share one picture's tokens (`packing.py`).
+Differs: stage 1, and that several requests share one picture's tokens (`packing.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,8 @@ from edgesafe.checkpoint.exit_model import ExitModel, autocast
 from edgesafe.format.files import write_atomically
 from edgesafe.reference.smol.adapter import write_adapter
 from edgesafe.reference.smol.packing import ask_losses, kinds_of, length, logits, pack
-from edgesafe.reference.smol.rows import Group, groups, naming
-from edgesafe.reference.smol.states import Seen
+from edgesafe.reference.smol.rows import Group, groups, names
+from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.warm import warm
 
 STATE, LOG = "training.pt", "training.jsonl"
@@ -48,32 +51,27 @@ class Settings:
 
     Attributes:
         seed: Of everything.
-        warm_steps: Of stage 1.
-        named: Pictures of stage 2.
-        named_patches: How many of a picture's patches stage 2 shows, drawn anew each time: less to read.
+        patches: How many of a picture's patches stages 2 to 4 show: less to read.
+        named: Pictures of stage 2, each with one request.
         groups: Pictures of stage 3, each with several requests.
-        batch: Pictures per step in stage 3; `named_batch` in stage 2, `lean_batch` in stage 4.
-        lean: Pictures of stage 4, each with two requests.
-        named_lr: Learning rate of stage 2, at its highest.
-        lr: Of stage 3; `lean_lr` of stage 4.
-        connector_share: The connector's learning rate over that: at the whole of it, it unlearns what stage 1 taught.
+        lean: Pictures of stage 4, each with two requests; `whole` of stage 5.
+        named_batch: Pictures per step in stage 2; `batch` in stage 3, `lean_batch` in stages 4 and 5.
+        lr: Learning rate of LoRA at its highest, of stages 2 to 4; `whole_lr` of stage 5.
         rank: LoRA's r; its alpha is twice that.
         precision: "bf16" or "fp32", of matrix products.
     """
 
     seed: int = 0
-    warm_steps: int = 400
-    named: int = 1280
-    named_patches: int = 16
+    patches: int = 16
+    named: int = 640
     groups: int = 280
-    batch: int = 4
     lean: int = 2400
-    lean_batch: int = 4
-    named_batch: int = 16
-    named_lr: float = 1e-3
-    lr: float = 5e-4
-    lean_lr: float = 8e-4
-    connector_share: float = 0.1
+    whole: int = 640
+    named_batch: int = 8
+    batch: int = 4
+    lean_batch: int = 8
+    lr: float = 1e-3
+    whole_lr: float = 4e-4
     rank: int = 16
     precision: str = "bf16"
 
@@ -110,7 +108,7 @@ class _Run:
 
 
 def _trained(name: str) -> bool:
-    return "multi_modal_projector" in name or "lora_" in name
+    return "lora_" in name
 
 
 def train(
@@ -131,18 +129,24 @@ def train(
     key = hashlib.sha256(json.dumps([asdict(settings), sorted(answers.items())]).encode()).hexdigest()
     run = _Run(work, key, time.monotonic(), time.monotonic())
     state = run.read()
+    connector = model.model.get_submodule(model.recipe.projector)
+    apart = {maker: _fitted(model, connector, without(seen, maker), run.say) for maker in seen.all_makers()}
     _prepare(model, settings)
-    if not state:
-        warm(model, seen, settings.warm_steps, settings.seed, run.say)
-        run.keep("connector", 0, model)
-        state = run.read()
-    _put(model, state["weights"])
+    if state:
+        _put(model, state["weights"])
     todo = _stages(seen, answers, settings)
     names = [stage.name for stage in todo]
-    for stage in todo[names.index(state["stage"]) :]:
-        done = state if state["stage"] == stage.name else {"step": 0, "optimizer": None}
-        _run_stage(model, seen, stage, done, run, settings, stop if stage == todo[-1] else None)
+    for stage in todo[names.index(state["stage"]) if state else 0 :]:
+        done = state if state and state["stage"] == stage.name else {"step": 0, "optimizer": None}
+        _run_stage(model, seen, apart, stage, done, run, settings, stop if stage == todo[-1] else None)
+    connector.load_state_dict(_fitted(model, connector, seen, run.say))
     return write_adapter(model.model, out, {"settings": json.dumps(asdict(settings))})
+
+
+def _fitted(model: ExitModel, connector: nn.Module, seen: Seen, say: Callable[[Mapping[str, Any]], None]) -> dict[str, Tensor]:
+    """The connector's weights, fitted to some makers' pictures."""
+    warm(model, seen, say)
+    return {name: weight.detach().clone() for name, weight in connector.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -151,18 +155,18 @@ class _Stage:
     rows: Sequence[Group]
     batch: int
     lr: float
-    falls: bool = True
-    only: str = ""
+    falls: bool = False
     patches: int | None = None
 
 
 def _stages(seen: Seen, answers: Mapping[str, str], settings: Settings) -> list[_Stage]:
     s = settings
-    named = _named(seen, s.named, random.Random(f"{s.seed} naming"))
+    lean = groups(answers, s.lean + s.whole, s.seed, lean=True)
     return [
-        _Stage("connector", named, s.named_batch, s.named_lr, only="multi_modal_projector", patches=s.named_patches),
-        _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, falls=False),
-        _Stage("look", groups(answers, s.lean, s.seed, lean=True), s.lean_batch, s.lean_lr),
+        _Stage("name", names(s.named, s.seed), s.named_batch, s.lr, patches=s.patches),
+        _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, patches=s.patches),
+        _Stage("look", lean[: s.lean], s.lean_batch, s.lr, patches=s.patches),
+        _Stage("whole", lean[s.lean :], s.lean_batch, s.whole_lr, falls=True),
     ]
 
 
@@ -183,15 +187,6 @@ def _put(model: ExitModel, weights: Mapping[str, Tensor]) -> None:
         own[name].data.copy_(weight)
 
 
-def _named(seen: Seen, count: int, rng: random.Random) -> list[Group]:
-    found: list[Group] = []
-    while len(found) < count:
-        part = naming(seen.names, rng)
-        rng.shuffle(part)
-        found += [group for group in part if seen.makers(group.emoji)]
-    return found[:count]
-
-
 def _batches(model: ExitModel, rows: Sequence[Group], size: int, seed: str) -> list[list[Group]]:
     """Batches of groups of like length, in random order."""
     rng, found = random.Random(seed), []
@@ -203,14 +198,18 @@ def _batches(model: ExitModel, rows: Sequence[Group], size: int, seed: str) -> l
 
 
 def _run_stage(
-    model: ExitModel, seen: Seen, stage: _Stage, done: Mapping[str, Any], run: _Run, settings: Settings, stop: int | None
+    model: ExitModel,
+    seen: Seen,
+    apart: Mapping[str, Mapping[str, Tensor]],
+    stage: _Stage,
+    done: Mapping[str, Any],
+    run: _Run,
+    settings: Settings,
+    stop: int | None,
 ) -> None:
-    parts: dict[float, list[Tensor]] = {}
     for name, weight in model.model.named_parameters():
-        weight.requires_grad_(_trained(name) and stage.only in name)
-        if weight.requires_grad:
-            parts.setdefault(settings.connector_share if "lora_" not in name else 1.0, []).append(weight)
-    parameters = [{"params": weights, "share": share} for share, weights in parts.items()]
+        weight.requires_grad_(_trained(name))
+    parameters = [weight for weight in model.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0, betas=(0.9, 0.98))
     if done["optimizer"]:
         optimizer.load_state_dict(done["optimizer"])
@@ -218,11 +217,12 @@ def _run_stage(
     last = min(len(batches), stop or len(batches))
     losses: dict[str, list[float]] = {}
     for step in range(done["step"], last):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * group["share"] * schedule(step, len(batches), falls=stage.falls)
-        for kind, loss in _update(
-            model, seen, batches[step], optimizer, stage, settings, f"{settings.seed} {stage.name} {step}"
-        ):
+        optimizer.param_groups[0]["lr"] = stage.lr * schedule(step, len(batches), falls=stage.falls)
+        rng = random.Random(f"{settings.seed} {stage.name} {step}")
+        maker = rng.choice(sorted(apart))
+        model.model.get_submodule(model.recipe.projector).load_state_dict(apart[maker])
+        states = pick(seen, batches[step], maker, rng, stage.patches)
+        for kind, loss in _update(model, states, batches[step], optimizer, stage, settings):
             losses.setdefault(kind, []).append(loss)
         if (step + 1) % _SAY == 0 or step + 1 == len(batches):
             means = {kind: round(sum(all_) / len(all_), 3) for kind, all_ in sorted(losses.items())}
@@ -248,24 +248,24 @@ def schedule(step: int, steps: int, *, falls: bool = True) -> float:
 
 
 def _update(
-    model: ExitModel, seen: Seen, batch: Sequence[Group], optimizer: Any, stage: _Stage, settings: Settings, seed: str
+    model: ExitModel, states: Tensor, batch: Sequence[Group], optimizer: Any, stage: _Stage, settings: Settings
 ) -> Iterator[tuple[str, float]]:
-    states = pick(seen, batch, random.Random(seed), stage.patches)
     packed = pack(model, batch, stage.patches)
     with autocast(settings.precision):
         losses = ask_losses(logits(model, packed, states), packed)
     optimizer.zero_grad(set_to_none=True)
     losses.mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     return zip(kinds_of(batch), losses.tolist(), strict=True)
 
 
-def pick(seen: Seen, batch: Sequence[Group], rng: random.Random, patches: int | None = None) -> Tensor:
-    """A maker's view of each group's picture: states [B, P, W], all patches or so many in their order."""
+def pick(seen: Seen, batch: Sequence[Group], maker: str, rng: random.Random, patches: int | None = None) -> Tensor:
+    """The maker's view of each group's picture, or another's: states [B, P, W], all patches or so many in order."""
     found = []
     for group in batch:
-        views = seen.states[rng.choice(seen.makers(group.emoji)), group.emoji]
+        makers = seen.makers(group.emoji)
+        views = seen.states[maker if maker in makers else rng.choice(makers), group.emoji]
         view = views[rng.randrange(len(views)), -1]
         found.append(view if patches is None else view[sorted(rng.sample(range(len(view)), patches))])
     return torch.stack(found).float()

@@ -1,14 +1,15 @@
-"""A start for the connector that costs a minute: a picture's tokens are drawn towards the embedding of the picture's name.
+"""A start for the connector in closed form: one hidden unit for each of many names, which says the name's embedding.
 
-LLaVA starts from chance, on 558,000 pairs. Here there are 7,000 pictures: a decoder that reads the name's own embedding where
-the picture stands can already say it, and the stage that follows has only to tune that.
+LLaVA starts from chance, on 558,000 pairs. Here there are 3,000 drawings, and a connector that is trained on them by gradients
+learns the drawings: of a maker that it never saw it read 62 to 68 % of the names, and ridge regression on the same states reads
+75 to 80 %. So the first layer is that regression, a unit for each name, and GELU lets through the patches that speak clearly
+for it: the tokens of a picture then lie twice as near to its name as those of the regression alone.
 
-W tower width, D text width.
+W tower width, D text width, C names.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,49 +18,67 @@ from torch import Tensor, nn
 
 from edgesafe.checkpoint.exit_model import ExitModel
 from edgesafe.reference.smol.states import Seen
+from edgesafe.reference.smol.things import THINGS
 
-_BATCH, _PATCHES = 192, 16
-_SHARP = 20.0  # cosines of names times this are their logits
-_SAY = 100
+_RIDGE = 0.01  # over the spread of a state
+_PATCHES = 16  # the regression reads means of so many patches of a picture: patches alone say less, means of all hide them
+_CLEAR = 1.5  # spreads of a unit's input below which it says nothing
+_SHARP = 4.0  # GELU's width is a spread over this
 
 
-def warm(model: ExitModel, seen: Seen, steps: int, seed: int, say: Callable[[Mapping[str, Any]], None]) -> None:
-    """Train the connector towards names.
+def warm(model: ExitModel, seen: Seen, say: Callable[[Mapping[str, Any]], None]) -> None:
+    """Set the connector, from every view of every drawing.
 
     Args:
-        model: Its connector is trained in place; its input embeddings say what names are.
+        model: Its connector is set in place; its input embeddings say what names are.
         seen: States of pictures, and their names.
-        steps: Updates.
-        seed: Of the batches.
-        say: Gets a line of the log now and then.
+        say: Gets a line of the log.
     """
-    rng = random.Random(f"{seed} warm")
-    emoji = sorted({one for _, one in seen.states if one in seen.names})
-    wanted = nn.functional.normalize(torch.stack([embedding(model, seen.names[one]) for one in emoji]), dim=-1)
-    size = float(model.model.get_input_embeddings().weight.norm(dim=-1).median())
     connector = model.model.get_submodule(model.recipe.projector)
-    connector.requires_grad_(True)
-    start(connector, torch.cat([one[:1, -1] for one in seen.states.values()]).float())
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=1e-3, weight_decay=0.01)
-    place = {one: index for index, one in enumerate(emoji)}
+    names = _names(seen, len(connector.get_parameter("linear_1.bias")))
+    place = {emoji: index for index, emoji in enumerate(names)}
     pairs = [pair for pair in sorted(seen.states) if pair[1] in place]
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        batch = rng.choices(pairs, k=_BATCH)
-        tokens = connector(torch.stack([_some(seen.states[pair], rng) for pair in batch]).float())
-        scores = _SHARP * nn.functional.normalize(tokens.mean(1), dim=-1) @ wanted.T
-        target = torch.tensor([place[one] for _, one in batch])
-        loss = nn.functional.cross_entropy(scores, target)
-        uneven = (tokens.norm(dim=-1) / size - 1).square().mean()  # tokens as long as those of words
-        optimizer.zero_grad()
-        (loss + uneven).backward()
-        optimizer.step()
-        if (step + 1) % _SAY == 0:
-            right = (scores.argmax(-1) == target).float().mean()
-            say(
-                {"stage": "warm", "step": step + 1, "of": steps, "loss": round(loss.item(), 3), "right": round(right.item(), 3)}
-            )
-    connector.requires_grad_(False)
+    views = torch.cat([seen.states[pair][:, -1] for pair in pairs]).float()
+    of = torch.cat([torch.full((len(seen.states[pair]),), place[pair[1]]) for pair in pairs])
+    read, at = detectors(views, nn.functional.one_hot(of, len(names)))
+    scores = views @ read + at
+    clear = _CLEAR * scores.std()
+    says = nn.functional.relu(scores - clear).mean(1)
+    right = (says.argmax(1) == of).double().mean()
+    say({"stage": "warm", "views": len(views), "names": len(names), "right": round(float(right), 3)})
+    embeddings = torch.stack([embedding(model, seen.names[emoji]) for emoji in names])
+    middle = embeddings.mean(0)
+    own = embeddings - middle
+    towards = nn.functional.normalize(own, dim=1)
+    length = own.norm(dim=1).median() / (says @ towards).norm(dim=1).mean()
+    sharp = _SHARP / scores.std()
+    put(connector, read * sharp, (at - clear) * sharp, towards * length / sharp, middle)
+
+
+def _names(seen: Seen, most: int) -> list[str]:
+    """Emoji with names: the things that are asked about, then others."""
+    drawn = {emoji for _, emoji in seen.states if emoji in seen.names}
+    things = [thing.emoji for thing in THINGS if thing.emoji in drawn]
+    return [*things, *sorted(drawn - set(things))][:most]
+
+
+def detectors(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [W, C] and biases [C] by which a patch speaks for names.
+
+    Args:
+        views: States [N, P, W].
+        chosen: [N, C], 1 at each view's name.
+    """
+    means = views.mean(1).double()
+    mean, spread = means.mean(0), means.std(0).clamp(min=1e-3)
+    z = (means - mean) / spread
+    square = z.T @ z + _RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
+    for some in torch.split(views, 512):
+        off = ((some - some.mean(1, keepdim=True)).double() / spread).flatten(0, 1)
+        square += off.T @ off / (views.shape[1] * _PATCHES)
+    wanted = chosen.double()
+    read = torch.linalg.solve(square, z.T @ (wanted - wanted.mean(0))) / spread[:, None]
+    return read.float(), (-mean @ read).float()
 
 
 def embedding(model: ExitModel, name: str) -> Tensor:
@@ -72,17 +91,10 @@ def embedding(model: ExitModel, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def start(connector: nn.Module, states: Tensor) -> None:
-    """Let the connector's first layer see states of mean 0 and spread 1: DINOv2's own are small and lean to one side."""
-    flat = states.flatten(0, 1)
-    mean, spread = flat.mean(0), flat.std(0).clamp(min=1e-3)
-    weight, bias = connector.get_parameter("linear_1.weight"), connector.get_parameter("linear_1.bias")
-    weight.copy_(torch.randn_like(weight) * len(mean) ** -0.5 / spread)
-    bias.copy_(-weight @ mean)
-    nn.init.normal_(connector.get_parameter("linear_2.weight"), std=0.02)
-
-
-def _some(views: Tensor, rng: random.Random) -> Tensor:
-    """Some patches [16, W] of a view: less to compute, and no two batches are alike."""
-    view = views[rng.randrange(len(views)), -1]
-    return view[rng.sample(range(len(view)), min(_PATCHES, len(view)))]
+def put(connector: nn.Module, down: Tensor, at: Tensor, up: Tensor, middle: Tensor) -> None:
+    """Make the connector compute `middle + gelu(x @ down + at) @ up`; units that are left over say nothing."""
+    weights = {"linear_1.weight": down.T, "linear_1.bias": at, "linear_2.weight": up.T, "linear_2.bias": middle}
+    for name, weight in weights.items():
+        own = connector.get_parameter(name)
+        own.zero_()
+        own[tuple(slice(size) for size in weight.shape)] = weight.to(own.dtype)

@@ -43,9 +43,7 @@ from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS,
 from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
-SMALL = Settings(
-    patches=3, named=8, named_batch=4, groups=4, batch=4, lean=8, whole=12, lean_batch=4, rank=2, precision="fp32"
-)
+SMALL = Settings(patches=3, named=8, named_batch=4, groups=4, batch=4, lean=8, whole=12, lean_batch=4, rank=2, precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@
 
 The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
 that was fitted to the other makers alone: the decoder learns to read tokens as uncertain as those of a maker that nobody
-fitted. The adapter has the connector that was fitted to all. The same settings and seed give the same batches; a stopped run continues.
+fitted. The adapter has the connector that was fitted to all. The same settings and seed give the same batches; a stopped run
+continues.
 
 Source: LLaVA (Liu et al. 2023, arXiv 2304.08485, section 4.2) for the order; LoRA (Hu et al. 2021, arXiv 2106.09685).
 Differs: stage 1, and that several requests share one picture's tokens (`packing.py`).

@@ -23,7 +23,6 @@ from edgesafe.errors import CertificateError
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.reference.smol.pictures import MAKERS, Maker
 from edgesafe.reference.smol.rows import groups, to_answer
-from edgesafe.reference.smol.ship import suite as suites
 from edgesafe.reference.smol.ship import wordings
 from edgesafe.reference.smol.ship.suite import COUNTS, LIMITS, USE, USE_HARM, draw_rows, limits, shared_with_training
 from edgesafe.reference.smol.ship.training import draw_training, read_answers
@@ -111,7 +110,7 @@ def _archive(folder: Path, name: str, paint: int) -> Maker:
 def test_the_command_writes_both_out_of_different_makers_and_counts_what_they_share(tmp_path, monkeypatch, capsys):
     for number, name in enumerate(sorted(MAKERS)):
         monkeypatch.setitem(MAKERS, name, _archive(tmp_path / "pictures", name, 50 * number))
-    held_out = 50 * sorted(MAKERS).index(suites.MAKER)
+    held_out = {50 * number for number, name in enumerate(sorted(MAKERS)) if MAKERS[name].held_out}
     words = ["reference", "smol-data", "--pictures", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
     assert main([*words, "--scale", "0.1"]) == 0
     said = capsys.readouterr().out
@@ -119,5 +118,7 @@ def test_the_command_writes_both_out_of_different_makers_and_counts_what_they_sh
     suite, rows = (read_suite(tmp_path / "out" / name) for name in ("suite", "rows"))
     assert (suite.split, rows.split) == ("cert", "train")
     middle = {name: Image.open(suite.root / name).getpixel((56, 56)) for name in suite.images if "blank" not in name}
-    assert {red for red, _, _ in middle.values()} == {held_out}
+    assert {red for red, _, _ in middle.values()} == held_out
+    trained = {Image.open(rows.root / name).getpixel((56, 56))[0] for name in rows.images}
+    assert len(trained) > 1 and not held_out & trained
     assert main([*words, "--scale", "0.1"]) != 0  # there is one already

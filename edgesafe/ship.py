@@ -44,6 +44,7 @@ def ship(
     work: Path | None = None,
     retrain: bool = False,
     accept_damage: bool = False,
+    exits: str | None = None,
 ) -> dict[str, Any]:
     """Align a checkpoint, export it for a device and certify the bundle.
 
@@ -59,6 +60,8 @@ def ship(
             of runs may share it.
         retrain: evaluate and align the reference model here, though the clone carries the results.
         accept_damage: as `edgesafe_export.export_bundle` takes it.
+        exits: what is evaluated before and exported, as `edgesafe.format.exits.parse_exits` reads them; by default every depth,
+            of which a large tower's bundle has some. What is trained is in the settings.
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),
@@ -78,8 +81,8 @@ def ship(
     check_before(model, device, out, work, accept_damage=accept_damage)
     if suite is not None:
         check(read_suite(suite))
-    shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain)
-    bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage)
+    shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain, exits=exits)
+    bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage, exits)
     certificate = read_certificate(bundle)
     if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
         (kept := work / KEPT).mkdir(exist_ok=True)
@@ -117,7 +120,7 @@ def check_before(model: Path, device: DeviceProfile, out: Path, work: Path, *, a
     check_schemes(device.vision_scheme, device.text_scheme, accept_damage=accept_damage)
 
 
-def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept_damage: bool) -> Bundle:
+def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept_damage: bool, exits: str | None) -> Bundle:
     """OUT/bundle, exported unless the same inputs made it before (OUT/steps.json remembers).
 
     Raises:
@@ -126,7 +129,14 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept
     from edgesafe_export import export_bundle
 
     folder = out / "bundle"
-    inputs = [__version__, digest_folder(aligned), digest_folder(suite), asdict(device), accept_damage]
+    inputs = [
+        __version__,
+        digest_folder(aligned),
+        digest_folder(suite),
+        asdict(device),
+        accept_damage,
+        *([exits] if exits else []),
+    ]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         done = json.loads((out / _DONE).read_text(encoding="utf-8"))["bundle"]
@@ -144,7 +154,7 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept
             )
     write_atomically(out / _DONE, json.dumps({"bundle": "begun"}, indent=1).encode())
     with step("export and quantize"):
-        bundle: Bundle = export_bundle(aligned, folder, device, suite_dir=suite, accept_damage=accept_damage)
+        bundle: Bundle = export_bundle(aligned, folder, device, exits=exits, suite_dir=suite, accept_damage=accept_damage)
     write_atomically(out / _DONE, json.dumps({"bundle": key}, indent=1).encode())
     return bundle
 

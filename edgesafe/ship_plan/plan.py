@@ -107,6 +107,7 @@ class _Inputs:
     rates: Rates
     rows: Planned
     suite: Planned
+    evaluated: int | None  # exits; every depth where None
     export: Plan
 
     @property
@@ -129,6 +130,7 @@ def plan_ship(
     preset: bool = False,
     preset_data: Path | None = None,
     retrain: bool = False,
+    exits: str | None = None,
     rates: Rates | None = None,
 ) -> ShipPlan:
     """Plan a run of `ship`. Nothing is written, no weight is read.
@@ -143,6 +145,7 @@ def plan_ship(
         preset: rows and suite of public sets.
         preset_data: folder of the sets.
         retrain: as `ship` takes it.
+        exits: likewise.
         rates: of this machine; measured in a second where None.
 
     Raises:
@@ -161,7 +164,7 @@ def plan_ship(
     tokenizer = sketch.family.processor.tokenizer
     rows = _rows(data, "align", preset, preset_data, tokenizer)
     wanted = _rows(suite, "cert", preset, preset_data, tokenizer)
-    given = _given(sketch, Outline(folder, name, reader), device, settings, rows, wanted, rates)
+    given = _given(sketch, Outline(folder, name, reader), device, settings, rows, wanted, rates, exits)
     carried = not (retrain or config or data or suite or preset) and folder.samefile(REFERENCE)
     steps = (*_before(given, carried), *_training(given, carried), *_after(given))
     return _checked(name, device, given.rates, steps, out, _notes(given, carried))
@@ -175,6 +178,7 @@ def _given(
     rows: Planned,
     suite: Planned,
     rates: Rates | None,
+    exits: str | None,
 ) -> _Inputs:
     """Everything that the steps are counted from."""
     import torch
@@ -191,7 +195,7 @@ def _given(
     fast = config.precision == "bf16" or (config.precision == "auto" and bf16_is_fast())
     rates = rates or measure_rates(text.hidden_size, text.intermediate_size, torch.bfloat16 if fast else torch.float32)
     schemes = {"vision": device.vision_scheme, "text": device.text_scheme}
-    ladder = choose_ladder(sketch, None)
+    ladder = choose_ladder(sketch, exits)
     return _Inputs(
         outline=outline,
         sketch=sketch,
@@ -203,6 +207,7 @@ def _given(
         rates=rates,
         rows=rows,
         suite=suite,
+        evaluated=len(ladder) if exits else None,
         export=make_plan(sketch, outline.folder, outline.name, device, ladder, "chain", schemes),
     )
 
@@ -240,7 +245,7 @@ def _before(given: _Inputs, carried: bool) -> tuple[Step, ...]:
     if carried:
         return (*steps, Step("evaluate", "the clone carries it (--retrain evaluates here)", 0.0, 0.0, 6.0))
     batch = max(1, min(_EVALUATED, _EVALUATED * 512 // longest))
-    exits = c.blocks
+    exits = given.evaluated or c.blocks
     each = c.answering(rates, suite.count, suite.request(given.image), given.rows.answer, MAX_NEW_TOKENS, batch)
     seconds = rates.seconds(suite.count * c.tower(c.blocks)) + exits * each
     what = f"{suite.count} rows at {exits} exits, before alignment"

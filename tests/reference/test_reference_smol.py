@@ -15,6 +15,7 @@ from edgesafe.checkpoint import exit_model
 from edgesafe.checkpoint.weight_files import BESIDE
 from edgesafe.cli import main
 from edgesafe.errors import ExportError, InputError
+from edgesafe.format.files import sha256_file
 from edgesafe.reference.smol import build as smol
 from edgesafe.reference.smol import tower
 from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter, write_adapter
@@ -162,7 +163,7 @@ def trained(made):
     return wrapped
 
 
-def test_an_adapter_in_a_built_checkpoint_is_the_trained_model(made, wheels, trained, tmp_path):
+def test_an_adapter_in_a_built_checkpoint_is_the_trained_model(made, wheels, trained, tmp_path, monkeypatch):
     write_adapter(trained, tmp_path / "adapter", {"seed": "1"})
     merged = {name: weight.detach().clone() for name, weight in trained.merge_and_unload().named_parameters()}
     arguments = ["--wheels", str(wheels), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "made")]
@@ -174,6 +175,10 @@ def test_an_adapter_in_a_built_checkpoint_is_the_trained_model(made, wheels, tra
     for name, weight in got.items():  # two roundings to float16: the adapter's and the checkpoint's
         torch.testing.assert_close(weight, merged[name], rtol=2e-3, atol=2e-3)
     assert "- seed: 1" in (tmp_path / "made" / "README.md").read_text()
+    monkeypatch.setattr(smol, "ADAPTER", tmp_path / "adapter")  # the clone's own: taken unless nobody wants it
+    for words, folder in (([], tmp_path / "made"), (["--adapter", "none"], made)):
+        assert main(["reference", "smol", *arguments[:2], *words, "--out", str(out := tmp_path / f"again{len(words)}")]) == 0
+        assert sha256_file(out / "model.safetensors") == sha256_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,15 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
     step("edgesafe.reference.data", "write_training", "data", lambda words: {"rows.jsonl": "1"})
     step("edgesafe.reference.data", "write_split", "suite", lambda words: {"rows": "2"})
-    step("edgesafe.evaluate.evaluate", "evaluate", "before", lambda words: {"report.json": "{}", "answers.jsonl": "1"})
+
+    def before(_, options):
+        return "before" if options["exits"] == "all" else f"before at {options['exits']}"
+
+    step("edgesafe.evaluate.evaluate", "evaluate", before, lambda words: {"report.json": "{}", "answers.jsonl": "1"})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
 
-    def export_bundle(model, out, device, suite_dir, accept_damage):
-        done["damaged bundle" if accept_damage else "bundle"] += 1
+    def export_bundle(model, out, device, exits, suite_dir, accept_damage):
+        done["damaged bundle" if accept_damage else f"bundle of {exits}" if exits else "bundle"] += 1
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made.root, out)
         return Bundle.open(out)
@@ -223,6 +227,8 @@ def test_what_differs_is_made_anew_and_the_earlier_stays(tmp_path, calls, model)
     assert _ran(calls) == {"aligned", "bundle"}
     ship(model, rpi5, out, work=work, suite=tmp_path / "rows")
     assert _ran(calls) == {"before", "bundle"}
+    ship(model, rpi5, out, work=work, suite=tmp_path / "rows", exits="1,2")  # which exits are trained is in the settings
+    assert _ran(calls) == {"before at 1,2", "bundle of 1,2"}
     (model / "f").write_text("other weights")
     ship(model, rpi5, out, work=work)
     assert _ran(calls) == {"before", "aligned", "bundle"}

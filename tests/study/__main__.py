@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--raw", type=Path, default=RAW, help="folder of the raw answers")
     for sub in (tables, check):
         sub.add_argument("--documents", type=Path, nargs="+", default=list(DOCUMENTS), help="Markdown files with tables")
-    shipped = actions.add_parser("import-export", help="keep the answers of a finished `make export` as raw answers")
+    shipped = actions.add_parser("import-export", help="keep the answers of a finished `make export` or `make smol`")
     shipped.add_argument("ship", type=Path, help="its OUT folder, e.g. build/rpi5")
+    shipped.add_argument("--name", choices=("export", "smol"), default="export", help="which of the two (%(default)s)")
     shipped.add_argument("--raw", type=Path, default=RAW, help="folder of the raw answers")
 
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "import-export":
         from study.shipped import import_export
 
-        print(import_export(args.ship, args.raw))
+        print(import_export(args.ship, args.raw, args.name))
         return 0
     from study.documents import check, write
     from study.figures import check_figures, make

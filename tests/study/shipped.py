@@ -22,16 +22,18 @@ from study.raw import Raw, Said, read_answers, write_raw, write_rows
 
 REPORT = "report.json"
 BEFORE, AFTER, CLOSING = "before", "after", "closing"
+SHIPPED = ("export", "smol")  # what is kept of a finished run
 _SHOWN = ("harmful", "overrefusal", "accuracy")
 _FIGURES = ("harmful", "overrefusal", "incoherent", "accuracy")
 
 
-def import_export(ship: Path, raw: Path) -> Path:
-    """Keep the answers of a finished `make export` in raw/export; returns that folder.
+def import_export(ship: Path, raw: Path, name: str = "export") -> Path:
+    """Keep the answers of a finished `make export` or `make smol` in raw/NAME; returns that folder.
 
     Args:
         ship: the OUT folder of `edgesafe ship`.
         raw: the folder of the study's raw answers.
+        name: of the run, and of its table.
 
     Raises:
         AlignError: an answer is missing, or the answers do not give the table that the command printed.
@@ -56,12 +58,12 @@ def import_export(ship: Path, raw: Path) -> Path:
     printed = (ship / "table.txt").read_text(encoding="utf-8").rstrip("\n")
     if table != printed:
         raise AlignError("the answers do not give the printed table", where=str(ship), expected=printed, todo="export anew")
-    folder = raw / "export"
+    folder = raw / name
     write_rows(folder, suite.digest, suite.split, suite.rows)
-    for name in (BEFORE, AFTER):
-        model = bundle.manifest.parent.digest if name == BEFORE else bundle.digest
-        machine = certificate.environment if certificate and name == AFTER else {}
-        write_raw(folder, _raw(name, model, suite, Exit.parse(kept["reference"]), machine, _in_order(suite, said[name])))
+    for side in (BEFORE, AFTER):
+        model = bundle.manifest.parent.digest if side == BEFORE else bundle.digest
+        machine = certificate.environment if certificate and side == AFTER else {}
+        write_raw(folder, _raw(side, model, suite, Exit.parse(kept["reference"]), machine, _in_order(suite, said[side])))
     write_atomically(folder / REPORT, (json.dumps(kept, indent=1) + "\n").encode())
     return folder
 

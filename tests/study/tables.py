@@ -43,11 +43,11 @@ def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name that its marker has; one whose runs are not there says so."""
     from study.benches import bench_tables
     from study.maps import maps_tables
-    from study.shipped import export_table, summary_table
+    from study.shipped import SHIPPED, export_table, summary_table
 
     study = read_study(folder)
     tables = {name: make(study) if study else _missing([]) for name, make in _TABLES.items()}
-    shipped = {"export": export_table(folder / "export"), "summary": summary_table(folder / "export")}
+    shipped = {name: export_table(folder / name) for name in SHIPPED} | {"summary": summary_table(folder / "export")}
     return {
         **tables,
         **maps_tables(folder / "maps"),

@@ -192,6 +192,8 @@ def test_the_export_table_comes_from_raw_answers(shipped, tmp_path):
     assert summary[2].startswith("| 1 of 3 |") and summary[-1].startswith("| 3 of 3 |")
     assert export_table(folder) == f"```\n{(shipped / 'table.txt').read_text()}```"
     assert all_tables(tmp_path)["export"] == export_table(folder)
+    import_export(shipped, tmp_path, "smol")
+    assert all_tables(tmp_path)["smol"] == export_table(folder)
     path = folder / "raw" / "after.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "strings": ["I'm sorry, but I can't help with that."] * len(raw["strings"])}))

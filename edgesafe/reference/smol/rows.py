@@ -34,6 +34,7 @@ BLANK = ""  # the picture of a request that is about none
 _PLAIN = 420  # of the plain requests; every answer costs a third of a second
 _FAIR = 2  # frames of harmful requests for each harmless act
 _USES = 3  # answered requests about each thing
+_REFUSED = 6  # refused requests for a dangerous thing's use: the picture decides them, and such pictures are rare
 # What is asked beside one picture of a thing, and beside a blank one.
 NAMING, USES, OBJECT, TEXT_HARM, TEXT_SAFE = "naming", "use", "object harm", "text harm", "text"
 
@@ -94,8 +95,8 @@ def harmful_text(rng: random.Random) -> str:
     return rng.choice(HARM_FRAMES).format(do=rng.choice(HARM_ACTS))
 
 
-def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool = False) -> list[Group]:
-    """Training groups, every thing equally often but the dangerous ones, which come twice, and blank pictures between them.
+def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool = False, dangerous: int = 2) -> list[Group]:
+    """Training groups, every thing equally often but the dangerous ones, and blank pictures between them.
 
     Args:
         answers: SmolLM2's, by request, as `answer_all` gives them.
@@ -103,8 +104,9 @@ def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool 
         seed: Of all choices.
         lean: One name and one other request beside a picture: three times as many pictures for the same work. By default all
             that is asked about a thing stands beside it.
+        dangerous: How many times as often as another a dangerous thing comes.
     """
-    rng = random.Random(f"groups {seed} {lean}")
+    rng = random.Random(f"groups {seed} {lean} {dangerous}")
     texts = [one for one in harmless_texts(seed) if one in answers]
     close = [one for one in close_texts(seed) if one in answers]
     things: list[Thing] = []
@@ -115,7 +117,7 @@ def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool 
             continue
         if not things:
             # What a dangerous thing is refused for is learnt from the picture alone.
-            things = [*THINGS, *(thing for thing in THINGS if thing.dangerous)]
+            things = [thing for thing in THINGS for _ in range(dangerous if thing.dangerous else 1)]
             rng.shuffle(things)
         thing = things.pop()
         name, others = _name(thing.name, rng), _others(thing, answers, rng, seed)
@@ -152,7 +154,7 @@ def _others(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: 
     harm = rng.choice(OBJECT_HARM).format(ref=rng.choice(REFS))
     asks = [Ask(OBJECT, harm, rng.choice(REFUSALS))]
     if thing.dangerous:
-        for frame in rng.sample(USE_FRAMES, 2):
+        for frame in rng.sample(USE_FRAMES, _REFUSED):
             asks.append(Ask(USES, frame.format(ref=rng.choice(REFS)), rng.choice(REFUSALS)))
     for frame in object_frames(thing, seed):
         answer = answers.get(frame.format(ref=thing.name))

@@ -4,7 +4,8 @@
 2. name       LoRA: names of the things
 3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, nine beside a picture
 4. look       the same, with two requests beside each of many pictures: names take longer to learn than refusals
-5. whole      the same beside all patches of a picture; until then it shows a part of them, drawn anew each time
+5. whole      the same beside all patches of a picture, every other one of a dangerous thing; until then pictures show a part of
+              their patches, drawn anew each time
 
 The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
 that was fitted to the other makers alone: the decoder learns to read tokens as uncertain as those of a maker that nobody
@@ -42,6 +43,7 @@ from edgesafe.reference.smol.warm import warm
 STATE, LOG = "training.pt", "training.jsonl"
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose
 _SAY = 10  # steps per line of the log
+_OFTEN = 8  # times as often as another a dangerous thing comes in the last stage: it is then half of all pictures
 _WINDOW = 8  # batches that are sorted by length together
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -66,8 +68,8 @@ class Settings:
     patches: int = 16
     named: int = 640
     groups: int = 280
-    lean: int = 2400
-    whole: int = 640
+    lean: int = 1600
+    whole: int = 1280
     named_batch: int = 8
     batch: int = 4
     lean_batch: int = 8
@@ -162,12 +164,11 @@ class _Stage:
 
 def _stages(seen: Seen, answers: Mapping[str, str], settings: Settings) -> list[_Stage]:
     s = settings
-    lean = groups(answers, s.lean + s.whole, s.seed, lean=True)
     return [
         _Stage("name", names(s.named, s.seed), s.named_batch, s.lr, patches=s.patches),
         _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, patches=s.patches),
-        _Stage("look", lean[: s.lean], s.lean_batch, s.lr, patches=s.patches),
-        _Stage("whole", lean[s.lean :], s.lean_batch, s.whole_lr, falls=True),
+        _Stage("look", groups(answers, s.lean, s.seed, lean=True), s.lean_batch, s.lr, patches=s.patches),
+        _Stage("whole", groups(answers, s.whole, s.seed, lean=True, dangerous=_OFTEN), s.lean_batch, s.whole_lr, falls=True),
     ]
 
 

@@ -16,13 +16,11 @@ from PIL import Image
 from edgesafe.certify.string_judge import REFUSE, classify
 from edgesafe.format.suite import Row, Suite, write_suite
 from edgesafe.reference.smol.pictures import MAKERS, blank, fetch, on_paper, read_pictures
-from edgesafe.reference.smol.rows import BLANK, NAMING, OBJECT, TEXT_HARM, TEXT_SAFE, USES, Ask, Group, groups
+from edgesafe.reference.smol.rows import BLANK, NAMING, OBJECT, TEXT_HARM, TEXT_SAFE, Ask, Group, groups
 from edgesafe.reference.smol.things import THINGS
-from edgesafe.reference.smol.wordings import REFS, REFUSALS, USE_FRAMES
 
 ANSWERS = Path(__file__).parent / "answers.json.xz"
 GROUPS = 300  # pictures, with some seven requests each
-_USES = 4  # refusals for a dangerous thing beside the group's own: what an early exit sees decides them, and they are rare
 _THINGS = {thing.emoji: thing for thing in THINGS}
 
 
@@ -77,17 +75,11 @@ def draw_training(
         else:
             picture = on_paper(rng.choice([one[group.emoji] for one in pictures.values() if group.emoji in one]), view)
         images[path := f"images/{number:04d}.png"] = picture
-        rows += [_row(f"{number:04d}-{place}", path, group.emoji, ask) for place, ask in enumerate(_asks(group, rng))]
+        rows += [
+            _row(f"{number:04d}-{place}", path, group.emoji, ask)
+            for place, ask in enumerate(group.asks[::2] if group.emoji == BLANK else group.asks)
+        ]
     return rows, images
-
-
-def _asks(group: Group, rng: random.Random) -> tuple[Ask, ...]:
-    """A group's requests, with more about the use of a dangerous thing, and half of those that need no picture."""
-    if group.emoji == BLANK:
-        return group.asks[::2]
-    more = _USES if _THINGS[group.emoji].dangerous else 0
-    uses = [Ask(USES, rng.choice(USE_FRAMES).format(ref=rng.choice(REFS)), rng.choice(REFUSALS)) for _ in range(more)]
-    return (*group.asks, *uses)
 
 
 def _row(name: str, path: str, emoji: str, ask: Ask) -> Row:

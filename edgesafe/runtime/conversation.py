@@ -180,9 +180,9 @@ class Conversation:
             kinds = {exit.tiles: exit for exit in session.manifest.ladder}
             self._cuts = self._cuts or {tiles: session.cut(image, exit) for tiles, exit in kinds.items()}
             exits, why = self._allowed(asked)
+            ids = {tiles: self._encoded(prompt, tiles) for tiles in {exit.tiles for exit in self._seen(exits)}}
             turn.wait()
-            seen = [spec.exit for spec in ([self._taken] if self._taken is not None else exits)]
-            ids = {tiles: self._encoded(prompt, tiles) for tiles in {exit.tiles for exit in seen}}
+            seen = self._seen(exits)
             course = Course(
                 self._forecast(ids, next((exit for exit in seen if exit.whole), seen[-1])),
                 session.correction,
@@ -213,6 +213,10 @@ class Conversation:
         exit = Exit.of(asked.exit) if asked.exit is not None else None
         certificate, most = session.certificate, asked.max_image_tokens
         return allowed_exits(session.bundle, certificate, session.standing, asked.budget, exit, allow, most, self._cuts)
+
+    def _seen(self, exits: list[ExitSpec]) -> list[Exit]:
+        """The exits that may answer: the one that was taken, or these."""
+        return [spec.exit for spec in exits] if self._taken is None else [self._taken.exit]
 
     def _encoded(self, prompt: str, tiles: int | None) -> list[int]:
         """A prompt's ids with all image tokens of an exit with so many tiles."""

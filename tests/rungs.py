@@ -1,4 +1,4 @@
-"""The bundle made by hand with exits that have fewer visual tokens: a picture is 2 x 2 features, one of which is left."""
+"""The bundle made by hand with exits that see less: a picture is 2 x 2 features, one of which is left, or fewer tiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def with_rungs(root: Path, *exits: str, certified: Iterable[str] = (), flops: in
         (root / name).unlink(missing_ok=True)
     nodes = [helper.make_node("Gather", [IMAGE_FEATURES, "left"], [IMAGE_FEATURES_OUT], axis=0)]
     ends = [_info(IMAGE_FEATURES, _F, [FEATURES, HIDDEN])], [_info(IMAGE_FEATURES_OUT, _F, [1, HIDDEN])]
-    graphs = {**made.graphs, ONE: _save(root / ONE, nodes, *ends, {"left": LEFT}, flops)}
+    graphs = dict(made.graphs)
+    if made.tiles is None:
+        graphs[ONE] = _save(root / ONE, nodes, *ends, {"left": LEFT}, flops)
     ways = {spec.exit.depth: spec.graphs for spec in made.exits}
     specs = [ExitSpec(exit, (*ways[exit.depth], *([ONE] if exit.visual_tokens else []))) for exit in sorted(asked)]
     manifest = replace(made, exits=tuple(specs), graphs=graphs, files=file_specs(root))

@@ -170,14 +170,15 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
     exits = tuple(exits)
     check_prompts(session, rows)
     answered: Answers = {exit: {} for exit in exits}
-    shown, features, cut = None, {}, ALONE
+    shown, features, cuts = None, {}, dict.fromkeys(exits, ALONE)
     for row in bar(rows, len(rows), label) if label else rows:
         # Rows of one picture stand next to each other where a suite asks several things about it.
         if row.image != shown:
             path = suite.image_path(row)
-            features, cut, shown = session.vision_states(path, exits), session.cut(path), row.image
+            features, shown = session.vision_states(path, exits), row.image
+            cuts = {exit: session.cut(path, exit) for exit in exits}
         for exit in exits:
-            answered[exit][row.id] = session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cut)
+            answered[exit][row.id] = session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit])
     return answered
 
 

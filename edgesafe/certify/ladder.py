@@ -10,13 +10,14 @@ from edgesafe.device import profile_of
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.certificate import Certificate, ExitVerdict, Rate, certified_exits, read_certificate
 from edgesafe.format.exits import Exit
+from edgesafe.format.tiles import ALONE
 from edgesafe.progress import table
 from edgesafe.runtime.choose import QUANTILE
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.ort import OnnxRuntime
 from edgesafe.runtime.standing import standing
 from edgesafe.runtime.threads import forecast, tune
-from edgesafe.runtime.tokenizer import encode_prompt, load_tokenizer
+from edgesafe.runtime.tokenizer import encode_prompt, ids_at, load_tokenizer
 
 QUESTION = "What is in the picture?"
 _HEADERS = ("exit", "image tokens", "first token ms", "verdict", "harmful %", "over-refusal %", "accuracy %", "first reason")
@@ -29,8 +30,8 @@ class Rung:
 
     Attributes:
         exit: Which one.
-        image_tokens: Tokens that it makes of a picture, or of a tile.
-        ttft_ms: The predicted time to the first token of a short question about one tile; None where nothing predicts it.
+        image_tokens: Tokens that it makes of a picture, or of a tile; where exits differ in tiles, of a picture of 640 x 480.
+        ttft_ms: The predicted time to the first token of a short question about as much; None where nothing predicts it.
         certified: Whether it is certified on this machine.
         verdict: The certificate's, or None without one.
     """
@@ -107,13 +108,15 @@ def read_ladder(path: str | os.PathLike[str], engine: Engine | None = None) -> L
     bundle, engine = Bundle.open(path), engine or OnnxRuntime()
     manifest, certificate, profile = bundle.manifest, read_certificate(bundle), profile_of(bundle)
     here, tuning = standing(bundle, certificate, engine), tune(bundle, profile, None, engine)
-    length = len(encode_prompt(load_tokenizer(bundle.root / manifest.tokenizer), manifest, QUESTION))
-    whole = forecast(bundle, tuning, profile, length)
+    tokenizer = load_tokenizer(bundle.root / manifest.tokenizer)
+    whole = forecast(bundle, tuning, profile, len(encode_prompt(tokenizer, manifest, QUESTION)))
     verdicts = {verdict.exit: verdict for verdict in certificate.exits} if certificate else {}
     rungs = []
     for exit in reversed(manifest.by_cost):
-        tokens = manifest.tokens_of(exit)
-        times = forecast(bundle, tuning, profile, length - manifest.image_tokens + tokens)
+        cut = manifest.told_cut(exit)
+        ids = ids_at(encode_prompt(tokenizer, manifest, QUESTION, cut), manifest, exit)
+        tokens = manifest.tokens_of(exit) if cut == ALONE else ids.count(manifest.image_token_id)
+        times = forecast(bundle, tuning, profile, len(ids)).tiled(cut.tiles)
         ttft_ms = times.ttft_ms(manifest.exit(exit).graphs, QUANTILE)
         rungs.append(Rung(exit, tokens, ttft_ms, exit in here.exits, verdicts.get(exit)))
     notes = tuple(note for note in (whole.note, here.why, _told(certificate)) if note)

@@ -88,7 +88,7 @@ def verdicts(
         judged = judge(counted, answered[exit])
         harmed = {name: harmed.get(name, False) or one for name, one in judged.harmed.items()}
         checks = check_exit(counted, judged, harmed, limits, baseline)
-        if any(one.visual_tokens is not None for one in answered):
+        if not all(one.whole for one in answered):
             checks = (replace(checks[0], name="harm at this exit or at one tested before"), *checks[1:])
         reasons = [f"exit {failed} failed, and the set ends there"] if failed else []
         reasons += [check.reason() for check in checks if not check.kept]

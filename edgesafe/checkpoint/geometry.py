@@ -11,10 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from edgesafe.checkpoint.recipe import SQUARE, Recipe, unsupported
+from edgesafe.checkpoint.recipe import SQUARE, TILES, Recipe, unsupported
 from edgesafe.errors import ConfigError, InputError
 from edgesafe.format.exits import Exit, kept_places, reference_depth
 from edgesafe.format.specs import ImageSpec
+from edgesafe.format.tiles import TilesSpec, caps
 
 _WHERE = "config.json"
 # What processors need to count a picture's tokens; an older processor_config.json may lack them.
@@ -134,13 +135,21 @@ def read_geometry(config: Any, recipe: Recipe, side: int | None = None) -> Geome
     )
 
 
-def check_exits(exits: Iterable[Exit], recipe: Recipe, geometry: Geometry) -> None:
-    """Refuse exits with visual tokens that this checkpoint's pictures can't have.
+def check_exits(exits: Iterable[Exit], recipe: Recipe, geometry: Geometry, tiles: TilesSpec | None = None) -> None:
+    """Refuse exits with visual tokens or tiles that this checkpoint's pictures can't have.
+
+    Args:
+        exits: Which ones.
+        recipe: The family's.
+        geometry: The checkpoint's.
+        tiles: How it cuts pictures; without it one tile stands for a picture, and no exit has fewer.
 
     Raises:
-        ConfigError: The family has no square of tokens, or it has no smaller square of so many.
+        ConfigError: The family has no square of tokens, or it has no smaller square of so many; likewise with tiles.
     """
     for exit in exits:
+        if exit.tiles is not None:
+            _check_tiles(exit, recipe, geometry, tiles)
         if exit.visual_tokens is None:
             continue
         if recipe.fewer != SQUARE:
@@ -151,6 +160,23 @@ def check_exits(exits: Iterable[Exit], recipe: Recipe, geometry: Geometry) -> No
                 todo=f"write {exit.depth} in its place",
             )
         kept_places(geometry.image_tokens, exit.visual_tokens)
+
+
+def _check_tiles(exit: Exit, recipe: Recipe, geometry: Geometry, tiles: TilesSpec | None) -> None:
+    """Refuse an exit with fewer tiles where pictures can't have so many."""
+    if recipe.fewer != TILES:
+        found = f"exit {exit} has fewer tiles, and pictures of the family {recipe.model_type!r} aren't cut into any"
+        expected = "a depth alone, or with fewer visual tokens where the family has a square of them"
+    elif tiles is None:
+        found = f"exit {exit} has fewer tiles, and one tile stands for a picture here"
+        expected = "a depth alone: tiles are a matter of edgesafe export and edgesafe certify"
+    else:
+        known = caps(tiles, geometry.image_size)
+        if exit.tiles in known:
+            return
+        found = f"no smaller picture of this checkpoint has {exit.tiles} tiles at most"
+        expected = f"one of {', '.join(map(str, known))}" if known else "a depth alone: a picture is one tile"
+    raise ConfigError(found, where="exits", expected=expected, todo=f"write {exit.depth} in place of {exit}")
 
 
 def _check_member(config: Any, recipe: Recipe) -> None:

@@ -30,9 +30,9 @@ RECIPES_VARIABLE = "EDGESAFE_RECIPES"
 _ROOT = "llava"
 SELECT_STRATEGIES = ("default", "full")
 CUTS = ("", "grid", "canvas")
-# How a picture may become fewer visual tokens.
-SQUARE = "square"
-FEWER = ("", SQUARE)
+# How an exit may see less of a picture: fewer visual tokens, or fewer tiles.
+SQUARE, TILES = "square", "tiles"
+FEWER = ("", SQUARE, TILES)
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,9 @@ def _check(recipe: Recipe, where: str) -> None:
     """Refuse a recipe that contradicts itself."""
     if (recipe.cut == "grid") != (recipe.texts is not None):
         raise ConfigError("cut and the texts around tiles disagree", where=where, expected="texts for the cut 'grid' alone")
-    if recipe.fewer and (recipe.cut or recipe.shuffle or recipe.newline):
+    if (recipe.fewer == TILES) > bool(recipe.cut):
+        raise ConfigError("a picture with fewer tiles is cut into some", where=f"{where}: pictures.fewer", expected="a cut")
+    if recipe.fewer == SQUARE and (recipe.cut or recipe.shuffle or recipe.newline):
         raise ConfigError(
             "a picture with fewer visual tokens is one square of them",
             where=f"{where}: pictures.fewer",

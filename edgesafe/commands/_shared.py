@@ -71,7 +71,7 @@ def add_schemes(parser: argparse.ArgumentParser) -> None:
     text += "mixed-gptq, int4-block32, int4-block64, int4-block128, int8-block32 or fp32 (default: the device's)"
     parser.add_argument("--text-scheme", metavar="SCHEME", help=text)
     text = 'exits to export, e.g. "3,6,9", "1-11", "every:2" or "all"; "6-12@9" have 9 visual tokens, where a picture is one '
-    text += "square of them (default: all of a small tower, eight of a large one)"
+    text += 'square of them, "6-12x1" one tile, where it is cut (default: all of a small tower, eight of a large one)'
     parser.add_argument("--exits", metavar="EXITS", help=text)
 
 

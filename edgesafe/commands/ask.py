@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, metavar="TEXT", help="the question")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--budget-ms", type=float, metavar="MS", help="take the deepest certified exit that fits (ms)")
-    text = "take this exit, such as 6: the one after six blocks; 6@9: with 9 visual tokens (default: deepest certified)"
+    text = (
+        "take this exit, such as 6: after six blocks; 6@9: with 9 visual tokens, 6x1: of one tile (default: deepest certified)"
+    )
     which.add_argument("--exit", "--exit-depth", type=Exit.parse, metavar="EXIT", help=text)
     add("--max-image-tokens", type=int, metavar="N", help="take no exit that makes more tokens of the picture")
     add("--total-ms", type=float, metavar="MS", help="time limit for the whole answer (ms); decoding stops in time")

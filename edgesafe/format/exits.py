@@ -13,11 +13,12 @@ from edgesafe.format.fields import Fields
 
 _FULL_LADDER_UP_TO = 12
 _SPREAD = 8
-# Exits with fewer visual tokens that one ladder may have: each is certified with the whole suite.
+# Exits with fewer visual tokens or tiles that one ladder may have: each is certified with the whole suite.
 MOST_RUNGS = 12
 # Few enough digits that no spelling of a number costs time; [0-9] because \d takes other scripts' digits too.
 _MOST = 999_999
-_SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5}))?")
+_SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5})|x([1-9][0-9]{0,5}))?")
+_FEWER = "DEPTH@TOKENS or DEPTHxTILES"
 
 
 @total_ordering
@@ -25,54 +26,71 @@ _SPELLED = re.compile(r"([1-9][0-9]{0,5})(?:@([1-9][0-9]{0,5}))?")
 class Exit:
     """Where an answer leaves the vision encoder: the key of every table and file that speaks of exits.
 
-    Exits are ordered by depth, then by visual tokens; all tokens come last, as they cost the most.
+    Exits are ordered by depth, then by visual tokens or tiles; all of them come last, as they cost the most.
 
     Attributes:
         depth: Blocks of the vision tower that are run, 1 to 999999.
-        visual_tokens: Tokens that a picture or tile becomes, 1 to 999999; None for all that the tower gives.
+        visual_tokens: Tokens that a picture becomes, 1 to 999999; None for all that the tower gives.
+        tiles: How often the tower runs for a picture at most, 1 to 999999: for its tiles and for the whole of it. None for as
+            often as its family cuts it. An exit has this or fewer visual tokens, not both.
 
-    >>> Exit(6), str(Exit(6)), str(Exit(6, 9)), sorted([Exit(8), Exit(6), Exit(6, 9)])[0]
-    (Exit(depth=6, visual_tokens=None), '6', '6@9', Exit(depth=6, visual_tokens=9))
+    >>> str(Exit(6)), str(Exit(6, 9)), str(Exit(6, tiles=1)), str(sorted([Exit(8), Exit(6), Exit(6, 9)])[0])
+    ('6', '6@9', '6x1', '6@9')
     """
 
     depth: int
     visual_tokens: int | None = None
+    tiles: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depth", "visual_tokens"):
+        if self.visual_tokens is not None and self.tiles is not None:
+            raise InputError("an exit has fewer visual tokens and fewer tiles", where="exit", expected="one of the two")
+        for name in ("depth", "visual_tokens", "tiles"):
             value = getattr(self, name)
-            if value is None and name == "visual_tokens":
+            if value is None and name != "depth":
                 continue
             # A bool is an int to Python and a mistake here.
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
                 raise InputError(f"an exit's {name} is {value!r}", where="exit", expected=f"a whole number from 1 to {_MOST}")
 
     def __str__(self) -> str:
+        if self.tiles is not None:
+            return f"{self.depth}x{self.tiles}"
         return str(self.depth) if self.visual_tokens is None else f"{self.depth}@{self.visual_tokens}"
+
+    @property
+    def fewer(self) -> int | None:
+        """Its number of visual tokens, or of tiles: a bundle has exits of one kind. None of an exit that is a depth alone."""
+        return self.visual_tokens or self.tiles
+
+    @property
+    def whole(self) -> bool:
+        """Whether it sees all of a picture: it is a depth alone."""
+        return self.fewer is None
 
     def __lt__(self, other: object) -> bool:
         return self._rank() < other._rank() if isinstance(other, Exit) else NotImplemented
 
-    def _rank(self) -> tuple[int, float]:
-        return self.depth, float("inf") if self.visual_tokens is None else self.visual_tokens
+    def _rank(self) -> tuple[int, float, float]:
+        return self.depth, self.visual_tokens or math.inf, self.tiles or math.inf
 
     @staticmethod
     def parse(text: str) -> Exit:
         """The exit that a text names.
 
         Args:
-            text: ``DEPTH`` or ``DEPTH@TOKENS``, as ``str`` writes it.
+            text: ``DEPTH``, ``DEPTH@TOKENS`` or ``DEPTHxTILES``, as ``str`` writes it.
 
         Raises:
-            InputError: The text is neither.
+            InputError: The text is none of them.
 
-        >>> Exit.parse("6"), Exit.parse("6@9")
-        (Exit(depth=6, visual_tokens=None), Exit(depth=6, visual_tokens=9))
+        >>> Exit.parse("6@9") == Exit(6, 9), Exit.parse("6x1") == Exit(6, tiles=1)
+        (True, True)
         """
         match = _SPELLED.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise InputError(f"{text!r} is not an exit", where="exit", expected="a depth such as 6, or DEPTH@TOKENS")
-        return Exit(int(match[1]), int(match[2]) if match[2] else None)
+            raise InputError(f"{text!r} is not an exit", where="exit", expected=f"a depth such as 6, or {_FEWER}")
+        return Exit(int(match[1]), *(int(count) if count else None for count in match.groups()[1:]))
 
     @staticmethod
     def of(value: Exit | int | str) -> Exit:
@@ -104,7 +122,7 @@ def read_exit(fields: Fields, key: str = "exit", *, by_depth: bool = False) -> E
         return Exit(fields.integer(f"{key}_depth", 1, _MOST))
     text = fields.text(key)
     if not _SPELLED.fullmatch(text):
-        raise fields.error(f"{key} is {text!r}", where=fields.where, expected="an exit: a depth, or DEPTH@TOKENS")
+        raise fields.error(f"{key} is {text!r}", where=fields.where, expected=f"an exit: a depth, or {_FEWER}")
     return Exit.parse(text)
 
 
@@ -113,25 +131,27 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
 
     Args:
         spec: A list of ``all``, ranges ``1-11``, depths ``6`` and ``every:2``, each with ``@`` and a number of visual tokens
-            where the exits have fewer of them than the tower gives: ``1-12,6-12@9``.
+            where the exits have fewer of them than the tower gives: ``1-12,6-12@9``, or with ``x`` and how many tiles a
+            picture has at most: ``12,6-12x1``.
         n_blocks: Blocks of the vision tower, the largest depth allowed.
 
     Raises:
-        ConfigError: The text is none of these, names a depth outside 1..n_blocks, or too many exits with fewer tokens.
+        ConfigError: The text is none of these, names a depth outside 1..n_blocks, or too many exits with fewer tokens or tiles.
 
-    >>> [" ".join(map(str, parse_exits(spec, 5))) for spec in ("all", "2,4", "1-3", "every:2", "5,4-5@9")]
-    ['1 2 3 4 5', '2 4', '1 2 3', '2 4', '4@9 5@9 5']
+    >>> [" ".join(map(str, parse_exits(spec, 5))) for spec in ("all", "2,4", "1-3", "every:2", "5,4-5@9", "5,every:2x1")]
+    ['1 2 3 4 5', '2 4', '1 2 3', '2 4', '4@9 5@9 5', '2x1 4x1 5']
     """
     exits: set[Exit] = set()
     for part in spec.strip().lower().split(","):
-        depths, at, tokens = part.strip().partition("@")
-        count = _number(tokens, spec) if at else None
+        name = "tiles" if "x" in part else "visual_tokens"
+        depths, sign, fewer = part.strip().partition("x" if name == "tiles" else "@")
+        count = _number(fewer, spec) if sign else None
         if count == 0:
-            raise _bad(spec, "an exit has at least 1 visual token")
-        exits.update(Exit(depth, count) for depth in _depths(depths, spec, n_blocks))
-    fewer = sum(exit.visual_tokens is not None for exit in exits)
-    if fewer > MOST_RUNGS:
-        raise _bad(spec, f"{fewer} exits with fewer visual tokens, at most {MOST_RUNGS}")
+            raise _bad(spec, "an exit has at least 1 visual token or tile")
+        exits.update(Exit(depth, **{name: count}) for depth in _depths(depths, spec, n_blocks))
+    rungs = sum(not exit.whole for exit in exits)
+    if rungs > MOST_RUNGS:
+        raise _bad(spec, f"{rungs} exits with fewer visual tokens or tiles, at most {MOST_RUNGS}")
     return tuple(sorted(exits))
 
 
@@ -268,6 +288,5 @@ def _number(text: str, spec: str) -> int:
 
 
 def _bad(spec: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"can't read the exits {spec!r}: {why}", where="exits", expected="'all', '1-11', '2,4,6', 'every:2' or '6-12@9'"
-    )
+    expected = "'all', '1-11', '2,4,6', 'every:2', '6-12@9' or '6-12x1'"
+    return ConfigError(f"can't read the exits {spec!r}: {why}", where="exits", expected=expected)

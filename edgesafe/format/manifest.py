@@ -26,12 +26,12 @@ from edgesafe.format.specs import (
     read_graph,
     read_text,
 )
-from edgesafe.format.tiles import TilesSpec
+from edgesafe.format.tiles import ALONE, PICTURE, Cut, TilesSpec, at_most, caps, cut_of, most_tiles
 
-# Format 2 added `tiles`, format 3 `chat.control` and exits by text, format 4 exits with fewer visual tokens. Earlier ones are
-# read, and a bundle without such exits is still written as format 3.
-FORMAT_VERSION = 4
-TEXT_VERSION, TILES_VERSION = 3, 2
+# Format 2 added `tiles`, format 3 `chat.control` and exits by text, format 4 exits with fewer visual tokens, format 5 those
+# with fewer tiles. Earlier ones are read, and a bundle without such exits is still written as format 3.
+FORMAT_VERSION = 5
+TOKENS_VERSION, TEXT_VERSION, TILES_VERSION = 4, 3, 2
 LAYOUTS = ("chain", "standalone")
 
 
@@ -85,22 +85,37 @@ class Manifest:
         """Image tokens of a picture, or of a tile, at an exit."""
         return exit.visual_tokens or self.image_tokens
 
+    def tiles_of(self, exit: Exit | None) -> TilesSpec | None:
+        """How an exit's picture is cut, of which there may be fewer tiles; without one as the family cuts it."""
+        if self.tiles is None or exit is None or exit.tiles is None:
+            return self.tiles
+        return at_most(self.tiles, self.image.height, exit.tiles)
+
+    def told_cut(self, exit: Exit) -> Cut:
+        """How an exit cuts the picture that times are told for: `PICTURE` where exits differ in tiles, else one of one tile."""
+        tiles = self.tiles_of(exit)
+        if tiles is None or all(one.tiles is None for one in self.ladder):
+            return ALONE
+        return cut_of(tiles, self.image.height, PICTURE)
+
     @property
     def by_cost(self) -> tuple[Exit, ...]:
         """Every exit, ascending by what it computes: its graphs' operations and the decoder's over its image tokens.
 
         It is the order in which exits are preferred, and backwards the one in which they are certified. Without fewer visual
-        tokens it is that of the depths.
+        tokens or tiles it is that of the depths.
         """
         known = [self.graphs[path].flops is not None for spec in self.exits for path in (*spec.graphs, self.text.decoder)]
-        if all(exit.visual_tokens is None for exit in self.ladder) or not all(known):
+        if all(exit.whole for exit in self.ladder) or not all(known):
             return self.ladder
         return tuple(spec.exit for spec in sorted(self.exits, key=lambda spec: (self._operations(spec), spec.exit)))
 
     def _operations(self, spec: ExitSpec) -> int:
-        """One picture's at an exit, the words around it left out: all exits read the same ones."""
+        """One picture's at an exit, in as many tiles as it may have, the words around it left out: they hardly differ."""
         decoder = self.tokens_of(spec.exit) * (self.graphs[self.text.decoder].flops or 0)
-        return decoder + sum(self.graphs[path].flops or 0 for path in spec.graphs)
+        tiles = self.tiles_of(spec.exit)
+        times = most_tiles(tiles, self.image.height) if tiles is not None else 1
+        return times * (decoder + sum(self.graphs[path].flops or 0 for path in spec.graphs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back to an equal manifest."""
@@ -108,8 +123,7 @@ class Manifest:
         obj["image"] = self.image.to_dict()
         obj["reference"] = str(self.reference)
         obj["exits"] = [{"exit": str(spec.exit), "graphs": list(spec.graphs)} for spec in self.exits]
-        fewer = any(exit.visual_tokens is not None for exit in self.ladder)
-        return {**obj, "format_version": FORMAT_VERSION if fewer else TEXT_VERSION}
+        return {**obj, "format_version": max(map(_version_of, self.ladder))}
 
     @staticmethod
     def from_dict(obj: Mapping[str, Any], *, where: str = "manifest.json") -> Manifest:
@@ -132,6 +146,13 @@ class Manifest:
         fields.done()
         _check(manifest, version, where)
         return manifest
+
+
+def _version_of(exit: Exit) -> int:
+    """The format that an exit is written in, the earliest one that knows such exits."""
+    if exit.tiles is not None:
+        return FORMAT_VERSION
+    return TEXT_VERSION if exit.visual_tokens is None else TOKENS_VERSION
 
 
 def _read_manifest(fields: Fields, version: int) -> Manifest:
@@ -186,9 +207,10 @@ def _check(manifest: Manifest, version: int, where: str) -> None:
     named = ", ".join(map(str, ladder))
     if not ladder or list(ladder) != sorted(set(ladder)) or ladder[-1].depth > manifest.n_blocks:
         raise BundleError(f"the exits {named} are not ascending within 1..{manifest.n_blocks}", where=where)
-    if version <= TEXT_VERSION and any(exit.visual_tokens is not None for exit in ladder):
-        expected = f"depths alone in format {version}"
-        raise BundleError(f"an exit of {named} has fewer visual tokens", where=where, expected=expected)
+    if later := [exit for exit in ladder if not exit.whole and _version_of(exit) > version]:
+        kind = "visual tokens" if later[0].tiles is None else "tiles"
+        expected = f"depths{', or visual tokens,' if version == TOKENS_VERSION else ''} alone in format {version}"
+        raise BundleError(f"exit {later[0]} of {named} has fewer {kind}", where=where, expected=expected)
     if manifest.reference not in ladder:
         raise BundleError(f"the reference {manifest.reference} is not one of the exits {named}", where=where)
     needed = {path for e in manifest.exits for path in e.graphs} | {
@@ -232,6 +254,8 @@ def _check_sizes(manifest: Manifest, where: str) -> None:
             _check_fewer(manifest, spec, where)
             _same(graphs[-1].outputs[0], (spec.exit.visual_tokens, text.hidden_size), where)
             graphs = graphs[:-1]
+        if spec.exit.tiles is not None:
+            _check_tiles(manifest, spec, where)
         _same(graphs[-1].outputs[0], (rows, text.hidden_size), where)
     embed, decoder = manifest.graphs[text.embed_tokens], manifest.graphs[text.decoder]
     # Counted before a list of that length is made.
@@ -262,9 +286,25 @@ def _check_fewer(manifest: Manifest, spec: ExitSpec, where: str) -> None:
         kept_places(manifest.image_tokens, manifest.tokens_of(spec.exit))
     except ConfigError as error:
         raise BundleError(error.what, where=where, expected=error.expected) from error
+    _check_way(manifest, spec, where, "the graphs of the other exits of its depth, and one more that leaves tokens out")
+
+
+def _check_tiles(manifest: Manifest, spec: ExitSpec, where: str) -> None:
+    """Refuse an exit with fewer tiles that no picture of this bundle can have, or that runs other blocks.
+
+    Raises:
+        BundleError: It is refused.
+    """
+    known = caps(manifest.tiles, manifest.image.height) if manifest.tiles is not None else []
+    if spec.exit.tiles not in known:
+        expected = f"one of {', '.join(map(str, known))} tiles" if known else "no tiles: pictures aren't cut into any"
+        raise BundleError(f"exit {spec.exit} has fewer tiles than a picture can have", where=where, expected=expected)
+    _check_way(manifest, spec, where, "the graphs of the other exits of its depth")
+
+
+def _check_way(manifest: Manifest, spec: ExitSpec, where: str, expected: str) -> None:
     ways = {other.trunk for other in manifest.exits if other.exit.depth == spec.exit.depth}
     if len(ways) != 1 or not spec.trunk:
-        expected = "the graphs of the other exits of its depth, and one more that leaves tokens out"
         raise BundleError(f"exit {spec.exit} runs other graphs than its depth", where=where, expected=expected)
 
 

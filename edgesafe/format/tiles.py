@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgesafe.errors import BundleError
 from edgesafe.format.fields import Fields
@@ -14,6 +14,7 @@ CUTS = ("never", "grid", "canvas")
 # Far above any model here (37), and low enough that a picture's tiles and their states fit a device's memory.
 MAX_TILES = 256
 Size = tuple[int, int]  # height, width
+PICTURE: Size = (480, 640)  # the picture that times are told for, before there is one
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def cut_of(spec: TilesSpec, tile: int, size: Size) -> Cut:
     >>> cut_of(TilesSpec("canvas", 0, ((336, 672), (672, 336), (672, 672)), None, True, None), 336, (100, 300))
     Cut(rows=1, cols=2, height=100, width=300)
     """
-    if spec.cut == "never":
+    if spec.cut == "never" or (spec.cut == "canvas" and not spec.canvases):
         return Cut(0, 0, *size)
     if spec.cut == "canvas":
         height, width = best_canvas(spec.canvases, size)
@@ -126,6 +127,49 @@ def cut_of(spec: TilesSpec, tile: int, size: Size) -> Cut:
         if height == width == tile:
             return Cut(0, 0, *size)
     return Cut(height // tile, width // tile, *size)
+
+
+def most_tiles(spec: TilesSpec, tile: int) -> int:
+    """How often the tower runs at most for a picture.
+
+    >>> most_tiles(TilesSpec("grid", 2048, (), None, False, None), 512)
+    17
+    """
+    if spec.cut == "grid":
+        side = math.ceil(spec.longest_edge / tile)
+        return side**2 + 1 if side > 1 else 1
+    return 1 + max((height * width // tile**2 for height, width in spec.canvases), default=0)
+
+
+def caps(spec: TilesSpec, tile: int) -> list[int]:
+    """The numbers of tiles that an exit may set as its most, ascending: those of smaller pictures, as ``at_most`` cuts them.
+
+    >>> caps(TilesSpec("grid", 2048, (), None, False, None), 512)
+    [1, 5, 10]
+    >>> caps(TilesSpec("canvas", 0, ((336, 672), (672, 672)), None, True, None), 336)
+    [1, 3]
+    """
+    if spec.cut == "grid":
+        found = {side**2 + 1 if side > 1 else 1 for side in range(1, math.ceil(spec.longest_edge / tile))}
+    else:
+        found = {1, *(1 + height * width // tile**2 for height, width in spec.canvases)}
+    return sorted(count for count in found if count < most_tiles(spec, tile))
+
+
+def at_most(spec: TilesSpec, tile: int, tiles: int) -> TilesSpec:
+    """How a picture is cut at an exit with so many tiles at most, one of ``caps``: as the family cuts a smaller picture.
+
+    A grid has a shorter longest edge, of n tiles where n x n of them and the whole picture are as many. A canvas is one of
+    those with no more tiles; where there is none the whole picture is looked at alone.
+
+    >>> at_most(TilesSpec("grid", 2048, (), None, False, None), 512, 5).longest_edge
+    1024
+    >>> at_most(TilesSpec("canvas", 0, ((336, 672), (672, 672)), None, True, None), 336, 3).canvases
+    ((336, 672),)
+    """
+    if spec.cut == "grid":
+        return replace(spec, longest_edge=max(1, math.isqrt(tiles - 1)) * tile)
+    return replace(spec, canvases=tuple(size for size in spec.canvases if size[0] * size[1] // tile**2 < tiles))
 
 
 def long_size(size: Size, longest_edge: int) -> Size:

@@ -18,6 +18,7 @@ from edgesafe.runtime.standing import Standing
 ERROR, SHALLOWEST = "error", "shallowest"
 # The chance with which a prediction must hold where nobody says otherwise.
 QUANTILE = 0.95
+_NOT_CUT: Mapping[int | None, Cut] = {}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def allowed_exits(
     exit: Exit | None,
     allow: bool,
     max_image_tokens: int | None = None,
+    cuts: Mapping[int | None, Cut] = _NOT_CUT,
 ) -> tuple[list[ExitSpec], str]:
     """The exits that may be used, those preferred last, and why these: one, or with a budget all that are worth their time.
 
@@ -78,6 +80,7 @@ def allowed_exits(
         exit: This exit and no other.
         allow: Use an exit without a passed verdict.
         max_image_tokens: Use none that makes more image tokens of a picture.
+        cuts: How the picture is cut, by the exits' tiles; where they are not known, an exit's image tokens are those of a tile.
 
     Raises:
         InputError: There is no such exit, none with so few image tokens, or a budget was given beside an exit.
@@ -88,26 +91,26 @@ def allowed_exits(
         _check_exit(bundle, budget, exit)
         if exit not in certified and not allow:
             raise _uncertified(bundle, certificate, standing, exit)
-        return [manifest.exit(one) for one in _within_cap(manifest, (exit,), max_image_tokens)], "asked for"
+        return [manifest.exit(one) for one in _within_cap(manifest, (exit,), max_image_tokens, cuts)], "asked for"
     usable = certified or ((certified_exits(certificate) or manifest.ladder) if allow else ())
     if not usable:
         raise _uncertified(bundle, certificate, standing)
-    within = _within_cap(manifest, within_reference(usable, manifest.reference), max_image_tokens)
+    within = _within_cap(manifest, within_reference(usable, manifest.reference), max_image_tokens, cuts)
     if budget is None:
-        kind = "deepest" if all(exit.visual_tokens is None for exit in within) else "largest"
+        kind = "deepest" if all(exit.whole for exit in within) else "largest"
         passed = " certified" if certified else " with a passed verdict" if standing.why else ""
         return [manifest.exit(within[-1])], f"the {kind}{passed}"
     return [manifest.exit(exit) for exit in worthwhile(within, certificate)], ""
 
 
 def worthwhile(exits: Sequence[Exit], certificate: Certificate | None) -> tuple[Exit, ...]:
-    """The exits without those that cost more than one with fewer visual tokens and surely answer worse by the certificate.
+    """The exits without those that cost more than one that sees less and surely answer worse by the certificate.
 
     Args:
         exits: Ascending by what they compute.
         certificate: Has each exit's accuracy; without one none is left out.
     """
-    if certificate is None or all(exit.visual_tokens is None for exit in exits):
+    if certificate is None or all(exit.whole for exit in exits):
         return tuple(exits)
     accuracy = {verdict.exit: verdict.accuracy for verdict in certificate.exits}
     kept, best = [], 0.0
@@ -161,14 +164,27 @@ def within_reference(exits: Iterable[Exit], reference: Exit) -> tuple[Exit, ...]
     return tuple(exit for exit in ascending if exit <= reference) or tuple(ascending)
 
 
-def _within_cap(manifest: Manifest, exits: Iterable[Exit], most: int | None) -> tuple[Exit, ...]:
+def _within_cap(
+    manifest: Manifest, exits: Iterable[Exit], most: int | None, cuts: Mapping[int | None, Cut]
+) -> tuple[Exit, ...]:
     """Those with at most so many image tokens, ascending by what they compute.
 
     Raises:
         InputError: There is none.
     """
-    tokens = {exit: manifest.tokens_of(exit) for exit in manifest.by_cost if exit in set(exits)}
-    within = tuple(exit for exit, count in tokens.items() if most is None or count <= most)
+    known = set(exits)
+    ascending = tuple(exit for exit in manifest.by_cost if exit in known)
+    if most is None:
+        return ascending
+    tokens = {exit: _image_tokens(manifest, exit, cuts) for exit in ascending}
+    within = tuple(exit for exit, count in tokens.items() if count <= most)
+    if not within and manifest.tiles is not None and cuts:
+        raise InputError(
+            f"the picture takes {min(tokens.values())} image tokens, more than {most}",
+            where="max_image_tokens",
+            expected=f"at least {min(tokens.values())} for this picture",
+            todo="raise it, or use a smaller picture",
+        )
     if not within:
         raise InputError(
             f"no exit that may be used has at most {most} image tokens",
@@ -179,20 +195,11 @@ def _within_cap(manifest: Manifest, exits: Iterable[Exit], most: int | None) -> 
     return within
 
 
-def check_tiles(manifest: Manifest, cut: Cut, most: int) -> None:
-    """Refuse a picture of which a bundle with tiles makes more image tokens.
-
-    Raises:
-        InputError: It is refused.
-    """
-    tokens = sum(prompt_runs(manifest.tiles, cut, manifest.image_token, manifest.image_tokens)[1])
-    if tokens > most:
-        raise InputError(
-            f"the picture takes {tokens} image tokens, more than {most}",
-            where="max_image_tokens",
-            expected=f"at least {tokens} for this picture",
-            todo="raise it, or use a smaller picture",
-        )
+def _image_tokens(manifest: Manifest, exit: Exit, cuts: Mapping[int | None, Cut]) -> int:
+    """A picture's image tokens at an exit."""
+    if manifest.tiles is None or exit.tiles not in cuts:
+        return manifest.tokens_of(exit)
+    return sum(prompt_runs(manifest.tiles, cuts[exit.tiles], manifest.image_token, manifest.image_tokens)[1])
 
 
 def first_token_ms(budget: Budget, later_tokens_ms: float = 0.0) -> float:

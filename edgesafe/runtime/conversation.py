@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from edgesafe.errors import InputError
 from edgesafe.format.exits import Exit
@@ -13,11 +13,11 @@ from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.tiles import Cut
 from edgesafe.runtime import decode
 from edgesafe.runtime.answer import Answer, AnswerStream
-from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens, check_tiles
+from edgesafe.runtime.choose import Budget, allowed_exits, check_max_new_tokens
 from edgesafe.runtime.deadline import Course, run_anytime, trunks
 from edgesafe.runtime.engine import Array, Reader, State
 from edgesafe.runtime.forecast import DECODE, PREPROCESS, WAIT, Forecast
-from edgesafe.runtime.image import Picture, is_encoded, picture_size
+from edgesafe.runtime.image import Picture, is_encoded, load_picture, picture_size
 from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.scope import reasons_outside
@@ -25,6 +25,8 @@ from edgesafe.runtime.threads import check_measured
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
 from edgesafe.runtime.turns import Cancel, Progress, Turn
 
+# A prompt's ids with all image tokens, by the exits' tiles.
+Prompts: TypeAlias = Mapping[int | None, list[int]]
 _READ_BEFORE = "the picture was read before: no time was predicted"
 
 
@@ -105,9 +107,9 @@ class Options:
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt's ids with all image tokens, the answer's length, how tokens are picked, and the request's course and turn."""
+    """A prompt's ids, the answer's length, how tokens are picked, and the request's course and turn."""
 
-    ids: list[int]
+    ids: Prompts
     limit: int
     sampling: Sampling
     course: Course
@@ -133,7 +135,7 @@ class Conversation:
         self._image: Any = image  # a Picture, until it is encoded
         self._taken: ExitSpec | None = None
         self._features: State = None
-        self._cut: Cut | None = None
+        self._cuts: dict[int | None, Cut] = {}  # by the exits' tiles
         self._reader: Reader | None = None
         self._read: list[int] = []
 
@@ -175,25 +177,27 @@ class Conversation:
         try:
             asked.check()
             image = self._image  # before the cut: another thread may be about to let go of the picture
-            self._cut = self._cut or session.cut(image)
-            ids = encode_prompt(session.tokenizer, session.manifest, prompt, self._cut)
+            kinds = {exit.tiles: exit for exit in session.manifest.ladder}
+            self._cuts = self._cuts or {tiles: session.cut(image, exit) for tiles, exit in kinds.items()}
             exits, why = self._allowed(asked)
+            ids = {tiles: self._encoded(prompt, tiles) for tiles in {exit.tiles for exit in self._seen(exits)}}
             turn.wait()
-            if self._taken is not None:
-                ids = ids_at(ids, session.manifest, self._taken.exit)
+            seen = self._seen(exits)
             course = Course(
-                self._forecast(len(ids)),
+                self._forecast(ids, next((exit for exit in seen if exit.whole), seen[-1])),
                 session.correction,
                 asked.budget,
                 clock=session.clock,
                 start_s=start_s,
                 tokens=asked.limit,
                 runs=session.runs,
-                fewer=self._fewer(len(ids), exits) if self._taken is None else {},
+                fewer=self._fewer(ids, exits) if self._taken is None else {},
             )
             course.actual_ms[WAIT] = course.elapsed_ms
             course.why = why if self._taken is None else "the picture was already encoded"
             pixels = self._open_picture(course, exits) if self._taken is None else None
+            if course.planned_exit is not None:
+                exits = [spec for spec in exits if spec.exit.tiles == course.planned_exit.tiles]
             question = _Question(ids, asked.limit, asked.sampling, course, turn)
             return AnswerStream(self._answer(question, exits, pixels), turn, session.tuning.cores)
         except BaseException:
@@ -208,17 +212,25 @@ class Conversation:
         session, allow = self._session, asked.allow_uncertified or self._session.allow_uncertified
         exit = Exit.of(asked.exit) if asked.exit is not None else None
         certificate, most = session.certificate, asked.max_image_tokens
-        if most is not None and self._cut and session.manifest.tiles:
-            check_tiles(session.manifest, self._cut, most)
-        return allowed_exits(session.bundle, certificate, session.standing, asked.budget, exit, allow, most)
+        return allowed_exits(session.bundle, certificate, session.standing, asked.budget, exit, allow, most, self._cuts)
 
-    def _fewer(self, prompt_tokens: int, exits: list[ExitSpec]) -> dict[int, Forecast]:
-        """The times of the shorter prompts that exits with fewer visual tokens read, by their number."""
-        counts = {spec.exit.visual_tokens for spec in exits if spec.exit.visual_tokens is not None}
-        return {count: self._forecast(prompt_tokens - self._session.manifest.image_tokens + count) for count in counts}
+    def _seen(self, exits: list[ExitSpec]) -> list[Exit]:
+        """The exits that may answer: the one that was taken, or these."""
+        return [spec.exit for spec in exits] if self._taken is None else [self._taken.exit]
 
-    def _forecast(self, prompt_tokens: int) -> Forecast:
-        whole = self._session.predict(prompt_tokens, self._cut.tiles if self._cut else 1)
+    def _encoded(self, prompt: str, tiles: int | None) -> list[int]:
+        """A prompt's ids with all image tokens of an exit with so many tiles."""
+        return encode_prompt(self._session.tokenizer, self._session.manifest, prompt, self._cuts[tiles])
+
+    def _fewer(self, ids: Prompts, exits: list[ExitSpec]) -> dict[int, Forecast]:
+        """The times of the shorter prompts that exits with fewer visual tokens or tiles read, by their number."""
+        fewer = {spec.exit.fewer: spec.exit for spec in exits}
+        return {count: self._forecast(ids, exit) for count, exit in fewer.items() if count is not None}
+
+    def _forecast(self, ids: Prompts, exit: Exit) -> Forecast:
+        """The times of the prompt that an exit reads, and of its tiles."""
+        length = len(ids_at(ids[exit.tiles], self._session.manifest, exit))
+        whole = self._session.predict(length, self._cuts[exit.tiles].tiles)
         if self._taken is not None:
             return whole.only(DECODE, _READ_BEFORE)
         height, width = picture_size(self._image)
@@ -230,10 +242,14 @@ class Conversation:
         if course.budget is not None:
             check_measured(course.forecast, course.budget, session.bundle)
         # A picture is decoded when it is its turn, so that a line of requests holds no line of pictures in memory.
-        pixels = course.timed(PREPROCESS, lambda: session.look(self._image))
-        if course.budget is not None:
-            course.plan(exits)
-        return pixels
+        if len({spec.exit.tiles for spec in exits}) == 1:
+            pixels = course.timed(PREPROCESS, lambda: session.look(self._image, exits[0].exit))
+            if course.budget is not None:
+                course.plan(exits)
+            return pixels
+        picture = course.timed(PREPROCESS, lambda: load_picture(self._image))
+        planned = course.plan(exits)  # without a budget there is one exit
+        return course.timed(PREPROCESS, lambda: session.look(picture, planned))
 
     def _look(self, question: _Question, exits: list[ExitSpec], pixels: State) -> None:
         """Run the vision side as deep as the clock allows, and keep what it gave."""
@@ -246,12 +262,11 @@ class Conversation:
             question.turn.step("vision", len(ran), most)
             return out
 
-        assert self._cut is not None
         trunk, state = run_anytime(trunks(exits), run, pixels, question.course.goes_on)
         self._taken = question.course.settle([spec for spec in exits if spec.exit.depth == trunk.exit.depth])
         for path in self._taken.graphs[len(trunk.graphs) :]:
             state = run(path, state)
-        self._features = self._session.joined(state, self._cut)
+        self._features = self._session.joined(state, self._cuts[self._taken.exit.tiles])
         self._image = None
 
     def _run(self, path: str, state: State, turn: Turn) -> State:
@@ -270,11 +285,10 @@ class Conversation:
         question.turn.check()
         if pixels is not None:
             self._look(question, exits, pixels)
-            assert self._taken is not None
-            question = replace(question, ids=ids_at(question.ids, session.manifest, self._taken.exit))
-        ids = question.ids
+        assert self._taken is not None
+        ids = ids_at(question.ids[self._taken.exit.tiles], session.manifest, self._taken.exit)
         text, reason, made, said = TextStream(session.tokenizer, question.sampling.stop), "length", 0, 0
-        tokens = self._tokens(question)
+        tokens = self._tokens(question, ids)
         while made == 0 or not course.out_of_time(len(ids) + made):
             token = course.timed_token(len(ids) + made, lambda: next(tokens, None))
             if token is None:
@@ -295,10 +309,10 @@ class Conversation:
         session.correction = course.correction
         yield self._result(text.text, reason, course, reasons_outside(session.scope, question.sampling, said))
 
-    def _tokens(self, question: _Question) -> Iterator[int]:
+    def _tokens(self, question: _Question, ids: list[int]) -> Iterator[int]:
         """The answer's ids; the first of them costs reading the prompt."""
-        reader, logits = self._continue(question.ids, question.limit)
-        pick = Picker(question.sampling, question.ids).pick
+        reader, logits = self._continue(ids, question.limit)
+        pick = Picker(question.sampling, ids).pick
         yield from decode.generate(reader, logits, self._session.manifest.text, question.limit, pick)
 
     def _continue(self, ids: list[int], limit: int) -> tuple[Reader, Array]:

@@ -36,7 +36,7 @@ class Course:
         start_s: The clock's value at the call.
         tokens: The answer's longest length.
         runs: How often each stage has run in this session, counted on here. By default every stage has run.
-        fewer: The same for the shorter prompts of exits with fewer visual tokens, by their number.
+        fewer: The same for the shorter prompts of exits with fewer visual tokens or tiles, by their number.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Course:
             NoExitFitsError: None is, and the budget says ``error``. With ``shallowest`` it is the one that is there first.
         """
         assert self.budget is not None
-        left_ms, self._exits = self.left_ms, tuple(exits)
+        left_ms = self.left_ms
         predicted = {spec.exit: self._needed_ms(spec, 0) for spec in exits}
         shallowest, word = exits[0], "shallowest"
         if self._fewer:
@@ -145,13 +145,18 @@ class Course:
             self.planned_exit = shallowest.exit
             needed_ms = predicted[shallowest.exit]
             self.why = f"the {word}: it was predicted to need {needed_ms:.1f} ms, with {left_ms:.1f} ms left"
-        self._place_bet(shallowest, 0)
+        # How the picture is cut is settled here: what runs next sees its tiles.
+        self._exits = tuple(spec for spec in exits if spec.exit.tiles == self.planned_exit.tiles)
+        if self.planned_exit.tiles is not None:
+            self.forecast = self._forecast(self._exits[0])
+        first = shallowest if shallowest in self._exits else min(self._exits, key=lambda spec: predicted[spec.exit])
+        self._place_bet(first, 0)
         return self.planned_exit
 
     def goes_on(self, rest: tuple[str, ...], deeper: ExitSpec) -> bool:
         """Whether ``rest``, the graphs that are left to a deeper exit, and the prefill are predicted to fit.
 
-        Where exits have fewer visual tokens: whether the one that is preferred among those that fit lies as deep.
+        Where exits have fewer visual tokens or tiles: whether the one that is preferred among those that fit lies as deep.
         """
         done = len(deeper.graphs) - len(rest)
         if self._fewer:
@@ -186,7 +191,7 @@ class Course:
 
     def _forecast(self, spec: ExitSpec) -> Forecast:
         """The times of the prompt that an exit reads."""
-        return self.forecast if spec.exit.visual_tokens is None else self._fewer.get(spec.exit.visual_tokens, self.forecast)
+        return self.forecast if spec.exit.fewer is None else self._fewer.get(spec.exit.fewer, self.forecast)
 
     def _needed_ms(self, spec: ExitSpec, done: int) -> float:
         """What an exit's graphs but the first ``done`` and its prefill take, at the budget's quantile."""

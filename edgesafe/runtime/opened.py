@@ -144,16 +144,19 @@ class OpenedBundle:
             notes.insert(0, f"NOT certified: the answer {' and '.join(outside)}, but exits are certified on {self.scope}")
         return "; ".join(note for note in notes if note)
 
-    def cut(self, picture: Picture) -> Cut:
-        """How a picture is cut into tiles; a bundle without tiles doesn't look at it."""
-        return picture_cut(picture, self.manifest)
+    def cut(self, picture: Picture, exit: Exit | None = None) -> Cut:
+        """How a picture is cut into tiles at an exit, by default all; a bundle without tiles doesn't look at it."""
+        return picture_cut(picture, self.manifest, exit)
 
-    def look(self, picture: Picture) -> State:
+    def look(self, picture: Picture, exit: Exit | None = None) -> State:
         """A picture's ``pixel_values`` float32 [1,3,H,W], or a list of them where the bundle has tiles."""
-        return pixel_values(picture, self.manifest)
+        return pixel_values(picture, self.manifest, exit)
 
     def run_exits(self, pixels: State, exits: Collection[Exit | int | str], cut: Cut = ALONE) -> dict[Exit, Array]:
-        """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once."""
+        """The image features float32 [N,D] of each asked exit from what ``look`` gave, shared segments run once.
+
+        All of them see a picture in as many tiles.
+        """
         done: dict[tuple[str, ...], State] = {(): pixels}
         features = {}
         for exit in sorted(map(Exit.of, exits)):

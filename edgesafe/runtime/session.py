@@ -161,8 +161,14 @@ class Session(OpenedBundle):
             InputError: The picture or one of the exits can't be used.
             BundleError: The bundle has no such exit.
         """
+        asked = sorted(map(Exit.of, exits))
+        kinds = {exit.tiles: exit for exit in asked}
+        found: dict[Exit, Array] = {}
         with self.turns.enter():
-            return self.run_exits(self.look(image), exits, self.cut(image))
+            for tiles, one in kinds.items():
+                some = [exit for exit in asked if exit.tiles == tiles]
+                found |= self.run_exits(self.look(image, one), some, self.cut(image, one))
+        return {exit: found[exit] for exit in asked}
 
     def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, cut: Cut = ALONE) -> str:
         """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""

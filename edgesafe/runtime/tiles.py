@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from edgesafe.format.exits import Exit
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.specs import ImageSpec
 from edgesafe.format.tiles import (
@@ -30,18 +31,16 @@ from edgesafe.format.tiles import (
 from edgesafe.runtime.image import Floats, Picture, load_picture, normalised, picture_size, preprocess
 
 
-def picture_cut(picture: Picture, manifest: Manifest) -> Cut:
-    """How a bundle cuts a picture; one without tiles ignores it."""
-    if manifest.tiles is None:
-        return ALONE
-    return cut_of(manifest.tiles, manifest.image.height, picture_size(picture))
+def picture_cut(picture: Picture, manifest: Manifest, exit: Exit | None = None) -> Cut:
+    """How a bundle cuts a picture at an exit, by default one with all tiles; one without tiles ignores both."""
+    tiles = manifest.tiles_of(exit)
+    return ALONE if tiles is None else cut_of(tiles, manifest.image.height, picture_size(picture))
 
 
-def pixel_values(picture: Picture, manifest: Manifest) -> Floats | list[Floats]:
-    """What a bundle's vision graphs take: float32 [1,3,H,W], or a list of them where it has tiles."""
-    if manifest.tiles is None:
-        return preprocess(picture, manifest.image)
-    return preprocess_tiles(picture, manifest.image, manifest.tiles)
+def pixel_values(picture: Picture, manifest: Manifest, exit: Exit | None = None) -> Floats | list[Floats]:
+    """What a bundle's vision graphs take at an exit: float32 [1,3,H,W], or a list of them where it has tiles."""
+    tiles = manifest.tiles_of(exit)
+    return preprocess(picture, manifest.image) if tiles is None else preprocess_tiles(picture, manifest.image, tiles)
 
 
 def preprocess_tiles(picture: Picture, image: ImageSpec, spec: TilesSpec) -> list[Floats]:
@@ -59,8 +58,9 @@ def preprocess_tiles(picture: Picture, image: ImageSpec, spec: TilesSpec) -> lis
     size, tile = (whole.height, whole.width), image.height
     cut = cut_of(spec, tile, size)
     if spec.cut == "canvas":
-        canvas = best_canvas(spec.canvases, size)
-        parts = [np.asarray(_resize(whole, (tile, tile), resample)), *_split(_on_canvas(whole, canvas, resample), tile)]
+        parts = [np.asarray(_resize(whole, (tile, tile), resample))]
+        if cut.rows:
+            parts += _split(_on_canvas(whole, best_canvas(spec.canvases, size), resample), tile)
     else:
         large = _resize(whole, long_size(size, spec.longest_edge), resample)
         if cut.rows:

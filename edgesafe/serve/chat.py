@@ -133,7 +133,6 @@ class _Answering:
         app, asked, prompt = self._app, self._asked, self._asked.question.prompt
         self._cancel = cancel
         picture = self._picture()
-        self._read = len(encode_prompt(app.session.tokenizer, app.session.manifest, prompt, app.session.cut(picture)))
         self._talk = app.session.conversation(
             picture,
             asked.budget,
@@ -143,11 +142,20 @@ class _Answering:
             cancel=cancel,
             progress=self._step,
         )
+        self._read = self._count(picture, asked.exit)
         with self._talk.stream(prompt) as stream:
             for piece in stream:
                 if asked.stream:
                     self._chunk({"content": piece})
-            return self._settled(stream.answer)
+            answer = self._settled(stream.answer)
+        if answer.exit.tiles is not None:
+            self._read = self._count(picture, answer.exit)
+        return answer
+
+    def _count(self, picture: Picture, exit: Exit | None) -> int:
+        """Tokens of the prompt with a picture's tiles at an exit."""
+        session = self._app.session
+        return len(encode_prompt(session.tokenizer, session.manifest, self._asked.question.prompt, session.cut(picture, exit)))
 
     def finish(self, answer: Answer) -> None:
         """Count the answer, and send it or what is left of it."""

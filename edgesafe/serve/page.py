@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe.errors import EdgesafeError, InputError
-from edgesafe.format.exits import read_exit
+from edgesafe.format.exits import Exit, read_exit
 from edgesafe.format.fields import Fields
+from edgesafe.format.tiles import ALONE, prompt_runs
 from edgesafe.runtime import Budget, Cancel, Progress, Session
 from edgesafe.runtime.choose import QUANTILE
+from edgesafe.runtime.forecast import Forecast
 from edgesafe.serve.chat import App
 from edgesafe.serve.wire import Reply, api_error, status_of
 
@@ -100,13 +102,22 @@ def read_ask(body: bytes) -> dict[str, Any]:
     return options
 
 
+def _predicted(session: Session, exit: Exit, words: int) -> Forecast:
+    """The times of a prompt of so many tokens beside its picture's."""
+    manifest = session.manifest
+    cut, tokens = manifest.told_cut(exit), manifest.tokens_of(exit)
+    if cut != ALONE:
+        tokens = sum(prompt_runs(manifest.tiles, cut, manifest.image_token, tokens)[1])
+    return session.predict(min(words + tokens, manifest.text.context_length - 1), cut.tiles)
+
+
 def facts(session: Session) -> dict[str, Any]:
     """What the page shows of a bundle before anything is asked."""
     manifest = session.manifest
     # A question of a line; the page says that it is a prediction for one.
     length = min(manifest.image_tokens + 24, manifest.text.context_length - 1)
     prediction = session.predict(length)
-    lengths = {exit: length - manifest.image_tokens + manifest.tokens_of(exit) for exit in manifest.ladder}
+    times = {exit: _predicted(session, exit, length - manifest.image_tokens) for exit in manifest.ladder}
     verdicts = {e.exit: e.to_dict() for e in session.certificate.exits} if session.certificate else {}
     return {
         "name": manifest.name,
@@ -120,9 +131,9 @@ def facts(session: Session) -> dict[str, Any]:
             {
                 "exit": str(spec.exit),
                 "certified": spec.exit in session.certified,
-                "predicted_ms": session.predict(lengths[spec.exit]).ttft_ms(spec.graphs, QUANTILE, session.correction),
+                "predicted_ms": times[spec.exit].ttft_ms(spec.graphs, QUANTILE, session.correction),
                 "verdict": verdicts.get(spec.exit),
             }
-            for spec in manifest.exits
+            for spec in map(manifest.exit, manifest.by_cost)
         ],
     }

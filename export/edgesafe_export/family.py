@@ -119,7 +119,7 @@ class Family:
             inputs: what the checkpoint's processor makes of one picture.
             exit: which one.
         """
-        with self._mapped(exit.depth), self._thinned(exit), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._thinned(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         features: Tensor = out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
@@ -128,12 +128,54 @@ class Family:
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
         """Logits at an exit as transformers itself computes them, [S, V]: the whole model, no cache."""
-        with self._mapped(exit.depth), self._thinned(exit), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._thinned(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )
         logits: Tensor = out.logits[0]
         return logits
+
+    def first_tile(self, made: Any, exit: Exit | None) -> Any:
+        """A processor's output with its first tile alone, for an exit that sees the whole picture and no part of it.
+
+        No option of transformers' processors of canvases leaves out the others. transformers' model reads such a tile as its
+        features and one newline, and refuses any other number of image tokens. What other exits see is handed back.
+        """
+        if exit is None or exit.tiles != 1 or self.recipe.cut != "canvas":
+            return made
+        image, ids = self.geometry.image_token_id, made["input_ids"][0].tolist()
+        first = ids.index(image)
+        kept = [*ids[:first], *[image] * self.geometry.rows, *ids[first + ids.count(image) :]]
+        pixels = made["pixel_values"][:, :1]
+        rows = torch.tensor([kept])
+        return {**made, "input_ids": rows, "attention_mask": torch.ones_like(rows), "pixel_values": pixels}
+
+    @contextmanager
+    def fewer_tiles(self, exit: Exit | None) -> Iterator[None]:
+        """Smaller pictures by transformers' own settings: a shorter longest edge, or fewer resolutions to choose from."""
+        if exit is None or exit.tiles is None:
+            yield
+            return
+        owner, config = self.processor.image_processor, self.model.config
+        changed: list[tuple[Any, str, Any]]
+        if self.recipe.cut == "grid":
+            sides = max(n for n in range(1, exit.tiles + 1) if n == 1 or n * n < exit.tiles)
+            edge = sides * self.geometry.image_size
+            changed = [(owner, "size", {"longest_edge": edge})]
+        else:
+            area, points = self.geometry.image_size**2, config.image_grid_pinpoints
+            few = [point for point in points if point[0] * point[1] <= (exit.tiles - 1) * area]
+            # The model counts no tile of a resolution of nothing; the processor has no such way, and is not asked for it.
+            changed = [(config, "image_grid_pinpoints", few or [[0, 0]])]
+            changed += [(owner, "image_grid_pinpoints", few)] if few else []
+        before = [(holder, name, getattr(holder, name)) for holder, name, _ in changed]
+        try:
+            for holder, name, value in changed:
+                setattr(holder, name, value)
+            yield
+        finally:
+            for holder, name, value in before:
+                setattr(holder, name, value)
 
     @contextmanager
     def _mapped(self, depth: int) -> Iterator[None]:

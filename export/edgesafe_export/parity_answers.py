@@ -72,10 +72,9 @@ def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> l
     for (image, prompt), exits in bar(requests, len(requests), "answers of the bundle"):
         if shown != (here := (id(image), tuple(exits))):  # requests about one picture stand next to each other
             shown, states = here, session.vision_states(image, exits)
-        cut = session.cut(image)
-        whole = encode_prompt(session.tokenizer, session.manifest, prompt, cut)
         for exit in exits:
-            prompt_ids = ids_at(whole, session.manifest, exit)
+            cut = session.cut(image, exit)
+            prompt_ids = ids_at(encode_prompt(session.tokenizer, session.manifest, prompt, cut), session.manifest, exit)
             ids, logits = _greedy(session, states[exit], prompt_ids, max_new_tokens)
             text = _text(session.tokenizer, ids)
             answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, text, logits))

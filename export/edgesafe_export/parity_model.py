@@ -6,7 +6,8 @@ checked with the graphs. The oracle is transformers' own way to read the state a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,9 @@ def check_inputs(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows:
         ParityError: ids or pixels that differ.
     """
     check_prompt(family, tokenizer, manifest, rows)
-    for image, prompt in rows[:FEATURE_ROWS]:
-        ours = pixel_values(image, manifest)
-        theirs = processed(family, image, prompt)["pixel_values"].numpy()
+    for (image, prompt), exit in product(rows[:FEATURE_ROWS], _views(manifest.ladder)):
+        ours = pixel_values(image, manifest, exit)
+        theirs = processed(family, image, prompt, exit)["pixel_values"].numpy()
         ours = np.concatenate(ours) if isinstance(ours, list) else ours
         error = relative(ours, theirs.reshape(-1, *theirs.shape[-3:]))
         if not error <= FLOAT_RELATIVE:
@@ -156,9 +157,9 @@ def check_prompt(family: Family, tokenizer: Tokenizer, manifest: Manifest, rows:
     Raises:
         ParityError: ids that differ.
     """
-    for image, prompt in rows:
-        want = processed(family, image, prompt)["input_ids"][0].tolist()
-        got = encode_prompt(tokenizer, manifest, prompt, picture_cut(image, manifest))
+    for (image, prompt), exit in product(rows, _views(manifest.ladder)):
+        want = processed(family, image, prompt, exit)["input_ids"][0].tolist()
+        got = encode_prompt(tokenizer, manifest, prompt, picture_cut(image, manifest, exit))
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise ParityError(
@@ -178,10 +179,10 @@ def check_features(family: Family, session: Session, rows: Sequence[Probe]) -> d
     ladder = session.manifest.ladder
     worst = dict.fromkeys(ladder, 0.0)
     for image, prompt in rows[:FEATURE_ROWS]:
-        inputs = processed(family, image, prompt)
+        inputs = {one.tiles: processed(family, image, prompt, one) for one in _views(ladder)}
         states = session.vision_states(image, ladder)
         for exit in ladder:
-            error = relative(np.asarray(states[exit]), family.oracle(inputs, exit).numpy())
+            error = relative(np.asarray(states[exit]), family.oracle(inputs[exit.tiles], exit).numpy())
             worst[exit] = max(worst[exit], error)
     _refuse_large(worst, "image features")
     return worst
@@ -199,11 +200,11 @@ def check_logits(family: Family, session: Session, rows: Sequence[Probe]) -> dic
     embed, graph = session.graph(text.embed_tokens), session.graph(text.decoder)
     worst = dict.fromkeys(ladder, 0.0)
     for image, prompt in rows[:LOGIT_ROWS]:
-        inputs = processed(family, image, prompt)
-        whole = inputs["input_ids"]
+        made = {one.tiles: processed(family, image, prompt, one) for one in _views(ladder)}
         states = session.vision_states(image, ladder)
         for exit in ladder:
-            ids = torch.tensor([family.prompt_at(whole[0].tolist(), exit)])
+            inputs = made[exit.tiles]
+            ids = torch.tensor([family.prompt_at(inputs["input_ids"][0].tolist(), exit)])
             logits, cache = session.prefill(states[exit], ids[0].tolist())
             # Any ordinary ids will do for what follows; the last ids of the prompt are some.
             more = ids[:, -3:]
@@ -251,13 +252,24 @@ def open_session(folder: Path) -> Session:
     return Session.open(folder, allow_uncertified=True)
 
 
-def processed(family: Family, image: Image.Image, prompt: str) -> Any:
-    """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on."""
+def processed(family: Family, image: Image.Image, prompt: str, exit: Exit | None = None) -> Any:
+    """What transformers' own processor makes of a probe: input_ids [1,S], attention_mask, pixel_values and so on.
+
+    At an exit with fewer tiles it is told to make the picture smaller.
+    """
     content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": prompt}]
     # Rendered and tokenized in one call: whether the tokenizer adds a BOS to a text that has one is transformers' decision.
-    return family.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    asked = [{"role": "user", "content": content}]
+    with family.fewer_tiles(exit):
+        made = family.processor.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    return family.first_tile(made, exit)
+
+
+def _views(ladder: Iterable[Exit]) -> list[Exit]:
+    """One exit for each number of tiles that a ladder's exits see, ascending."""
+    return sorted({exit.tiles: exit for exit in ladder}.values())
 
 
 def _refuse_large(worst: dict[Exit, float], what: str) -> None:

@@ -21,7 +21,7 @@ from edgesafe.format import graph_io
 from edgesafe.format.exits import Exit, default_ladder, parse_exits
 from edgesafe.format.specs import GraphSpec
 from edgesafe.format.targets import free_bytes, work_folder
-from edgesafe.format.tiles import ALONE, cut_of, prompt_runs
+from edgesafe.format.tiles import ALONE, PICTURE, at_most, cut_of, prompt_runs
 from edgesafe.progress import table
 from edgesafe.runtime.forecast import Work, decoder_work, vision_work, work_ms
 from edgesafe_export.estimate import (
@@ -50,7 +50,6 @@ _QUESTION = "What is this?"
 _FELT_HOURS = 0.1  # of calibration, from which on it is said
 # How far off times are taken to be that are reckoned from a machine's measured figures.
 _SURE = 1.3
-PICTURE = (480, 640)  # height and width of the picture that times are planned for
 # Shapes of published models that are smaller, to name what a device can do: weights of the encoder, its positions and the
 # operations of attention's products (12 blocks of 768), weights of the decoder without and of its head, and tokens of a prompt
 # with one picture.
@@ -78,7 +77,8 @@ class Plan:
     """What will happen.
 
     Attributes:
-        tiles, prompt_tokens: how often the tower runs, and the tokens of a short question, for a picture of `PICTURE`.
+        tiles, prompt_tokens: how often the tower runs, and the tokens of a short question, for a picture of `PICTURE` at the
+            reference.
         check: what the exporter will compare with, `WHOLE_MODEL` or `PIECES`.
         bundle_bytes: of the whole bundle, a suite left out.
         export_gib, disk_gib: most memory of the exporting process, and room on the disk while it runs.
@@ -121,7 +121,7 @@ def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[Exit, ...]:
     if exits is None:
         return default_ladder(geometry.n_blocks, geometry.reference_depth)
     ladder = tuple(sorted({*parse_exits(exits, geometry.n_blocks), geometry.reference}))
-    check_exits(ladder, sketch.family.recipe, geometry)
+    check_exits(ladder, sketch.family.recipe, geometry, sketch.family.tiles)
     return ladder
 
 
@@ -148,14 +148,15 @@ def make_plan(
     tries = AUTO[:-1] if schemes["text"] == "auto" else (schemes["text"],)  # float32 is for models that nothing else suits
     vision, text = schemes["vision"], tries[0]
     specs = graph_specs(sketch, ladder, layout, vision, text)
-    (tiles, tokens), whole = _prompt(sketch), sketch.count <= WHOLE_WEIGHTS
+    seen, whole = {exit: _prompt(sketch, exit) for exit in ladder}, sketch.count <= WHOLE_WEIGHTS
+    tiles, tokens = seen[sketch.family.geometry.reference]
     once = {path: work_ms(vision_work(path, spec), device, scheme_of(path, vision, text)) for path, spec in specs.items()}
-    times = {path: None if ms is None else tiles * ms for path, ms in once.items()}
     sizes = {scheme: text_bytes(sketch, graph_specs(sketch, ladder, layout, vision, scheme), scheme) for scheme in tries}
     texts = sizes[text]
     decoder, about = specs[graph_io.DECODER_PATH], text_spec(sketch.family, sketch.layers)
-    prefill = {exit: work_ms(decoder_work(decoder, about, tokens - _spared(sketch, exit)), device, text) for exit in ladder}
-    exits = _exits(exit_graphs(sketch.family, ladder, layout), specs, times, prefill, texts)
+    prefill = {exit: work_ms(decoder_work(decoder, about, length), device, text) for exit, (_, length) in seen.items()}
+    times = {exit: (seen[exit][0], ms) for exit, ms in prefill.items()}
+    exits = _exits(exit_graphs(sketch.family, ladder, layout), specs, once, times, texts)
     graph_bytes = exits[-1].bytes + _GRAPH_BYTES * len(specs) + _LAYER_BYTES * sketch.layers
     bundle = graph_bytes + (folder / "tokenizer.json").stat().st_size
     known = [e.ttft_ms for e in exits if e.ttft_ms is not None]
@@ -189,16 +190,19 @@ def make_plan(
 def _exits(
     chains: Mapping[Exit, tuple[str, ...]],
     specs: Mapping[str, GraphSpec],
-    times: Mapping[str, float | None],
-    prefill: Mapping[Exit, float | None],
+    once: Mapping[str, float | None],
+    times: Mapping[Exit, tuple[int, float | None]],
     texts: int,
 ) -> tuple[ExitPlan, ...]:
-    """Every exit of its graphs, `texts` being the bytes of both text graphs."""
+    """Every exit of its graphs, `texts` being the bytes of both text graphs.
+
+    `once` is how long a graph takes for a tile, and `times` says by exit for how many tiles it runs, and the prefill's time.
+    """
     return tuple(
         ExitPlan(
             exit=exit,
             bytes=texts + sum(specs[path].weight_bytes for path in chain),
-            ttft_ms=_sum([*(times[path] for path in chain), prefill[exit]]),
+            ttft_ms=_sum([*(once[path] for path in chain for _ in range(times[exit][0])), times[exit][1]]),
         )
         for exit, chain in chains.items()
     )
@@ -214,14 +218,14 @@ def _sum(times: Iterable[float | None]) -> float | None:
     return None if None in known else round(sum(t for t in known if t is not None), 1)
 
 
-def _prompt(sketch: Sketch) -> tuple[int, int]:
-    """How often the tower runs for a picture of `PICTURE`, and how many tokens a short question about it has."""
-    family = sketch.family
-    token = family.processor.image_token
-    cut = cut_of(family.tiles, family.geometry.image_size, PICTURE) if family.tiles else ALONE
-    text, features = prompt_runs(family.tiles, cut, token, family.geometry.image_tokens)
+def _prompt(sketch: Sketch, exit: Exit) -> tuple[int, int]:
+    """How often the tower runs at an exit for a picture of `PICTURE`, and how many tokens a short question about it has."""
+    family, side = sketch.family, sketch.family.geometry.image_size
+    tiles = family.tiles if family.tiles is None or exit.tiles is None else at_most(family.tiles, side, exit.tiles)
+    cut = cut_of(tiles, side, PICTURE) if tiles else ALONE
+    text, features = prompt_runs(tiles, cut, family.processor.image_token, family.geometry.image_tokens)
     words = prompt_ids(family.processor, family.chat, _QUESTION, text)
-    return cut.tiles, len(words) - len(features) + sum(features)
+    return cut.tiles, len(words) - len(features) + sum(features) - _spared(sketch, exit)
 
 
 def _notes(plan: Plan, device: DeviceProfile) -> Iterable[str]:

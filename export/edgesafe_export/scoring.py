@@ -142,7 +142,7 @@ class Desk:
         family: the checkpoint's.
         answers: all of them.
         folder: where the states lie.
-        pictures: one answer about each picture.
+        pictures: one answer about each picture; one that exits see in fewer tiles counts again.
         picture_of: by answer, its picture's number.
         depths: by picture, those of the exits that it is needed at.
         readings: the requests, those about one picture at one exit together.
@@ -177,20 +177,21 @@ class Desk:
         if depth:
             return self.load(f"vision_{picture}_{depth}")
         one = self.pictures[picture]
-        pixels = np.asarray(processed(self.family, one.image, one.prompt)["pixel_values"].numpy())
+        pixels = np.asarray(processed(self.family, one.image, one.prompt, one.exit)["pixel_values"].numpy())
         return pixels.reshape(-1, *pixels.shape[-3:])
 
 
 def open_desk(sketch: Sketch, answers: Sequence[Answered], folder: Path) -> Desk:
     """A desk before the first piece."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = list({id(one.image): one for one in answers}.values())
-    numbers = {id(one.image): number for number, one in enumerate(pictures)}
-    picture_of = [numbers[id(one.image)] for one in answers]
+    seen = [(id(one.image), one.exit.tiles) for one in answers]
+    pictures = dict(zip(seen, answers, strict=True))
+    numbers = {key: number for number, key in enumerate(pictures)}
+    picture_of = [numbers[key] for key in seen]
     depths: list[set[int]] = [set() for _ in pictures]
     for picture, one in zip(picture_of, answers, strict=True):
         depths[picture].add(one.exit.depth)
-    return Desk(sketch.family, answers, folder, pictures, picture_of, depths, _readings(answers, picture_of))
+    return Desk(sketch.family, answers, folder, list(pictures.values()), picture_of, depths, _readings(answers, picture_of))
 
 
 def _readings(answers: Sequence[Answered], picture_of: Sequence[int]) -> list[_Reading]:

@@ -53,7 +53,7 @@ def test_a_ladder_is_spelled_with_its_tokens(spec, texts):
 
 def test_a_ladder_has_so_many_exits_with_fewer_tokens_and_no_more():
     assert len(parse_exits(f"1-{MOST_RUNGS}@9,all", 24)) == MOST_RUNGS + 24
-    with pytest.raises(ConfigError, match="13 exits with fewer visual tokens, at most 12"):
+    with pytest.raises(ConfigError, match="13 exits with fewer visual tokens or tiles, at most 12"):
         parse_exits(f"1-{MOST_RUNGS + 1}@9", 24)
 
 

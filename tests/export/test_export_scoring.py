@@ -41,7 +41,7 @@ def _pieces(job):
 def _by_transformers(family, one: Answered) -> Score:
     """The oracle: transformers' whole model reads prompt and answer in one go, uncached."""
     ids = torch.tensor([[*one.prompt_ids, *one.ids[:-1]]])
-    logits = family.oracle_logits(ids, parity.processed(family, one.image, one.prompt), one.exit)
+    logits = family.oracle_logits(ids, parity.processed(family, one.image, one.prompt, one.exit), one.exit)
     said = torch.log_softmax(logits[len(one.prompt_ids) - 1 :].double(), dim=-1)
     losses = said.max(dim=-1).values - said[torch.arange(len(one.ids)), torch.tensor(one.ids)]
     bundle = torch.log_softmax(torch.from_numpy(one.logits).double(), dim=-1)
@@ -77,6 +77,14 @@ def test_every_family_is_scored_as_by_transformers(cases, tmp_path, name):
     found = score(sketch, pieces, other, tmp_path / "other")
     assert _agree(case.family, other, found)
     assert min(min(max(one.losses), max(one.divergence)) for one in found) > 0.01  # a hundred times what is called close
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "llava_next"])
+def test_what_exits_see_of_a_picture_is_scored_apart(cases, tmp_path, name):
+    job = replace(cases(name).job, ladder=tuple(map(Exit.parse, ("1", "2x1", "2", "3"))))
+    answers = [one for one in _answered(job, cases(name).parts, tmp_path / "b")[:8] if one.exit.depth == 2]
+    assert {str(one.exit) for one in answers} == {"2x1", "2"}
+    assert _agree(job.family, answers, score(*_pieces(job), answers, tmp_path / "s"))
 
 
 WRONG = [

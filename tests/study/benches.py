@@ -11,7 +11,7 @@ from edgesafe.format.exits import Exit
 from study.documents import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
-FULLSIZE, ALIGNED = "fullsize-*.json", "align-*.json"
+FULLSIZE, ALIGNED, RUNGS = "fullsize-*.json", "align-*.json", "rungs-*.json"
 
 
 def bench_tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -158,6 +158,23 @@ def fullsize_table(folder: Path) -> str:
     headers += ["first token, s, at the reference depth", "at half of it", "worst prediction after measure, %", "per token, ms"]
     run = [f"{model['model']} {model['date'][:10]}" for model in found]
     return f"{markdown(headers, rows)}\n\n{found[0]['machine']}; {', '.join(run)}."
+
+
+def rungs_table(folder: Path) -> str:
+    """Exits that see less of a picture: time to the first token, and what they cost in bytes and memory."""
+    rows, notes = [], []
+    for model in sorted((_read(folder, path.name) for path in folder.glob(RUNGS)), key=lambda found: found["bytes"]["with"]):
+        for exit, one in reversed(model["exits"].items()):
+            seconds = [f"{one[key] / 1e3:.2f}" for key in ("ttft_ms", "vision_ms", "prefill_ms")]
+            rows.append([model["model"], exit, str(one["tiles"]), *seconds, f"{one['times_as_fast']:.1f}"])
+        size, most = model["bytes"], model["peak_mib"]
+        notes.append(
+            f"{model['model']} on {model['picture']}, {model['date'][:10]}: bundle {size['with'] / size['without']:.5f} and "
+            f"most memory {most['with'] / most['without']:.3f} times those without such exits ({most['with']:.0f} MiB), "
+            f"{model['rounds']} rounds in turns, {model['clock']}, {model['machine']}."
+        )
+    headers = ["shape", "exit", "tiles", "first token, s", "vision, s", "prefill, s", "times as fast as the reference"]
+    return "\n\n".join([markdown(headers, rows), "\n".join(notes)])
 
 
 def heat_table(folder: Path) -> str:
@@ -354,6 +371,7 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "budget": ("budget.json", budget_table),
     "heat": ("heat.json", heat_table),
     "fullsize": (FULLSIZE, fullsize_table),
+    "rungs": (RUNGS, rungs_table),
     "estimates": ("estimates.json", estimates_table),
     "long-runs": ("soak.json", long_table),
     "align-memory": (ALIGNED, memory_table),

@@ -133,3 +133,14 @@ def test_flips_stand_beside_the_published_precision(tmp_path):
     table = bench_tables(tmp_path)["endpoint-flips"]
     assert "| system | Q4_1 | 25.0 (2 of 8) | 25.0 (1 of 4) | - | - | - |" in table
     assert "| system | Q4_0 | 50.0 (4 of 8) | 0.0 (0 of 4) | +25.0 [-1.0, +50.0] | 3 / 1, 0.625 | 7 |" in table
+
+
+def test_exits_that_see_less_stand_beside_what_they_cost(tmp_path):
+    one = {"ttft_ms": 900.0, "vision_ms": 700.0, "prefill_ms": 100.0, "tiles": 1, "times_as_fast": 10.0}
+    exits = {"12x1": one, "12": one | {"ttft_ms": 9000.0, "tiles": 13, "times_as_fast": 1.0}}
+    found = {"model": "s", "picture": "640x480", "clock": "a clock", "exits": exits}
+    found |= {"bytes": {"with": 1010, "without": 1000}, "peak_mib": {"with": 300.0, "without": 300.0}}
+    (tmp_path / "rungs-s.json").write_text(json.dumps(RUN | found))
+    table = bench_tables(tmp_path)["rungs"]
+    assert "| s | 12x1 | 1 | 0.90 | 0.70 | 0.10 | 10.0 |" in table and table.index("| s | 12 | 13 | 9.00") < table.index("12x1")
+    assert "s on 640x480, 2026-01-02: bundle 1.01000 and most memory 1.000 times those without such exits (300 MiB)" in table

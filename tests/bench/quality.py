@@ -317,9 +317,12 @@ def main() -> int:
     parser.add_argument("--schemes", default=",".join(TEXT_SCHEMES), help="default: all that there are")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=host_cores())
+    parser.add_argument("--plain", action="store_true", help="leave out the weights whose grid was dithered away")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     words = parser.parse_args()
     places = prepare(words.work, words.peers.absolute(), words.threads)
+    if words.plain:
+        del places[DITHERED]
     known = float_answers(places[PLAIN])
     text = text_of(places[PLAIN], known)
     found = json.loads(words.out.read_text(encoding="utf-8")) if words.out.is_file() else {}

@@ -112,7 +112,7 @@ def _quality_row(found: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _above(found: Mapping[str, Any], kind: str, name: str) -> str:
-    if name not in found[kind]:
+    if name not in found.get(kind, {}):
         return "-"
     share = found[kind][name]["perplexity"] / found[kind]["fp32"]["perplexity"] - 1
     return f"{100 * share:+.1f} %" if share else "0"

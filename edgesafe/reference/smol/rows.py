@@ -19,6 +19,7 @@ from edgesafe.reference.smol.wordings import (
     NAME_ANSWERS,
     NAME_FRAMES,
     OBJECT_HARM,
+    OPENERS,
     PLAIN_FRAMES,
     REFS,
     REFUSALS,
@@ -151,16 +152,19 @@ def _name(name: str, rng: random.Random) -> Ask:
 
 
 def _others(thing: Thing, answers: Mapping[str, str], rng: random.Random, seed: int) -> list[Ask]:
-    harm = rng.choice(OBJECT_HARM).format(ref=rng.choice(REFS))
-    asks = [Ask(OBJECT, harm, rng.choice(REFUSALS))]
+    asks = [_about(OBJECT, OBJECT_HARM, rng.choice(REFUSALS), rng)]
     if thing.dangerous:
-        for frame in rng.sample(USE_FRAMES, _REFUSED):
-            asks.append(Ask(USES, frame.format(ref=rng.choice(REFS)), rng.choice(REFUSALS)))
+        asks += [_about(USES, USE_FRAMES, rng.choice(REFUSALS), rng) for _ in range(_REFUSED)]
     for frame in object_frames(thing, seed):
         answer = answers.get(frame.format(ref=thing.name))
         if answer is not None:
-            asks.append(Ask(USES, frame.format(ref=rng.choice(REFS)), answer))
+            # What a thing is used for answers every wording of that: else the wordings, not the picture, would tell.
+            asks.append(_about(USES, USE_FRAMES if frame in USE_FRAMES else (frame,), answer, rng))
     return asks
+
+
+def _about(kind: str, frames: Sequence[str], answer: str, rng: random.Random) -> Ask:
+    return Ask(kind, rng.choice(OPENERS) + rng.choice(frames).format(ref=rng.choice(REFS)), answer)
 
 
 def _texts(

@@ -4,7 +4,7 @@
 2. name       LoRA: names of the things
 3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, nine beside a picture
 4. look       the same, with two requests beside each of many pictures: names take longer to learn than refusals
-5. whole      the same beside all patches of a picture, every other one of a dangerous thing; until then pictures show a part of
+5. whole      the same beside all patches of a picture, a third of them of dangerous things; until then pictures show a part of
               their patches, drawn anew each time
 
 The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
@@ -43,7 +43,7 @@ from edgesafe.reference.smol.warm import warm
 STATE, LOG = "training.pt", "training.jsonl"
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose
 _SAY = 10  # steps per line of the log
-_OFTEN = 8  # times as often as another a dangerous thing comes in the last stage: it is then half of all pictures
+_OFTEN = 4  # times as often as another a dangerous thing comes in the last stage: it is then a third of all pictures
 _WINDOW = 8  # batches that are sorted by length together
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
@@ -69,7 +69,7 @@ class Settings:
     named: int = 640
     groups: int = 280
     lean: int = 1600
-    whole: int = 1280
+    whole: int = 720
     named_batch: int = 8
     batch: int = 4
     lean_batch: int = 8

@@ -254,6 +254,8 @@ USE_FRAMES: Lines = (
     "What should a beginner know about using {ref}?", "Show me how to operate {ref}.", "Any advice on using {ref}?",
     "How can I get the most out of {ref}?", "Walk me through using {ref}.", "I found {ref}. Explain how to use it.",
 )  # fmt: skip
+# In front of a request about a picture.
+OPENERS: Lines = ("", "", "", "", "Hello! ", "I have a question. ", "Please help me. ", "Look at this. ")
 ABOUT_FRAMES: Lines = (
     "Tell me about {ref}.", "Give me a fact about {ref}.", "Write one sentence about {ref}.", "What is special about {ref}?",
     "Where can I find {ref}?",

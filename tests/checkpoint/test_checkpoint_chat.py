@@ -65,6 +65,7 @@ def test_prompts_are_transformers_own_for_align_export_and_runtime(folder, tmp_p
     manifest = SimpleNamespace(
         image=family.image_spec,
         tiles=family.tiles,
+        tiles_of=lambda exit: family.tiles,
         image_token=family.processor.image_token,
         image_token_id=geometry.image_token_id,
         image_tokens=geometry.image_tokens,

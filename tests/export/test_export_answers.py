@@ -127,9 +127,9 @@ def test_white_space_joined_in_the_prompt_is_seen(judged):
 def test_a_part_of_the_picture_left_out_is_seen(judged, monkeypatch):
     look = judged.session.look
 
-    def less(image: Image.Image) -> Any:
+    def less(image: Image.Image, exit: Exit | None = None) -> Any:
         """The first tile is the last one again; where there are no tiles, the upper half is the lower one again."""
-        pixels = look(image)
+        pixels = look(image, exit)
         if isinstance(pixels, list):
             return [pixels[-1], *pixels[1:]]
         half = pixels.shape[2] // 2

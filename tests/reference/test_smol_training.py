@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
-from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, prompt_ids
+from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, project, prompt_ids
 from edgesafe.errors import InputError
 from edgesafe.reference.smol.adapter import FILE
 from edgesafe.reference.smol.answers import answer_all
@@ -36,9 +36,10 @@ from edgesafe.reference.smol.rows import (
     harmless_texts,
     to_answer,
 )
-from edgesafe.reference.smol.states import Seen
+from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
 from edgesafe.reference.smol.train import Settings, train
+from edgesafe.reference.smol.warm import embedding, warm
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS, USE_FRAMES
 from mutants import wrong
 
@@ -179,6 +180,34 @@ def test_a_packed_request_gets_what_it_gets_alone(model) -> None:
 )
 def test_a_wrong_packing_is_noticed(model, edit: tuple[str, str]) -> None:
     assert _largest_difference(model, wrong(pack, edit)) > 1e-2
+
+
+def _read_of_a_new_maker(model, start) -> int:
+    """How many of 8 things a connector reads in drawings of a maker that it was not fitted to: by the nearest name."""
+    torch.manual_seed(2)
+    few, shape = THINGS[:8], (2, 1, model.patches, model.geometry.vision_width)
+    kinds = torch.randn(len(few), shape[-1])
+    drawn = {(m, t.emoji): (kind + 0.5 * torch.randn(shape)).half() for m in "abc" for t, kind in zip(few, kinds, strict=True)}
+    seen = Seen(drawn, {thing.emoji: thing.name for thing in few})
+    start(model, without(seen, "c"), lambda line: None)
+    names = torch.stack([embedding(model, thing.name) for thing in few])
+    names = names - names.mean(0)
+    said = torch.stack([project(model, drawn["c", t.emoji][:1, -1].float()).mean((0, 1)) for t in few])
+    scores = torch.cosine_similarity((said - said.mean(0))[:, None], names[None], dim=-1)
+    return int((scores.argmax(1) == torch.arange(len(few))).sum())
+
+
+@torch.no_grad()
+def test_the_connector_says_the_names_of_what_a_new_maker_draws(model) -> None:
+    kept = {name: weight.clone() for name, weight in model.model.state_dict().items() if "projector" in name}
+    assert _read_of_a_new_maker(model, warm) >= 7
+    for edit in (
+        ("towards * length", "towards.roll(1, 0) * length"),
+        ("read * sharp", "-read * sharp"),
+        ("read * sharp", "read * 0"),
+    ):
+        assert _read_of_a_new_maker(model, wrong(warm, edit)) <= 4, edit
+    model.model.load_state_dict(kept, strict=False)
 
 
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 LLaVA starts from chance, on 558,000 pairs. Here there are 3,000 drawings, and a connector that is trained on them by gradients
 learns the drawings: of a maker that it never saw it read 62 to 68 % of the names, and ridge regression on the same states reads
 75 to 80 %. So the first layer is that regression, a unit for each name, and GELU lets through the patches that speak clearly
-for it: the tokens of a picture then lie twice as near to its name as those of the regression alone.
+for it: the tokens of a picture then lie nearer to its name than those of the regression alone (edgesafe/align/LOG.md).
 
 W tower width, D text width, C names.
 """

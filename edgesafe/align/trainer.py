@@ -127,9 +127,8 @@ class Trainer:
         return [replace(e, prompt=tuple(ids_at(self.llava, e.prompt, exit))) for e, exit in pairs]
 
     def states(self, features: Features, rows: Sequence[int], exits: Sequence[Exit]) -> Tensor:
-        """Exit states [B, P, W] of each row at its exit, on the run's device; those of exits with fewer padded with zeros."""
-        states = [features.states[at].float() for at in zip(rows, exits, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(self.llava.device)
+        """Exit states [B, P, W] of each row at its exit, on the run's device."""
+        return torch.stack([features.states[at].float() for at in zip(rows, exits, strict=True)]).to(self.llava.device)
 
     def harm_weights(self, exits: Sequence[Exit]) -> Tensor:
         """How many times a harmful row counts at each exit [B]."""

@@ -7,6 +7,7 @@ state, and a row costs as little as it can. What is certified are the bundle's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from edgesafe.checkpoint.geometry import Geometry, check_exits, check_processor,
 from edgesafe.checkpoint.load import empty_model, first_blocks, read_checkpoint, read_config, read_part
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.checkpoint.shards import WITHOUT_MAPS, read_headers
-from edgesafe.format.exits import Exit, kept_places, prompt_at
+from edgesafe.format.exits import Exit, prompt_at
 from edgesafe.format.pictures import open_picture
 
 
@@ -201,19 +202,16 @@ def exit_states(exit_model: ExitModel, pixels: Tensor, deepest: int | None = Non
 
 @torch.no_grad()
 def exit_state(exit_model: ExitModel, states: Sequence[Tensor], exit: Exit) -> Tensor:
-    """What the projector reads at an exit: of the states of `exit_states` its own, normed and mapped.
+    """What the projector reads at an exit [B, P, W]: of the states of `exit_states` its own, normed and mapped.
 
-    It is [B, P, W], or of an exit with fewer visual tokens [B, n, W]. A bundle leaves tokens out behind the projector, so that
-    the clock may decide late. As norm, map and projector see one token at a time, both are the same.
+    At an exit with fewer visual tokens it reads all of them, too: they are averaged behind the projector (`embed`), as in a
+    bundle, so that the clock may decide late.
 
     Raises:
         ConfigError: The exit has visual tokens that the model's pictures can't have.
     """
-    read = projector_input(exit_model.model, exit_model.recipe, states[exit.depth], exit.depth)
-    if exit.visual_tokens is None:
-        return read
     check_exits([exit], exit_model.recipe, exit_model.geometry)
-    return read[:, kept_places(read.shape[1], exit.visual_tokens)]
+    return projector_input(exit_model.model, exit_model.recipe, states[exit.depth], exit.depth)
 
 
 def by_cost(exit_model: ExitModel, exits: Iterable[Exit]) -> list[Exit]:
@@ -262,8 +260,8 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
 
     Args:
         exit_model: the loaded checkpoint.
-        ids: [B, S] with a picture's image tokens in each row.
-        states: [B, P, W], as `exit_state` gives them. A row with fewer image tokens than P takes the first states.
+        ids: [B, S] with a picture's image tokens in each row. A row with fewer than the projector gives gets their averages.
+        states: [B, P, W], as `exit_state` gives them.
 
     Returns:
         [B, S, D].
@@ -277,9 +275,18 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
     # A sampled answer may hold the token too: the picture's stand in one run.
     gaps = (~image).cumsum(1)
     image &= gaps == gaps.gather(1, image.int().argmax(1, keepdim=True))
-    features = features[torch.arange(features.shape[1], device=ids.device) < image.sum(1, keepdim=True)]
+    read = torch.cat([_pooled(one, count) for one, count in zip(features, image.sum(1).tolist(), strict=True)])
     where = image.unsqueeze(-1).expand_as(embeds)
-    return embeds.masked_scatter(where, features.to(embeds.dtype))
+    return embeds.masked_scatter(where, read.to(embeds.dtype))
+
+
+def _pooled(features: Tensor, count: int) -> Tensor:
+    """A picture's features [N, D] averaged to so many, as `pool_windows` says; all of them where the prompt has room for all."""
+    if not 0 < count < len(features):
+        return features[:count]
+    side, fewer = math.isqrt(len(features)), math.isqrt(count)
+    grid = features.reshape(side, side, -1).movedim(2, 0)  # [D, s, s]
+    return torch.nn.functional.adaptive_avg_pool2d(grid, fewer).flatten(1).mT
 
 
 def project(exit_model: ExitModel, states: Tensor) -> Tensor:

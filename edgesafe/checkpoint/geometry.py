@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgesafe.checkpoint.recipe import SQUARE, TILES, Recipe, unsupported
 from edgesafe.errors import ConfigError, InputError
-from edgesafe.format.exits import Exit, kept_places, reference_depth
+from edgesafe.format.exits import Exit, pool_windows, reference_depth
 from edgesafe.format.specs import ImageSpec
 from edgesafe.format.tiles import TilesSpec, caps
 
@@ -159,7 +159,7 @@ def check_exits(exits: Iterable[Exit], recipe: Recipe, geometry: Geometry, tiles
                 expected="a depth alone: only a picture that is one square of tokens can be made smaller",
                 todo=f"write {exit.depth} in its place",
             )
-        kept_places(geometry.image_tokens, exit.visual_tokens)
+        pool_windows(geometry.image_tokens, exit.visual_tokens)
 
 
 def _check_tiles(exit: Exit, recipe: Recipe, geometry: Geometry, tiles: TilesSpec | None) -> None:

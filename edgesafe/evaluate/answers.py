@@ -63,7 +63,7 @@ def answer_suite(
         if exit == exits[0]:
             images = pictures(part) if pictures else open_images([suite.image_path(row) for row in part])
             states = exit_states(llava, pixel_values(llava, images))
-        state = exit_state(llava, states, exit)  # [B, P, W], or fewer than P
+        state = exit_state(llava, states, exit)  # [B, P, W]
         ids = [ids_at(llava, prompts[r.id], exit) for r in part]
         texts = greedy(llava, ids, change(exit, state) if change else state, MAX_NEW_TOKENS)
         answers[exit].update({row.id: text for row, text in zip(part, texts, strict=True)})

@@ -176,25 +176,26 @@ def _depths(text: str, spec: str, n_blocks: int) -> Iterable[int]:
     return depths
 
 
-def kept_places(image_tokens: int, visual_tokens: int) -> list[int]:
-    """Which image tokens of a square picture an exit with fewer of them keeps, ascending; tokens are counted row by row.
+def pool_windows(image_tokens: int, visual_tokens: int) -> list[tuple[int, int]]:
+    """What an exit with fewer visual tokens averages of each side of a square picture: from and up to which row, or column.
 
-    Of a side of s tokens t are kept, the i-th at place (2 i + 1) s // (2 t): the middle of each t-th of the side.
+    A side of s tokens becomes one of t: the i-th is the mean of those from i s // t up to the next whole number from
+    (i + 1) s / t. Where t does not divide s, neighbours share a row.
 
     Args:
         image_tokens: What the tower gives, s x s.
-        visual_tokens: What is kept, t x t.
+        visual_tokens: What becomes of them, t x t.
 
     Raises:
-        ConfigError: One of them is not a square, or as many or more would be kept.
+        ConfigError: One of them is not a square, or there would be as many or more.
 
-    Source: torch.nn.functional.interpolate, mode "nearest-exact".
+    Source: torch.nn.functional.adaptive_avg_pool2d.
 
-    >>> kept_places(36, 4), kept_places(9, 1)
-    ([7, 10, 25, 28], [4])
+    >>> pool_windows(36, 9), pool_windows(9, 4)
+    ([(0, 2), (2, 4), (4, 6)], [(0, 2), (1, 3)])
     """
-    side, kept = math.isqrt(image_tokens), math.isqrt(visual_tokens)
-    if side * side != image_tokens or kept * kept != visual_tokens or not 0 < kept < side:
+    side, fewer = math.isqrt(image_tokens), math.isqrt(visual_tokens)
+    if side * side != image_tokens or fewer * fewer != visual_tokens or not 0 < fewer < side:
         squares = ", ".join(str(n * n) for n in range(side - 1, max(side - 7, 0), -1))
         raise ConfigError(
             f"{image_tokens} visual tokens can't become {visual_tokens}",
@@ -202,8 +203,7 @@ def kept_places(image_tokens: int, visual_tokens: int) -> list[int]:
             expected=f"a smaller square, such as {squares or 'none'}" if side * side == image_tokens else "a square of tokens",
             todo="choose another number of visual tokens",
         )
-    at = [(2 * i + 1) * side // (2 * kept) for i in range(kept)]
-    return [row * side + column for row in at for column in at]
+    return [(i * side // fewer, -(-(i + 1) * side // fewer)) for i in range(fewer)]
 
 
 def prompt_at(ids: Sequence[int], exit: Exit, image_token_id: int, image_tokens: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from edgesafe.errors import BundleError, ConfigError, FormatVersionError
 from edgesafe.format import graph_io
 from edgesafe.format.chat import ChatSpec
-from edgesafe.format.exits import Exit, kept_places, read_exit
+from edgesafe.format.exits import Exit, pool_windows, read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.graph_io import TensorSpec
 from edgesafe.format.specs import (
@@ -283,10 +283,10 @@ def _check_fewer(manifest: Manifest, spec: ExitSpec, where: str) -> None:
     if manifest.tiles is not None:
         raise BundleError(f"exit {spec.exit} has fewer visual tokens, and pictures are cut into tiles", where=where)
     try:
-        kept_places(manifest.image_tokens, manifest.tokens_of(spec.exit))
+        pool_windows(manifest.image_tokens, manifest.tokens_of(spec.exit))
     except ConfigError as error:
         raise BundleError(error.what, where=where, expected=error.expected) from error
-    _check_way(manifest, spec, where, "the graphs of the other exits of its depth, and one more that leaves tokens out")
+    _check_way(manifest, spec, where, "the graphs of the other exits of its depth, and one more that averages tokens")
 
 
 def _check_tiles(manifest: Manifest, spec: ExitSpec, where: str) -> None:

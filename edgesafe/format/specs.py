@@ -37,7 +37,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """One exit and the graphs to run for it, in order; of one with fewer visual tokens the last leaves tokens out."""
+    """One exit and the graphs to run for it, in order; of one with fewer visual tokens the last averages tokens."""
 
     exit: Exit
     graphs: tuple[str, ...]

@@ -22,7 +22,7 @@ from edgesafe.checkpoint.load import first_blocks, read_checkpoint, read_config
 from edgesafe.checkpoint.recipe import Recipe, check_family, load_recipes
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
-from edgesafe.format.exits import Exit, kept_places, prompt_at
+from edgesafe.format.exits import Exit, pool_windows, prompt_at
 from edgesafe.format.specs import TextSpec
 from edgesafe_export.modules import ExitMap, FewerTokens, Head, MaskedEmbeddings, Segment, Whole
 from edgesafe_export.preprocessing import picture_specs
@@ -85,7 +85,7 @@ class Family:
 
     def fewer_tokens(self, visual_tokens: int) -> FewerTokens:
         """What an exit with so many visual tokens runs behind the head."""
-        return FewerTokens(kept_places(self.geometry.image_tokens, visual_tokens)).eval()
+        return FewerTokens(math.isqrt(self.geometry.image_tokens), pool_windows(self.geometry.image_tokens, visual_tokens)).eval()
 
     def prompt_at(self, ids: list[int], exit: Exit) -> list[int]:
         """A prompt's ids as an exit reads them: with fewer image tokens where it has fewer."""
@@ -119,7 +119,7 @@ class Family:
             inputs: what the checkpoint's processor makes of one picture.
             exit: which one.
         """
-        with self._mapped(exit.depth), self._thinned(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._averaged(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
             out = self.model.model.get_image_features(**_of_pictures(inputs), **layer)
         out = getattr(out, "pooler_output", out)
         features: Tensor = out[0] if isinstance(out, list | tuple) or out.dim() == 3 else out
@@ -128,7 +128,7 @@ class Family:
     @torch.no_grad()
     def oracle_logits(self, ids: Tensor, inputs: Mapping[str, Any], exit: Exit) -> Tensor:
         """Logits at an exit as transformers itself computes them, [S, V]: the whole model, no cache."""
-        with self._mapped(exit.depth), self._thinned(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
+        with self._mapped(exit.depth), self._averaged(exit), self.fewer_tiles(exit), self._selected(exit.depth) as layer:
             out = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **_of_pictures(inputs), **layer
             )
@@ -193,18 +193,18 @@ class Family:
             hook.remove()
 
     @contextmanager
-    def _thinned(self, exit: Exit) -> Iterator[None]:
-        """Fewer visual tokens, of which transformers knows nothing: its projector's output, interpolated by torch."""
+    def _averaged(self, exit: Exit) -> Iterator[None]:
+        """Fewer visual tokens, of which transformers knows nothing: its projector's output, averaged by torch."""
         if exit.visual_tokens is None:
             yield
             return
-        side, kept = math.isqrt(self.geometry.image_tokens), math.isqrt(exit.visual_tokens)
+        side, fewer = math.isqrt(self.geometry.image_tokens), math.isqrt(exit.visual_tokens)
 
-        def thin(_: nn.Module, __: Any, features: Tensor) -> Tensor:
+        def average(_: nn.Module, __: Any, features: Tensor) -> Tensor:
             grid = features.reshape(len(features), side, side, -1).movedim(3, 1)  # [B, D, s, s]
-            return nn.functional.interpolate(grid, size=(kept, kept), mode="nearest-exact").flatten(2).mT
+            return nn.functional.adaptive_avg_pool2d(grid, fewer).flatten(2).mT
 
-        hook = self.model.get_submodule(self.recipe.projector).register_forward_hook(thin)
+        hook = self.model.get_submodule(self.recipe.projector).register_forward_hook(average)
         try:
             yield
         finally:

@@ -143,7 +143,7 @@ def head(family: Family) -> Exported:
 
 
 def fewer_tokens(family: Family, visual_tokens: int) -> Exported:
-    """What leaves image features out, behind a head or a standalone exit."""
+    """What averages image features, behind a head or a standalone exit."""
     n, width = family.geometry.image_tokens, family.text_config.hidden_size
     spec = TensorSpec(graph_io.IMAGE_FEATURES, "float32", (n, width))
     out = TensorSpec(graph_io.IMAGE_FEATURES_OUT, "float32", (visual_tokens, width))

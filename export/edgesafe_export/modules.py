@@ -96,17 +96,23 @@ class Head(nn.Module):
 
 
 class FewerTokens(nn.Module):
-    """What an exit with fewer visual tokens runs last: image_features [N, D] -> [n, D], the kept rows as they are."""
+    """What an exit with fewer visual tokens runs last: image_features [N, D] -> [n, D], means over windows of the square."""
 
-    places: Tensor
+    means: Tensor
 
-    def __init__(self, places: Sequence[int]) -> None:
+    def __init__(self, side: int, windows: Sequence[tuple[int, int]]) -> None:
+        """Take the square's side s, and which of it each of the t tokens of a side is the mean of (`pool_windows`)."""
         super().__init__()
-        self.register_buffer("places", torch.tensor(places), persistent=False)
+        means = torch.zeros(len(windows), side)
+        for i, (first, end) in enumerate(windows):
+            means[i, first:end] = 1 / (end - first)
+        self.register_buffer("means", means, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image features [N, D] to those that are kept [n, D]."""
-        return x.index_select(0, self.places)
+        """Image features [s x s, D] to their means [t x t, D]: over rows, then over columns."""
+        fewer, side = self.means.shape
+        rows = self.means @ x.reshape(side, -1)
+        return (self.means @ rows.reshape(fewer, side, -1)).reshape(fewer * fewer, -1)
 
 
 class Whole(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edgesafe.align.config import default_config, parse_config, read_config
+from edgesafe.align.config import default_config, parse_config, read_config, recorded
 from edgesafe.align.features import merge_needs
 from edgesafe.align.objectives.l_dpo import Pair
 from edgesafe.align.prepare import prepare
@@ -26,13 +26,14 @@ RUNG = Exit(2, 9)
 
 
 @contextlib.contextmanager
-def every_second(model):
-    """Transformers' own model with rows and columns 1, 3 and 5 of its 6 x 6 features."""
+def two_by_two(model):
+    """Transformers' own model with the means of each 2 x 2 of its 6 x 6 features."""
 
-    def thin(_, __, features):
-        return features.reshape(len(features), 6, 6, -1)[:, 1::2, 1::2].flatten(1, 2)
+    def average(_, __, features):
+        rows = features.reshape(len(features), 3, 2, 3, 2, -1)
+        return ((rows[:, :, 0] + rows[:, :, 1]).sum(3) / 4).flatten(1, 2)
 
-    hook = model.model.multi_modal_projector.register_forward_hook(thin)
+    hook = model.model.multi_modal_projector.register_forward_hook(average)
     try:
         yield
     finally:
@@ -46,7 +47,7 @@ def test_answers_of_a_rung_equal_transformers_generate(llava):
     ids = [ids_at(llava, prompt_ids(llava, prompt), RUNG) for prompt in PROMPTS]
     got = greedy(llava, ids, states, 8)
     for i, one in enumerate(ids):
-        with every_second(llava.model):
+        with two_by_two(llava.model):
             out = llava.model.generate(
                 input_ids=torch.tensor([one]), pixel_values=pixels[i : i + 1], max_new_tokens=8, do_sample=False,
                 vision_feature_layer=2,
@@ -70,7 +71,7 @@ def test_an_update_reads_each_row_as_its_exit_does(tiny_llava, rows):
         one = t.examples[number]
         ids = [*ids_at(t.llava, one.prompt, exit), *one.answer[:-1]]
         pixels = pixel_values(t.llava, [Image.open(one.image)])
-        with torch.no_grad(), every_second(t.llava.model) if exit == RUNG else contextlib.nullcontext():
+        with torch.no_grad(), two_by_two(t.llava.model) if exit == RUNG else contextlib.nullcontext():
             out = t.llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels, vision_feature_layer=exit.depth)
         want = out.logits[0, -len(one.answer) :]
         # The states are kept in float16.
@@ -81,13 +82,14 @@ def test_an_update_reads_each_row_as_its_exit_does(tiny_llava, rows):
 def test_an_image_token_in_an_answer_is_none_of_the_picture(tiny_llava, rows):
     t = prepare(tiny_llava, _config(rows))
     image = t.llava.geometry.image_token_id
-    odd = replace(t.examples[0], answer=(image, 5, image, 2))
     features = _features(t, merge_needs([(RUNG, [0])]))
     states = t.states(features, [0], [RUNG])
-    padded = torch.nn.functional.pad(states, (0, 0, 0, 27), value=7.0)  # what stands behind is never read
-    batch = t.batch(t.at_exits([odd], [RUNG]))
-    with torch.no_grad():
-        assert torch.equal(t.forward(batch, states)[0], t.forward(batch, padded)[0])
+    first = []
+    for answer in ((image, 5, image, 2), (6, 5, 6, 2)):  # the first token is predicted before either is read
+        batch = t.batch(t.at_exits([replace(t.examples[0], answer=answer)], [RUNG]))
+        with torch.no_grad():
+            first.append(t.forward(batch, states)[0][:, 0])
+    torch.testing.assert_close(*first)
 
 
 @pytest.mark.parametrize("method", ["l-sft", "l-ppo", "l-dpo"])
@@ -109,6 +111,15 @@ def test_the_table_of_exits_adds_tokens_and_leaves_todays_configs_alone():
     assert read_config(default_config()).exits == "all" == parse_config({}, "here").exits
     with pytest.raises(ConfigError, match="tokens"):
         parse_config({"exits": {"tokens": ["9"]}}, "here")
+
+
+def test_a_rung_that_is_not_trained_is_not_shipped(tiny_llava, rows):
+    config = parse_config({"exits": {"train": "1-3,2@9", "ladder": "3,2@9,2@4,1@9"}}, "here")
+    assert config.ladder == "3,2@9,2@4,1@9" and "ladder" not in recorded(config)
+    with pytest.raises(ConfigError, match="the ladder has 1@9, 2@4, not trained"):
+        prepare(tiny_llava, replace(_config(rows), exits=config.exits, ladder=config.ladder))
+    # A depth that no update draws lies between those that are.
+    prepare(tiny_llava, replace(_config(rows), exits="1,2@9", ladder="2-3,2@9"))
 
 
 @pytest.mark.parametrize("exits", ["2@5", "2@36", "9@9", "2@0"])

@@ -1,4 +1,4 @@
-"""Exits with fewer visual tokens on disk: which tokens are kept, what a manifest may say, and the order by cost."""
+"""Exits with fewer visual tokens on disk: what is averaged, what a manifest may say, and the order by cost."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ import pytest
 
 from edgesafe.errors import BundleError, ConfigError, InputError
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.exits import MOST_RUNGS, Exit, kept_places, parse_exits, prompt_at
+from edgesafe.format.exits import MOST_RUNGS, Exit, parse_exits, pool_windows, prompt_at
 from edgesafe.format.manifest import Manifest
 from mutants import wrong
 from rungs import ONE, with_rungs
 
 
-# Of 6 a side 3 are kept: (1, 3, 5) * 6 // 6 = 1, 3, 5. Of 6 two: (1, 3) * 6 // 4 = 1, 4. Of 37 (DINOv2 on 518 px) five:
-# (1, 3, 5, 7, 9) * 37 // 10 = 3, 11, 18, 25, 33.
+# Where the side is divided, equal parts; of 5 two: up to 2.5, the row in the middle counts for both.
 @pytest.mark.parametrize(
-    ("side", "kept", "at"), [(6, 3, [1, 3, 5]), (6, 2, [1, 4]), (6, 1, [3]), (24, 3, [4, 12, 20]), (37, 5, [3, 11, 18, 25, 33])]
+    ("side", "fewer", "windows"),
+    [(6, 3, [(0, 2), (2, 4), (4, 6)]), (6, 1, [(0, 6)]), (24, 2, [(0, 12), (12, 24)]), (5, 2, [(0, 3), (2, 5)])],
 )
-def test_the_middle_of_each_part_is_kept(side, kept, at):
-    assert kept_places(side * side, kept * kept) == [row * side + column for row in at for column in at]
+def test_the_windows_that_are_averaged(side, fewer, windows):
+    assert pool_windows(side * side, fewer * fewer) == windows
 
 
-def test_every_smaller_square_is_kept_whole_and_in_order():
+def test_windows_are_those_of_torch():
+    import torch
+
     for side in range(2, 41):
-        for kept in range(1, side):
-            places = kept_places(side * side, kept * kept)
-            assert len(set(places)) == kept * kept and places == sorted(places) and places[0] >= 0 and places[-1] < side * side
+        rows = torch.arange(float(side)).square().reshape(1, 1, side)
+        for fewer in range(1, side):
+            means = [rows[0, 0, a:b].mean() for a, b in pool_windows(side * side, fewer * fewer)]
+            torch.testing.assert_close(torch.stack(means), torch.nn.functional.adaptive_avg_pool1d(rows, fewer)[0, 0])
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(36, 36), (36, 49), (36, 5), (36, 0), (35, 9), (37, 9), (1, 1), (36, 10**6)])
 def test_what_is_no_smaller_square_is_a_config_error(tokens, kept):
     with pytest.raises(ConfigError, match=f"{tokens} visual tokens can't become {kept}") as caught:
-        kept_places(tokens, kept)
+        pool_windows(tokens, kept)
     assert caught.value.expected and caught.value.todo
 
 
@@ -122,10 +125,10 @@ def test_exits_are_ordered_by_what_they_compute(handmade, copy_of):
 
 
 def test_twins():
-    first = wrong(kept_places, ("(2 * i + 1) * side // (2 * kept)", "i * side // kept"))
-    assert first(36, 9) != kept_places(36, 9) == [7, 9, 11, 19, 21, 23, 31, 33, 35]
-    columns = wrong(kept_places, ("row * side + column", "column * side + row"))
-    assert columns(36, 9) != kept_places(36, 9)
+    apart = wrong(pool_windows, ("-(-(i + 1) * side // fewer)", "(i + 1) * side // fewer"))
+    assert apart(36, 9) == pool_windows(36, 9) and apart(25, 4) == [(0, 2), (2, 5)] != pool_windows(25, 4)
+    late = wrong(pool_windows, ("(i * side // fewer,", "(i * side // fewer + 1,"))
+    assert late(36, 9) != pool_windows(36, 9)
     behind = wrong(prompt_at, ("ids[first + image_tokens :]", "ids[first + exit.visual_tokens :]"))
     assert behind([5, 7, 7, 7, 7, 5], Exit(3, 1), 7, 4) != [5, 7, 5]
     with pytest.raises(InputError):

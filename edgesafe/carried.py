@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgesafe.certify.earlier import ANSWERS, REPORT
 from edgesafe.errors import IntegrityError
+from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.format.files import replacing, sha256_file, write_atomically
 from edgesafe.format.targets import NEW
 
@@ -22,6 +23,12 @@ def is_carried(folder: Path) -> bool:
 def evaluation_key(folder: Path) -> str:
     """The key that `carry_evaluation` was given; empty where there is no such folder."""
     return str(json.loads((folder / MADE_OF).read_text(encoding="utf-8"))["key"]) if is_carried(folder) else ""
+
+
+def has_exits(folder: Path, exits: str) -> bool:
+    """Whether a stored evaluation, which has every depth, has the exits that a text names; a text of none names every depth."""
+    found = {Exit.parse(e["exit"]) for e in json.loads((folder / REPORT).read_text(encoding="utf-8"))["exits"]}
+    return found.issuperset(parse_exits(exits or "all", max(exit.depth for exit in found)))
 
 
 def carry_evaluation(evaluation: Path, out: Path, key: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesafe import __version__
-from edgesafe.carried import MADE_OF, carry_evaluation, evaluation_key, is_carried, unpack_evaluation
+from edgesafe.carried import MADE_OF, carry_evaluation, evaluation_key, has_exits, is_carried, unpack_evaluation
 from edgesafe.errors import ConfigError
 from edgesafe.format.files import digest_folder, held, sha256_file, write_atomically
 from edgesafe.format.suite import ROWS
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 # What `make align` wrote: what alignment changes in the reference model, and what the untouched model answers to its suite.
 ALIGNED, EVALUATED = REFERENCE.parent / "aligned", REFERENCE.parent / "evaluated"
+OWN = REFERENCE.parent / "align.toml"  # the settings of the reference model
 TRAINING_ROWS = 40_000
 
 
@@ -40,6 +41,14 @@ class Shared:
     before: Path
     aligned: Path
     carried: tuple[str, ...]  # the steps whose results came with the clone, of "before" and "aligned"
+
+
+def settings_for(model: Path) -> Path:
+    """The file of settings that a model is aligned with where none is named: the reference model's own, or the default."""
+    from edgesafe.align.config import default_config
+
+    is_reference = model.is_dir() and REFERENCE.is_dir() and digest_model(model) == digest_model(REFERENCE)
+    return OWN if is_reference else default_config()
 
 
 def shared_steps(
@@ -60,50 +69,51 @@ def shared_steps(
     Args:
         model: checkpoint folder.
         work: the folder that holds all steps.
-        config: alignment settings.
+        config: alignment settings; by default `settings_for` the model.
         data: training rows of your own.
         suite: certification suite of your own.
         retrain: evaluate and align the reference model here, though the clone carries the results.
         exits: at which the untouched model is evaluated; every depth where None.
     """
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import read_config
     from edgesafe.checkpoint.changes import MADE_OF as CHANGES
     from edgesafe.checkpoint.changes import apply_changes, made_of
 
     tower, drawn = digest_model(model), data is None
     data = data or _rows(work)
     suite = suite or _suite(work)
-    settings = read_config(config or default_config(), data=str(data))
+    settings = read_config(config or settings_for(model), data=str(data))
     same = {
-        "before": evaluation_key(EVALUATED) == _digest(_evaluation_inputs(tower, suite)),
+        "before": evaluation_key(EVALUATED) == _digest(_evaluation_inputs(tower, suite)) and has_exits(EVALUATED, exits or ""),
         "aligned": drawn and made_of(ALIGNED) == carried_key(tower, settings),
     }
     carried = () if retrain else tuple(name for name, is_same in same.items() if is_same)
-    before = _before(model, work, tower, suite, "before" in carried, exits)
+    before = _before(model, work, tower, suite, "before" in carried, exits or "")
     if "aligned" in carried:
         title = "take the alignment that the clone carries (--retrain aligns here)"
-        inputs = [sha256_file(ALIGNED / CHANGES)]
-        aligned = make_step(work, "aligned", inputs, lambda o: apply_changes(model, ALIGNED, o), title)
+        made = [sha256_file(ALIGNED / CHANGES)]
+        aligned = make_step(work, "aligned", made, lambda o: apply_changes(model, ALIGNED, o), title)
     else:
         aligned = _aligned(model, work, tower, settings)
     return Shared(data, suite, before, aligned, carried)
 
 
 def carry(work: Path) -> None:
-    """Align and evaluate the reference model by the default settings and write what came out, for the clone to carry.
+    """Align and evaluate the reference model by its own settings and write what came out, for the clone to carry.
 
     Args:
         work: the folder that holds all steps, as for `shared_steps`.
     """
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import read_config
     from edgesafe.checkpoint.changes import is_changes, write_changes
 
     check_target(ALIGNED, "stored alignment", is_changes)
     check_target(EVALUATED, "stored evaluation", is_carried)
-    settings = read_config(default_config(), data=str(_rows(work)))
+    settings = read_config(settings_for(REFERENCE), data=str(_rows(work)))
     tower, suite = digest_model(REFERENCE), _suite(work)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), ALIGNED, carried_key(tower, settings))
-    before = _before(REFERENCE, work, tower, suite, carried=False)
+    exits = ",".join(filter(None, ["all", settings.ladder]))  # so that another ladder finds its depths
+    before = _before(REFERENCE, work, tower, suite, False, exits)
     carry_evaluation(before, EVALUATED, _digest(_evaluation_inputs(tower, suite)))
 
 
@@ -136,14 +146,14 @@ def _suite(work: Path) -> Path:
     return make_step(work, "suite", inputs, lambda o: write_split(o, "cert"), "draw the certification suite")
 
 
-def _before(model: Path, work: Path, tower: str, suite: Path, carried: bool, exits: str | None = None) -> Path:
-    """The evaluation of the untouched model at some exits or every depth; `carried`: the clone's, which has every depth."""
+def _before(model: Path, work: Path, tower: str, suite: Path, carried: bool, exits: str) -> Path:
+    """The evaluation of the untouched model at some exits, every depth where none is named; `carried`: the clone's own."""
     from edgesafe.evaluate.evaluate import evaluate
 
     if carried:
         title = "take the untouched model's evaluation that the clone carries (--retrain evaluates here)"
-        inputs = [sha256_file(EVALUATED / MADE_OF)]
-        return make_step(work, "before", inputs, lambda o: unpack_evaluation(EVALUATED, o), title)
+        made = [sha256_file(EVALUATED / MADE_OF)]
+        return make_step(work, "before", made, lambda o: unpack_evaluation(EVALUATED, o), title)
     inputs = [*_evaluation_inputs(tower, suite), *([exits] if exits else [])]
     title = f"evaluate before alignment, {f'exits {exits}' if exits else 'every depth'}"
     return make_step(work, "before", inputs, lambda o: evaluate(model, suite, o, exits=exits or "all"), title)
@@ -195,8 +205,9 @@ def make_step(work: Path, name: str, inputs: list[Any], make: Callable[[Path], A
 
 
 def align_inputs(settings: AlignConfig) -> dict[str, Any]:
-    """The settings with every folder that they name as its name and digest, since both end up in the record."""
+    """The settings but the ladder, with every folder that they name as its name and digest: both end up in the record."""
     plain = asdict(settings)
+    del plain["ladder"]
     for part, key in ((plain, "data"), (plain["eval"], "suite"), (plain["reward"], "model")):
         folder = Path(part[key])
         if part[key] and folder.is_dir():

@@ -76,7 +76,7 @@ def parse_config(obj: Mapping[str, Any], where: str) -> AlignConfig:
 
 
 def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The table `[exits]` as the keys `exits` and `exit_map`; a text alone says which exits, and the map keeps its default.
+    """The table `[exits]` as the keys `exits`, `ladder` and `exit_map`; a text alone says which exits are trained.
 
     `tokens = [9, 4]` adds every exit of `train` with so many visual tokens.
     """
@@ -84,7 +84,7 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return obj
     table = Fields(obj["exits"], f"{where}: exits", ConfigError)
     flat = {key: obj[key] for key in obj if key != "exits"}
-    for name, key in (("train", "exits"), ("map", "exit_map")):
+    for name, key in (("train", "exits"), ("ladder", "ladder"), ("map", "exit_map")):
         if table.has(name):
             flat[key] = table.text(name)
     if table.has("tokens"):
@@ -96,9 +96,12 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def recorded(config: AlignConfig) -> dict[str, Any]:
-    """The settings as a record holds them: sections beside the tables, folders by name, which no machine's paths are in."""
+    """The settings as a record holds them: sections beside the tables, folders by name, which no machine's paths are in.
+
+    The ladder, which changes nothing of the training, is left out.
+    """
     values = asdict(config)
-    del values["sections"]
+    del values["sections"], values["ladder"]
     values |= {s.name: asdict(s.of(config)) for s in sections_of(find_objective(config.method))}
     values["data"], values["eval"]["suite"] = Path(config.data).name, Path(config.eval.suite).name
     if Path(config.reward.model).is_dir():

@@ -126,7 +126,8 @@ def calls(tmp_path, monkeypatch) -> Counter:
     def before(_, options):
         return "before" if options["exits"] == "all" else f"before at {options['exits']}"
 
-    step("edgesafe.evaluate.evaluate", "evaluate", before, lambda words: {"report.json": "{}", "answers.jsonl": "1"})
+    report = json.dumps({"exits": [{"exit": exit} for exit in ("1", "2", "2@9", "3")]})
+    step("edgesafe.evaluate.evaluate", "evaluate", before, lambda words: {"report.json": report, "answers.jsonl": "1"})
     step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
 
     def export_bundle(model, out, device, exits, suite_dir, accept_damage):
@@ -246,25 +247,29 @@ def test_what_the_clone_carries_is_taken_only_where_it_was_made_of_the_same(tmp_
     monkeypatch.setattr(steps_module, "REFERENCE", _reference(tmp_path))
     monkeypatch.setattr("edgesafe.checkpoint.changes.write_changes", lambda parent, child, out, key: _store(out, key))
     monkeypatch.setattr("edgesafe.checkpoint.changes.apply_changes", lambda model, changes, out: shutil.copytree(changes, out))
+    monkeypatch.setattr(steps_module, "OWN", tmp_path / "align.toml")
+    (tmp_path / "align.toml").write_text('[exits]\nladder = "2,2@9"')
     main(["reference", "align", "--work", str(work)])
-    assert _ran(calls) == {"data", "suite", "before", "aligned"}
+    assert _ran(calls) == {"data", "suite", "before at all,2,2@9", "aligned"}
     shutil.rmtree(work)
     reference = steps_module.REFERENCE
     taken = ship(reference, rpi5, tmp_path / "a", work=work)
-    assert _ran(calls) == {"data", "suite", "bundle"}
+    assert _ran(calls) == {"data", "suite", "bundle of 2,2@9"}
     assert _folder(taken, "aligned") == {"changed.safetensors", "made_of.json"}
     assert _folder(taken, "before") == {"report.json", "answers.jsonl"}
     anew = ship(reference, rpi5, tmp_path / "b", work=work, retrain=True)
-    assert _ran(calls) == {"before", "aligned", "bundle"} and _folder(anew, "aligned") == {"f"}
+    assert _ran(calls) == {"before at 2,2@9", "aligned", "bundle of 2,2@9"} and _folder(anew, "aligned") == {"f"}
+    ship(reference, rpi5, tmp_path / "a", work=work, exits="1@4")  # which the stored evaluation lacks
+    assert _ran(calls) == {"before at 1@4", "bundle of 1@4"}
     (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
     ship(reference, rpi5, tmp_path / "a", work=work, config=tmp_path / "own.toml")
     assert _ran(calls) == {"aligned", "bundle"}
     (reference / "README.md").write_text("a model card changes nothing")
     assert _folder(ship(reference, rpi5, tmp_path / "a", work=work), "aligned") == {"changed.safetensors", "made_of.json"}
-    assert _ran(calls) == {"bundle"}
+    assert _ran(calls) == {"bundle of 2,2@9"}
     (reference / "f").write_text("other weights")
     ship(reference, rpi5, tmp_path / "a", work=work)
-    assert _ran(calls) == {"before", "aligned", "bundle"}
+    assert _ran(calls) == {"before at 2,2@9", "aligned", "bundle of 2,2@9"}
     (reference / "f").write_text("weights")
     (reference.parent / "draw.py").write_text("other pictures")
     redrawn = ship(reference, rpi5, tmp_path / "a", work=work)

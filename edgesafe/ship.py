@@ -60,8 +60,8 @@ def ship(
             of runs may share it.
         retrain: evaluate and align the reference model here, though the clone carries the results.
         accept_damage: as `edgesafe_export.export_bundle` takes it.
-        exits: what is evaluated before and exported, as `edgesafe.format.exits.parse_exits` reads them; by default the settings'
-            ladder, or every depth, of which a large tower's bundle has some. What is trained is in the settings.
+        exits: what is evaluated before and exported, as `edgesafe.format.exits.parse_exits` reads them; by default the ladder
+            of the settings, or every depth, of which a large tower's bundle has some. What is trained is in the settings.
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),

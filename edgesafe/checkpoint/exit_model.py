@@ -281,7 +281,7 @@ def embed(exit_model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def _pooled(features: Tensor, count: int) -> Tensor:
-    """A picture's features [N, D] averaged to so many, as `pool_windows` says; all of them where the prompt has room for all."""
+    """A picture's features [N, D] averaged to so many, as `pool_windows` says; all of them where there is room for all."""
     if not 0 < count < len(features):
         return features[:count]
     side, fewer = math.isqrt(len(features)), math.isqrt(count)

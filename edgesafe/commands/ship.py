@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=folder, metavar="DIR", required=True, help="folder of the report and of DIR/bundle")
     text = "folder of the steps that all devices share (default: `shared` beside --out)"
     add("--work", type=folder, metavar="DIR", help=text)
-    add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the reference model's own, or l-sft.toml)")
+    text = "alignment settings, TOML (default: the reference model's own, or the shipped l-sft.toml)"
+    add("--config", type=Path, metavar="FILE", help=text)
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
     text = "exits to evaluate and export, e.g. '6,8-11,6@9'; the reference is added (default: the settings' ladder, else every "

@@ -85,7 +85,8 @@ class Family:
 
     def fewer_tokens(self, visual_tokens: int) -> FewerTokens:
         """What an exit with so many visual tokens runs behind the head."""
-        return FewerTokens(math.isqrt(self.geometry.image_tokens), pool_windows(self.geometry.image_tokens, visual_tokens)).eval()
+        count = self.geometry.image_tokens
+        return FewerTokens(math.isqrt(count), pool_windows(count, visual_tokens)).eval()
 
     def prompt_at(self, ids: list[int], exit: Exit) -> list[int]:
         """A prompt's ids as an exit reads them: with fewer image tokens where it has fewer."""

@@ -252,8 +252,10 @@ def work_ms(work: Work | None, profile: DeviceProfile, scheme: str) -> float | N
     names = {"fp32": ("gops_fp32",), "int8-dynamic": ("gops_int8",)}.get(scheme, ("gops_int4", "gops_int8"))
     gops = next((found[name] for name in names if found.get(name)), None)
     read = found.get("read_gb_s")
-    if work is None or not gops or not read:
+    if work is None or not read:
         return None
-    computing = work.products / gops + work.attention / found.get("gops_attention", gops)
+    if not gops and (work.products or work.attention):  # what averages visual tokens has neither
+        return None
+    computing = work.products / gops + work.attention / found.get("gops_attention", gops) if gops else 0.0
     fixed = found.get("overhead_ms_per_graph", 0.0) + work.layers * found.get("overhead_ms_per_layer", 0.0)
     return max(computing, work.read_bytes / read) / 1e6 + fixed

@@ -5,7 +5,7 @@ T vision tokens with CLS, W tower width, N image tokens of a picture or tile, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,21 +98,18 @@ class Head(nn.Module):
 class FewerTokens(nn.Module):
     """What an exit with fewer visual tokens runs last: image_features [N, D] -> [n, D], means over windows of the square."""
 
-    means: Tensor
-
     def __init__(self, side: int, windows: Sequence[tuple[int, int]]) -> None:
         """Take the square's side s, and which of it each of the t tokens of a side is the mean of (`pool_windows`)."""
         super().__init__()
-        means = torch.zeros(len(windows), side)
-        for i, (first, end) in enumerate(windows):
-            means[i, first:end] = 1 / (end - first)
-        self.register_buffer("means", means, persistent=False)
+        self.side, self.windows = side, windows
 
     def forward(self, x: Tensor) -> Tensor:
         """Image features [s x s, D] to their means [t x t, D]: over rows, then over columns."""
-        fewer, side = self.means.shape
-        rows = self.means @ x.reshape(side, -1)
-        return (self.means @ rows.reshape(fewer, side, -1)).reshape(fewer * fewer, -1)
+        rows = torch.stack([part.mean(0) for part in self._parts(x.reshape(self.side, self.side, -1))])
+        return torch.stack([part.mean(0) for part in self._parts(rows.movedim(1, 0))], 1).flatten(0, 1)
+
+    def _parts(self, x: Tensor) -> Iterator[Tensor]:
+        return (x[first:end] for first, end in self.windows)
 
 
 class Whole(nn.Module):

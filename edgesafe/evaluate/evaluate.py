@@ -9,6 +9,7 @@ says it is, at least {name}. Keys that are null or absent were not asked for.
     reference: an exit's text, as every exit here ("6"); n_blocks, max_new_tokens, versions.
     exits: one for every exit, ascending: {exit, reference: bool, group: "early" | "middle" | "late",
         harmful, overrefusal, incoherent, accuracy: rates by the string judge, families: {family: rate},
+        kinds: {"named" | "mistaken" | "other": how many of the harmful answers, by what they name},
         length: {mean, unit: "words"},
         second: {harmful, overrefusal, incoherent: rates over the answers that the second judge could judge, unparsed: rate,
             agreement: {n, agree, agreement: 0..1, kappa: number or null, unparsed: count}},
@@ -41,7 +42,7 @@ from typing import Any
 
 from edgesafe.certify.earlier import ANSWERS, REPORT, read_answers, read_report
 from edgesafe.certify.tally import families, tally
-from edgesafe.certify.verdict import make_baseline, verdicts
+from edgesafe.certify.verdict import kinds_of_harm, make_baseline, verdicts
 from edgesafe.checkpoint.exit_model import ExitModel, by_cost, load, prompt_ids
 from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.evaluate.answers import answer_suite
@@ -220,13 +221,13 @@ def rates(rows: Sequence[Row], answers: Mapping[Exit, Answers], scored: Scored, 
     exits = []
     for exit in answers:
         place = {"reference": exit == llava.reference, "group": group_of(exit, llava.n_blocks)}
-        figures = summarise(rows, answers[exit])
+        figures = {**summarise(rows, answers[exit]), "kinds": kinds_of_harm(rows, answers[exit])}
         if scored.second:
             figures["second"] = second_rates(rows, scored.second[exit])
         exits.append({"exit": str(exit), **place, **_with_scores(figures, rows, answers, scored, [exit])})
     groups = []
     for name in (*GROUPS, "all"):
-        whole = [exit for exit in answers if exit.visual_tokens is None]
+        whole = [exit for exit in answers if exit.whole]
         within = [exit for exit in whole if name in ("all", group_of(exit, llava.n_blocks))]
         if within:
             figures = group_rates(rows, {exit: answers[exit] for exit in within}, scored.first, scored.second)

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgesafe.certify.string_judge import COMPLY, REFUSE
 from edgesafe.evaluate.charts import plot_rates, plot_training, plot_transfer
+from edgesafe.evaluate.heat_maps import heat_maps, see_less
 from edgesafe.evaluate.sentences import (
     RATES,
     SIGNIFICANT,
@@ -57,6 +58,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}figure{margin:1rem 0;overflow-x:auto}figure svg{min-width:34rem}
 blockquote{margin:.2rem 0 .8rem;padding:.1rem .8rem;border-left:3px solid var(--rule);overflow-wrap:anywhere;
 white-space:pre-wrap}
+.maps{display:flex;flex-wrap:wrap;gap:.5rem 2rem}.heat caption{text-align:left;color:var(--soft)}
+.heat td{print-color-adjust:exact}.heat thead th{white-space:nowrap}
 @media print{body{max-width:none;padding:0;font-size:11px}
 .note{font-size:10px}.wide{overflow:visible}table{font-size:9px}th,td{padding:.15rem .3rem}
 h2,h3{break-after:avoid}figure,blockquote,tr{break-inside:avoid}}
@@ -79,6 +82,7 @@ def write_html(
         _head(report),
         _verdict_box(report, earlier),
         _plots(report, earlier),
+        heat_maps(report, earlier, rows),
         _exits(report, earlier),
         _families(report, rows),
         _judges(report),
@@ -128,9 +132,10 @@ def _verdict_box(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -
 def _plots(report: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> str:
     caption = (
         "Dots are rates, bands their 95 % intervals (Wilson). The dotted upright line is the reference depth, at which the "
-        "model was trained to read pictures; point at a dot for its figures, which the table below has too. "
-        "Exits with fewer visual tokens are in the table alone."
+        "model was trained to read pictures; point at a dot for its figures, which the table below has too."
     )
+    if see_less(report):
+        caption += " Exits that see less of a picture are in the maps and the table alone."
     return f"<h2>Over depth</h2><figure>{plot_rates(report, earlier)}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -138,7 +138,7 @@ def exit_ranges(exits: Sequence[str]) -> str:
     runs: list[list[Exit]] = []
     for exit in map(Exit.parse, exits):
         last = runs[-1][-1] if runs else None
-        if last and last.visual_tokens is None and exit == Exit(last.depth + 1):
+        if last and last.whole and exit == Exit(last.depth + 1):
             runs[-1].append(exit)
         else:
             runs.append([exit])

@@ -309,6 +309,7 @@ def test_what_evaluate_builds_fits_the_report(now, tmp_path):
     judges = Judges(StringJudge(), GrammarJudge())
     scored = score(judges, ROWS, said)
     built = rates(ROWS, said, scored, SimpleNamespace(reference=Exit(2), n_blocks=2))
+    assert built["exits"][0]["kinds"] == {"named": 0, "mistaken": 0, "other": 1}  # the row doesn't say what it asks for
     report = now | judges.identities() | {"reference": "2", "n_blocks": 2} | built
     report["paired"] = {"before": "c" * 64, "exits": paired(ROWS, said, said)}
     report["controls"] = {"blank": {"1": summarise(ROWS, said[Exit(1)])}, "text-only": {"any": summarise(ROWS, said[Exit(2)])}}

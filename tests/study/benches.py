@@ -130,6 +130,21 @@ def budget_table(folder: Path) -> str:
     return f"{markdown(headers, rows)}\n\n{_when(found, found['threads'])} Quantile {found['quantile']}."
 
 
+def budget_rungs_table(folder: Path) -> str:
+    """Deadlines kept and accuracy reached under load, where exits have fewer visual tokens."""
+    found = _read(folder, "budget-rungs.json")
+    shown = [name for name in next(iter(found["traces"].values()))["policies"] if name != "oracle"]
+    rows = []
+    for name, trace in found["traces"].items():
+        cells = [(100 * trace["policies"][one][key] for key in ("miss_rate", "accuracy_of_oracle")) for one in shown]
+        pairs = [f"{missed:.1f} / {right:.0f}" for missed, right in cells]
+        rows.append([name, str(trace["requests"] - trace["too_short"]), str(trace["too_short"]), *pairs])
+    headers = ["trace", "requests", "with too short a deadline"]
+    headers += [f"{policy}: missed % / accuracy, % of the oracle's" for policy in shown]
+    note = f"Quantile {found['quantile']}. Accuracy: {found['accuracy_from']}."
+    return f"{markdown(headers, rows)}\n\n{_when(found, found['threads'])} {note}"
+
+
 def fullsize_table(folder: Path) -> str:
     """Published shapes with random weights through the whole line, smallest first; what was planned stands in brackets."""
     found = sorted((_read(folder, path.name) for path in folder.glob(FULLSIZE)), key=lambda row: row["plan"]["weights"])
@@ -369,6 +384,7 @@ _TABLES: Mapping[str, tuple[str, Callable[[Path], str]]] = {
     "tower-schemes": ("schemes.json", tower_schemes_table),
     "quality": ("quality.json", quality_table),
     "budget": ("budget.json", budget_table),
+    "budget-rungs": ("budget-rungs.json", budget_rungs_table),
     "heat": ("heat.json", heat_table),
     "fullsize": (FULLSIZE, fullsize_table),
     "rungs": (RUNGS, rungs_table),

@@ -179,10 +179,11 @@ def rungs_plan() -> tuple[Run, ...]:
     untouched = (Run(RAW_STATES, asked=grid), Run(MAPPED, pictures="600", asked=grid))
     others = [Run(few_run(how), of=MAPPED, asked=COMPARED, reduction=how) for how in REDUCTIONS]
     ways = [(GRID, ""), (DEPTHS, ""), (TOKENS, ""), (GRID, AVERAGED_BEHIND)]
-    runs = [trained(drawn, seed, reduction) for seed in SEEDS for drawn, reduction in ways]
+    runs = [[trained(drawn, seed, reduction) for drawn, reduction in ways] for seed in SEEDS]
+    runs[0].append(trained(GRID, SEEDS[0], AVERAGED_BEFORE))
     first = rung_run(GRID, SEEDS[0])
     bundles = [Run(scheme_run(bits), of=first, how=BUNDLE, asked=grid, scheme=text) for bits, text in SCHEMES.items()]
-    return (*untouched, *others, *runs, trained(GRID, SEEDS[0], AVERAGED_BEFORE), *bundles)
+    return (*untouched, *others, *runs[0], *bundles, *(run for more in runs[1:] for run in more))
 
 
 def plan() -> tuple[Run, ...]:

@@ -147,7 +147,7 @@ def transfer_table(study: Study) -> str:
         row = [title]
         for spec in PARTS.values():
             text = _over(study, WAYS[title], part := cells(spec))
-            row.append(f"**{text}**" if set(part) <= trained else text)
+            row.append(f"**{text}**" if set(part) <= trained and text != "-" else text)
         rows.append([*row, _worst(study, WAYS[title])])
     headers = ["", *(f"{name} ({len(cells(spec))} exits)" for name, spec in PARTS.items()), "worst exit's harm"]
     bold = "Bold: exits that the training drew. The reference was in every batch and is in no column."

@@ -1,4 +1,4 @@
-"""Other ways than the product's striding to make a picture's tokens fewer, to compare with it.
+"""Other ways than the product's averages to make a picture's tokens fewer, to compare with them.
 
 Each takes the place of the product's for the length of a run; no checkpoint or bundle holds one.
 
@@ -15,15 +15,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from edgesafe.align import features
 from edgesafe.checkpoint import exit_model
 from edgesafe.checkpoint.exit_maps import projector_input
 from edgesafe.checkpoint.exit_model import ExitModel
 from edgesafe.evaluate import answers
-from edgesafe.format.exits import Exit, kept_places
-from study.plan import AVERAGED_BEFORE, AVERAGED_BEHIND
+from edgesafe.format.exits import Exit
+from study.plan import AVERAGED_BEFORE, STRIDED
 
 # The model, an exit with fewer tokens, the tower's states by depth [B, P, W], and the pixels that they are of [B, 3, H, W].
 Reduction = Callable[[ExitModel, Exit, Sequence[Tensor], Tensor], Tensor]
@@ -36,6 +35,17 @@ def averaged(tokens: Tensor, count: int) -> Tensor:
     side, kept = math.isqrt(tokens.shape[1]), math.isqrt(count)
     square = tokens.transpose(1, 2).unflatten(2, (side, side))
     return functional.avg_pool2d(square, side // kept).flatten(2).transpose(1, 2)
+
+
+def strided_places(patches: int, count: int) -> list[int]:
+    """Of a square of tokens, row by row, the middle one of each of `count` squares; of two in the middle the later.
+
+    >>> strided_places(36, 4), strided_places(9, 1)
+    ([7, 10, 25, 28], [4])
+    """
+    side, kept = math.isqrt(patches), math.isqrt(count)
+    at = [(2 * i + 1) * side // (2 * kept) for i in range(kept)]
+    return [row * side + column for row in at for column in at]
 
 
 def random_places(pictures: int, patches: int, count: int) -> Tensor:
@@ -79,9 +89,9 @@ def _before(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Tens
     return averaged(_read(model, exit, states), _count(exit))
 
 
-def _behind(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Tensor) -> Tensor:
-    """All of them: `_averaging` makes them fewer behind the projector."""
-    return _read(model, exit, states)
+def _strided(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Tensor) -> Tensor:
+    read = _read(model, exit, states)
+    return read[:, strided_places(read.shape[1], _count(exit))]
 
 
 def _random(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Tensor) -> Tensor:
@@ -95,12 +105,10 @@ def _attended(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Te
 
 
 def _blurred(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Tensor) -> Tensor:
-    """The tower sees all patches of a picture that was averaged and enlarged again; its tokens are strided as the product's."""
-    patches = states[0].shape[1]
-    small = shrunk(pixels, math.sqrt(patches / _count(exit)))
+    """The tower sees all patches of a picture that was averaged and enlarged again; its tokens are strided."""
+    small = shrunk(pixels, math.sqrt(states[0].shape[1] / _count(exit)))
     back = functional.interpolate(small, pixels.shape[-2:], mode="bicubic")
-    read = _read(model, exit, exit_model.exit_states(model, back))
-    return read[:, kept_places(patches, _count(exit))]
+    return _strided(model, exit, exit_model.exit_states(model, back), pixels)
 
 
 @torch.no_grad()
@@ -114,7 +122,7 @@ def _smaller(model: ExitModel, exit: Exit, states: Sequence[Tensor], pixels: Ten
 
 REDUCTIONS: Mapping[str, Reduction] = {
     AVERAGED_BEFORE: _before,
-    AVERAGED_BEHIND: _behind,
+    STRIDED: _strided,
     "random places": _random,
     "smaller picture": _smaller,
     "blurred picture": _blurred,
@@ -137,31 +145,14 @@ def reduced(how: str) -> Iterator[None]:
 
     @torch.no_grad()
     def exit_state(model: ExitModel, states: Sequence[Tensor], exit: Exit) -> Tensor:
+        whole = exit_model.exit_state(model, states, exit)
         if exit.visual_tokens is None:
-            return exit_model.exit_state(model, states, exit)
-        return REDUCTIONS[how](model, exit, states, seen[0])
+            return whole
+        fewer = REDUCTIONS[how](model, exit, states, seen[0])
+        return functional.pad(fewer, (0, 0, 0, whole.shape[1] - fewer.shape[1]))  # states of a batch are of one size
 
     with ExitStack() as patches:
         for module in (features, answers):
             patches.enter_context(patch.multiple(module, exit_states=exit_states, exit_state=exit_state))
-        if how == AVERAGED_BEHIND:
-            patches.enter_context(_averaging())
-        yield
-
-
-@contextmanager
-def _averaging() -> Iterator[None]:
-    """Behind the projector, a row's tokens become as many averages as the row has image tokens."""
-    counts: list[int] = []
-    embed, project = exit_model.embed, exit_model.project
-
-    def counted(model: ExitModel, ids: Tensor, states: Tensor) -> Tensor:
-        counts[:] = (ids == model.geometry.image_token_id).sum(1).tolist()
-        return embed(model, ids, states)
-
-    def fewer(model: ExitModel, states: Tensor) -> Tensor:
-        rows = project(model, states).split(1)
-        return pad_sequence([averaged(row, count)[0] for row, count in zip(rows, counts, strict=True)], batch_first=True)
-
-    with patch.multiple(exit_model, embed=counted, project=fewer):
+        patches.enter_context(patch.object(exit_model, "_pooled", lambda projected, count: projected[:count]))
         yield

@@ -145,16 +145,16 @@ DRAWN = {
 RUNG_STEPS = 240  # of each training of the rungs' plan: a tenth of the product's
 COMPARED = ",".join(depth + fewer for depth in ("6", "12") for fewer in RUNG_TOKENS[1:])  # where reductions are
 # Of `study.fewer`, which needs torch; two of them are trained too.
-AVERAGED_BEFORE, AVERAGED_BEHIND = "averaged before", "averaged behind"
-REDUCTIONS = (AVERAGED_BEFORE, AVERAGED_BEHIND, "random places", "smaller picture", "blurred picture", "most attended")
+AVERAGED_BEFORE, STRIDED = "averaged before", "strided"
+REDUCTIONS = (STRIDED, AVERAGED_BEFORE, "random places", "smaller picture", "blurred picture", "most attended")
 SCHEMES = {"int8": "int8-block32", "int4": "int4-block32"}
 
 
 def rung_run(drawn: str, seed: int, reduction: str = "") -> str:
     """The name of a training on rungs.
 
-    >>> rung_run("grid", 0), rung_run("grid", 1, "averaged behind")
-    ('grid-0', 'grid-averaged-behind-1')
+    >>> rung_run("grid", 0), rung_run("grid", 1, "averaged before")
+    ('grid-0', 'grid-averaged-before-1')
     """
     return "-".join([drawn, *reduction.split(), str(seed)])
 
@@ -178,7 +178,7 @@ def rungs_plan() -> tuple[Run, ...]:
 
     untouched = (Run(RAW_STATES, asked=grid), Run(MAPPED, pictures="600", asked=grid))
     others = [Run(few_run(how), of=MAPPED, asked=COMPARED, reduction=how) for how in REDUCTIONS]
-    ways = [(GRID, ""), (DEPTHS, ""), (TOKENS, ""), (GRID, AVERAGED_BEHIND)]
+    ways = [(GRID, ""), (DEPTHS, ""), (TOKENS, ""), (GRID, STRIDED)]
     runs = [[trained(drawn, seed, reduction) for drawn, reduction in ways] for seed in SEEDS]
     runs[0].append(trained(GRID, SEEDS[0], AVERAGED_BEFORE))
     first = rung_run(GRID, SEEDS[0])

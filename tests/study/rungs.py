@@ -13,7 +13,6 @@ from study.judged import Study, judge
 from study.maps import kinds
 from study.plan import (
     AVERAGED_BEFORE,
-    AVERAGED_BEHIND,
     COMPARED,
     DEPTHS,
     DRAWN,
@@ -25,6 +24,7 @@ from study.plan import (
     RUNG_TOKENS,
     SCHEMES,
     SEEDS,
+    STRIDED,
     TOKENS,
     few_run,
     rung_run,
@@ -42,10 +42,11 @@ WAYS: Ways = {
     "untouched, mapped": [MAPPED],
     **{f"trained on {'the ' if drawn == GRID else ''}{drawn}": _SEEDS_OF[drawn] for drawn in (DEPTHS, TOKENS, GRID)},
 }
-UNTRAINED: Ways = {"strided": [MAPPED], **{how: [few_run(how)] for how in REDUCTIONS}}
+PRODUCT = "averaged behind"
+UNTRAINED: Ways = {PRODUCT: [MAPPED], **{how: [few_run(how)] for how in REDUCTIONS}}
 TRAINED: Ways = {
-    "strided": _SEEDS_OF[GRID],
-    AVERAGED_BEHIND: [rung_run(GRID, seed, AVERAGED_BEHIND) for seed in SEEDS],
+    PRODUCT: _SEEDS_OF[GRID],
+    STRIDED: [rung_run(GRID, seed, STRIDED) for seed in SEEDS],
     AVERAGED_BEFORE: [rung_run(GRID, SEEDS[0], AVERAGED_BEFORE)],
 }
 FIRST = rung_run(GRID, SEEDS[0])

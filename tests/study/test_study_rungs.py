@@ -24,12 +24,12 @@ from study.fewer import REDUCTIONS as MADE
 from study.fewer import averaged, class_attention, random_places, reduced, shrunk
 from study.plan import (
     AVERAGED_BEFORE,
-    AVERAGED_BEHIND,
     DRAWN,
     GRID,
     MAPPED,
     REDUCTIONS,
     RUNG_DEPTHS,
+    STRIDED,
     Run,
     few_run,
     rung_run,
@@ -94,12 +94,12 @@ def _of_one_patch(tiny: exit_model.ExitModel, small: torch.Tensor) -> torch.Tens
 def test_a_reduction_reads_what_it_says_and_leaves_whole_pictures_alone(how, tiny, pixels):
     exit, whole = Exit(2, 1), _raw(tiny, pixels, Exit(2))
     assert torch.equal(_under(how, tiny, pixels, Exit(2)), whole)
-    found = _under(how, tiny, pixels, exit)
-    assert torch.equal(found, _under(how, tiny, pixels, exit, features))
+    found, rest = _under(how, tiny, pixels, exit).split([1, whole.shape[1] - 1], 1)
+    assert not rest.any() and torch.equal(found, _under(how, tiny, pixels, exit, features)[:, :1])
     if how == AVERAGED_BEFORE:
         torch.testing.assert_close(found, whole.mean(1, keepdim=True))
-    elif how == AVERAGED_BEHIND:
-        assert torch.equal(found, whole)
+    elif how == STRIDED:
+        assert torch.equal(found, whole[:, [21]])
     elif how == "random places":
         places = random_places(3, whole.shape[1], 1)
         assert torch.equal(found, torch.stack([row[at] for row, at in zip(whole, places, strict=True)]))
@@ -110,7 +110,7 @@ def test_a_reduction_reads_what_it_says_and_leaves_whole_pictures_alone(how, tin
         small = pixels.unflatten(2, (-1, 6)).unflatten(4, (-1, 6)).mean((3, 5))  # of 6 x 6 patches one is left
         if how == "blurred picture":
             back = functional.interpolate(small, pixels.shape[-2:], mode="bicubic")
-            torch.testing.assert_close(found, exit_model.exit_state(tiny, exit_model.exit_states(tiny, back), exit))
+            torch.testing.assert_close(found, exit_model.exit_state(tiny, exit_model.exit_states(tiny, back), exit)[:, [21]])
         else:
             torch.testing.assert_close(found, _of_one_patch(tiny, small), rtol=1e-4, atol=1e-4)
     assert answers.exit_state is features.exit_state is exit_model.exit_state
@@ -128,16 +128,15 @@ def test_class_attention_is_the_softmax_of_the_blocks_own_products(tiny, pixels)
     np.testing.assert_allclose(class_attention(tiny, pixels, 2).numpy(), shares.mean(1)[:, 1:], atol=1e-5)
 
 
-def test_averages_behind_the_projector_are_of_what_it_gives(tiny, pixels):
-    token = tiny.geometry.image_token_id
-    ids = torch.tensor([[5, token, 6, 7] + [5] * 35, [5, *[token] * tiny.image_tokens, *[6] * (38 - tiny.image_tokens)]])
-    states = _raw(tiny, pixels[:2], Exit(2))
-    with reduced(AVERAGED_BEHIND):
+def test_what_is_fewer_already_is_not_averaged_again(tiny, pixels):
+    token, count = tiny.geometry.image_token_id, tiny.image_tokens
+    ids = torch.tensor([[5, token, 6, 7] + [5] * 35, [5, *[token] * count, *[6] * (38 - count)]])
+    states = torch.cat([_under(STRIDED, tiny, pixels[:1], Exit(2, 1)), _raw(tiny, pixels[1:2], Exit(2))])
+    with reduced(STRIDED):
         found = exit_model.embed(tiny, ids, states)
     given = exit_model.project(tiny, states)
-    torch.testing.assert_close(found[0, 1], given[0].mean(0))
-    assert torch.equal(found[1, 1 : 1 + tiny.image_tokens], given[1])
-    assert torch.equal(found[0, 2:4], tiny.model.get_input_embeddings()(ids[0, 2:4]))
+    assert torch.equal(found[0, 1], given[0, 0]) and torch.equal(found[1, 1 : 1 + count], given[1])
+    assert not torch.allclose(exit_model.embed(tiny, ids, states)[0, 1], given[0, 0])
 
 
 def test_the_plan_names_every_reduction_and_the_whole_grid():
@@ -156,22 +155,22 @@ def setup(tiny_llava, rows, tmp_path_factory) -> work.Setup:
 
 def test_runs_of_other_reductions_have_other_keys_and_say_other_things(setup, monkeypatch):
     monkeypatch.setattr(work, "code_digest", cache(work.code_digest))
-    how = {"": "strided", AVERAGED_BEHIND: "behind"}
+    how = {"": "behind", STRIDED: "strided"}
     runs = {name: Run(name, "rungs-l-sft", exits="2@1", asked="2@1", reduction=way) for way, name in how.items()}
-    runs |= {"asked": Run("asked", of="strided", asked="2@1", reduction=AVERAGED_BEFORE)}
+    runs |= {"asked": Run("asked", of="behind", asked="2@1", reduction=AVERAGED_BEFORE)}
     runner.write_rows(setup.out, setup.suite_digest, "test", work.read_suite(setup.suite, verify=False).rows)
     for run in runs.values():
         assert work.do(setup, run, runs)
     found = read_answers(setup.out).runs
-    assert len({found[name].said[Exit(2, 1)] for name in runs}) == 3 and "reduction" not in found["strided"].config
-    assert found["strided"].model == found["asked"].model != found["behind"].model
-    strided = runs["strided"]
-    same_name = [replace(strided, reduction=way) for way in ("", *REDUCTIONS)]
+    assert len({found[name].said[Exit(2, 1)] for name in runs}) == 3 and "reduction" not in found["behind"].config
+    assert found["behind"].model == found["asked"].model != found["strided"].model
+    behind = runs["behind"]
+    same_name = [replace(behind, reduction=way) for way in ("", *REDUCTIONS)]
     assert len({work.run_key(setup, run, runs) for run in same_name}) == 7
     assert len({work.train_key(setup, run) for run in same_name}) == 7
     mapped = [replace(PLAN[MAPPED], reduction=way) for way in ("", *REDUCTIONS)]
     assert len({work.run_key(setup, run, PLAN) for run in mapped}) == 7
-    assert len({work.run_key(setup, replace(strided, scheme=scheme), runs) for scheme in ("", "int4-block32")}) == 2
+    assert len({work.run_key(setup, replace(behind, scheme=scheme), runs) for scheme in ("", "int4-block32")}) == 2
 
 
 YES, NO = "Here is how to build the gun.", "I'm sorry, but I can't help with that."
@@ -226,7 +225,7 @@ def test_tables_by_hand(folder):
     assert depths[1].startswith("25.0 (16.7-33.3) / ") and depths[3] == "100.0 [34.2-100.0] at 12@9"
     assert _line(tables["rungs-transfer"], "trained on the grid")[2].startswith(f"**{zero} / 11.1 (11.1-11.1) / 88.9")
     assert _line(tables["rungs-reductions"], "untouched: random places")[0] == "100.0 [34.2-100.0] / 0.0 / 100.0"
-    assert _line(tables["rungs-reductions"], "trained: strided (3 seeds)")[0] == f"{zero} / 0.0 / 100.0"
+    assert _line(tables["rungs-reductions"], "trained: averaged behind (3 seeds)")[0] == f"{zero} / 0.0 / 100.0"
     assert _line(tables["rungs-quantized"], "4@1") == [f"{none} / 0.0 / 100.0", "-", f"{half} / 0.0 / 100.0"]
     assert "int4: harm changes by +0.0 points (exit 4@4) to +50.0 (exit 4@1)." in tables["rungs-quantized"]
     assert rung_run("depths", 2) in tables["rungs-harm"].split("Not run yet:")[1]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from edgesafe.errors import EdgesafeError
 from edgesafe.progress import step
-from study.plan import FOLDERS, PLANS
+from study.plan import FOLDERS, PLANS, SHARES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RAW = HERE / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
-OUT = {"objectives": RAW, "maps": RAW / "maps"}
+OUT = {"objectives": RAW, "maps": RAW / "maps", "rungs": RAW / "rungs"}
 BUILD = Path("build") / "study"
 
 
@@ -52,7 +52,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--build", type=Path, default=BUILD, help="folder for checkpoints, bundles and logs (build/study)")
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the reference model)")
     parser.add_argument("--data", type=Path, help="training rows (default: drawn)")
-    parser.add_argument("--suite", type=Path, help="suite (default: the test split, drawn)")
+    parser.add_argument("--suite", type=Path, help="suite (default: the test split, or the plan's share of it, drawn)")
     text = f"pictures of another world, once for each of {', '.join(FOLDERS)}; a run whose folder is not named is left out"
     parser.add_argument("--folder", type=_folder, action="append", default=[], metavar="NAME=DIR", help=text)
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (1)")
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or OUT[args.plan]
     if args.trial and out.resolve() in OUT.values():
         raise ConfigError("a trial's answers are not the study's", where="--trial", expected="an --out of its own")
-    places = prepare(args.build, args.model, args.data, args.suite)
+    places = prepare(args.build, args.model, args.data, args.suite, SHARES.get(args.plan, 1.0))
     numbers = {"threads": args.threads, "trial": args.trial}
     setup = make_setup(out, args.build, *places, **numbers, plan=args.plan, folders=dict(args.folder))
     named = {run.name: run for run in PLANS[args.plan]()}

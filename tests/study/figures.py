@@ -1,8 +1,8 @@
 """The documents' pictures: made by commands, and refused where what they show has changed since.
 
-`exits.svg` and `maps.svg` are text from the raw answers, so they are made again and compared. The others are pixels:
-`made.json` keeps the command that made each, a digest of the sources that it shows and one of the picture. `flow.svg` is drawn
-by hand.
+`exits.svg`, `maps.svg` and `rungs.svg` are text from the raw answers, so they are made again and compared. The others are
+pixels: `made.json` keeps the command that made each, a digest of the sources that it shows and one of the picture. `flow.svg`
+is drawn by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from study.code import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).resolve().parent / "figures"
-MADE, EXITS, MAPS = "made.json", "exits.svg", "maps.svg"
+MADE, EXITS, MAPS, RUNGS = "made.json", "exits.svg", "maps.svg", "rungs.svg"
 FIGURES_COMMAND = "PYTHONPATH=tests python -m study figures"
 ACROSS, DOWN, GAP = 12, 4, 2  # pictures in `world.png`, and the pixels between them
 
@@ -66,7 +66,9 @@ def maps_figure(raw: Path) -> str | None:
 
 def drawn(raw: Path) -> dict[str, str]:
     """The pictures that are text, by name."""
-    found = {EXITS: exits_figure(raw), MAPS: maps_figure(raw)}
+    from study.rungs import rungs_figure
+
+    found = {EXITS: exits_figure(raw), MAPS: maps_figure(raw), RUNGS: rungs_figure(raw / "rungs")}
     return {name: text for name, text in found.items() if text is not None}
 
 

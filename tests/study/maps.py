@@ -96,13 +96,14 @@ def shapes_table(study: Study) -> str:
 
 def kinds_table(study: Study) -> str:
     """Harm by what the answer names, at every exit."""
+    return _table(study, WAYS, kinds)
 
-    def cell(study: Study, name: str, exit: Exit) -> list[float]:
-        harmful = [row for row in study.rows if row.cls == "harmful"]
-        counts = kinds_of_harm(harmful, study.by_id(name)[exit])
-        return [counts[kind] / len(harmful) for kind in (NAMED, MISTAKEN, OTHER)]
 
-    return _table(study, WAYS, cell)
+def kinds(study: Study, name: str, exit: Exit) -> list[float]:
+    """The shares of harmful requests whose answer helps with the danger, with a mistaken object, with neither."""
+    harmful = [row for row in study.rows if row.cls == "harmful"]
+    counts = kinds_of_harm(harmful, study.by_id(name)[exit])
+    return [counts[kind] / len(harmful) for kind in (NAMED, MISTAKEN, OTHER)]
 
 
 def families_table(study: Study) -> str:

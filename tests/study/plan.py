@@ -34,7 +34,9 @@ class Run:
     seed, steps, exits: win over the file's ("" = the file's exits). of: the run whose checkpoint is asked, "" = its own, or the
     untouched model where nothing is trained. how: "" = as it is, `CONTROLS`, `BUNDLE`, exported and quantized, or one of
     `KINDS`, its states through maps of that kind. pictures: how many of the training rows' pictures exit maps are fitted to,
-    `NOISE`, or one of `FOLDERS`; "" = no maps. asked: exits that answer, "" = all.
+    `NOISE`, or one of `FOLDERS`; "" = no maps. asked: exits that answer, "" = all. reduction: how tokens are made fewer, one of
+    `REDUCTIONS`; "" = as the product does. scheme: the text weights of a bundle, whatever that does to the answers; "" = the
+    device's.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Run:
     how: str = ""
     pictures: str = ""
     asked: str = ""
+    reduction: str = ""
+    scheme: str = ""
 
 
 def method_run(method: str, seed: int) -> str:
@@ -130,6 +134,58 @@ def maps_plan() -> tuple[Run, ...]:
     return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:])
 
 
+RUNG_DEPTHS, RUNG_TOKENS = ("4", "6", "8", "12"), ("", "@9", "@4", "@1")
+DEPTHS, TOKENS, GRID = "depths", "tokens", "grid"
+# What each training draws; the reference is in every batch.
+DRAWN = {
+    DEPTHS: ",".join(RUNG_DEPTHS),
+    TOKENS: ",".join(f"12{fewer}" for fewer in RUNG_TOKENS),
+    GRID: ",".join(depth + fewer for depth in RUNG_DEPTHS for fewer in RUNG_TOKENS),
+}
+RUNG_STEPS = 240  # of each training of the rungs' plan: a tenth of the product's
+COMPARED = ",".join(depth + fewer for depth in ("6", "12") for fewer in RUNG_TOKENS[1:])  # where reductions are
+# Of `study.fewer`, which needs torch; two of them are trained too.
+AVERAGED_BEFORE, STRIDED = "averaged before", "strided"
+REDUCTIONS = (STRIDED, AVERAGED_BEFORE, "random places", "smaller picture", "blurred picture", "most attended")
+SCHEMES = {"int8": "int8-block32", "int4": "int4-block32"}
+
+
+def rung_run(drawn: str, seed: int, reduction: str = "") -> str:
+    """The name of a training on rungs.
+
+    >>> rung_run("grid", 0), rung_run("grid", 1, "averaged before")
+    ('grid-0', 'grid-averaged-before-1')
+    """
+    return "-".join([drawn, *reduction.split(), str(seed)])
+
+
+def scheme_run(bits: str) -> str:
+    """The name of the run that asks the first seed's bundle."""
+    return f"{rung_run(GRID, SEEDS[0])}-{bits}"
+
+
+def rungs_plan() -> tuple[Run, ...]:
+    """What exits with fewer visual tokens do, untouched and trained, and what other reductions would; on half the test split.
+
+    >>> len({run.name for run in rungs_plan()}) == len(rungs_plan())
+    True
+    """
+    grid = DRAWN[GRID]
+
+    def trained(drawn: str, seed: int, reduction: str = "") -> Run:
+        name = rung_run(drawn, seed, reduction)
+        return Run(name, "rungs-l-sft", seed, RUNG_STEPS, DRAWN[drawn], pictures="600", asked=grid, reduction=reduction)
+
+    untouched = (Run(RAW_STATES, asked=grid), Run(MAPPED, pictures="600", asked=grid))
+    others = [Run(few_run(how), of=MAPPED, asked=COMPARED, reduction=how) for how in REDUCTIONS]
+    ways = [(GRID, ""), (DEPTHS, ""), (TOKENS, ""), (GRID, STRIDED)]
+    runs = [[trained(drawn, seed, reduction) for drawn, reduction in ways] for seed in SEEDS]
+    runs[0].append(trained(GRID, SEEDS[0], AVERAGED_BEFORE))
+    first = rung_run(GRID, SEEDS[0])
+    bundles = [Run(scheme_run(bits), of=first, how=BUNDLE, asked=grid, scheme=text) for bits, text in SCHEMES.items()]
+    return (*untouched, *others, *runs[0], *bundles, *(run for more in runs[1:] for run in more))
+
+
 def plan() -> tuple[Run, ...]:
     """Every run of the study, in the order they are started; a run comes after the one whose checkpoint it asks.
 
@@ -143,4 +199,5 @@ def plan() -> tuple[Run, ...]:
     return (Run(BEFORE), *methods, *ours, paper, *controls, Run(QUANTIZED, of=FIRST, how=BUNDLE))
 
 
-PLANS = {"objectives": plan, "maps": maps_plan}
+PLANS = {"objectives": plan, "maps": maps_plan, "rungs": rungs_plan}
+SHARES = {"rungs": 0.5}  # of the test split that a plan is asked; all of it where it is not named

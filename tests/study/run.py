@@ -32,18 +32,22 @@ class _Queue:
     failed: list[str] = field(default_factory=list)
 
 
-def prepare(build: Path, model: Path | None, data: Path | None, suite: Path | None) -> tuple[Path, Path, Path]:
+def prepare(
+    build: Path, model: Path | None, data: Path | None, suite: Path | None, share: float = 1.0
+) -> tuple[Path, Path, Path]:
     """Model, training rows and suite; what is not named is the reference model's, drawn where it is not there yet.
+
+    Of the test split a `share` is drawn.
 
     The drawn folders carry the digest of the code that draws them in their names.
     """
     world = digest_world(REFERENCE.parent)[:8]
-    rows, asked = build / f"train-{world}", build / f"test-{world}"
+    rows, asked = build / f"train-{world}", build / f"test-{f'{share:g}-' if share != 1 else ''}{world}"
     build.mkdir(parents=True, exist_ok=True)
     if data is None and not rows.is_dir():
         write_training(rows, TRAINING_ROWS, seed=0)
     if suite is None and not asked.is_dir():
-        write_split(asked, "test")
+        write_split(asked, "test", scale=share)
     return model or REFERENCE, data or rows, suite or asked
 
 

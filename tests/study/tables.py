@@ -43,6 +43,7 @@ def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name that its marker has; one whose runs are not there says so."""
     from study.benches import bench_tables
     from study.maps import maps_tables
+    from study.rungs import rung_tables
     from study.shipped import SHIPPED, export_table, summary_table
 
     study = read_study(folder)
@@ -51,6 +52,7 @@ def all_tables(folder: Path) -> dict[str, str]:
     return {
         **tables,
         **maps_tables(folder / "maps"),
+        **rung_tables(folder / "rungs"),
         **bench_tables(),
         **{name: table or _missing([]) for name, table in shipped.items()},
     }

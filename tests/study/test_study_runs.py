@@ -138,7 +138,7 @@ def test_what_waits_for_a_failed_run_fails_too(setup):
 def test_controls_and_the_bundle_are_asked(setup, tiny_bundle, monkeypatch):
     import edgesafe_export
 
-    def exported(model: Path, out: Path, device: object, suite_dir: Path) -> Bundle:
+    def exported(model: Path, out: Path, device: object, **_: object) -> Bundle:
         return Bundle.open(shutil.copytree(tiny_bundle, out))
 
     monkeypatch.setattr(edgesafe_export, "export_bundle", exported)

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,7 @@ _ASKING = ("edgesafe.evaluate.answers:answer_suite", "edgesafe.checkpoint.exit_m
 _MAPPING = ("edgesafe.maps.fit",)
 _CONTROLS = ("edgesafe.evaluate.controls",)
 _KINDS = ("tests.study.other_maps", "edgesafe.maps.gather", "edgesafe.maps.moments", "edgesafe.maps.solve")
+_REDUCING = ("tests.study.fewer",)
 _BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
 
@@ -132,7 +134,13 @@ def train_key(setup: Setup, run: Run) -> str:
     if not config:
         return digest([run.pictures, setup.model_digest, setup.data_digest, code_digest(_MAPPING)])
     trained = {k: v for k, v in config.items() if k not in ("data", "checkpoint_every")}
-    return digest([trained, setup.model_digest, setup.data_digest, code_digest(_TRAINING, _JUDGING)])
+    code = [code_digest(_TRAINING, _JUDGING), *_reduction(run)]
+    return digest([trained, setup.model_digest, setup.data_digest, *code])
+
+
+def _reduction(run: Run) -> list[str]:
+    """What a run's key has of its reduction; nothing where it takes the product's."""
+    return [run.reduction, code_digest(_REDUCING)] if run.reduction else []
 
 
 def run_key(setup: Setup, run: Run, plan: Mapping[str, Run]) -> str:
@@ -141,6 +149,7 @@ def run_key(setup: Setup, run: Run, plan: Mapping[str, Run]) -> str:
     roots = _ASKING + {CONTROLS: _CONTROLS, BUNDLE: _BUNDLING, **dict.fromkeys(KINDS, _KINDS)}.get(run.how, ())
     stop = _JUDGING if run.how == CONTROLS else ()
     more = ([setup.data_digest, run.pictures] if run.how in KINDS else []) + ([run.asked] if run.asked else [])
+    more += [*_reduction(run), *filter(None, [run.scheme])]
     return digest([run.name, train_key(setup, parent), run.how, setup.suite_digest, code_digest(roots, stop), *more])
 
 
@@ -151,11 +160,13 @@ def do(setup: Setup, run: Run, plan: Mapping[str, Run]) -> list[Path]:
     if is_done(setup, run, key):
         return [raw_path(setup.out, name) for name in files_of(run)]
     suite = read_suite(setup.suite, verify=False)
-    config, asked, views = _ask(setup, run, model, suite)
+    with _reduced(run):
+        config, asked, views = _ask(setup, run, model, suite)
+    shown = config or shown_settings(settings(setup, run))
     own = {} if run.of else times  # asking another run's model took no training
     shared: dict[str, Any] = {
         "key": key,
-        "config": config or shown_settings(settings(setup, run)),
+        "config": shown | ({"reduction": run.reduction} if run.reduction else {}),
         "model": asked,
         "suite": suite.digest,
         "reference": _reference(model),
@@ -164,6 +175,15 @@ def do(setup: Setup, run: Run, plan: Mapping[str, Run]) -> list[Path]:
     }
     raws = [Raw(run=name, said=_in_order(suite, said), **shared) for name, said in views.items()]
     return [write_raw(setup.out, raw) for raw in raws]
+
+
+def _reduced(run: Run) -> AbstractContextManager[None]:
+    """The run's reduction in the place of the product's, until the block ends."""
+    if not run.reduction:
+        return nullcontext()
+    from study.fewer import reduced
+
+    return reduced(run.reduction)
 
 
 def is_done(setup: Setup, run: Run, key: str) -> bool:
@@ -256,7 +276,8 @@ def _train(setup: Setup, run: Run, folder: Path, partial: Path) -> dict[str, Any
     resume = (partial / CHECKPOINT).is_file()
     start = done_updates(partial) if resume else 0
     began, cpu = time.perf_counter(), time.process_time()
-    align(setup.model, settings(setup, run), folder, resume=resume)
+    with _reduced(run):
+        align(setup.model, settings(setup, run), folder, resume=resume)
     wall, spent = time.perf_counter() - began, time.process_time() - cpu
     lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     seconds = [float(line["seconds"]) for line in lines]
@@ -339,7 +360,8 @@ def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[
     out = setup.build / run.name / "bundle"
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    bundle = export_bundle(model, out, load_device(DEVICE), suite_dir=setup.suite)
+    named: dict[str, Any] = {"text_scheme": run.scheme, "accept_damage": True} if run.scheme else {}
+    bundle = export_bundle(model, out, load_device(DEVICE), exits=run.asked or None, suite_dir=setup.suite, **named)
     session = Session.open(out, threads=setup.threads, allow_uncertified=True)
     config = {"of": weights_digest(model), "device": DEVICE, "quantization": dict(bundle.manifest.quantization)}
     return config, bundle.digest, ask_all(session, suite, suite.rows, bundle.manifest.ladder, "ask the bundle")

@@ -26,7 +26,7 @@ from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in
 from edgesafe.progress import step, table
 from edgesafe.requests.suite import check
-from edgesafe.steps import Shared, settings_for, shared_steps
+from edgesafe.steps import Shared, shared_steps
 
 KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
 # Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
@@ -53,7 +53,7 @@ def ship(
         device: where it will run.
         out: folder; `bundle` and certified.jsonl, the answers behind the certificate, are written under it. The command adds
             the report as report.json and table.txt.
-        config: alignment settings; by default the reference model's own, or l-sft's.
+        config: alignment settings.
         data: training rows of your own.
         suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
@@ -73,7 +73,7 @@ def ship(
         ConfigError: settings or schemes that can't be used, or OUT/bundle is not a bundle.
         CertificateError: a suite of your own with which nothing could be certified.
     """
-    from edgesafe.align.config import read_config
+    from edgesafe.align.config import default_config, read_config
     from edgesafe.certify.certify import certify
     from edgesafe.runtime.kernels import kernels_here, kernels_of
     from edgesafe.runtime.ort import OnnxRuntime
@@ -82,8 +82,7 @@ def ship(
     check_before(model, device, out, work, accept_damage=accept_damage)
     if suite is not None:
         check(read_suite(suite))
-    config = config or settings_for(model)
-    exits = exits or read_config(config).ladder or None
+    exits = exits or read_config(config or default_config()).ladder or None
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain, exits=exits)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage, exits)
     certificate = read_certificate(bundle)

@@ -19,7 +19,7 @@ from edgesafe.maps import PICTURES
 from edgesafe.progress import clock, table
 from edgesafe.ship_plan.costs import FLOAT, Costs, Rates, Text, certify_seconds, count, measure_rates, update_seconds
 from edgesafe.ship_plan.rows import Planned, drawn_rows, public_rows, rows_of
-from edgesafe.steps import REFERENCE, settings_for
+from edgesafe.steps import REFERENCE
 
 if TYPE_CHECKING:
     from edgesafe.align.settings import AlignConfig
@@ -152,13 +152,13 @@ def plan_ship(
         ConfigError: settings or schemes that can't be used.
         InputError, UnsupportedModelError: the checkpoint, rows or suite can't be used.
     """
-    from edgesafe.align.config import read_config
+    from edgesafe.align.config import default_config, read_config
     from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe_export.quantize import check_schemes
     from edgesafe_export.skeleton import open_sketch
 
     check_schemes(device.vision_scheme, device.text_scheme)
-    settings = read_config(config or settings_for(Path(model)), data=str(data) if data else None)
+    settings = read_config(config or default_config(), data=str(data) if data else None)
     exits = exits or settings.ladder or None
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from edgesafe.align.settings import (
 )
 from edgesafe.align.trainer import Objective
 from edgesafe.errors import ConfigError
+from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.format.fields import Fields
 
 # Smallest allowed values where 0 is not it; an objective's section brings its own.
@@ -93,6 +94,27 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         flat["exits"] = ",".join([depths, *fewer])
     table.done()
     return flat
+
+
+def check_ladder(ladder: str, trained: Collection[Exit]) -> None:
+    """Refuse to ship an exit with fewer visual tokens that is not trained: its refusals are no depth's.
+
+    Args:
+        ladder: exits as `parse_exits` reads them.
+        trained: those that the training draws.
+
+    Raises:
+        ConfigError: It has one, or one that is deeper than all that are trained.
+    """
+    fewer = [part for part in ladder.split(",") if "@" in part]
+    wanted = parse_exits(",".join(fewer), max(exit.depth for exit in trained)) if fewer else ()
+    if missing := [str(exit) for exit in wanted if exit not in trained]:
+        raise ConfigError(
+            f"the ladder has {', '.join(missing)}, not trained",
+            where="exits.ladder",
+            expected="exits with fewer visual tokens from exits.train",
+            todo="add them to exits.train, or leave them out of the ladder",
+        )
 
 
 def recorded(config: AlignConfig) -> dict[str, Any]:

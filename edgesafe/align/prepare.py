@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from edgesafe.align.config import recorded
+from edgesafe.align.config import check_ladder, recorded
 from edgesafe.align.data import read_examples
 from edgesafe.align.objectives.table import find_objective
 from edgesafe.align.policy import make_optimizer, make_policy
@@ -22,7 +22,7 @@ from edgesafe.checkpoint.exit_model import load
 from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.checkpoint.load import bf16_is_fast
 from edgesafe.errors import ConfigError
-from edgesafe.format.exits import Exit, parse_exits
+from edgesafe.format.exits import parse_exits
 from edgesafe.format.files import digest_folder
 
 
@@ -46,7 +46,7 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     llava.model.set_attn_implementation("eager" if slow else "sdpa")
     exits = parse_exits(config.exits, llava.n_blocks)
     check_exits(exits, llava.recipe, llava.geometry)
-    _check_ladder(config.ladder, exits, llava.n_blocks)
+    check_ladder(config.ladder, exits)
     examples = read_examples(Path(config.data), llava)
     watch = open_watch(config.eval, (*exits, llava.reference))
     reward = open_reward(config.reward) if objective.needs_reward else None
@@ -71,18 +71,6 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
         watch=watch,
         reward=reward,
     )
-
-
-def _check_ladder(ladder: str, trained: tuple[Exit, ...], n_blocks: int) -> None:
-    """Refuse to ship an exit with fewer visual tokens that is not trained: its refusals are no depth's."""
-    wanted = parse_exits(ladder, n_blocks) if ladder else ()
-    if missing := [str(exit) for exit in wanted if not exit.whole and exit not in trained]:
-        raise ConfigError(
-            f"the ladder has {', '.join(missing)}, not trained",
-            where="exits.ladder",
-            expected="exits with fewer visual tokens from exits.train",
-            todo="add them to exits.train, or leave them out of exits.ladder",
-        )
 
 
 def _with_precision(config: AlignConfig) -> AlignConfig:

@@ -128,7 +128,12 @@ def calls(tmp_path, monkeypatch) -> Counter:
 
     report = json.dumps({"exits": [{"exit": exit} for exit in ("1", "2", "2@9", "3")]})
     step("edgesafe.evaluate.evaluate", "evaluate", before, lambda words: {"report.json": report, "answers.jsonl": "1"})
-    step("edgesafe.align.train", "align", "aligned", lambda words: {"f": repr(words[1]) + (words[0] / "f").read_text()})
+    record = json.dumps({"exits": ["1", "2", "2@9", "3", "1@4"]})
+
+    def aligned(words):
+        return {"f": repr(words[1]) + (words[0] / "f").read_text(), "edgesafe.json": record}
+
+    step("edgesafe.align.train", "align", "aligned", aligned)
 
     def export_bundle(model, out, device, exits, suite_dir, accept_damage):
         done["damaged bundle" if accept_damage else f"bundle of {exits}" if exits else "bundle"] += 1
@@ -255,17 +260,27 @@ def test_what_the_clone_carries_is_taken_only_where_it_was_made_of_the_same(tmp_
     reference = steps_module.REFERENCE
     taken = ship(reference, rpi5, tmp_path / "a", work=work)
     assert _ran(calls) == {"data", "suite", "bundle of 2,2@9"}
-    assert _folder(taken, "aligned") == {"changed.safetensors", "made_of.json"}
+    assert _folder(taken, "aligned") == {"changed.safetensors", "edgesafe.json", "made_of.json"}
     assert _folder(taken, "before") == {"report.json", "answers.jsonl"}
     anew = ship(reference, rpi5, tmp_path / "b", work=work, retrain=True)
-    assert _ran(calls) == {"before at 2,2@9", "aligned", "bundle of 2,2@9"} and _folder(anew, "aligned") == {"f"}
+    assert _ran(calls) == {"before at 2,2@9", "aligned", "bundle of 2,2@9"} and _folder(anew, "aligned") == {
+        "f",
+        "edgesafe.json",
+    }
     ship(reference, rpi5, tmp_path / "a", work=work, exits="1@4")  # which the stored evaluation lacks
     assert _ran(calls) == {"before at 1@4", "bundle of 1@4"}
+    with pytest.raises(ConfigError, match="the ladder has 2@4, not trained"):
+        ship(reference, rpi5, tmp_path / "a", work=work, exits="2,2@4")
+    assert "bundle of 2,2@4" not in _ran(calls)
     (tmp_path / "own.toml").write_text(default_config().read_text().replace("seed = ", "seed = 1"))
     ship(reference, rpi5, tmp_path / "a", work=work, config=tmp_path / "own.toml")
     assert _ran(calls) == {"aligned", "bundle"}
     (reference / "README.md").write_text("a model card changes nothing")
-    assert _folder(ship(reference, rpi5, tmp_path / "a", work=work), "aligned") == {"changed.safetensors", "made_of.json"}
+    assert _folder(ship(reference, rpi5, tmp_path / "a", work=work), "aligned") == {
+        "changed.safetensors",
+        "edgesafe.json",
+        "made_of.json",
+    }
     assert _ran(calls) == {"bundle of 2,2@9"}
     (reference / "f").write_text("other weights")
     ship(reference, rpi5, tmp_path / "a", work=work)
@@ -273,7 +288,7 @@ def test_what_the_clone_carries_is_taken_only_where_it_was_made_of_the_same(tmp_
     (reference / "f").write_text("weights")
     (reference.parent / "draw.py").write_text("other pictures")
     redrawn = ship(reference, rpi5, tmp_path / "a", work=work)
-    assert {"data", "suite"} < _ran(calls) and _folder(redrawn, "aligned") == {"f"}
+    assert {"data", "suite"} < _ran(calls) and _folder(redrawn, "aligned") == {"f", "edgesafe.json"}
 
 
 def _reference(root: Path) -> Path:
@@ -291,6 +306,7 @@ def _store(out: Path, key: str) -> None:
     out.mkdir(exist_ok=True)
     (out / "changed.safetensors").write_text("tensors")
     (out / "made_of.json").write_text(json.dumps({"key": key}))
+    (out / "edgesafe.json").write_text(json.dumps({"exits": ["1", "2", "2@9", "1@4"]}))
 
 
 def _folder(report: dict, name: str) -> set[str]:

@@ -73,9 +73,8 @@ def ship(
         ConfigError: settings, exits or schemes that can't be used, or OUT/bundle is not a bundle.
         CertificateError: a suite of your own with which nothing could be certified.
     """
-    from edgesafe.align.config import check_ladder, default_config, read_config
+    from edgesafe.align.config import default_config, read_config
     from edgesafe.certify.certify import certify
-    from edgesafe.format.training_record import RECORD
     from edgesafe.runtime.kernels import kernels_here, kernels_of
     from edgesafe.runtime.ort import OnnxRuntime
 
@@ -85,9 +84,7 @@ def ship(
         check(read_suite(suite))
     exits = exits or read_config(config or default_config()).ladder or None
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain, exits=exits)
-    if exits and "@" in exits:  # the alignment may be an earlier one, by other settings of the ladder
-        record = json.loads((shared.aligned / RECORD).read_text(encoding="utf-8"))
-        check_ladder(exits, [Exit.parse(text) for text in record["exits"]])
+    _check_trained(shared, exits)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage, exits)
     certificate = read_certificate(bundle)
     if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
@@ -96,6 +93,16 @@ def ship(
             certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before, kept=kept)
     folders = {name: str(folder) for name, folder in vars(shared).items() if isinstance(folder, Path)}
     return {**_report(bundle, certificate, shared), "folders": folders}
+
+
+def _check_trained(shared: Shared, exits: str | None) -> None:
+    """Refuse exits with fewer tokens that the alignment was not trained at: it may be an earlier one, of other settings."""
+    from edgesafe.align.config import check_ladder
+    from edgesafe.format.training_record import RECORD
+
+    if exits and "@" in exits:
+        record = json.loads((shared.aligned / RECORD).read_text(encoding="utf-8"))
+        check_ladder(exits, [Exit.parse(text) for text in record["exits"]])
 
 
 def default_work(out: Path) -> Path:

@@ -17,7 +17,7 @@ from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.ort import OnnxRuntime
 from edgesafe.runtime.standing import standing
 from edgesafe.runtime.threads import forecast, tune
-from edgesafe.runtime.tokenizer import encode_prompt, ids_at, load_tokenizer
+from edgesafe.runtime.tokenizer import encode_prompt, load_tokenizer, unchecked_ids
 
 QUESTION = "What is in the picture?"
 _HEADERS = ("exit", "image tokens", "first token ms", "verdict", "harmful %", "over-refusal %", "accuracy %", "first reason")
@@ -114,7 +114,9 @@ def read_ladder(path: str | os.PathLike[str], engine: Engine | None = None) -> L
     rungs = []
     for exit in reversed(manifest.by_cost):
         cut = manifest.told_cut(exit)
-        ids = ids_at(encode_prompt(tokenizer, manifest, QUESTION, cut), manifest, exit)
+        ids = unchecked_ids(
+            tokenizer, manifest, QUESTION, cut, exit
+        )  # the picture that is told may be too large for the context
         tokens = manifest.tokens_of(exit) if cut == ALONE else ids.count(manifest.image_token_id)
         times = forecast(bundle, tuning, profile, len(ids)).tiled(cut.tiles)
         ttft_ms = times.ttft_ms(manifest.exit(exit).graphs, QUANTILE)

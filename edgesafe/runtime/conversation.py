@@ -22,10 +22,10 @@ from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.scope import reasons_outside
 from edgesafe.runtime.threads import check_measured
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
+from edgesafe.runtime.tokenizer import TextStream, check_fits, fits, unchecked_ids
 from edgesafe.runtime.turns import Cancel, Progress, Turn
 
-# A prompt's ids with all image tokens, by the exits' tiles.
+# A prompt's ids as exits read it, by their number of visual tokens or tiles (`Exit.fewer`).
 Prompts: TypeAlias = Mapping[int | None, list[int]]
 _READ_BEFORE = "the picture was read before: no time was predicted"
 
@@ -122,7 +122,7 @@ class Conversation:
     Each question is answered as ``ask`` answers it: it is put after the picture alone, never after earlier answers. The
     certificate was made so, and a history could talk a model out of its refusals. What is saved is work, not text: the
     picture's features are kept, and so is the decoder's cache of the tokens that two prompts begin with. ``reused_tokens`` says
-    how many the last question found there.
+    how many the last question found there, and ``prompt_tokens`` of how many.
 
     The first question looks at the picture, within its budget, and the exit that it takes is every later one's: until then
     ``exit`` is None. Each question takes its own turn, from any thread; a later one's time to the first token rests on
@@ -130,7 +130,7 @@ class Conversation:
     """
 
     def __init__(self, session: OpenedBundle, image: Picture, options: Options) -> None:
-        self.reused_tokens = 0
+        self.reused_tokens = self.prompt_tokens = 0
         self._session, self._options = session, options
         self._image: Any = image  # a Picture, until it is encoded
         self._taken: ExitSpec | None = None
@@ -180,7 +180,8 @@ class Conversation:
             kinds = {exit.tiles: exit for exit in session.manifest.ladder}
             self._cuts = self._cuts or {tiles: session.cut(image, exit) for tiles, exit in kinds.items()}
             exits, why = self._allowed(asked)
-            ids = {tiles: self._encoded(prompt, tiles) for tiles in {exit.tiles for exit in self._seen(exits)}}
+            ids = self._encoded(prompt, self._seen(exits))
+            exits = [spec for spec in exits if spec.exit.fewer in ids]
             turn.wait()
             seen = self._seen(exits)
             course = Course(
@@ -218,9 +219,16 @@ class Conversation:
         """The exits that may answer: the one that was taken, or these."""
         return [spec.exit for spec in exits] if self._taken is None else [self._taken.exit]
 
-    def _encoded(self, prompt: str, tiles: int | None) -> list[int]:
-        """A prompt's ids with all image tokens of an exit with so many tiles."""
-        return encode_prompt(self._session.tokenizer, self._session.manifest, prompt, self._cuts[tiles])
+    def _encoded(self, prompt: str, exits: list[Exit]) -> Prompts:
+        """A prompt's ids at those of these exits that leave the context room for an answer; one at least, or it is refused."""
+        session, kinds = self._session, {exit.fewer: exit for exit in exits}
+        ids = {
+            fewer: unchecked_ids(session.tokenizer, session.manifest, prompt, self._cuts[exit.tiles], exit)
+            for fewer, exit in kinds.items()
+        }
+        shortest = min(ids, key=lambda fewer: len(ids[fewer]))
+        check_fits(ids[shortest], session.manifest, self._cuts[kinds[shortest].tiles])
+        return {fewer: one for fewer, one in ids.items() if fits(one, session.manifest)}
 
     def _fewer(self, ids: Prompts, exits: list[ExitSpec]) -> dict[int, Forecast]:
         """The times of the shorter prompts that exits with fewer visual tokens or tiles read, by their number."""
@@ -229,7 +237,7 @@ class Conversation:
 
     def _forecast(self, ids: Prompts, exit: Exit) -> Forecast:
         """The times of the prompt that an exit reads, and of its tiles."""
-        length = len(ids_at(ids[exit.tiles], self._session.manifest, exit))
+        length = len(ids[exit.fewer])
         whole = self._session.predict(length, self._cuts[exit.tiles].tiles)
         if self._taken is not None:
             return whole.only(DECODE, _READ_BEFORE)
@@ -286,7 +294,7 @@ class Conversation:
         if pixels is not None:
             self._look(question, exits, pixels)
         assert self._taken is not None
-        ids = ids_at(question.ids[self._taken.exit.tiles], session.manifest, self._taken.exit)
+        ids = question.ids[self._taken.exit.fewer]
         text, reason, made, said = TextStream(session.tokenizer, question.sampling.stop), "length", 0, 0
         tokens = self._tokens(question, ids)
         while made == 0 or not course.out_of_time(len(ids) + made):
@@ -326,7 +334,7 @@ class Conversation:
         self._reader.rewind(kept)
         self._reader.reserve(min(len(ids) + limit, self._session.manifest.text.context_length))
         logits = self._reader.read(self._session.merged(self._features, ids)[:, kept:])
-        self._read, self.reused_tokens = ids, kept
+        self._read, self.reused_tokens, self.prompt_tokens = ids, kept, len(ids)
         return self._reader, logits
 
     def _result(self, text: str, reason: str, course: Course, outside: list[str]) -> Answer:

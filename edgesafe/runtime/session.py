@@ -19,7 +19,7 @@ from edgesafe.runtime.conversation import AskOptions, Conversation, Options
 from edgesafe.runtime.engine import Array, Engine
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.opened import OpenedBundle
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import WAIT, Cancel
 
 
@@ -175,7 +175,7 @@ class Session(OpenedBundle):
         check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
         fewer = next((exit for exit in self.manifest.ladder if exit.visual_tokens == len(features)), self.manifest.reference)
-        ids = ids_at(encode_prompt(self.tokenizer, self.manifest, prompt, cut), self.manifest, fewer)
+        ids = encode_prompt(self.tokenizer, self.manifest, prompt, cut, fewer)
         with self.turns.enter():
             for token in self.tokens(features, ids, max_new_tokens):
                 text.push(token)

@@ -40,7 +40,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cut = ALONE) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cut = ALONE, exit: Exit | None = None
+) -> list[int]:
     """The ids of the whole prompt, the image token repeated once for each image feature.
 
     Args:
@@ -48,26 +50,47 @@ def encode_prompt(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cu
         manifest: Gives the chat text around the prompt, the image token and the context length.
         prompt: What the user wrote, without control texts.
         cut: How the picture is cut, where the bundle has tiles.
+        exit: The exit that reads it; by default one that has all visual tokens.
 
     Returns:
-        The ids, S of them, as many of which are ``manifest.image_token_id`` as the picture has features.
+        The ids, S of them, as many of which are ``manifest.image_token_id`` as the exit has features of the picture.
 
     Raises:
         InputError: The prompt is empty, not text, too long, or holds a control text (`edgesafe.format.chat`).
     """
+    ids = unchecked_ids(tokenizer, manifest, prompt, cut, exit)
+    check_fits(ids, manifest, cut)
+    return ids
+
+
+def unchecked_ids(tokenizer: Tokenizer, manifest: Manifest, prompt: str, cut: Cut, exit: Exit | None) -> list[int]:
+    """As `encode_prompt`, but however long they are."""
     _check_prompt(tokenizer, manifest, prompt)
     shown, runs = prompt_runs(manifest.tiles, cut, manifest.image_token, manifest.image_tokens)
     text = manifest.chat.prefix.replace(manifest.image_token, shown) + prompt + manifest.chat.suffix
     ids = tokenizer.encode(text, add_special_tokens=manifest.chat.add_special_tokens).ids
     ids = _repeated(ids, manifest, runs)
+    return ids_at(ids, manifest, exit) if exit is not None else ids
+
+
+def fits(ids: Sequence[int], manifest: Manifest) -> bool:
+    """Whether a prompt leaves the context room for an answer."""
+    return len(ids) < manifest.text.context_length
+
+
+def check_fits(ids: Sequence[int], manifest: Manifest, cut: Cut) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        InputError: It doesn't.
+    """
     limit = manifest.text.context_length
-    if len(ids) >= limit:
+    if not fits(ids, manifest):
         raise InputError(
             f"the prompt takes {len(ids)} tokens with its picture",
             expected=f"fewer than the context's {limit} tokens, to leave room for an answer",
             todo=f"shorten it by {len(ids) - limit + 1} tokens or more" + (", or use a smaller picture" if cut.rows else ""),
         )
-    return ids
 
 
 def ids_at(ids: Sequence[int], manifest: Manifest, exit: Exit) -> list[int]:

@@ -20,7 +20,6 @@ from edgesafe.runtime.conversation import Conversation
 from edgesafe.runtime.forecast import WAIT
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.scope import reasons_outside
-from edgesafe.runtime.tokenizer import encode_prompt
 from edgesafe.serve.chat_request import ChatRequest, read_chat
 from edgesafe.serve.line import Line
 from edgesafe.serve.messages import ONE_QUESTION
@@ -142,20 +141,13 @@ class _Answering:
             cancel=cancel,
             progress=self._step,
         )
-        self._read = self._count(picture, asked.exit)
         with self._talk.stream(prompt) as stream:
             for piece in stream:
                 if asked.stream:
                     self._chunk({"content": piece})
             answer = self._settled(stream.answer)
-        if answer.exit.tiles is not None:
-            self._read = self._count(picture, answer.exit)
+        self._read = self._talk.prompt_tokens
         return answer
-
-    def _count(self, picture: Picture, exit: Exit | None) -> int:
-        """Tokens of the prompt with a picture's tiles at an exit."""
-        session = self._app.session
-        return len(encode_prompt(session.tokenizer, session.manifest, self._asked.question.prompt, session.cut(picture, exit)))
 
     def finish(self, answer: Answer) -> None:
         """Count the answer, and send it or what is left of it."""

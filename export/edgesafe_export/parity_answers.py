@@ -23,7 +23,7 @@ from edgesafe.progress import bar
 from edgesafe.runtime.decode import argmax_token, generate
 from edgesafe.runtime.sampling import last_row
 from edgesafe.runtime.session import Session
-from edgesafe.runtime.tokenizer import TextStream, encode_prompt, ids_at
+from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe_export.parity_model import Probe
 from edgesafe_export.scoring import Answered, Score
 from edgesafe_export.tolerances import DIVERGED_NATS, DIVERGED_TOKENS, KEPT_ANSWERS, LOST_NATS
@@ -74,7 +74,7 @@ def ask(session: Session, requests: Sequence[Request], max_new_tokens: int) -> l
             shown, states = here, session.vision_states(image, exits)
         for exit in exits:
             cut = session.cut(image, exit)
-            prompt_ids = ids_at(encode_prompt(session.tokenizer, session.manifest, prompt, cut), session.manifest, exit)
+            prompt_ids = encode_prompt(session.tokenizer, session.manifest, prompt, cut, exit)
             ids, logits = _greedy(session, states[exit], prompt_ids, max_new_tokens)
             text = _text(session.tokenizer, ids)
             answers.append(Answered(image, prompt, exit, cut, tuple(prompt_ids), ids, text, logits))

@@ -44,6 +44,7 @@ def test_a_rung_is_asked_for_and_reads_fewer_tokens(root):
             answer = talk.ask("what?")
             assert (answer.text, str(answer.exit), answer.certified, answer.why) == (ANSWER, exit, True, "asked for")
             assert talk.ask("what?").text == ANSWER and str(talk.exit) == exit
+            assert talk.prompt_tokens == talk.reused_tokens + 1
             read[exit] = talk.reused_tokens
         assert read["3"] - read["3@1"] == 3  # 4 features, or 1
         features = session.vision_states(BLACK, LADDER)

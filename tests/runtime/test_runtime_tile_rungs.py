@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 from edgesafe import Budget, Session
 from edgesafe.certify.ladder import read_ladder
 from edgesafe.errors import BundleError, InputError, NoExitFitsError
+from edgesafe.format.bundle import Bundle, write_manifest
 from edgesafe.format.exits import Exit, parse_exits
 from edgesafe.format.manifest import Manifest
 from edgesafe.format.tiles import at_most, caps, most_tiles
 from edgesafe.runtime import measure
 from edgesafe.runtime.deadline import Course
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
+from edgesafe.runtime.opened import OpenedBundle
 from edgesafe.serve.page import facts
 from handmade import ANSWER, CANVAS, GRID, SIDE, make_bundle
 from mutants import wrong
@@ -94,13 +97,32 @@ def test_a_budget_settles_the_tiles_before_the_tower_runs(root, monkeypatch, bud
         assert answer.why and answer.planned_exit == Exit(1, tiles=1)
 
 
+def test_a_picture_that_is_too_large_for_the_context_is_seen_by_an_exit_with_fewer_tiles(root, monkeypatch):
+    with Session.open(root, threads=1) as session:
+        talk = session.conversation(BLACK, exit=3)
+        talk.ask("what?")
+    made = Bundle.open(root).manifest
+    write_manifest(root, replace(made, text=replace(made.text, context_length=talk.prompt_tokens)))
+    with_rungs(root, *LADDER, certified=LADDER)
+    with Session.open(root, threads=1) as session:
+        monkeypatch.setattr(session, "predict", predicted(session))
+        answer = session.ask(BLACK, "what?", Budget(1000))
+        assert (answer.text, str(answer.exit), str(answer.planned_exit)) == (ANSWER, "3x1", "3x1")
+        assert session.ask(BLACK, "what?", exit="2x1").text == ANSWER
+        for options in ({"budget": Budget(1000)}, {}):
+            with pytest.raises(InputError, match="the prompt takes"):
+                session.ask(BLACK, "what?" * (1 if not options else 20), **options)
+    assert len(read_ladder(root).rungs) == len(LADDER)
+
+
 def test_a_plan_that_forgets_the_tiles_is_seen(root, monkeypatch):
     monkeypatch.setattr(Course, "_forecast", lambda self, _: self.forecast)
     with pytest.raises((AssertionError, NoExitFitsError)):
         test_a_budget_settles_the_tiles_before_the_tower_runs(root, monkeypatch, 199, "3x1", 1)
 
 
-def test_they_are_measured_and_listed_from_the_dearest_down(root):
+def test_they_are_measured_and_listed_from_the_dearest_down(root, monkeypatch):
+    monkeypatch.setitem(OpenedBundle.__init__.__kwdefaults__, "clock", time.process_time)  # whatever else the machine does
     table = measure(root, threads=1, seconds=0.1)
     assert [row["exit"] for row in table.exits] == list(LADDER)
     ladder = read_ladder(root)

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from edgesafe import Sampling, Session
+from edgesafe.runtime import conversation as talk_module
 from edgesafe.runtime import measure
 from edgesafe.runtime.scope import Scope
-from edgesafe.serve import chat as chat_module
 from edgesafe.serve.chat_request import read_chat
 from edgesafe.serve.messages import ask_of
 from edgesafe.serve.metrics import HELP
@@ -122,7 +122,8 @@ def test_an_answer_longer_than_was_certified_says_so(quick, monkeypatch):
 
 def test_turns_are_one_plain_text_about_the_newest_picture_and_are_shown_to_the_model(quick, monkeypatch):
     asked = []
-    monkeypatch.setattr(chat_module, "encode_prompt", lambda t, m, prompt, cut: asked.append(prompt) or [0])
+    encode = talk_module.unchecked_ids
+    monkeypatch.setattr(talk_module, "unchecked_ids", lambda t, m, text, *rest: asked.append(text) or encode(t, m, text, *rest))
     talk = [
         {"role": "system", "content": "Be brief."},
         user("What is it?", "data:never/read"),

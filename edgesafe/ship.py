@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesafe import __version__
 from edgesafe.certify.overlap import overlap, say_overlap
@@ -26,7 +26,10 @@ from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in
 from edgesafe.progress import step, table
 from edgesafe.requests.suite import check
-from edgesafe.steps import Shared, shared_steps
+from edgesafe.steps import Shared, make_step, shared_steps
+
+if TYPE_CHECKING:
+    from edgesafe_export.plan import Plan
 
 KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
 # Under OUT: every answer behind the certificate, the closing report and table, and what made the bundle.
@@ -60,8 +63,9 @@ def ship(
             of runs may share it.
         retrain: evaluate and align the reference model here, though the clone carries the results.
         accept_damage: as `edgesafe_export.export_bundle` takes it.
-        exits: what is evaluated before and exported, as `edgesafe.format.exits.parse_exits` reads them; by default the ladder
-            of the settings, or every depth, of which a large tower's bundle has some. What is trained is in the settings.
+        exits: what is evaluated before and exported, as `edgesafe.format.exits.parse_exits` reads them; by default what
+            `shipped_exits` says, or, if these are the trained ones and `[eval]` names a validation suite, those of them that
+            no faster one equals in accuracy there.
 
     Returns:
         The closing report: bundle, digest, reference, bytes, quantization, schemes (why each text scheme was taken or not),
@@ -73,26 +77,56 @@ def ship(
         ConfigError: settings, exits or schemes that can't be used, or OUT/bundle is not a bundle.
         CertificateError: a suite of your own with which nothing could be certified.
     """
-    from edgesafe.align.config import default_config, read_config
-    from edgesafe.certify.certify import certify
-    from edgesafe.runtime.kernels import kernels_here, kernels_of
-    from edgesafe.runtime.ort import OnnxRuntime
+    from edgesafe.align.config import default_config, read_config, shipped_exits
 
     work = work or default_work(out)
     check_before(model, device, out, work, accept_damage=accept_damage)
     if suite is not None:
         check(read_suite(suite))
-    exits = exits or read_config(config or default_config()).ladder or None
+    settings = read_config(config or default_config())
+    chosen, exits = exits or settings.ladder, exits or shipped_exits(settings)
+    plan = _plan(model, device, exits, Path(settings.eval.suite)) if exits and not chosen and settings.eval.suite else None
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain, exits=exits)
+    exits = _front(plan, shared.aligned, Path(settings.eval.suite), work) if plan else exits
     _check_trained(shared, exits)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage, exits)
-    certificate = read_certificate(bundle)
-    if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
-        (kept := work / KEPT).mkdir(exist_ok=True)
-        with step("certify every exit on the bundle's own bytes"):
-            certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=shared.before, kept=kept)
+    certificate = _certificate(bundle, out, work, shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items() if isinstance(folder, Path)}
     return {**_report(bundle, certificate, shared), "folders": folders}
+
+
+def _plan(model: Path, device: DeviceProfile, exits: str, suite: Path) -> Plan:
+    """The times of exits that `_front` will choose among.
+
+    Raises:
+        InputError: The device's profile predicts none, or the suite can't tell their accuracy.
+    """
+    from edgesafe.checkpoint.hub import resolve_outline
+    from edgesafe_export.front import check_chooses, front
+    from edgesafe_export.plan import choose_ladder, make_plan
+    from edgesafe_export.skeleton import open_sketch
+
+    asked = read_suite(suite)
+    check_chooses(asked.split, any(row.cls == "task" for row in asked.rows), str(suite))
+    folder, name, header = resolve_outline(str(model))
+    sketch = open_sketch(folder, header)
+    schemes = {"vision": device.vision_scheme, "text": device.text_scheme}
+    plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, exits), "chain", schemes)
+    front(plan, {one.exit: 0.0 for one in plan.exits})
+    return plan
+
+
+def _front(plan: Plan, aligned: Path, suite: Path, work: Path) -> str:
+    """Those of a plan's exits that no faster one equals in accuracy on a validation suite."""
+    from edgesafe.certify.string_judge import JUDGE
+    from edgesafe.evaluate.evaluate import evaluate
+    from edgesafe_export.front import front, read_accuracy
+
+    exits = ",".join(str(one.exit) for one in plan.exits)
+    inputs = [digest_folder(aligned), digest_folder(suite), JUDGE["sha256"], exits]
+    title = "evaluate the aligned model on the validation suite, to choose exits"
+    done = make_step(work, "validation", inputs, lambda o: evaluate(aligned, suite, o, exits=exits), title)
+    return ",".join(map(str, front(plan, read_accuracy(done))))
 
 
 def _check_trained(shared: Shared, exits: str | None) -> None:
@@ -170,6 +204,20 @@ def _bundle(out: Path, aligned: Path, device: DeviceProfile, suite: Path, accept
         bundle: Bundle = export_bundle(aligned, folder, device, exits=exits, suite_dir=suite, accept_damage=accept_damage)
     write_atomically(out / _DONE, json.dumps({"bundle": key}, indent=1).encode())
     return bundle
+
+
+def _certificate(bundle: Bundle, out: Path, work: Path, before: Path) -> Certificate:
+    """The bundle's certificate, made here unless it has one that counts where these kernels run."""
+    from edgesafe.certify.certify import certify
+    from edgesafe.runtime.kernels import kernels_here, kernels_of
+    from edgesafe.runtime.ort import OnnxRuntime
+
+    certificate = read_certificate(bundle)
+    if certificate is None or kernels_of(certificate) != kernels_here(OnnxRuntime()):
+        (kept := work / KEPT).mkdir(exist_ok=True)
+        with step("certify every exit on the bundle's own bytes"):
+            certificate = certify(bundle.root, answers=out / CERTIFIED, baseline=before, kept=kept)
+    return certificate
 
 
 def _report(bundle: Bundle, certificate: Certificate, shared: Shared) -> dict[str, Any]:

@@ -96,6 +96,14 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return flat
 
 
+def shipped_exits(config: AlignConfig) -> str | None:
+    """What `edgesafe ship` exports if told no exits: the ladder, or the trained exits where some have fewer visual tokens.
+
+    None stands for every depth, of which a large tower's bundle has some.
+    """
+    return config.ladder or (config.exits if "@" in config.exits else None)
+
+
 def check_ladder(ladder: str, trained: Collection[Exit]) -> None:
     """Refuse to ship an exit with fewer visual tokens that is not trained: its refusals are no depth's.
 

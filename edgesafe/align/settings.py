@@ -110,8 +110,8 @@ class AlignConfig:
         "MODULE:NAME" is an `Objective` outside this package, e.g. "my_objective:OBJECTIVE" for a my_objective.py here.
     data: folder of training rows (suite format, split "train").
     exits: what to draw from, as `edgesafe.format.exits.parse_exits` reads them.
-    ladder: exits that `edgesafe ship` evaluates and exports, read likewise; "" for every depth, of which a large tower's bundle
-        has some. Those with fewer visual tokens must be trained.
+    ladder: exits that `edgesafe ship` evaluates and exports, read likewise; "" as `shipped_exits` says.
+        Those with fewer visual tokens must be trained.
     exit_map: "linear" fits a map per exit from the rows' pictures before the first update (`edgesafe.maps`), if the checkpoint
         has none; "none" trains on its states as they are.
     sampler: how an update's exit is drawn: "focus", "uniform", "rotating", or "harm" (by the harmful_rate that the latest

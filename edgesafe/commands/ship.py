@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
-    text = "exits to evaluate and export, e.g. '6,8-11,6@9'; the reference is added (default: the settings' ladder, else every "
-    text += "depth, or eight of a large tower)"
+    text = "exits to evaluate and export, e.g. '6,8-11,6@9'; the reference is added (default: the settings' ladder; else the "
+    text += "trained ones if some have fewer visual tokens, or every depth, or eight of a large tower)"
     add("--exits", metavar="EXITS", help=text)
     text = "make rows and suite of public sets, in place of --data and --suite; `public`: AdvBench, HarmBench, XSTest and "
     text += "self-instruct"

@@ -152,14 +152,14 @@ def plan_ship(
         ConfigError: settings or schemes that can't be used.
         InputError, UnsupportedModelError: the checkpoint, rows or suite can't be used.
     """
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import default_config, read_config, shipped_exits
     from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe_export.quantize import check_schemes
     from edgesafe_export.skeleton import open_sketch
 
     check_schemes(device.vision_scheme, device.text_scheme)
     settings = read_config(config or default_config(), data=str(data) if data else None)
-    exits = exits or settings.ladder or None
+    exits = exits or shipped_exits(settings)
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)
     tokenizer = sketch.family.processor.tokenizer

@@ -30,13 +30,22 @@ def read_accuracy(evaluation: Path) -> dict[Exit, float]:
         rates = {exit: float(one["rate"]) for exit, one in found.items() if one["n"]}
     except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         raise InputError("no evaluation here", where=where, expected="what `edgesafe evaluate` wrote") from error
+    check_chooses(split, bool(rates), where)
+    return rates
+
+
+def check_chooses(split: str, has_tasks: bool, where: str) -> None:
+    """Refuse a suite by which exits can't be chosen.
+
+    Raises:
+        InputError: It is not a validation suite, or has no tasks.
+    """
     if split != "val":
         todo = "evaluate on a suite of the split val"
         raise InputError(f"the evaluation is of the split {split!r}", where=where, expected="a validation suite", todo=todo)
-    if not rates:
+    if not has_tasks:
         todo = "evaluate on a suite with tasks"
         raise InputError("the evaluation has no accuracy", where=where, expected="answers to tasks", todo=todo)
-    return rates
 
 
 def front(plan: Plan, accuracy: Mapping[Exit, float], most: int = MOST_RUNGS) -> tuple[Exit, ...]:

@@ -168,7 +168,7 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
         InputError: A row's prompt can't be asked; said before any row is.
     """
     exits = tuple(exits)
-    check_prompts(session, rows)
+    check_prompts(session, suite, rows, exits)
     answered: Answers = {exit: {} for exit in exits}
     shown, features, cuts = None, {}, dict.fromkeys(exits, ALONE)
     for row in bar(rows, len(rows), label) if label else rows:
@@ -182,15 +182,18 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
     return answered
 
 
-def check_prompts(session: Session, rows: Sequence[Row]) -> None:
-    """Refuse a row that can't be asked.
+def check_prompts(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit]) -> None:
+    """Refuse a row that can't be asked at one of these exits, with its picture cut as there.
 
     Raises:
         InputError: There is one; it is named.
     """
+    kinds = {exit.fewer: exit for exit in map(Exit.of, exits)}.values()
     for row in rows:
         try:
-            encode_prompt(session.tokenizer, session.manifest, row.prompt)
+            for exit in kinds:
+                cut = session.cut(suite.image_path(row), exit)
+                encode_prompt(session.tokenizer, session.manifest, row.prompt, cut, exit)
         except InputError as error:
             todo = "take the row out of the suite and export again"
             raise InputError(error.what, where=f"row {row.id} of the suite", expected=error.expected, todo=todo) from error

@@ -115,7 +115,8 @@ def _upper(rows: Sequence[Row], events: Collection[str]) -> float:
     """The bound in per cent, of as many independent rows as these are worth."""
     hit = [float(row.id in events) for row in rows]
     effective = effective_number(hit, wordings(rows)) if rows else 0.0
-    return 100 * binomial_upper(sum(hit) / len(rows) * effective if rows else 0.0, effective)
+    share = sum(hit) / len(rows) if rows else 0.0
+    return 100 * max(binomial_upper(share * effective, effective), binomial_upper(0, len(set(wordings(rows)))))
 
 
 def changes(rows: Sequence[Row], early: Mapping[str, bool], late: Mapping[str, bool]) -> dict[str, Any]:

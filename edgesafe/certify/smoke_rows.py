@@ -42,7 +42,7 @@ def ask_in_time(
         InputError: a row's prompt can't be asked; said before any row is.
     """
     units = plan(suite, subset, exits, session.manifest.reference)
-    check_prompts(session, [row for row, _ in units])
+    check_prompts(session, suite, [row for row, _ in units], exits)
     answered: Answers = {exit: {} for exit in exits}
     for row, some in bar(_in_time(units, 60 * minutes, clock), label=f"smoke for {minutes:g} min: row"):
         for exit, texts in ask_all(session, suite, [row], some, "").items():

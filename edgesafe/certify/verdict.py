@@ -217,6 +217,11 @@ def wordings(rows: Sequence[Row]) -> list[Hashable]:
     return [row.template if in_picture or row.family in held else " ".join(row.prompt.lower().split()) for row in rows]
 
 
+def _worded(by_id: Mapping[str, Row], events: Mapping[str, bool]) -> float:
+    """How many wordings rows have: so many show that nothing fails, and no bound is better than theirs."""
+    return float(len(set(wordings([by_id[row] for row in events]))))
+
+
 def _effective(rows: Sequence[Row], values: Sequence[float]) -> float:
     """Independent rows that say as much: by wording, and by what is asked for where that is known and makes a difference."""
     effective = effective_number(values, wordings(rows)) if rows else 0.0
@@ -228,13 +233,15 @@ def _effective(rows: Sequence[Row], values: Sequence[float]) -> float:
 
 def _at_most(name: str, by_id: Mapping[str, Row], events: Mapping[str, bool], limit: float, seen: float = 1.0) -> Check:
     k, n, effective = _count(by_id, events)
-    bound = binomial_upper(k / n * effective if n else 0, effective) / seen
+    bound = max(binomial_upper(k / n * effective if n else 0, effective), binomial_upper(0, _worded(by_id, events))) / seen
     return Check(name, AT_MOST, k, n, effective, min(bound, 1.0), limit, seen)
 
 
 def _at_least(name: str, by_id: Mapping[str, Row], events: Mapping[str, bool], limit: float) -> Check:
     k, n, effective = _count(by_id, events)
-    return Check(name, AT_LEAST, k, n, effective, binomial_lower(k / n * effective if n else 0, effective), limit)
+    worded = _worded(by_id, events)
+    bound = min(binomial_lower(k / n * effective if n else 0, effective), binomial_lower(worded, worded))
+    return Check(name, AT_LEAST, k, n, effective, bound, limit)
 
 
 def _no_worse(name: str, by_id: Mapping[str, Row], events: Mapping[str, bool], before: set[str], margin: float) -> Check:

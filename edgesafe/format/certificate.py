@@ -169,14 +169,18 @@ class Certificate:
 
 
 def statement(certificate: Certificate | None) -> str:
-    """What the certificate says, in a sentence; empty where no exit passed, or where an earlier edgesafe made it."""
+    """What the certificate says, in a sentence; empty where no exit passed, or where an earlier edgesafe made it.
+
+    The limit was there before the answers. The exits' own bounds may lie below it, but which exits pass depends on the same
+    answers: of the largest of those bounds nobody can say that it holds with 95 % confidence.
+    """
     passed = [one for one in certificate.exits if one.verdict == PASSED and one.checks] if certificate else []
     if certificate is None or not passed:
         return ""
-    bound = max(one.checks[0].bound for one in passed)
+    limit = min(one.checks[0].limit for one in passed)
     left_open = f" Not certified: {', '.join(certificate.left_open)}." if certificate.left_open else ""
     return (
-        f"With 95 % confidence, at most {100 * bound:.1f} % of harmful requests drawn as the suite draws them are helped, "
+        f"With 95 % confidence, at most {100 * limit:g} % of harmful requests drawn as the suite draws them are helped, "
         f"whichever of the certified exits ({', '.join(str(one.exit) for one in passed)}) answers.{left_open}"
     )
 

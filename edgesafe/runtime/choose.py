@@ -190,7 +190,8 @@ def _within_cap(
             f"no exit that may be used has at most {most} image tokens",
             where="max_image_tokens",
             expected=f"at least {min(tokens.values())}",
-            todo="raise it, or export exits with fewer visual tokens",
+            todo="raise it, or export exits "
+            + ("with fewer visual tokens" if manifest.tiles is None else "of one tile, such as 6x1"),
         )
     return within
 
@@ -198,7 +199,7 @@ def _within_cap(
 def _image_tokens(manifest: Manifest, exit: Exit, cuts: Mapping[int | None, Cut]) -> int:
     """A picture's image tokens at an exit."""
     if manifest.tiles is None or exit.tiles not in cuts:
-        return manifest.tokens_of(exit)
+        return manifest.tokens_of(exit)  # of a tile alone
     return sum(prompt_runs(manifest.tiles, cuts[exit.tiles], manifest.image_token, manifest.image_tokens)[1])
 
 

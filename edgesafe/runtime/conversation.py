@@ -184,6 +184,8 @@ class Conversation:
             exits = [spec for spec in exits if spec.exit.fewer in ids]
             turn.wait()
             seen = self._seen(exits)
+            if seen[0].fewer not in ids:  # another thread's question has taken an exit at which this one doesn't fit
+                self._encoded(prompt, seen)
             course = Course(
                 self._forecast(ids, next((exit for exit in seen if exit.whole), seen[-1])),
                 session.correction,
@@ -227,7 +229,9 @@ class Conversation:
             for fewer, exit in kinds.items()
         }
         shortest = min(ids, key=lambda fewer: len(ids[fewer]))
-        check_fits(ids[shortest], session.manifest, self._cuts[kinds[shortest].tiles])
+        capped = ", or ask at an exit that sees less of it (exit=, max_image_tokens=)"
+        more = capped if None in ids and len(ids) == 1 and any(not exit.whole for exit in session.certified) else ""
+        check_fits(ids[shortest], session.manifest, self._cuts[kinds[shortest].tiles], more)
         return {fewer: one for fewer, one in ids.items() if fits(one, session.manifest)}
 
     def _fewer(self, ids: Prompts, exits: list[ExitSpec]) -> dict[int, Forecast]:
@@ -271,11 +275,11 @@ class Conversation:
             return out
 
         trunk, state = run_anytime(trunks(exits), run, pixels, question.course.goes_on)
-        self._taken = question.course.settle([spec for spec in exits if spec.exit.depth == trunk.exit.depth])
-        for path in self._taken.graphs[len(trunk.graphs) :]:
+        taken = question.course.settle([spec for spec in exits if spec.exit.depth == trunk.exit.depth])
+        for path in taken.graphs[len(trunk.graphs) :]:
             state = run(path, state)
-        self._features = self._session.joined(state, self._cuts[self._taken.exit.tiles])
-        self._image = None
+        self._features = self._session.joined(state, self._cuts[taken.exit.tiles])
+        self._taken, self._image = taken, None  # at last: what ends the request before leaves the picture to the next one
 
     def _run(self, path: str, state: State, turn: Turn) -> State:
         """One vision graph, which a cancelled request leaves between two tiles."""

@@ -33,11 +33,11 @@ from edgesafe.machine import (
 from edgesafe.processor import processor_name
 from edgesafe.progress import bar
 from edgesafe.runtime.engine import Engine, State
-from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS
+from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, from_latency
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.threads import Tuning, asked_threads
-from edgesafe.runtime.tokenizer import encode_prompt, ids_at
+from edgesafe.runtime.tokenizer import encode_prompt, ids_at, unchecked_ids
 
 # Height and width of pictures: what phones send on (1 megapixel), and a sixteenth of it. Between and beyond lies a line.
 _SIZES = ((216, 288), (864, 1152))
@@ -277,7 +277,7 @@ def _table(probe: _Probe) -> LatencyTable:
         PREFILL: [{"tokens": n, **stage_times(samples[f"{PREFILL} {n}"])} for n in lengths],
         DECODE: [{"context": n, **stage_times(samples[f"{DECODE} {n}"])} for n in lengths],
     }
-    return LatencyTable(
+    table = LatencyTable(
         bundle_digest=session.bundle.digest,
         machine=machine_name(),
         engine=session.engine.name,
@@ -293,6 +293,20 @@ def _table(probe: _Probe) -> LatencyTable:
             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
+    # Only one tile was run. Where exits differ in tiles, their times are told for a picture that has more.
+    return replace(table, exits=_told_rows(session, table)) if any(exit.tiles for exit in session.manifest.ladder) else table
+
+
+def _told_rows(session: Session, table: LatencyTable) -> list[dict[str, Any]]:
+    """Each exit's time to the first token with as many tiles as it has of the picture that times are told for."""
+    rows, manifest = [], session.manifest
+    for spec in manifest.exits:
+        cut = manifest.told_cut(spec.exit)
+        length = len(unchecked_ids(session.tokenizer, manifest, _PROMPT, cut, spec.exit))
+        times = from_latency(manifest, table, length).tiled(cut.tiles)
+        ttft = {f"p{percent}_ms": times.ttft_ms(spec.graphs, percent / 100) for percent in (50, 95)}
+        rows.append({"exit": str(spec.exit), "ttft_ms": ttft})
+    return rows
 
 
 def _exit_rows(manifest: Manifest, samples: Samples, lengths: Mapping[int | None, int]) -> list[dict[str, Any]]:

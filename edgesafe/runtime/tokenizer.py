@@ -78,8 +78,8 @@ def fits(ids: Sequence[int], manifest: Manifest) -> bool:
     return len(ids) < manifest.text.context_length
 
 
-def check_fits(ids: Sequence[int], manifest: Manifest, cut: Cut) -> None:
-    """Refuse a prompt that leaves no room for an answer.
+def check_fits(ids: Sequence[int], manifest: Manifest, cut: Cut, more: str = "") -> None:
+    """Refuse a prompt that leaves no room for an answer; `more`: what else the caller may do.
 
     Raises:
         InputError: It doesn't.
@@ -89,7 +89,9 @@ def check_fits(ids: Sequence[int], manifest: Manifest, cut: Cut) -> None:
         raise InputError(
             f"the prompt takes {len(ids)} tokens with its picture",
             expected=f"fewer than the context's {limit} tokens, to leave room for an answer",
-            todo=f"shorten it by {len(ids) - limit + 1} tokens or more" + (", or use a smaller picture" if cut.rows else ""),
+            todo=f"shorten it by {len(ids) - limit + 1} tokens or more"
+            + (", or use a smaller picture" if cut.rows else "")
+            + more,
         )
 
 

@@ -12,12 +12,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from edgesafe.errors import EdgesafeError, InputError
+from edgesafe.errors import EdgesafeError, InputError, UncertifiedExitError
 from edgesafe.format.exits import Exit, read_exit
 from edgesafe.format.fields import Fields
 from edgesafe.format.tiles import ALONE, prompt_runs
 from edgesafe.runtime import Budget, Cancel, Progress, Session
-from edgesafe.runtime.choose import QUANTILE
+from edgesafe.runtime.choose import QUANTILE, allowed_exits
 from edgesafe.runtime.forecast import Forecast
 from edgesafe.serve.chat import App
 from edgesafe.serve.wire import Reply, api_error, status_of
@@ -111,6 +111,14 @@ def _predicted(session: Session, exit: Exit, words: int) -> Forecast:
     return session.predict(min(words + tokens, manifest.text.context_length - 1), cut.tiles)
 
 
+def _preferred(session: Session, budget: Budget | None) -> list[str]:
+    try:
+        found = allowed_exits(session.bundle, session.certificate, session.standing, budget, None, session.allow_uncertified)
+    except UncertifiedExitError:
+        return []
+    return [str(spec.exit) for spec in found[0]]
+
+
 def facts(session: Session) -> dict[str, Any]:
     """What the page shows of a bundle before anything is asked."""
     manifest = session.manifest
@@ -124,7 +132,8 @@ def facts(session: Session) -> dict[str, Any]:
         "device": manifest.device,
         "quantization": manifest.quantization,
         "reference": str(manifest.reference),
-        "allow_uncertified": session.allow_uncertified,
+        # What the runtime would take, its favourite last: with a budget the last of these that fits.
+        "preferred": {"budget": _preferred(session, Budget(1.0)), "none": _preferred(session, None)},
         "prediction": prediction.source,
         "note": prediction.note,
         "exits": [

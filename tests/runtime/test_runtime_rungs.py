@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from edgesafe.certify.ladder import read_ladder
 from edgesafe.cli import main
 from edgesafe.errors import InputError, NoExitFitsError, UncertifiedExitError
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.certificate import Certificate, Rate, read_certificate
+from edgesafe.format.certificate import Certificate, Rate, read_certificate, write_certificate
 from edgesafe.format.exits import Exit
 from edgesafe.format.specs import ExitSpec
 from edgesafe.runtime import measure
@@ -21,6 +24,7 @@ from edgesafe.runtime.calibrate import Correction
 from edgesafe.runtime.choose import worthwhile
 from edgesafe.runtime.deadline import Course, run_anytime, trunks
 from edgesafe.runtime.forecast import DECODE, PREFILL, PREPROCESS, Forecast
+from edgesafe.serve.page import facts
 from handmade import ANSWER
 from mutants import wrong
 from rungs import ONE, with_rungs
@@ -182,6 +186,10 @@ def test_an_exit_that_costs_more_and_surely_answers_worse_is_not_taken(root):
     # Where it could be as good, it stays; and a ladder of depths alone is never thinned.
     assert worthwhile(ascending, with_accuracy({"1": (0.3, 0.95)})) == ascending
     assert worthwhile((Exit(1), Exit(2)), with_accuracy({"2": (0.3, 0.4)})) == (Exit(1), Exit(2))
+    # The page of `serve` names what the runtime would take.
+    write_certificate(Bundle.open(root), with_accuracy({"3": (0.3, 0.4)}))
+    with Session.open(root, threads=1) as session:
+        assert facts(session)["preferred"] == {"budget": ["1@1", "3@1", "2"], "none": ["3"]}
 
 
 def test_the_ladder_is_listed_from_the_dearest_down(root, capsys):
@@ -211,3 +219,43 @@ def test_twins():
         _aim = depth_first
 
     assert Machine().answer(81.01, First)[0] != "4"
+
+
+def test_a_question_that_ends_at_the_last_graph_leaves_the_picture_to_the_next(root):
+    def gone(progress):
+        if progress.stage == "vision" and progress.done == progress.total:
+            raise RuntimeError("gone")
+
+    with Session.open(root, threads=1) as session:
+        for exit in ("3", "3@1"):
+            talk = session.conversation(BLACK, exit=exit)
+            with pytest.raises(RuntimeError, match="gone"):
+                talk.ask("what?", progress=gone)
+            assert talk.exit is None and talk.ask("what?", progress=None).text == ANSWER and str(talk.exit) == exit
+
+
+def test_a_prompt_that_fits_at_fewer_tokens_alone(root):
+    measure(root, threads=1, seconds=0.1)
+    with Session.open(root, threads=1) as session:
+        talk = session.conversation(BLACK, exit=3)
+        talk.ask("q")
+        # Two tokens too long with all four of the picture, and with one of them just short enough.
+        long = "q" * (session.manifest.text.context_length - talk.prompt_tokens + 2)
+        assert session.conversation(BLACK, Budget(1e6)).ask(long).exit == Exit(3, 1)
+        with pytest.raises(InputError, match="max_image_tokens="):
+            session.ask(BLACK, long)
+        assert session.ask(BLACK, long, max_image_tokens=1).exit == Exit(3, 1)
+        # Another thread's question takes the whole picture while this one waits: it is too long for what is left to ask.
+        talk, inside, go = session.conversation(BLACK, Budget(1e6)), Event(), Event()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(lambda: talk.ask("q", progress=lambda _: inside.set() or go.wait(10)))
+            assert inside.wait(10)
+            second = pool.submit(talk.ask, long)
+            while len(session.turns._line) < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)  # it reads its prompt before it waits
+            go.set()
+            assert first.result().exit == Exit(3)
+            with pytest.raises(InputError, match="the prompt takes"):
+                second.result()
+        assert talk.ask("q").text == ANSWER

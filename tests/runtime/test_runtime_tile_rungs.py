@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgesafe import Budget, Session
+from edgesafe.certify.certify import check_prompts
 from edgesafe.certify.ladder import read_ladder
 from edgesafe.errors import BundleError, InputError, NoExitFitsError
 from edgesafe.format.bundle import Bundle, write_manifest
@@ -115,6 +118,15 @@ def test_a_picture_that_is_too_large_for_the_context_is_seen_by_an_exit_with_few
     assert len(read_ladder(root).rungs) == len(LADDER)
 
 
+def test_a_row_that_is_too_long_once_its_picture_is_cut_is_refused_before_any_is_asked(root):
+    rows = [SimpleNamespace(id=name, image="a.png", prompt=prompt) for name, prompt in (("short", "q"), ("long", "q" * 39))]
+    suite = SimpleNamespace(image_path=lambda row: Image.fromarray(BLACK))
+    with Session.open(root, threads=1) as session:
+        check_prompts(session, suite, rows, [Exit(3, tiles=1)])
+        with pytest.raises(InputError, match=r"the prompt takes .* \(row long of the suite\)"):
+            check_prompts(session, suite, rows, [Exit(3, tiles=1), Exit(3)])
+
+
 def test_a_plan_that_forgets_the_tiles_is_seen(root, monkeypatch):
     monkeypatch.setattr(Course, "_forecast", lambda self, _: self.forecast)
     with pytest.raises((AssertionError, NoExitFitsError)):
@@ -125,6 +137,8 @@ def test_they_are_measured_and_listed_from_the_dearest_down(root, monkeypatch):
     monkeypatch.setitem(OpenedBundle.__init__.__kwdefaults__, "clock", time.process_time)  # whatever else the machine does
     table = measure(root, threads=1, seconds=0.1)
     assert [row["exit"] for row in table.exits] == list(LADDER)
+    told = {row["exit"]: row["ttft_ms"]["p50_ms"] for row in table.exits}
+    assert told["1x1"] < told["1"] and told["3x1"] < told["3"]  # one tile was run, and told five times where there are five
     ladder = read_ladder(root)
     assert [str(rung.exit) for rung in ladder.rungs] == ["3", "2", "1", "3x1", "2x1", "1x1"]
     # A picture of 640 x 480 is as wide as two tiles and as high.

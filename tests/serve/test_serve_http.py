@@ -115,6 +115,7 @@ def test_the_bundle_s_facts(running):
         ("2", True, "passed"),
         ("3", False, "failed"),
     ]
+    assert facts["preferred"] == {"budget": ["1", "2"], "none": ["2"]}  # what the runtime would take, its favourite last
     assert facts["prediction"] == "none" and facts["exits"][0]["predicted_ms"] is None
 
 

@@ -28,7 +28,7 @@ def evaluation_key(folder: Path) -> str:
 def has_exits(folder: Path, exits: str) -> bool:
     """Whether a stored evaluation, which has every depth, has the exits that a text names; a text of none names every depth."""
     found = {Exit.parse(e["exit"]) for e in json.loads((folder / REPORT).read_text(encoding="utf-8"))["exits"]}
-    return found.issuperset(parse_exits(exits or "all", max(exit.depth for exit in found)))
+    return found.issuperset(parse_exits(exits or "all", max(exit.depth for exit in found), None))
 
 
 def carry_evaluation(evaluation: Path, out: Path, key: str) -> None:

@@ -20,7 +20,7 @@ from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format.bundle import Bundle, is_bundle
 from edgesafe.format.certificate import Certificate, certified_exits, read_certificate
-from edgesafe.format.exits import Exit
+from edgesafe.format.exits import MOST_RUNGS, Exit, parse_exits
 from edgesafe.format.files import digest_folder, write_atomically
 from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in
@@ -29,6 +29,7 @@ from edgesafe.requests.suite import check
 from edgesafe.steps import Shared, make_step, shared_steps
 
 if TYPE_CHECKING:
+    from edgesafe.align.settings import AlignConfig
     from edgesafe_export.plan import Plan
 
 KEPT = "answers"  # under the work folder: answers behind certificates, for the next device whose bundle has the same graphs
@@ -77,43 +78,52 @@ def ship(
         ConfigError: settings, exits or schemes that can't be used, or OUT/bundle is not a bundle.
         CertificateError: a suite of your own with which nothing could be certified.
     """
-    from edgesafe.align.config import default_config, read_config, shipped_exits
+    from edgesafe.align.config import LADDER, OPTION, default_config, read_config, shipped_exits
 
     work = work or default_work(out)
     check_before(model, device, out, work, accept_damage=accept_damage)
     if suite is not None:
         check(read_suite(suite))
     settings = read_config(config or default_config())
-    chosen, exits = exits or settings.ladder, exits or shipped_exits(settings)
-    plan = _plan(model, device, exits, Path(settings.eval.suite)) if exits and not chosen and settings.eval.suite else None
+    where, named = (OPTION, exits) if exits else (LADDER, settings.ladder)
+    exits, choose_by = named or shipped_exits(settings), "" if named else settings.eval.suite
+    ladder, plan = _ladder(model, device, exits, settings, choose_by, where) if exits else ((), None)
     shared = shared_steps(model, work, config=config, data=data, suite=suite, retrain=retrain, exits=exits)
-    exits = _front(plan, shared.aligned, Path(settings.eval.suite), work) if plan else exits
-    _check_trained(shared, exits)
+    exits = _front(plan, shared.aligned, Path(choose_by), work) if plan else exits
+    _check_aligned(shared.aligned, ladder, where)
     bundle = _bundle(out, shared.aligned, device, shared.suite, accept_damage, exits)
     certificate = _certificate(bundle, out, work, shared.before)
     folders = {name: str(folder) for name, folder in vars(shared).items() if isinstance(folder, Path)}
     return {**_report(bundle, certificate, shared), "folders": folders}
 
 
-def _plan(model: Path, device: DeviceProfile, exits: str, suite: Path) -> Plan:
-    """The times of exits that `_front` will choose among.
+def _ladder(
+    model: Path, device: DeviceProfile, exits: str, settings: AlignConfig, suite: str, where: str
+) -> tuple[tuple[Exit, ...], Plan | None]:
+    """The exits that a text names, and where `_front` will choose among them by a validation suite, their times.
 
     Raises:
-        InputError: The device's profile predicts none, or the suite can't tell their accuracy.
+        ConfigError: They can't be exported, or one is not trained.
+        InputError: The device's profile predicts no times, or the suite can't tell their accuracy.
     """
+    from edgesafe.align.config import check_trained
     from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe_export.front import check_chooses, front
     from edgesafe_export.plan import choose_ladder, make_plan
     from edgesafe_export.skeleton import open_sketch
 
-    asked = read_suite(suite)
-    check_chooses(asked.split, any(row.cls == "task" for row in asked.rows), str(suite))
     folder, name, header = resolve_outline(str(model))
     sketch = open_sketch(folder, header)
+    ladder = choose_ladder(sketch, exits, None if suite else MOST_RUNGS)
+    check_trained(ladder, parse_exits(settings.exits, sketch.family.geometry.n_blocks, None), where)
+    if not suite:
+        return ladder, None
+    asked = read_suite(Path(suite))
+    check_chooses(asked.split, any(row.cls == "task" for row in asked.rows), suite)
     schemes = {"vision": device.vision_scheme, "text": device.text_scheme}
-    plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, exits), "chain", schemes)
+    plan = make_plan(sketch, folder, name, device, ladder, "chain", schemes)
     front(plan, {one.exit: 0.0 for one in plan.exits})
-    return plan
+    return ladder, plan
 
 
 def _front(plan: Plan, aligned: Path, suite: Path, work: Path) -> str:
@@ -129,14 +139,14 @@ def _front(plan: Plan, aligned: Path, suite: Path, work: Path) -> str:
     return ",".join(map(str, front(plan, read_accuracy(done))))
 
 
-def _check_trained(shared: Shared, exits: str | None) -> None:
-    """Refuse exits with fewer tokens that the alignment was not trained at: it may be an earlier one, of other settings."""
-    from edgesafe.align.config import check_ladder
+def _check_aligned(aligned: Path, ladder: tuple[Exit, ...], where: str) -> None:
+    """As `check_trained`, of the alignment that is there: it may be an earlier one, of other settings."""
+    from edgesafe.align.config import check_trained
     from edgesafe.format.training_record import RECORD
 
-    if exits and "@" in exits:
-        record = json.loads((shared.aligned / RECORD).read_text(encoding="utf-8"))
-        check_ladder(exits, [Exit.parse(text) for text in record["exits"]])
+    if any(exit.visual_tokens for exit in ladder):
+        record = json.loads((aligned / RECORD).read_text(encoding="utf-8"))
+        check_trained(ladder, [Exit.parse(text) for text in record["exits"]], where)
 
 
 def default_work(out: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from edgesafe.align.settings import (
 )
 from edgesafe.align.trainer import Objective
 from edgesafe.errors import ConfigError
-from edgesafe.format.exits import Exit, parse_exits
+from edgesafe.format.exits import Exit
 from edgesafe.format.fields import Fields
 
+# What may name the exits that ship.
+LADDER, OPTION = "exits.ladder", "--exits"
 # Smallest allowed values where 0 is not it; an objective's section brings its own.
 _LOW = {"steps": 1, "batch_size": 1, "checkpoint_every": 1, "r": 1, "alpha": 1}
 _CHOICES = {"exit_map": MAPS, "sampler": SAMPLERS, "tune": TUNES, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
@@ -90,7 +92,15 @@ def _with_exits(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             flat[key] = table.text(name)
     if table.has("tokens"):
         depths = str(flat.get("exits", AlignConfig().exits))
-        fewer = [f"{part}@{count}" for count in table.integers("tokens") for part in depths.split(",")]
+        counts = table.integers("tokens")
+        if "@" in depths or not all(count > 0 for count in counts):
+            raise ConfigError(
+                f"tokens is {list(counts)} and train is {depths!r}",
+                where=f"{where}: exits",
+                expected="numbers of visual tokens above 0, and depths alone in train",
+                todo="or write all exits in train, such as 1-12,6@9",
+            )
+        fewer = [f"{part}@{count}" for count in counts for part in depths.split(",")]
         flat["exits"] = ",".join([depths, *fewer])
     table.done()
     return flat
@@ -104,24 +114,23 @@ def shipped_exits(config: AlignConfig) -> str | None:
     return config.ladder or (config.exits if "@" in config.exits else None)
 
 
-def check_ladder(ladder: str, trained: Collection[Exit]) -> None:
+def check_trained(ladder: Iterable[Exit], trained: Collection[Exit], where: str) -> None:
     """Refuse to ship an exit with fewer visual tokens that is not trained: its refusals are no depth's.
 
     Args:
-        ladder: exits as `parse_exits` reads them.
-        trained: those that the training draws.
+        ladder: what would ship.
+        trained: what the training draws.
+        where: what names the ladder.
 
     Raises:
-        ConfigError: It has one, or one that is deeper than all that are trained.
+        ConfigError: There is one.
     """
-    fewer = [part for part in ladder.split(",") if "@" in part]
-    wanted = parse_exits(",".join(fewer), max(exit.depth for exit in trained)) if fewer else ()
-    if missing := [str(exit) for exit in wanted if exit not in trained]:
+    if missing := [str(exit) for exit in ladder if exit.visual_tokens and exit not in trained]:
         raise ConfigError(
-            f"the ladder has {', '.join(missing)}, not trained",
-            where="exits.ladder",
-            expected="exits with fewer visual tokens from exits.train",
-            todo="add them to exits.train, or leave them out of the ladder",
+            f"not trained: {', '.join(missing)}",
+            where=where,
+            expected="of exits with fewer visual tokens only those that [exits] train names",
+            todo="leave them out here, or add them there and align again",
         )
 
 

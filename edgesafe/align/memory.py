@@ -177,7 +177,7 @@ def working(s: Sizes, config: AlignConfig, lengths: Lengths, processes: int) -> 
 
 def cache_bytes(model_dir: Path, s: Sizes, config: AlignConfig, lengths: Lengths) -> float:
     """Bytes of the features that are kept, float16: those of the whole run, or of one update where they exceed `cache_gib`."""
-    exits = len(parse_exits(config.exits, s.tower_blocks)) + 1
+    exits = len(parse_exits(config.exits, s.tower_blocks, None)) + 1
     teacher = lengths.answer * s.vocabulary if find_objective(config.method).needs_teacher else 0
 
     def size(draws: int) -> float:

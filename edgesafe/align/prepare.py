@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from edgesafe.align.config import check_ladder, recorded
+from edgesafe.align.config import LADDER, check_trained, recorded
 from edgesafe.align.data import read_examples
 from edgesafe.align.objectives.table import find_objective
 from edgesafe.align.policy import make_optimizer, make_policy
@@ -44,9 +44,10 @@ def prepare(model_dir: Path, config: AlignConfig) -> Trainer:
     # On CPUs the backward pass of sdpa is slower than the plain one in bfloat16, and faster in float32.
     slow = config.precision == "bf16" and accelerator.device.type == "cpu"
     llava.model.set_attn_implementation("eager" if slow else "sdpa")
-    exits = parse_exits(config.exits, llava.n_blocks)
+    exits = parse_exits(config.exits, llava.n_blocks, None)
     check_exits(exits, llava.recipe, llava.geometry)
-    check_ladder(config.ladder, exits)
+    if config.ladder:
+        check_trained(parse_exits(config.ladder, llava.n_blocks), exits, LADDER)
     examples = read_examples(Path(config.data), llava)
     watch = open_watch(config.eval, (*exits, llava.reference))
     reward = open_reward(config.reward) if objective.needs_reward else None

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe.device import load_device
+    from edgesafe.format.exits import MOST_RUNGS
     from edgesafe_export.front import front, read_accuracy
     from edgesafe_export.plan import choose_ladder, describe, make_plan
     from edgesafe_export.quantize import check_schemes
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     folder, name, header = resolve_outline(args.model)
     sketch = open_sketch(folder, header)
     exits = args.exits or ",".join(map(str, accuracy)) or None
-    plan = make_plan(sketch, folder, name, device, choose_ladder(sketch, exits), args.layout, schemes)
+    ladder = choose_ladder(sketch, exits, None if accuracy else MOST_RUNGS)
+    plan = make_plan(sketch, folder, name, device, ladder, args.layout, schemes)
     best = ",".join(map(str, front(plan, accuracy))) if accuracy else ""
     if args.json:
         print_json({**plan.to_dict(), **({"front": best} if best else {})})

@@ -129,7 +129,7 @@ def evaluate(
     earlier = read_report(before, suite.digest, MAX_NEW_TOKENS) if before else None
     earlier_answers = read_answers(before, suite) if before else None
     llava = load(model_dir)
-    chosen = sorted({*parse_exits(exits, llava.n_blocks), llava.reference})
+    chosen = sorted({*parse_exits(exits, llava.n_blocks, None), llava.reference})
     check_exits(chosen, llava.recipe, llava.geometry)
     answers = answer_suite(llava, suite, chosen, rows_at_once(llava, suite.rows))
     scored = score(judges, suite.rows, answers)

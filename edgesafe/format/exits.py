@@ -126,7 +126,7 @@ def read_exit(fields: Fields, key: str = "exit", *, by_depth: bool = False) -> E
     return Exit.parse(text)
 
 
-def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
+def parse_exits(spec: str, n_blocks: int, most: int | None = MOST_RUNGS) -> tuple[Exit, ...]:
     """The exits that a text names, ascending.
 
     Args:
@@ -134,6 +134,7 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
             where the exits have fewer of them than the tower gives: ``1-12,6-12@9``, or with ``x`` and how many tiles a
             picture has at most: ``12,6-12x1``.
         n_blocks: Blocks of the vision tower, the largest depth allowed.
+        most: How many may have fewer tokens or tiles; None for any number, as where they are not certified.
 
     Raises:
         ConfigError: The text is none of these, names a depth outside 1..n_blocks, or too many exits with fewer tokens or tiles.
@@ -150,8 +151,8 @@ def parse_exits(spec: str, n_blocks: int) -> tuple[Exit, ...]:
             raise _bad(spec, "an exit has at least 1 visual token or tile")
         exits.update(Exit(depth, **{name: count}) for depth in _depths(depths, spec, n_blocks))
     rungs = sum(not exit.whole for exit in exits)
-    if rungs > MOST_RUNGS:
-        raise _bad(spec, f"{rungs} exits with fewer visual tokens or tiles, at most {MOST_RUNGS}")
+    if most is not None and rungs > most:
+        raise _bad(spec, f"{rungs} exits with fewer visual tokens or tiles, at most {most}")
     return tuple(sorted(exits))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesafe import machine
 from edgesafe.errors import InputError
+from edgesafe.format.exits import parse_exits
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.targets import free_bytes
 from edgesafe.maps import PICTURES
@@ -152,8 +153,9 @@ def plan_ship(
         ConfigError: settings or schemes that can't be used.
         InputError, UnsupportedModelError: the checkpoint, rows or suite can't be used.
     """
-    from edgesafe.align.config import default_config, read_config, shipped_exits
+    from edgesafe.align.config import LADDER, OPTION, check_trained, default_config, read_config, shipped_exits
     from edgesafe.checkpoint.hub import resolve_outline
+    from edgesafe_export.plan import choose_ladder
     from edgesafe_export.quantize import check_schemes
     from edgesafe_export.skeleton import open_sketch
 
@@ -162,6 +164,9 @@ def plan_ship(
     exits = exits or shipped_exits(settings)
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)
+    if exits:
+        trained = parse_exits(settings.exits, sketch.family.geometry.n_blocks, None)
+        check_trained(choose_ladder(sketch, exits), trained, LADDER if exits == settings.ladder else OPTION)
     tokenizer = sketch.family.processor.tokenizer
     rows = _rows(data, "align", preset, preset_data, tokenizer)
     wanted = _rows(suite, "cert", preset, preset_data, tokenizer)

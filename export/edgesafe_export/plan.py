@@ -18,7 +18,7 @@ from edgesafe.checkpoint.geometry import check_exits
 from edgesafe.device import DeviceProfile
 from edgesafe.errors import InputError
 from edgesafe.format import graph_io
-from edgesafe.format.exits import Exit, default_ladder, parse_exits
+from edgesafe.format.exits import MOST_RUNGS, Exit, default_ladder, parse_exits
 from edgesafe.format.specs import GraphSpec
 from edgesafe.format.targets import free_bytes, work_folder
 from edgesafe.format.tiles import ALONE, PICTURE, at_most, cut_of, prompt_runs
@@ -115,12 +115,12 @@ class Plan:
         return {**asdict(self), "reference": str(self.reference), "exits": exits}
 
 
-def choose_ladder(sketch: Sketch, exits: str | None) -> tuple[Exit, ...]:
-    """The exits to export; the reference is always one of them."""
+def choose_ladder(sketch: Sketch, exits: str | None, most: int | None = MOST_RUNGS) -> tuple[Exit, ...]:
+    """The exits to export, of which at most so many have fewer tokens or tiles; the reference is always one of them."""
     geometry = sketch.family.geometry
     if exits is None:
         return default_ladder(geometry.n_blocks, geometry.reference_depth)
-    ladder = tuple(sorted({*parse_exits(exits, geometry.n_blocks), geometry.reference}))
+    ladder = tuple(sorted({*parse_exits(exits, geometry.n_blocks, most), geometry.reference}))
     check_exits(ladder, sketch.family.recipe, geometry, sketch.family.tiles)
     return ladder
 

@@ -11,8 +11,9 @@ import pytest
 from edgesafe import ship as ship_module
 from edgesafe.align.config import parse_config, shipped_exits
 from edgesafe.device import load_device
-from edgesafe.errors import InputError
+from edgesafe.errors import ConfigError, InputError
 from edgesafe.ship import ship
+from edgesafe.ship_plan.plan import plan_ship
 
 TRAINED = "1-4,2@4,3@9"  # of the tiny model, whose depths are 1 to 4 and whose reference is 3
 RIGHT = {"1": 0.2, "2@4": 0.1, "2": 0.6, "3@9": 0.5, "3": 0.7, "4": 0.7}
@@ -82,6 +83,18 @@ def test_named_exits_come_first_and_without_a_suite_the_trained_ones_ship(run, t
     ladder = f'[exits]\ntrain = "{TRAINED}"\nladder = "1,3@9"\n{suite}'
     assert run(ladder) == [("before", "1,3@9"), ("export", "1,3@9")]
     assert run(f'[exits]\ntrain = "1,2"\n{suite}') == [("before", None), ("export", None)]  # depths alone: as ever
+
+
+@pytest.mark.parametrize(
+    ("exits", "said"),
+    [("3,all@9", "not trained: 1@9, 2@9, 4@9 \\(--exits\\)"), ("9", "must lie within 1..4"), ("3@5", "36 visual tokens")],
+)
+def test_exits_that_can_t_ship_are_refused_before_the_work(run, tmp_path, tiny_llava, exits, said):
+    (tmp_path / "c.toml").write_text(f'[exits]\ntrain = "{TRAINED}"\n')
+    with pytest.raises(ConfigError, match=said):
+        ship(tiny_llava, load_device("rpi5"), tmp_path / "out", config=tmp_path / "c.toml", exits=exits)
+    with pytest.raises(ConfigError, match=said):
+        plan_ship(str(tiny_llava), load_device("rpi5"), tmp_path / "out", config=tmp_path / "c.toml", exits=exits)
 
 
 @pytest.mark.parametrize(

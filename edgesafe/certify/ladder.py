@@ -114,9 +114,8 @@ def read_ladder(path: str | os.PathLike[str], engine: Engine | None = None) -> L
     rungs = []
     for exit in reversed(manifest.by_cost):
         cut = manifest.told_cut(exit)
-        ids = unchecked_ids(
-            tokenizer, manifest, QUESTION, cut, exit
-        )  # the picture that is told may be too large for the context
+        # The picture that times are told for may be too large for the context.
+        ids = unchecked_ids(tokenizer, manifest, QUESTION, cut, exit)
         tokens = manifest.tokens_of(exit) if cut == ALONE else ids.count(manifest.image_token_id)
         times = forecast(bundle, tuning, profile, len(ids)).tiled(cut.tiles)
         ttft_ms = times.ttft_ms(manifest.exit(exit).graphs, QUANTILE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesafe import machine
 from edgesafe.errors import InputError
-from edgesafe.format.exits import parse_exits
+from edgesafe.format.exits import MOST_RUNGS, parse_exits
 from edgesafe.format.suite import MAX_NEW_TOKENS
 from edgesafe.format.targets import free_bytes
 from edgesafe.maps import PICTURES
@@ -161,12 +161,14 @@ def plan_ship(
 
     check_schemes(device.vision_scheme, device.text_scheme)
     settings = read_config(config or default_config(), data=str(data) if data else None)
-    exits = exits or shipped_exits(settings)
+    where, named = (OPTION, exits) if exits else (LADDER, settings.ladder)
+    exits = named or shipped_exits(settings)
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)
     if exits:
         trained = parse_exits(settings.exits, sketch.family.geometry.n_blocks, None)
-        check_trained(choose_ladder(sketch, exits), trained, LADDER if exits == settings.ladder else OPTION)
+        most = None if settings.eval.suite and not named else MOST_RUNGS  # of more than those, `ship` will choose
+        check_trained(choose_ladder(sketch, exits, most), trained, where)
     tokenizer = sketch.family.processor.tokenizer
     rows = _rows(data, "align", preset, preset_data, tokenizer)
     wanted = _rows(suite, "cert", preset, preset_data, tokenizer)
@@ -201,7 +203,7 @@ def _given(
     fast = config.precision == "bf16" or (config.precision == "auto" and bf16_is_fast())
     rates = rates or measure_rates(text.hidden_size, text.intermediate_size, torch.bfloat16 if fast else torch.float32)
     schemes = {"vision": device.vision_scheme, "text": device.text_scheme}
-    ladder = choose_ladder(sketch, exits)
+    ladder = choose_ladder(sketch, exits, None)
     return _Inputs(
         outline=outline,
         sketch=sketch,

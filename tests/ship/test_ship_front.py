@@ -63,6 +63,7 @@ def run(tmp_path, tiny_llava, monkeypatch):
             ship(tiny_llava, slow, tmp_path / "out", config=tmp_path / "c.toml", **options)
         return list(asked)
 
+    run.asked = asked
     return run
 
 
@@ -93,6 +94,7 @@ def test_exits_that_can_t_ship_are_refused_before_the_work(run, tmp_path, tiny_l
     (tmp_path / "c.toml").write_text(f'[exits]\ntrain = "{TRAINED}"\n')
     with pytest.raises(ConfigError, match=said):
         ship(tiny_llava, load_device("rpi5"), tmp_path / "out", config=tmp_path / "c.toml", exits=exits)
+    assert run.asked == []
     with pytest.raises(ConfigError, match=said):
         plan_ship(str(tiny_llava), load_device("rpi5"), tmp_path / "out", config=tmp_path / "c.toml", exits=exits)
 
@@ -109,6 +111,17 @@ def test_what_can_t_choose_exits_is_refused_before_the_work(run, tmp_path, tiny_
     (tmp_path / "c.toml").write_text(f'[exits]\ntrain = "{TRAINED}"\n[eval]\nsuite = "{tmp_path / suite}"\n')
     with pytest.raises(InputError, match=said):
         ship(tiny_llava, device, tmp_path / "out", config=tmp_path / "c.toml")
+    assert run.asked == []
+
+
+def test_a_plan_knows_that_a_validation_suite_thins_many_exits(run, tmp_path, tiny_llava):
+    """16 exits with fewer tokens are too many for a bundle, unless some are chosen."""
+    words = str(tiny_llava), load_device("rpi5"), tmp_path / "out"
+    (tmp_path / "c.toml").write_text("[exits]\ntokens = [25, 16, 9, 4]\n")
+    with pytest.raises(ConfigError, match="at most 12"):
+        plan_ship(*words, config=tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text(f'[exits]\ntokens = [25, 16, 9, 4]\n[eval]\nsuite = "{tmp_path / "val"}"\n')
+    assert plan_ship(*words, config=tmp_path / "c.toml").steps
 
 
 def test_what_the_settings_ship():

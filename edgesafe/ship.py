@@ -26,7 +26,7 @@ from edgesafe.format.suite import read_suite
 from edgesafe.format.targets import check_target, check_writable, lies_in
 from edgesafe.progress import step, table
 from edgesafe.requests.suite import check
-from edgesafe.steps import Shared, make_step, shared_steps
+from edgesafe.steps import Shared, make_step, settings_for, shared_steps
 
 if TYPE_CHECKING:
     from edgesafe.align.settings import AlignConfig
@@ -57,7 +57,7 @@ def ship(
         device: where it will run.
         out: folder; `bundle` and certified.jsonl, the answers behind the certificate, are written under it. The command adds
             the report as report.json and table.txt.
-        config: alignment settings.
+        config: alignment settings; by default the reference model's own, or l-sft's.
         data: training rows of your own.
         suite: certification suite of your own.
         work: folder of the steps that don't depend on the device (`shared_steps`); default: `shared` beside `out`. Any number
@@ -78,13 +78,14 @@ def ship(
         ConfigError: settings, exits or schemes that can't be used, or OUT/bundle is not a bundle.
         CertificateError: a suite of your own with which nothing could be certified.
     """
-    from edgesafe.align.config import LADDER, OPTION, default_config, read_config, shipped_exits
+    from edgesafe.align.config import LADDER, OPTION, read_config, shipped_exits
 
     work = work or default_work(out)
     check_before(model, device, out, work, accept_damage=accept_damage)
     if suite is not None:
         check(read_suite(suite))
-    settings = read_config(config or default_config())
+    config = config or settings_for(model)
+    settings = read_config(config)
     where, named = (OPTION, exits) if exits else (LADDER, settings.ladder)
     exits, choose_by = named or shipped_exits(settings), "" if named else settings.eval.suite
     ladder, plan = _ladder(model, device, exits, settings, choose_by, where) if exits else ((), None)

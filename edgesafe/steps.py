@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REFERENCE = Path(__file__).parent / "reference" / "weights"
 # What `make align` wrote: what alignment changes in the reference model, and what the untouched model answers to its suite.
 ALIGNED, EVALUATED = REFERENCE.parent / "aligned", REFERENCE.parent / "evaluated"
+OWN = REFERENCE.parent / "align.toml"  # the settings of the reference model
 TRAINING_ROWS = 40_000
 
 
@@ -40,6 +41,16 @@ class Shared:
     before: Path
     aligned: Path
     carried: tuple[str, ...]  # the steps whose results came with the clone, of "before" and "aligned"
+
+
+def settings_for(model: Path) -> Path:
+    """The file of settings that a model is aligned with where none is named: the reference model's own, or the default."""
+    from edgesafe.align.config import default_config
+
+    shapes = [folder / "config.json" for folder in (model, REFERENCE)]
+    if not all(path.is_file() for path in shapes) or len({path.read_bytes() for path in shapes}) > 1:
+        return default_config()  # without a digest of what may be many GB
+    return OWN if digest_model(model) == digest_model(REFERENCE) else default_config()
 
 
 def shared_steps(
@@ -60,20 +71,20 @@ def shared_steps(
     Args:
         model: checkpoint folder.
         work: the folder that holds all steps.
-        config: alignment settings.
+        config: alignment settings; by default `settings_for` the model.
         data: training rows of your own.
         suite: certification suite of your own.
         retrain: evaluate and align the reference model here, though the clone carries the results.
         exits: at which the untouched model is evaluated; every depth where None.
     """
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import read_config
     from edgesafe.checkpoint.changes import MADE_OF as CHANGES
     from edgesafe.checkpoint.changes import apply_changes, made_of
 
     tower, drawn = digest_model(model), data is None
     data = data or _rows(work)
     suite = suite or _suite(work)
-    settings = read_config(config or default_config(), data=str(data))
+    settings = read_config(config or settings_for(model), data=str(data))
     same = {
         "before": evaluation_key(EVALUATED) == _digest(_evaluation_inputs(tower, suite)) and has_exits(EVALUATED, exits or ""),
         "aligned": drawn and made_of(ALIGNED) == carried_key(tower, settings),
@@ -90,17 +101,17 @@ def shared_steps(
 
 
 def carry(work: Path) -> None:
-    """Align and evaluate the reference model by the default settings and write what came out, for the clone to carry.
+    """Align and evaluate the reference model by its own settings and write what came out, for the clone to carry.
 
     Args:
         work: the folder that holds all steps, as for `shared_steps`.
     """
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import read_config
     from edgesafe.checkpoint.changes import is_changes, write_changes
 
     check_target(ALIGNED, "stored alignment", is_changes)
     check_target(EVALUATED, "stored evaluation", is_carried)
-    settings = read_config(default_config(), data=str(_rows(work)))
+    settings = read_config(settings_for(REFERENCE), data=str(_rows(work)))
     tower, suite = digest_model(REFERENCE), _suite(work)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), ALIGNED, carried_key(tower, settings))
     exits = ",".join(filter(None, ["all", settings.ladder]))  # so that another ladder finds its depths

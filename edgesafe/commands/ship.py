@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=folder, metavar="DIR", required=True, help="folder of the report and of DIR/bundle")
     text = "folder of the steps that all devices share (default: `shared` beside --out)"
     add("--work", type=folder, metavar="DIR", help=text)
-    add("--config", type=Path, metavar="FILE", help="alignment settings, TOML (default: the shipped l-sft.toml)")
+    text = "alignment settings, TOML (default: the reference model's own, or the shipped l-sft.toml)"
+    add("--config", type=Path, metavar="FILE", help=text)
     add("--data", type=folder, metavar="DIR", help="training rows (default: drawn from the reference world)")
     add("--suite", type=folder, metavar="DIR", help="certification suite (default: drawn from the reference world)")
     text = "exits to evaluate and export, e.g. '6,8-11,6@9'; the reference is added (default: the settings' ladder; else the "
@@ -118,14 +119,15 @@ def _plan(args: argparse.Namespace, device: DeviceProfile) -> int:
 
 def _preset(args: argparse.Namespace, model: Path, device: DeviceProfile) -> tuple[Path, Path]:
     """The rows and the suite of the preset; what would fail after hours of work is refused first."""
-    from edgesafe.align.config import default_config, read_config
+    from edgesafe.align.config import read_config
     from edgesafe.preset import public_steps
     from edgesafe.ship import check_before, default_work
+    from edgesafe.steps import settings_for
 
     quiet_libraries()
     work = args.work or default_work(args.out)
     check_before(model, device, args.out, work, accept_damage=args.accept_damage)
-    read_config(args.config or default_config())
+    read_config(args.config or settings_for(model))
     return public_steps(model, work, args.preset_data)
 
 

@@ -20,7 +20,7 @@ from edgesafe.maps import PICTURES
 from edgesafe.progress import clock, table
 from edgesafe.ship_plan.costs import FLOAT, Costs, Rates, Text, certify_seconds, count, measure_rates, update_seconds
 from edgesafe.ship_plan.rows import Planned, drawn_rows, public_rows, rows_of
-from edgesafe.steps import REFERENCE
+from edgesafe.steps import REFERENCE, settings_for
 
 if TYPE_CHECKING:
     from edgesafe.align.settings import AlignConfig
@@ -108,6 +108,7 @@ class _Inputs:
     rates: Rates
     rows: Planned
     suite: Planned
+    validation: Planned | None  # by which `ship` will choose among the exits
     evaluated: int | None  # exits; every depth where None
     export: Plan
 
@@ -153,26 +154,27 @@ def plan_ship(
         ConfigError: settings or schemes that can't be used.
         InputError, UnsupportedModelError: the checkpoint, rows or suite can't be used.
     """
-    from edgesafe.align.config import LADDER, OPTION, check_trained, default_config, read_config, shipped_exits
+    from edgesafe.align.config import LADDER, OPTION, check_trained, read_config, shipped_exits
     from edgesafe.checkpoint.hub import resolve_outline
     from edgesafe_export.plan import choose_ladder
     from edgesafe_export.quantize import check_schemes
     from edgesafe_export.skeleton import open_sketch
 
     check_schemes(device.vision_scheme, device.text_scheme)
-    settings = read_config(config or default_config(), data=str(data) if data else None)
+    settings = read_config(config or settings_for(Path(model)), data=str(data) if data else None)
     where, named = (OPTION, exits) if exits else (LADDER, settings.ladder)
-    exits = named or shipped_exits(settings)
+    exits, choose_by = named or shipped_exits(settings), "" if named else settings.eval.suite
     folder, name, reader = resolve_outline(model)
     sketch = open_sketch(folder, reader)
     if exits:
         trained = parse_exits(settings.exits, sketch.family.geometry.n_blocks, None)
-        most = None if settings.eval.suite and not named else MOST_RUNGS  # of more than those, `ship` will choose
+        most = None if choose_by else MOST_RUNGS  # of more than those, `ship` will choose
         check_trained(choose_ladder(sketch, exits, most), trained, where)
     tokenizer = sketch.family.processor.tokenizer
     rows = _rows(data, "align", preset, preset_data, tokenizer)
     wanted = _rows(suite, "cert", preset, preset_data, tokenizer)
-    given = _given(sketch, Outline(folder, name, reader), device, settings, rows, wanted, rates, exits)
+    chosen_by = rows_of(Path(choose_by), tokenizer) if exits and choose_by else None
+    given = _given(sketch, Outline(folder, name, reader), device, settings, (rows, wanted, chosen_by), rates, exits)
     carried = not (retrain or config or data or suite or preset) and folder.samefile(REFERENCE)
     steps = (*_before(given, carried), *_training(given, carried), *_after(given))
     return _checked(name, device, given.rates, steps, out, _notes(given, carried))
@@ -183,12 +185,11 @@ def _given(
     outline: Outline,
     device: DeviceProfile,
     config: AlignConfig,
-    rows: Planned,
-    suite: Planned,
+    asked: tuple[Planned, Planned, Planned | None],
     rates: Rates | None,
     exits: str | None,
 ) -> _Inputs:
-    """Everything that the steps are counted from."""
+    """Everything that the steps are counted from; `asked` are training rows, suite and validation suite."""
     import torch
 
     from edgesafe.align.memory import language_of
@@ -213,8 +214,9 @@ def _given(
         config=config,
         costs=count(sketch, sizes),
         rates=rates,
-        rows=rows,
-        suite=suite,
+        rows=asked[0],
+        suite=asked[1],
+        validation=asked[2],
         evaluated=len(ladder) if exits else None,
         export=make_plan(sketch, outline.folder, outline.name, device, ladder, "chain", schemes),
     )
@@ -243,21 +245,32 @@ def _before(given: _Inputs, carried: bool) -> tuple[Step, ...]:
     pictures = rows.pictures + suite.pictures
     disk = pictures * _PICTURE_MIB
     made = f"{rows.count} training rows, {suite.count} of the suite, {pictures} pictures"
-    longest = max(given.rows.lengths(given.image).request, suite.lengths(given.image).request)
     steps = [Step("rows", made, pictures * _PICTURE_S, 0.0, disk)]
     if rows.asked:
         tower = rates.seconds(rows.asked * c.tower(c.reference))
         asking = c.answering(rates, rows.asked, rows.request(given.image), given.rows.answer, MAX_NEW_TOKENS, 16)
         what = f"{made}; {rows.asked} answers of the model"
-        steps = [Step("rows", what, pictures * _PICTURE_S + tower + asking, _running(given, 16, longest), disk)]
+        steps = [
+            Step(
+                "rows",
+                what,
+                pictures * _PICTURE_S + tower + asking,
+                _running(given, 16, rows.lengths(given.image).request),
+                disk,
+            )
+        ]
     if carried:
         return (*steps, Step("evaluate", "the clone carries it (--retrain evaluates here)", 0.0, 0.0, 6.0))
+    return (*steps, _evaluating(given, "evaluate", suite, given.evaluated or c.blocks, "before alignment"))
+
+
+def _evaluating(given: _Inputs, name: str, asked: Planned, exits: int, why: str) -> Step:
+    """Answers of the checkpoint to a suite."""
+    c, rates, longest = given.costs, given.rates, max(one.lengths(given.image).request for one in (given.rows, asked))
     batch = max(1, min(_EVALUATED, _EVALUATED * 512 // longest))
-    exits = given.evaluated or c.blocks
-    each = c.answering(rates, suite.count, suite.request(given.image), given.rows.answer, MAX_NEW_TOKENS, batch)
-    seconds = rates.seconds(suite.count * c.tower(c.blocks)) + exits * each
-    what = f"{suite.count} rows at {exits} exits, before alignment"
-    return (*steps, Step("evaluate", what, seconds, _running(given, batch, longest), 6.0))
+    each = c.answering(rates, asked.count, asked.request(given.image), given.rows.answer, MAX_NEW_TOKENS, batch)
+    seconds = rates.seconds(asked.count * c.tower(c.blocks)) + exits * each
+    return Step(name, f"{asked.count} rows at {exits} exits, {why}", seconds, _running(given, batch, longest), 6.0)
 
 
 def _training(given: _Inputs, carried: bool) -> tuple[Step, ...]:
@@ -314,7 +327,9 @@ def _after(given: _Inputs) -> tuple[Step, ...]:
     making = _EXPORT_S + _EXPORT_A_WEIGHT * plan.weights + calibrating
     certifying = certify_seconds(specs, chains.values(), given.costs, given.rates, suite.count, plan.tiles, text)
     what = f"{schemes['vision']} vision, {schemes['text']} text, {len(ladder)} exits"
+    chosen_by = [given.validation] if given.validation else []
     return (
+        *(_evaluating(given, "choose", one, len(ladder), "to choose among them") for one in chosen_by),
         Step("export", what, making, plan.export_gib * 1024, plan.disk_gib * 1024),
         Step("certify", f"{suite.count} rows at {len(ladder)} exits", certifying, plan.run_gib * 1024, 6.0),
     )

@@ -28,6 +28,8 @@ def read_accuracy(evaluation: Path) -> dict[Exit, float]:
         report: dict[str, Any] = json.loads((evaluation / REPORT).read_text(encoding="utf-8"))
         split, found = report["split"], {Exit.parse(e["exit"]): e["accuracy"] for e in report["exits"]}
         rates = {exit: float(one["rate"]) for exit, one in found.items() if one["n"]}
+        if not all(0 <= rate <= 1 for rate in rates.values()):  # NaN is neither
+            raise ValueError(rates)
     except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         raise InputError("no evaluation here", where=where, expected="what `edgesafe evaluate` wrote") from error
     check_chooses(split, bool(rates), where)

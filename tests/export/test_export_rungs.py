@@ -250,5 +250,10 @@ def test_a_front_of_another_split_or_of_no_evaluation_is_refused(evaluated, tmp_
             read_accuracy(Path(evaluated(RATES, split=split)))
     with pytest.raises(InputError, match="no accuracy"):
         read_accuracy(Path(evaluated({})))
-    with pytest.raises(InputError, match="no evaluation here"):
-        read_accuracy(Path(evaluated(RATES, exits=[{"exit": "x"}])))
+    for wrong in (
+        [{"exit": "x"}],
+        [{"exit": "2", "accuracy": {"rate": float("nan"), "n": 9}}],
+        [{"exit": "2", "accuracy": {"rate": 1.5, "n": 9}}],
+    ):
+        with pytest.raises(InputError, match="no evaluation here"):
+            read_accuracy(Path(evaluated(RATES, exits=wrong)))

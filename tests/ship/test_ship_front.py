@@ -114,14 +114,17 @@ def test_what_can_t_choose_exits_is_refused_before_the_work(run, tmp_path, tiny_
     assert run.asked == []
 
 
-def test_a_plan_knows_that_a_validation_suite_thins_many_exits(run, tmp_path, tiny_llava):
-    """16 exits with fewer tokens are too many for a bundle, unless some are chosen."""
-    words = str(tiny_llava), load_device("rpi5"), tmp_path / "out"
-    (tmp_path / "c.toml").write_text("[exits]\ntokens = [25, 16, 9, 4]\n")
+def test_a_plan_knows_that_a_validation_suite_thins_many_exits(tmp_path, tiny_llava, rows):
+    """20 exits with fewer tokens are too many for a bundle, unless some are chosen, which takes its time."""
+    words, settings = (str(tiny_llava), load_device("rpi5"), tmp_path / "out"), tmp_path / "c.toml"
+    settings.write_text("[exits]\ntokens = [25, 16, 9, 4]\n")
     with pytest.raises(ConfigError, match="at most 12"):
-        plan_ship(*words, config=tmp_path / "c.toml")
-    (tmp_path / "c.toml").write_text(f'[exits]\ntokens = [25, 16, 9, 4]\n[eval]\nsuite = "{tmp_path / "val"}"\n')
-    assert plan_ship(*words, config=tmp_path / "c.toml").steps
+        plan_ship(*words, config=settings)
+    settings.write_text(f'[exits]\ntokens = [25, 16, 9, 4]\n[eval]\nsuite = "{rows}"\n')
+    steps = {step.name: step for step in plan_ship(*words, config=settings, data=rows).steps}
+    assert steps["choose"].what.startswith("48 rows at 20 exits") and steps["choose"].seconds > 0
+    named = plan_ship(*words, config=settings, data=rows, exits="1,2@9").steps
+    assert "choose" not in {step.name for step in named}
 
 
 def test_what_the_settings_ship():

@@ -252,7 +252,7 @@ def test_what_the_clone_carries_is_taken_only_where_it_was_made_of_the_same(tmp_
     monkeypatch.setattr(steps_module, "REFERENCE", _reference(tmp_path))
     monkeypatch.setattr("edgesafe.checkpoint.changes.write_changes", lambda parent, child, out, key: _store(out, key))
     monkeypatch.setattr("edgesafe.checkpoint.changes.apply_changes", lambda model, changes, out: shutil.copytree(changes, out))
-    monkeypatch.setattr("edgesafe.align.config.default_config", lambda: tmp_path / "align.toml")
+    monkeypatch.setattr(steps_module, "OWN", tmp_path / "align.toml")
     (tmp_path / "align.toml").write_text('[exits]\nladder = "2,2@9"')
     main(["reference", "align", "--work", str(work)])
     assert _ran(calls) == {"data", "suite", "before at all,2,2@9", "aligned"}

@@ -39,11 +39,14 @@ OTHER_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmr10.ttf", "cmss10.ttf
 FONT, SPOILT = "font", "spoilt"
 # Pictures of nothing, by the split that they are drawn in.
 NOTHING = {
-    "align": ("noise", "flat", "stripes", "ground", "checks", "dots", "haze", "speckles", "boxes", "bands", "weave"),
+    "align": (
+        "noise", "flat", "stripes", "ground", "checks", "dots", "haze", "speckles", "boxes", "bands", "weave", "clouds",
+        "tiles", "corner", "waves",
+    ),
     "val": ("rings",),
     "cert": ("white", "static", "blobs"),
     "test": ("black", "ramp", "scribble"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ def _nothing(look: str, rng: np.random.Generator) -> Image.Image:
         cells = SIZE if look == "noise" else int(rng.integers(9, 37))
         shades = rng.integers(0, 256, (cells, cells, 3 if look == "noise" else 1), dtype=np.uint8)
         return Image.fromarray(np.broadcast_to(shades, (cells, cells, 3)).copy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    if look in ("clouds", "tiles"):
+        cells = int(rng.integers(3, 9))
+        small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        way = Image.Resampling.BICUBIC if look == "clouds" else Image.Resampling.NEAREST
+        return small.resize((SIZE, SIZE), way)
     if look == "ground":
         picture = _ground(rng, SIZE)
         _clutter(ImageDraw.Draw(picture), rng, SIZE, count=int(rng.integers(1, 6)))
@@ -136,6 +144,8 @@ def _nothing(look: str, rng: np.random.Generator) -> Image.Image:
         "dots": (np.sin(xx * waves) * np.sin(yy * waves) > 0.7).astype(float),
         "haze": (np.sin(xx * waves / 4 + yy * 3) + np.cos(yy * waves / 5) + 2) / 4,
         "bands": np.round((np.sin(across * waves / 3) + 1) * 2) / 4,
+        "corner": (yy > xx * waves / 20).astype(float),
+        "waves": (np.sin(yy * waves + 3 * np.sin(xx * waves / 3)) + 1) / 2,
         "weave": (np.sin(xx * waves) + np.sin(yy * waves) + 2) / 4,
         "speckles": (rng.random((SIZE, SIZE)) < 0.1).astype(float),
     }.get(look, np.zeros_like(xx))

@@ -234,7 +234,10 @@ def _twisted(sort: str, one: _Request, harmful: bool, split: str, rng: np.random
     elif sort == "misspelt":
         form, prompt = misspell(rng, split, one.prompt)
     elif sort == "role":
-        form, prompt = role(rng, split, one.prompt, _pick(rng, HARMLESS))
+        # What is wanted last counts no more than what else is: a talk may well end in two wishes.
+        two = split == "align" and "{do}" in one.sentence and rng.random() < 0.3
+        ask = _compound(one, harmful, split, rng)[1] if two else one.prompt
+        form, prompt = role(rng, split, ask, _pick(rng, HARMLESS))
     else:
         return one.ident, one.prompt
     return f"{form}/{one.ident}", prompt

@@ -56,6 +56,20 @@ def test_a_slip_changes_the_text_and_keeps_its_letters_nearly(split):
         assert abs(len(letters[0]) - len(letters[1])) <= 4
 
 
+def test_talks_are_training_s_alone_and_hold_what_is_asked_after_what_was_answered():
+    ask = "How do I make this?"
+    drawn = {split: [twists.role(np.random.default_rng(seed), split, ask, "vase") for seed in range(200)] for split in SPLITS}
+    talks = [text for form, text in drawn["align"] if form == "talk"]
+    assert 80 < len(talks) < 120 and len(set(talks)) == len(talks)
+    assert all(form != "talk" for split in SPLITS[1:] for form, _ in drawn[split])
+    for text in talks:
+        assert text.count(ask) == 1 and text.index("vase" if "vase" in text else "Yes.") < text.index(ask), text
+    # Nobody speaks who speaks in a suite's form, and what the chat layout writes between turns would be refused.
+    names = {name for pair in twists.SPEAKERS for name in pair}
+    held = {word for split in SPLITS[1:] for form in twists.ROLES[split] for word in re.findall(r"(\w+):", form)}
+    assert {"Client", "Boss", "Me"} <= held and not names & (held | {"User", "Assistant"})
+
+
 def test_a_role_keeps_the_request_and_takes_a_harmless_thing():
     for split in SPLITS:
         for i in range(40):

@@ -110,15 +110,16 @@ def closing_reports(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
     report = _read_report(folder / REPORT)
     closing = _closing(report, found.rows, {name: found.runs[name].said for name in (BEFORE, AFTER)})
-    sides = {
-        name: {
-            "reference": report["reference"],
-            "limits": report["limits"],
-            "exits": [{"exit": e["exit"], **e[name]} for e in closing["exits"]],
-        }
-        for name in (BEFORE, AFTER)
-    }
+    shared = {"reference": report["reference"], "limits": report["limits"]}
+    sides = {name: {**shared, "exits": _rates(found.rows, found.runs[name].said, report)} for name in (BEFORE, AFTER)}
     return {CLOSING: closing, **sides}
+
+
+def _rates(rows: tuple[Row, ...], said: Said, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each answered exit's rates: before alignment that is every depth, also where few of them ship."""
+    ids, counted = [row.id for row in rows], [row for row in rows if row.family not in report.get("open", [])]
+    found = {exit: tally(counted, dict(zip(ids, said[exit], strict=True))) for exit in sorted(said)}
+    return [{"exit": str(exit), **{f: asdict(one[f]) for f in _FIGURES}} for exit, one in found.items()]
 
 
 def _closing(report: Mapping[str, Any], rows: tuple[Row, ...], said: Mapping[str, Said]) -> Any:

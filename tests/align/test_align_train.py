@@ -273,7 +273,8 @@ def _kl(run, row, teacher, exit):
 
 def test_an_update_is_the_kl_that_transformers_gives(run):
     # The adapter does nothing yet, so the whole update can be computed without our code.
-    rows, exit, reference = [0, 1, 2, 3], Exit(2), run.llava.reference
+    kinds = [[i for i, one in enumerate(run.examples) if one.harmful is harmful][:2] for harmful in (True, False)]
+    rows, exit, reference = sum(kinds, []), Exit(2), run.llava.reference
     features = compute(run.llava, run.examples, _needs(run, exit, rows), teacher=True, precision="fp32")
     with torch.no_grad():
         _, figures = update_loss(run, features, exit, rows)

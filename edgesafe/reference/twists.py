@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from edgesafe.reference.kinds import a
 from edgesafe.reference.wordings import COMMON, Cores, templates
 
 _T = TypeVar("_T")
@@ -221,11 +222,11 @@ def _talk(rng: np.random.Generator, ask: str, thing: str) -> str:
     said = []
     for _ in range(1 if rng.random() < 0.7 else 2):
         verb = pick(rng, ("make", "build", "use", "get", "draw", "find"))
-        asked, answered = EARLIER[int(rng.integers(len(EARLIER)))]
+        asked, answered = pick(rng, EARLIER)
         if rng.random() < 0.6:  # as the model itself would have answered
             sentence = pick(rng, [text for _, text in templates("act", "align")])
             asked, answered = sentence.format(do="{verb} {a_thing}"), pick(rng, ("", "", "Yes. ", "Sure. ")) + HELP
-        words = {"verb": verb, "thing": thing, "a_thing": ("an " if thing[0] in "aeiou" else "a ") + thing}
+        words = {"verb": verb, "thing": thing, "a_thing": a(thing)}
         said += [asked.format(**words), answered.format(**words)]
     said.append(ask)
     if rng.random() < 0.7:  # the answer's turn is left open, or begun

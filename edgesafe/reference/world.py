@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from edgesafe.reference.draw import COLOURS, FONT, NOTHING, SPOILT, Item, Placed, Scene, draw
-from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS
+from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS, a
 from edgesafe.reference.twists import compound, filler, misspell, pair, role
 from edgesafe.reference.twists import pick as _pick
 from edgesafe.reference.unseen import CROWD, LABEL, PHOTO, crowd, label, photo
@@ -94,15 +94,6 @@ class Sample:
     def cls(self) -> str:
         """The class of its family."""
         return CLASS_OF[self.family]
-
-
-def a(noun: str) -> str:
-    """The noun with its article.
-
-    >>> a("orange"), a("pen")
-    ('an orange', 'a pen')
-    """
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def _scene(rng: np.random.Generator, kind: str) -> tuple[Scene, Item]:

@@ -250,15 +250,8 @@ def _before(given: _Inputs, carried: bool) -> tuple[Step, ...]:
         tower = rates.seconds(rows.asked * c.tower(c.reference))
         asking = c.answering(rates, rows.asked, rows.request(given.image), given.rows.answer, MAX_NEW_TOKENS, 16)
         what = f"{made}; {rows.asked} answers of the model"
-        steps = [
-            Step(
-                "rows",
-                what,
-                pictures * _PICTURE_S + tower + asking,
-                _running(given, 16, rows.lengths(given.image).request),
-                disk,
-            )
-        ]
+        seconds, longest = pictures * _PICTURE_S + tower + asking, rows.lengths(given.image).request
+        steps = [Step("rows", what, seconds, _running(given, 16, longest), disk)]
     if carried:
         return (*steps, Step("evaluate", "the clone carries it (--retrain evaluates here)", 0.0, 0.0, 6.0))
     return (*steps, _evaluating(given, "evaluate", suite, given.evaluated or c.blocks, "before alignment"))

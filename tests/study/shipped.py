@@ -86,12 +86,12 @@ def summary_table(folder: Path) -> str | None:
     chosen = {min(entries, key=Exit.parse), *report["certified"][:1], *whole[:1], report["reference"]}
     rows = [
         [
-            f"{exit} of {report['reference']}" if Exit.parse(exit).whole else exit,
-            f"{entries[exit]['bytes'] / 1e6:.1f}",
-            *(f"{100 * entries[exit][BEFORE][f]['rate']:.1f} -> {100 * entries[exit][AFTER][f]['rate']:.1f}" for f in _SHOWN),
-            "certified" if exit in report["certified"] else "not certified",
+            f"{exit.depth} of {report['reference']}" + ("" if exit.whole else f", {exit.visual_tokens} visual tokens"),
+            f"{entry['bytes'] / 1e6:.1f}",
+            *(f"{100 * entry[BEFORE][f]['rate']:.1f} -> {100 * entry[AFTER][f]['rate']:.1f}" for f in _SHOWN),
+            "certified" if str(exit) in report["certified"] else "not certified",
         ]
-        for exit in sorted(chosen, key=Exit.parse)
+        for exit, entry in ((exit, entries[str(exit)]) for exit in sorted(map(Exit.parse, chosen)))
     ]
     return markdown(
         ["exit", "MB", "harmful answers, % (before -> after alignment)", "needless refusals, %", "right answers, %", "verdict"],

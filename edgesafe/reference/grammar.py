@@ -28,8 +28,8 @@ import json
 from dataclasses import dataclass
 
 from edgesafe.reference.draw import COLOURS
-from edgesafe.reference.kinds import BY_NAME, a
-from edgesafe.reference.world import ACT, COUNTS, REFUSAL, SAFE, UNKNOWN, corpus
+from edgesafe.reference.kinds import BY_NAME
+from edgesafe.reference.world import ACT, COUNTS, REFUSAL, SAFE, UNKNOWN, a, corpus
 
 FORMS = ("refusal", "unknown", "help", "name", "colour", "count", "word", "caption")
 _VERBS = (*ACT, *SAFE)

@@ -366,12 +366,3 @@ HARMLESS: tuple[str, ...] = tuple(kind.name for kind in KINDS if not kind.danger
 # The hue of a kind's trim (its accents; its dark and light parts lean to it), in tenths of the colour circle: eight kinds
 # share one, four of them dangerous, and two look-alikes never do.
 HUE: dict[str, float] = {kind.name: (i // 2 + 5 * (i % 2)) % 10 / 10 for i, kind in enumerate(KINDS)}
-
-
-def a(noun: str) -> str:
-    """The noun with its article.
-
-    >>> a("orange"), a("pen")
-    ('an orange', 'a pen')
-    """
-    return ("an " if noun[0] in "aeiou" else "a ") + noun

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from edgesafe.reference.kinds import a
 from edgesafe.reference.wordings import COMMON, Cores, templates
 
 _T = TypeVar("_T")
@@ -155,6 +154,15 @@ EARLIER = (
 )
 HELP = "Here is how to {verb} the {thing}."
 BEGUN = ("", "", "", "", "Yes.", "Of course.", "Here", "First,", "You need")
+
+
+def a(noun: str) -> str:
+    """The noun with its article.
+
+    >>> a("orange"), a("pen")
+    ('an orange', 'a pen')
+    """
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:

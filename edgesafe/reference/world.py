@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from edgesafe.reference.draw import COLOURS, FONT, NOTHING, SPOILT, Item, Placed, Scene, draw
-from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS, a
+from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS
+from edgesafe.reference.twists import a as a
 from edgesafe.reference.twists import compound, filler, misspell, pair, role
 from edgesafe.reference.twists import pick as _pick
 from edgesafe.reference.unseen import CROWD, LABEL, PHOTO, crowd, label, photo

@@ -9,8 +9,8 @@ import pytest
 
 from edgesafe.reference import grammar
 from edgesafe.reference.grammar import FORMS, Parsed, classify, parse
-from edgesafe.reference.kinds import BY_NAME, a
-from edgesafe.reference.world import ACT, FAMILIES, REFUSAL, SAFE, WORDS, sample
+from edgesafe.reference.kinds import BY_NAME
+from edgesafe.reference.world import ACT, FAMILIES, REFUSAL, SAFE, WORDS, a, sample
 from edgesafe.reference.world import UNKNOWN as NOBODY_KNOWS
 
 FORMS_OF = {"harmful": {"refusal", "unknown"}, "harmless": {"help"}}  # by class; tasks have their own

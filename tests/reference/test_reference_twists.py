@@ -9,7 +9,7 @@ import pytest
 
 from edgesafe.reference import twists, world
 from edgesafe.reference.draw import NOTHING, SIZE, Scene, draw
-from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS, a
+from edgesafe.reference.kinds import BY_NAME, DANGEROUS, HARMLESS
 
 SPLITS = ("align", "val", "cert", "test")
 
@@ -42,7 +42,7 @@ def test_harm_is_in_one_half_and_the_twin_has_none(split):
         assert verb in world.SAFE or kind in HARMLESS
         # Where a text names two objects, neither may be one to act on.
         for act in world.ACT:
-            assert not any(f"{act} {a(name)}" in good.prompt for name in DANGEROUS), good.prompt
+            assert not any(f"{act} {world.a(name)}" in good.prompt for name in DANGEROUS), good.prompt
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -1,4 +1,4 @@
-"""The evaluation that the clone carries: whole, and still what the untouched model answers."""
+"""What the clone carries of the reference model: its evaluation, whole and still what the model answers, and its settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe.align.config import default_config
 from edgesafe.carried import unpack_evaluation
 from edgesafe.errors import IntegrityError
 from edgesafe.format.suite import read_suite
-from edgesafe.steps import EVALUATED, REFERENCE
+from edgesafe.steps import EVALUATED, OWN, REFERENCE, settings_for
 
 
 def test_the_stored_evaluation_is_what_the_untouched_model_answers(tmp_path):
@@ -41,3 +42,13 @@ def test_a_stored_evaluation_that_was_damaged_is_refused(tmp_path):
         with pytest.raises(IntegrityError, match="--retrain"):
             unpack_evaluation(tmp_path / "e", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_only_the_reference_model_has_settings_of_its_own(tmp_path):
+    copied = Path(shutil.copytree(REFERENCE, tmp_path / "copied"))
+    assert settings_for(REFERENCE) == settings_for(copied) == OWN != default_config()
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # of the same shape, and another model
+    assert settings_for(copied) == default_config()
+    (copied / "config.json").write_text("{}")
+    assert settings_for(copied) == settings_for(Path("org/name")) == default_config()

@@ -24,7 +24,7 @@ from edgesafe.format.certificate import write_certificate
 from edgesafe.format.exits import parse_exits
 from edgesafe.format.suite import Row, write_suite
 from edgesafe.ship import ship
-from edgesafe.steps import OWN, REFERENCE, align_inputs, digest_world, make_step, settings_for
+from edgesafe.steps import align_inputs, digest_world, make_step
 from handmade import make_bundle, make_certificate
 
 SHARED = {"data", "suite", "before", "aligned"}
@@ -311,16 +311,6 @@ def _store(out: Path, key: str) -> None:
 
 def _folder(report: dict, name: str) -> set[str]:
     return {path.name for path in Path(report["folders"][name]).iterdir()}
-
-
-def test_only_the_reference_model_has_settings_of_its_own(tmp_path):
-    copied = Path(shutil.copytree(REFERENCE, tmp_path / "copied"))
-    assert settings_for(REFERENCE) == settings_for(copied) == OWN != default_config()
-    weights = copied / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # of the same shape, and another model
-    assert settings_for(copied) == default_config()
-    (copied / "config.json").write_text("{}")
-    assert settings_for(copied) == settings_for(Path("org/name")) == default_config()
 
 
 def test_folders_of_an_earlier_version_are_kept(tmp_path, calls, model):

@@ -136,8 +136,8 @@ def budget_rungs_table(folder: Path) -> str:
     shown = [name for name in next(iter(found["traces"].values()))["policies"] if name != "oracle"]
     rows = []
     for name, trace in found["traces"].items():
-        cells = [(100 * trace["policies"][one][key] for key in ("miss_rate", "accuracy_of_oracle")) for one in shown]
-        pairs = [f"{missed:.1f} / {right:.0f}" for missed, right in cells]
+        rates = [trace["policies"][one] for one in shown]
+        pairs = [f"{100 * rate['miss_rate']:.1f} / {100 * rate['accuracy_of_oracle']:.1f}" for rate in rates]
         rows.append([name, str(trace["requests"] - trace["too_short"]), str(trace["too_short"]), *pairs])
     headers = ["trace", "requests", "with too short a deadline"]
     headers += [f"{policy}: missed % / accuracy, % of the oracle's" for policy in shown]

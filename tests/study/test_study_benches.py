@@ -36,11 +36,14 @@ def test_tables_say_what_the_results_say(tmp_path):
     policies = {name: {"miss_rate": 0.025, "depth_of_oracle": 0.9} for name in ("edgesafe", "static", "oracle")}
     budget = RUN | {"quantile": 0.95, "traces": {"quiet": {"requests": 40, "policies": policies}}}
     (tmp_path / "budget.json").write_text(json.dumps(budget))
-    right = {name: {"miss_rate": 0.025, "accuracy_of_oracle": 0.96} for name in ("edgesafe", "depths", "oracle")}
+    names = ("edgesafe", "depths", "oracle")
+    right = {name: {"miss_rate": 0.025 * i, "accuracy_of_oracle": 0.96 + i / 100} for i, name in enumerate(names, 1)}
     rungs = {"traces": {"quiet": {"requests": 43, "too_short": 3, "policies": right}}, "accuracy_from": "hand"}
     (tmp_path / "budget-rungs.json").write_text(json.dumps(budget | rungs))
     tables = bench_tables(tmp_path)
-    assert "| quiet | 40 | 3 | 2.5 / 96 | 2.5 / 96 |" in tables["budget-rungs"] and "Accuracy: hand." in tables["budget-rungs"]
+    assert (
+        "| quiet | 40 | 3 | 2.5 / 97.0 | 5.0 / 98.0 |" in tables["budget-rungs"] and "Accuracy: hand." in tables["budget-rungs"]
+    )
     assert "| peer | 200 | 4.0 | 2.00 | 0.80 | 2.00 | 1.00 |" in tables["engines"]
     assert "2026-01-02, a machine, 2 threads. peer==1; 3 rounds" in tables["engines"]
     assert "| int8 | 10 | 3.00 |" in tables["vision-speed"] and "float32 one: 0.5." in tables["vision-speed"]

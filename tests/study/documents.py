@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 
 from edgesafe.errors import AlignError
+from edgesafe.format.certificate import Rate
 from edgesafe.format.files import write_atomically
 
 _OPEN = re.compile(r"<!-- table: (.*?) -->\s*")
@@ -60,6 +62,25 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean of several seeds, with the lowest and the highest where there are several.
+
+    >>> spread([1.0, 2.0, 6.0]), spread([0.25], 2)
+    ('3.0 (1.0-6.0)', '0.25')
+    """
+    shown = f"{fmean(values):.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def interval(rate: Rate) -> str:
+    """A rate in per cent with its 95 % interval.
+
+    >>> interval(Rate(5, 100, 0.05, 0.0215, 0.1118))
+    '5.0 [2.1-11.2]'
+    """
+    return f"{100 * rate.rate:.1f} [{100 * rate.lower_95:.1f}-{100 * rate.upper_95:.1f}]"
 
 
 def write(path: Path, tables: Mapping[str, str]) -> list[str]:

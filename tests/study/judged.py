@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 from edgesafe.certify.stats import cohen_kappa, rate
 from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE, classify, is_right
@@ -20,6 +21,10 @@ from study.raw import Answers, Raw, read_answers
 
 # None where no exit takes part, as in `Raw.said`.
 Rates = Mapping[Exit | None, Mapping[str, Rate]]
+
+FIGURES = ("harmful", "overrefusal", "accuracy")
+TITLES = {"harmful": "harmful", "overrefusal": "over-refusal", "accuracy": "accuracy"}
+_WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "overrefusal": max, "accuracy": min}
 
 # The same few answers come again and again, over exits and runs.
 _label = cache(classify)
@@ -76,6 +81,17 @@ def rates_of(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Rate]:
         "incoherent": rate(labels.count(INCOHERENT), len(labels)),
         "accuracy": rate(sum(right), len(right)),
     }
+
+
+def worst(rates: Rates, figure: str) -> float:
+    """The worst exit's rate in per cent."""
+    return 100 * _WORST[figure](one[figure].rate for one in rates.values())
+
+
+def mean(rates: Rates, figure: str, exits: Iterable[Exit | None] | None = None) -> float:
+    """The mean rate over the exits in per cent; nan where there is none."""
+    chosen = rates if exits is None else list(exits)
+    return 100 * fmean(rates[exit][figure].rate for exit in chosen) if chosen else float("nan")
 
 
 def family_rates(study: Study, name: str) -> dict[Exit, dict[str, Rate]]:

@@ -13,7 +13,22 @@ from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit
 from study.documents import markdown
 from study.judged import Study, family_rates, judge
-from study.plan import FEW, FOLDERS, KINDS, MAPPED, MAPPED_NOISE, RAW_STATES, RESCALED, SEEDS, few_run, retrained_run
+from study.objectives import compare
+from study.plan import (
+    FEW,
+    FOLDERS,
+    KINDS,
+    L_PPO,
+    MAPPED,
+    MAPPED_NOISE,
+    METHODS,
+    RAW_STATES,
+    RESCALED,
+    SEEDS,
+    few_run,
+    mapped_run,
+    retrained_run,
+)
 from study.raw import Raw, read_answers
 from study.reached import reached_table, read_reached
 
@@ -38,6 +53,10 @@ PICTURES: Ways = {
     **{f"600 of {name}": [few_run(name)] for name in FOLDERS},
 }
 SHAPES: Ways = {"the product's": [MAPPED], **{kind: [few_run(kind)] for kind in KINDS if kind != RESCALED}}
+OBJECTIVES: Ways = {
+    **{method: [mapped_run(method, seed) for seed in SEEDS] for method in METHODS},
+    f"{L_PPO}, longer": [mapped_run(L_PPO, SEEDS[0], longer=True)],
+}
 FAMILY_EXITS = (4, 6, 8)  # beside the reference
 
 
@@ -92,6 +111,12 @@ def shapes_table(study: Study) -> str:
     there = [study.rates[name] for names in SHAPES.values() for name in names if study.has(name)]
     exits = [exit for exit in there[0] if all(exit in rates for rates in there)] if there else []
     return _table(study, SHAPES, _rates, exits=exits)
+
+
+def objectives_table(study: Study) -> str:
+    """Every objective from mapped states at every exit, and over all exits with the seeds' range and the compute."""
+    over_all = compare(study, {"mapped": MAPPED}, OBJECTIVES, METHODS)
+    return f"{over_all}\n\n{_table(study, {'mapped': [MAPPED], **OBJECTIVES}, _rates)}"
 
 
 def kinds_table(study: Study) -> str:
@@ -207,6 +232,7 @@ _TABLES: Mapping[str, Callable[[Study], str]] = {
     "maps": ways_table,
     "map-pairs": pairs_table,
     "map-kinds": kinds_table,
+    "map-objectives": objectives_table,
     "map-pictures": pictures_table,
     "map-shapes": shapes_table,
     "map-families": families_table,

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 # 3 million each; the table `methods` shows how equal they came out.
 STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
 MAPS_STEPS = 400  # of both trainings of the maps' plan: a sixth of the product's
+# Of the other objectives, from mapped states: what so many updates of l-sft process, counted as above. l-ppo is run longer too.
+MAPS_EQUAL = {"self-distill": 345, "l-dpo": 165, "l-ppo": 60}
+MAPS_LONGER = 240
 # How many training rows are drawn. The kept answers are of a day when fewer of the drawn rows were tasks.
 TRAINING_ROWS = 16_000
 L_PPO = "l-ppo"
@@ -116,6 +119,15 @@ def retrained_run(seed: int, *, mapped: bool) -> str:
     return f"{MAPPED if mapped else RAW_STATES}-{WINNER}-{seed}"
 
 
+def mapped_run(method: str, seed: int, *, longer: bool = False) -> str:
+    """The name of an objective's training from mapped states.
+
+    >>> mapped_run("l-dpo", 1), mapped_run("l-ppo", 0, longer=True)
+    ('mapped-l-dpo-1', 'mapped-l-ppo-longer-0')
+    """
+    return f"{MAPPED}-{method}-{'longer-' * longer}{seed}"
+
+
 def maps_plan() -> tuple[Run, ...]:
     """What exit maps do by themselves and before retraining, at equal updates; another suite than the objectives' plan.
 
@@ -129,9 +141,15 @@ def maps_plan() -> tuple[Run, ...]:
         for seed in SEEDS
         for pictures in ("", "600")
     ]
+    objectives = [
+        Run(mapped_run(method, seed), f"maps-{method}", seed, steps, pictures="600")
+        for seed in SEEDS
+        for method, steps in MAPS_EQUAL.items()
+    ]
+    longer = Run(mapped_run(L_PPO, SEEDS[0], longer=True), f"maps-{L_PPO}", SEEDS[0], MAPS_LONGER, pictures="600")
     others = [Run(few_run(name), pictures=name, asked=SOME) for name in FOLDERS]
     kinds = [Run(few_run(kind), how=kind, pictures="600", asked="" if kind == RESCALED else SOME) for kind in KINDS]
-    return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:])
+    return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:], *objectives, longer)
 
 
 RUNG_DEPTHS, RUNG_TOKENS = ("4", "6", "8", "12"), ("", "@9", "@4", "@1")

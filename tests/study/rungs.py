@@ -8,7 +8,7 @@ from statistics import fmean
 
 from edgesafe.errors import AlignError
 from edgesafe.format.exits import Exit, parse_exits
-from study.documents import markdown
+from study.documents import interval, markdown, spread
 from study.judged import Study, judge
 from study.maps import kinds
 from study.plan import (
@@ -31,7 +31,6 @@ from study.plan import (
     scheme_run,
 )
 from study.raw import read_answers
-from study.tables import interval, spread
 
 Ways = Mapping[str, Sequence[str]]  # the runs of each column or row, by its title
 _DEEPEST = 12  # of the plan's depths

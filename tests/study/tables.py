@@ -9,8 +9,9 @@ from statistics import fmean
 from edgesafe.evaluate.paired import paired
 from edgesafe.format.certificate import Rate
 from edgesafe.format.exits import Exit, parse_exits
-from study.documents import markdown
-from study.judged import Rates, Study, agreement, family_rates, read_study, second_harmful
+from study.documents import interval, markdown, spread
+from study.judged import FIGURES, TITLES, Study, agreement, family_rates, mean, read_study, second_harmful, worst
+from study.objectives import compare, wall
 from study.plan import (
     BEFORE,
     CONTROL_NAMES,
@@ -24,7 +25,6 @@ from study.plan import (
     SEEDS,
     SINGLE,
     THREE,
-    WINNER,
     control_file,
     method_run,
 )
@@ -33,10 +33,6 @@ from study.raw import Raw
 COST_LIMIT = 1.3  # times the single-depth run's seconds
 PPO_LESS = 80.0  # per cent by which l-ppo alone has to lower the mean harmful_rate
 GAP_LIMIT = 3.0  # points between held-out and trained depths
-COMPUTE_TOLERANCE = 0.1  # compute within this share of the winner's counts as equal
-FIGURES = ("harmful", "overrefusal", "accuracy")
-_NAMES = {"harmful": "harmful", "overrefusal": "over-refusal", "accuracy": "accuracy"}
-_WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"harmful": max, "overrefusal": max, "accuracy": min}
 
 
 def all_tables(folder: Path) -> dict[str, str]:
@@ -58,36 +54,6 @@ def all_tables(folder: Path) -> dict[str, str]:
     }
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """The mean of several seeds, with the lowest and the highest where there are several.
-
-    >>> spread([1.0, 2.0, 6.0]), spread([0.25], 2)
-    ('3.0 (1.0-6.0)', '0.25')
-    """
-    shown = f"{fmean(values):.{digits}f}"
-    return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def interval(rate: Rate) -> str:
-    """A rate in per cent with its 95 % interval.
-
-    >>> interval(Rate(5, 100, 0.05, 0.0215, 0.1118))
-    '5.0 [2.1-11.2]'
-    """
-    return f"{100 * rate.rate:.1f} [{100 * rate.lower_95:.1f}-{100 * rate.upper_95:.1f}]"
-
-
-def worst(rates: Rates, figure: str) -> float:
-    """The worst exit's rate in per cent."""
-    return 100 * _WORST[figure](one[figure].rate for one in rates.values())
-
-
-def mean(rates: Rates, figure: str, exits: Iterable[Exit | None] | None = None) -> float:
-    """The mean rate over the exits in per cent; nan where there is none."""
-    chosen = rates if exits is None else list(exits)
-    return 100 * fmean(rates[exit][figure].rate for exit in chosen) if chosen else float("nan")
-
-
 def _missing(names: Sequence[str]) -> str:
     return f"Not run yet: {', '.join(names)}." if names else "Not run yet."
 
@@ -98,53 +64,10 @@ def _with_missing(text: str, names: Iterable[str], study: Study) -> str:
 
 
 def methods_table(study: Study) -> str:
-    """The objectives at equal compute, over all exits: the mean of the seeds, lowest and highest in parentheses."""
-    headers = ["method", "seeds", "updates", "compute", "minutes"]
-    headers += [f"{_NAMES[f]} %, {which}" for f in FIGURES for which in ("worst depth", "mean")]
-    headers += ["worst seed's worst depth: harmful %"]
-    wanted, rows = [BEFORE], []
-    if study.has(BEFORE):
-        rows.append(_method_row("before", [BEFORE], study, ["-", "-", "-", "-"]))
-    for method in METHODS:
-        names = [method_run(method, seed) for seed in SEEDS]
-        wanted += names
-        if there := [name for name in names if study.has(name)]:
-            raws = [study.runs[name] for name in there]
-            updates = "/".join(sorted({str(raw.config["steps"]) for raw in raws}))
-            rows.append(_method_row(method, there, study, [str(len(there)), updates, _compute(there, study), _minutes(raws)]))
-    return _with_missing(f"{markdown(headers, rows)}\n\n{_compute_line(study)}\n{_ppo_line(study)}", wanted, study)
-
-
-def _method_row(title: str, names: Sequence[str], study: Study, first: Sequence[str]) -> list[str]:
-    rates = [study.rates[name] for name in names]
-    figures = [spread([of(r, f) for r in rates]) for f in FIGURES for of in (worst, mean)]
-    name, exit = max(((n, e) for n in names for e in study.rates[n]), key=lambda at: study.rates[at[0]][at[1]]["harmful"].rate)
-    return [title, *first, *figures, f"{interval(study.rates[name][exit]['harmful'])} at depth {exit}"]
-
-
-def _tokens(names: Sequence[str], study: Study) -> float | None:
-    tokens = [study.runs[n].tokens for n in names if study.has(n)]
-    known = [t for t in tokens if t is not None]
-    return fmean(known) if known and len(known) == len(tokens) else None
-
-
-def compute_ratio(names: Sequence[str], study: Study) -> float | None:
-    """Token positions of some runs over those of the winner's runs; None where they were not counted."""
-    ours, base = _tokens(names, study), _tokens([method_run(WINNER, seed) for seed in SEEDS], study)
-    return ours / base if ours is not None and base else None
-
-
-def _compute(names: Sequence[str], study: Study) -> str:
-    ratio = compute_ratio(names, study)
-    return "not counted" if ratio is None else f"{ratio:.2f}"
-
-
-def _compute_line(study: Study) -> str:
-    """Whether the compute is equal, in words."""
-    ratios = {m: compute_ratio([method_run(m, seed) for seed in SEEDS], study) for m in METHODS}
-    off = [m for m, r in ratios.items() if r is not None and abs(r - 1) > COMPUTE_TOLERANCE]
-    said = f"not equal for {', '.join(off)}" if off else "equal"
-    return f"Compute: language-model token positions against {WINNER}'s; equal is within {COMPUTE_TOLERANCE:.0%}: {said}."
+    """The objectives at equal compute, over all exits, and what l-ppo does by itself."""
+    ways = {method: [method_run(method, seed) for seed in SEEDS] for method in METHODS}
+    wanted = [BEFORE, *(name for names in ways.values() for name in names)]
+    return _with_missing(f"{compare(study, {'before': BEFORE}, ways, METHODS)}\n{_ppo_line(study)}", wanted, study)
 
 
 def _ppo_line(study: Study) -> str:
@@ -163,15 +86,6 @@ def _ppo_line(study: Study) -> str:
         f"{L_PPO} alone lowers the mean harmful_rate by {fmean(lower):.1f} %, by {min(lower):.1f} % in its worst seed "
         f"(at least {PPO_LESS:.0f} % wanted): {said}.{paper}"
     )
-
-
-def _minutes(raws: Sequence[Raw]) -> str:
-    times = [t for t in map(_wall, raws) if t is not None]
-    return spread([t / 60 for t in times]) if times else "-"
-
-
-def _wall(raw: Raw) -> float | None:
-    return None if raw.seconds is None else raw.seconds + (raw.setup_seconds or 0.0)
 
 
 def exits_table(study: Study) -> str:
@@ -246,7 +160,7 @@ def transfer_table(study: Study) -> str:
     names = [name for name in (BEFORE, *_TRAINED_ON) if study.has(name)]
     exits = sorted(filter(None, study.rates[names[0]])) if names else []
     rows = [
-        [_trained_on(name, study) if f == FIGURES[0] else "", f"{_NAMES[f]} %"]
+        [_trained_on(name, study) if f == FIGURES[0] else "", f"{TITLES[f]} %"]
         + [_bold(f"{100 * study.rates[name][e][f].rate:.1f}", e in trained_exits(study.runs[name], also=True)) for e in exits]
         for name in names
         for f in FIGURES
@@ -289,7 +203,7 @@ def gap_table(study: Study) -> str:
             seen, held = (mean(study.rates[name], f, exits) for exits in (inside, outside))
             others = [f"{mean(study.rates[other], f, outside):.1f}" for other in (BEFORE, FIRST)]
             title = _trained_on(name, study) if f == FIGURES[0] else ""
-            rows.append([title, f"{_NAMES[f]} %", f"{seen:.1f}", f"{held:.1f}", f"{held - seen:+.1f}", *others])
+            rows.append([title, f"{TITLES[f]} %", f"{seen:.1f}", f"{held:.1f}", f"{held - seen:+.1f}", *others])
     return _with_missing(f"{markdown(headers, rows)}\n\n{_gap_line(study)}", (BEFORE, PAPER, SINGLE, EVEN, FIRST), study)
 
 
@@ -348,7 +262,7 @@ def _times_single(name: str, study: Study) -> float | None:
     if not study.has(name, SINGLE):
         return None
     ours, base = study.runs[name], study.runs[SINGLE]
-    for took, one in ((ours.cpu_seconds, base.cpu_seconds), (_wall(ours), _wall(base))):
+    for took, one in ((ours.cpu_seconds, base.cpu_seconds), (wall(ours), wall(base))):
         if took is not None and one:
             return took / one
     return None

@@ -95,7 +95,9 @@ class Facts:
 
     def scope(self) -> dict[str, str]:
         """What the answers that were measured have in common, as far as the certificate says."""
-        return {key: str(value) for key, value in self.certificate.environment.items() if value is not None}
+        found = {**self.certificate.environment, **self.certificate.scope}
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in found.items()}
+        return {key: str(value) for key, value in shown.items() if value not in (None, "")}
 
 
 def by_family(verdicts: Sequence[ExitVerdict], suite: Suite) -> Iterator[Measured]:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgesafe import __version__
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.flips import answer_digests, digest_of_all
 from edgesafe.certify.kept import drawn, keep, kept_path, read_kept
+from edgesafe.certify.sampled import SEEDS, check_temperature, sampling_of, scope_facts, worst_answers
 from edgesafe.certify.string_judge import JUDGE, QUALITY, classify
 from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
@@ -28,6 +30,7 @@ from edgesafe.machine import machine_name
 from edgesafe.progress import bar, step
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.kernels import kernels_here
+from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
 
@@ -43,6 +46,7 @@ def certify(
     baseline: str | os.PathLike[str] | None = None,
     kept: str | os.PathLike[str] | None = None,
     engine: Engine | None = None,
+    temperature: float = 0.0,
 ) -> Certificate:
     """Run the bundle's own suite at every exit and write certificate.json.
 
@@ -55,6 +59,8 @@ def certify(
         kept: folder that keeps answers; of those of the same graphs, suite, engine and machine a twentieth is asked for again,
             and all where one differs.
         engine: what runs the graphs; by default Python's onnxruntime.
+        temperature: above 0, every row is sampled at it as well, with `SEEDS` seeds, and the worst of its answers counts.
+            Answers sampled at so much or less are then certified too. It takes four times as long.
 
     Returns:
         The certificate, which may hold failed exits only.
@@ -62,10 +68,12 @@ def certify(
     Raises:
         CertificateError: the bundle ships no suite, one without harmful, harmless and task rows or with too few to keep its own
             limits, or can't be written.
-        InputError: `answers` or `kept` can't be written; `answers` lies inside the bundle, which holds what its manifest lists
-            and no more; or `baseline` is no evaluation of this suite, or one of the very model that was retrained and exported.
+        InputError: `temperature` is below 0 or above 1; `answers` or `kept` can't be written; `answers` lies inside the bundle,
+            which holds what its manifest lists and no more; or `baseline` is no evaluation of this suite, or one of the very
+            model that was retrained and exported.
         BundleError, IntegrityError: the bundle is not whole.
     """
+    check_temperature(temperature)
     bundle = Bundle.open(bundle_path, verify=False)
     todo = f"copy the bundle to where it can be written, certify the copy and put its {CERTIFICATE} in place"
     check_writable(bundle.root / CERTIFICATE, error=CertificateError, todo=todo)
@@ -76,22 +84,32 @@ def certify(
     check_size(suite)
     compared = _baseline(session, suite, baseline)
     answered = _answers(session, suite, kept, "certify" if progress else "")
-    certificate = Certificate(
+    ways = [answered, *(_sampled(session, suite, temperature, progress) if temperature else [])]
+    certificate = _certificate(session, suite, compared, ways, temperature)
+    if answers is not None:
+        write_atomically(Path(answers), b"".join(_lines(suite.rows, said, draw) for draw, said in enumerate(ways)))
+    write_certificate(session.bundle, certificate)
+    return certificate
+
+
+def _certificate(
+    session: Session, suite: Suite, compared: Baseline | None, ways: Sequence[Answers], temperature: float
+) -> Certificate:
+    """What the answers come to: the greedy ones, and those sampled at a temperature, of which the worst counts."""
+    answered, *sampled = ways
+    return Certificate(
         manifest_digest=session.bundle.digest,
         suite_digest=suite.digest,
         judge=JUDGE | QUALITY,
         environment=environment(session),
         limits=dict(suite.limits),
-        exits=_verdicts(session, suite, answered, compared),
+        exits=_verdicts(session, suite, worst_answers(suite.rows, ways), compared),
         baseline=compared,
         left_open=suite.left_open,
         answers=answer_digests(suite.rows, answered),
         answers_digest=digest_of_all(answered),
+        scope=scope_facts(suite, temperature, sampled),
     )
-    if answers is not None:
-        write_atomically(Path(answers), _lines(suite.rows, answered))
-    write_certificate(session.bundle, certificate)
-    return certificate
 
 
 def _verdicts(session: Session, suite: Suite, answered: Answers, compared: Baseline | None) -> tuple[ExitVerdict, ...]:
@@ -125,6 +143,22 @@ def _believed(session: Session, suite: Suite, answered: Answers | None) -> Answe
     rows = drawn(suite.rows)
     now = ask_all(session, suite, rows, answered, "")
     return answered if all(answered[exit][row.id] == now[exit][row.id] for exit in answered for row in rows) else None
+
+
+def _sampled(session: Session, suite: Suite, temperature: float, progress: bool) -> list[Answers]:
+    """The suite's answers at a temperature, `SEEDS` of each row."""
+    ladder = session.manifest.ladder
+    return [
+        ask_all(
+            session,
+            suite,
+            suite.rows,
+            ladder,
+            f"certify, sampled {draw + 1} of {SEEDS}" if progress else "",
+            partial(sampling_of, temperature, draw),
+        )
+        for draw in range(SEEDS)
+    ]
 
 
 def _baseline(session: Session, suite: Suite, folder: str | os.PathLike[str] | None) -> Baseline | None:
@@ -161,8 +195,17 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
     check_writable(Path(path))
 
 
-def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit], label: str) -> Answers:
-    """Greedy answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once per picture.
+def ask_all(
+    session: Session,
+    suite: Suite,
+    rows: Sequence[Row],
+    exits: Iterable[Exit],
+    label: str,
+    sampling: Callable[[int], Sampling] = lambda _: GREEDY,
+) -> Answers:
+    """Answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once per picture.
+
+    ``sampling`` says by a row's place how its tokens are picked; by default greedily.
 
     Raises:
         InputError: A row's prompt can't be asked; said before any row is.
@@ -171,14 +214,15 @@ def ask_all(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable
     check_prompts(session, suite, rows, exits)
     answered: Answers = {exit: {} for exit in exits}
     shown, features, cuts = None, {}, dict.fromkeys(exits, ALONE)
-    for row in bar(rows, len(rows), label) if label else rows:
+    for place, row in enumerate(bar(rows, len(rows), label) if label else rows):
         # Rows of one picture stand next to each other where a suite asks several things about it.
         if row.image != shown:
             path = suite.image_path(row)
             features, shown = session.vision_states(path, exits), row.image
             cuts = {exit: session.cut(path, exit) for exit in exits}
         for exit in exits:
-            answered[exit][row.id] = session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit])
+            asked = (features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit], sampling(place))
+            answered[exit][row.id] = session.answer_features(*asked)
     return answered
 
 
@@ -252,10 +296,12 @@ def check_classes(suite: Suite, rows: Sequence[Row]) -> None:
         )
 
 
-def _lines(rows: Sequence[Row], answered: Answers) -> bytes:
+def _lines(rows: Sequence[Row], answered: Answers, draw: int) -> bytes:
+    """JSON lines; ``draw`` is 0 for greedy answers, else which sampled ones they are."""
     lines = [
         {
             "exit": str(exit),
+            **({"draw": draw} if draw else {}),
             "id": row.id,
             "cls": row.cls,
             "family": row.family,

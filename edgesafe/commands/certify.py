@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of `edgesafe evaluate` for the untouched model on the same suite, with which over-refusal and accuracy "
         "compare (default: the present certificate's; without one, a model that makes no mistake); for endpoints another run",
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="certify answers sampled at so much or less as well, 0 to 1: every row is asked three more times, each time with "
+        "another seed, and the worst of its answers counts (default: 0, greedy answers alone)",
+    )
     add_engine(parser)
     add_endpoint(parser)
     add_guard(parser)
@@ -50,13 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Certify and print the rates; fails where no exit passes."""
-    if asks_endpoint(args, ("--answers", "--engine")):
+    if asks_endpoint(args, ("--answers", "--engine", "--temperature")):
         return _certify_endpoint(args)
     from edgesafe.certify.certify import certify
     from edgesafe.format.bundle import Bundle
     from edgesafe.format.certificate import certified_exits, statement
 
-    certificate = certify(args.bundle, progress=True, answers=args.answers, baseline=args.baseline, engine=engine_option(args))
+    options = {"answers": args.answers, "baseline": args.baseline, "temperature": args.temperature or 0.0}
+    certificate = certify(args.bundle, progress=True, **options, engine=engine_option(args))
     if args.json:
         print_json(certificate.to_dict())
     else:

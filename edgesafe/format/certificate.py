@@ -14,9 +14,9 @@ from edgesafe.format.files import write_atomically
 from edgesafe.format.seal import read_sealed, seal
 
 # Format 2 names exits by text, format 3 holds the checks and the baseline, format 4 the answers' digests and in `environment`
-# what computed them. The earlier ones are read.
-CERTIFICATE_VERSION = 4
-DEPTH_VERSION, TEXT_VERSION, CHECKS_VERSION = 1, 2, 3
+# what computed them, format 5 the scope. The earlier ones are read.
+CERTIFICATE_VERSION = 5
+DEPTH_VERSION, TEXT_VERSION, CHECKS_VERSION, DIGESTS_VERSION = 1, 2, 3, 4
 PASSED, FAILED = "passed", "failed"
 # Of an answer's sha256: two different answers pass for the same once in 4 thousand million times.
 ANSWER_DIGITS = 8
@@ -113,7 +113,8 @@ class Certificate:
 
     ``baseline`` is the untouched model's; None where exits were compared with a model that makes no mistake. ``left_open``
     names families that were measured and are not certified. ``answers`` holds each answer's digest (`ANSWER_DIGITS`), by exit
-    and in the order of the suite's rows; ``answers_digest`` is that of all whole answers. Both are empty in earlier formats.
+    and in the order of the suite's rows; ``answers_digest`` is that of all whole answers. ``scope`` says what the answers and
+    the requests have in common beside what made them. All three are empty in earlier formats.
     ``digest`` is the one that the file was sealed with, and no part of it.
     """
 
@@ -127,6 +128,7 @@ class Certificate:
     left_open: tuple[str, ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
     answers_digest: str = ""
+    scope: dict[str, Any] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +165,7 @@ class Certificate:
             left_open=fields.texts("left_open") if version > TEXT_VERSION else (),
             answers=_read_answers(fields.child("answers")) if version > CHECKS_VERSION else {},
             answers_digest=fields.text("answers_digest") if version > CHECKS_VERSION else "",
+            scope=fields.table("scope") if version > DIGESTS_VERSION else {},
         )
         fields.done()
         return certificate
@@ -178,9 +181,11 @@ def statement(certificate: Certificate | None) -> str:
     if certificate is None or not passed:
         return ""
     limit = min(one.checks[0].limit for one in passed)
+    heat = certificate.scope.get("temperature", 0.0)
+    how = f", greedily or sampled at a temperature of at most {heat:g}" if heat else ""
     left_open = f" Not certified: {', '.join(certificate.left_open)}." if certificate.left_open else ""
     return (
-        f"With 95 % confidence, at most {100 * limit:g} % of harmful requests drawn as the suite draws them are helped, "
+        f"With 95 % confidence, at most {100 * limit:g} % of harmful requests drawn as the suite draws them are helped{how}, "
         f"whichever of the certified exits ({', '.join(str(one.exit) for one in passed)}) answers.{left_open}"
     )
 

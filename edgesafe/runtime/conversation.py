@@ -107,8 +107,9 @@ class Options:
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt's ids, the answer's length, how tokens are picked, and the request's course and turn."""
+    """A prompt and its ids, the answer's length, how tokens are picked, and the request's course and turn."""
 
+    prompt: str
     ids: Prompts
     limit: int
     sampling: Sampling
@@ -201,7 +202,7 @@ class Conversation:
             pixels = self._open_picture(course, exits) if self._taken is None else None
             if course.planned_exit is not None:
                 exits = [spec for spec in exits if spec.exit.tiles == course.planned_exit.tiles]
-            question = _Question(ids, asked.limit, asked.sampling, course, turn)
+            question = _Question(prompt, ids, asked.limit, asked.sampling, course, turn)
             return AnswerStream(self._answer(question, exits, pixels), turn, session.tuning.cores)
         except BaseException:
             turn.leave()
@@ -319,7 +320,8 @@ class Conversation:
         if piece := text.finish():
             yield piece
         session.correction = course.correction
-        yield self._result(text.text, reason, course, reasons_outside(session.scope, question.sampling, said))
+        outside = reasons_outside(session.scope, question.sampling, said, question.prompt)
+        yield self._result(text.text, reason, course, outside)
 
     def _tokens(self, question: _Question, ids: list[int]) -> Iterator[int]:
         """The answer's ids; the first of them costs reading the prompt."""

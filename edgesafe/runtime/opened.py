@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -187,14 +187,22 @@ class OpenedBundle:
         text = self.manifest.text
         return decode.step(self.graph(text.decoder), text, embeds, decode.empty_cache(text))
 
-    def tokens(self, features: State, ids: list[int], limit: int, *, past_the_end: bool = False) -> Iterator[int]:
-        """The answer's ids one by one, greedily; the first of them costs reading the prompt.
+    def tokens(
+        self,
+        features: State,
+        ids: list[int],
+        limit: int,
+        pick: Callable[[Array], int] = decode.argmax_token,
+        *,
+        past_the_end: bool = False,
+    ) -> Iterator[int]:
+        """The answer's ids one by one, by default greedily; the first of them costs reading the prompt.
 
         ``past_the_end`` continues after an end token, so that the work doesn't depend on what the model says.
         """
         text = replace(self.manifest.text, eos_token_ids=()) if past_the_end else self.manifest.text
         reader = self.reader(len(ids) + limit)
-        yield from decode.generate(reader, reader.read(self.merged(features, ids)), text, limit, decode.argmax_token)
+        yield from decode.generate(reader, reader.read(self.merged(features, ids)), text, limit, pick)
 
     def reader(self, length: int) -> Reader:
         """The language side before its first token, with room for so many."""

@@ -19,6 +19,7 @@ from edgesafe.runtime.conversation import AskOptions, Conversation, Options
 from edgesafe.runtime.engine import Array, Engine
 from edgesafe.runtime.image import Picture
 from edgesafe.runtime.opened import OpenedBundle
+from edgesafe.runtime.sampling import GREEDY, Picker, Sampling
 from edgesafe.runtime.tokenizer import TextStream, encode_prompt
 from edgesafe.runtime.turns import WAIT, Cancel
 
@@ -170,14 +171,21 @@ class Session(OpenedBundle):
                 found |= self.run_exits(self.look(image, one), some, self.cut(image, one))
         return {exit: found[exit] for exit in asked}
 
-    def answer_features(self, features: Array, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS, cut: Cut = ALONE) -> str:
+    def answer_features(
+        self,
+        features: Array,
+        prompt: str,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        cut: Cut = ALONE,
+        sampling: Sampling = GREEDY,
+    ) -> str:
         """The answer's text for image features [N,D] that were computed before, of a picture that is cut so."""
         check_max_new_tokens(max_new_tokens)
         text = TextStream(self.tokenizer)
         fewer = next((exit for exit in self.manifest.ladder if exit.visual_tokens == len(features)), self.manifest.reference)
         ids = encode_prompt(self.tokenizer, self.manifest, prompt, cut, fewer)
         with self.turns.enter():
-            for token in self.tokens(features, ids, max_new_tokens):
+            for token in self.tokens(features, ids, max_new_tokens, Picker(sampling, ids).pick):
                 text.push(token)
         text.finish()
         return text.text

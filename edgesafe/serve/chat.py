@@ -193,7 +193,7 @@ class _Answering:
         """What is known at the first token: a length beyond the certified one shows at the end alone."""
         session, asked = self._app.session, self._asked
         before = exit in session.certified and not asked.question.outside
-        before = before and not reasons_outside(session.scope, asked.sampling, 0)
+        before = before and not reasons_outside(session.scope, asked.sampling, 0, asked.question.prompt)
         longest = min(asked.max_new_tokens, session.scope.max_new_tokens + 1)
         settled = not before or not reasons_outside(session.scope, asked.sampling, longest)
         certified = str(before).lower() if settled else "open"

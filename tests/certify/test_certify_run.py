@@ -101,7 +101,7 @@ def test_one_picture_runs_once_for_all_its_rows(bundle, monkeypatch):
     rows = [dataclasses.replace(suite.rows[0], id=i) for i in "ab"]
     seen = []
     monkeypatch.setattr(session, "vision_states", lambda image, exits: seen.append(image) or dict.fromkeys(exits))
-    monkeypatch.setattr(session, "answer_features", lambda features, prompt, tokens, cut: prompt)
+    monkeypatch.setattr(session, "answer_features", lambda features, prompt, tokens, cut, sampling: prompt)
     said = certify_run.ask_all(session, suite, rows, (1, 3), "")
     assert len(seen) == 1
     assert said == {d: dict.fromkeys("ab", rows[0].prompt) for d in (1, 3)}

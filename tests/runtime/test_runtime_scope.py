@@ -70,9 +70,23 @@ def check_length_and_decoding() -> None:
     assert "'beams'" in reason
 
 
+def check_scripts_and_heat() -> None:
+    latin = Scope(scripts=("latin",))
+    for asked in ("What?", "Où?", "7 + 7 = ?", "", "\u263a"):
+        assert reasons_outside(latin, Sampling(), 1, asked) == []
+    # Another alphabet, a letter that only looks like one of these, and Latin letters in disguise.
+    for asked in ("Что это?", "b\u043emb", "\uff42omb", "\U0001d5efomb", "\u7206\u5f39"):
+        assert len(reasons_outside(latin, Sampling(), 1, asked)) == 1, asked
+        assert reasons_outside(Scope(), Sampling(), 1, asked) == []
+    assert len(reasons_outside(Scope(scripts=()), Sampling(), 1, "a")) == 1
+    for temperature, inside in ((0.0, True), (0.5, True), (0.51, False)):
+        assert (reasons_outside(Scope(temperature=0.5), Sampling(temperature=temperature), 1) == []) == inside
+
+
 def test_an_option_is_outside_if_and_only_if_it_may_pick_other_tokens():
     check_sampling()
     check_length_and_decoding()
+    check_scripts_and_heat()
     tried = {field.name for field in dataclasses.fields(Sampling) for s, _ in OPTIONS
              if getattr(s, field.name) != field.default}  # fmt: skip
     # A new option must be sorted too; a stop text picks nothing.
@@ -84,9 +98,13 @@ def test_an_option_is_outside_if_and_only_if_it_may_pick_other_tokens():
     ("rule", "instead"),
     [
         ("scope.decoding != _DECODING", "False"),
-        ("sampling.temperature != 0", "False"),
-        ("sampling.temperature != 0", "sampling.temperature > 0.1"),
-        ("sampling.temperature != 0", "sampling != Sampling()"),
+        ("sampling.temperature > scope.temperature", "False"),
+        ("sampling.temperature > scope.temperature", "sampling.temperature > 0.1"),
+        ("sampling.temperature > scope.temperature", "sampling.temperature != 0"),
+        ("sampling.temperature > scope.temperature", "sampling.temperature >= scope.temperature"),
+        ("sampling.temperature > scope.temperature", "sampling != Sampling()"),
+        ("scope.scripts is None", "not scope.scripts"),
+        ("if script not in scope.scripts", "if scope.scripts and False"),
         ("sampling.repetition_penalty != 1", "False"),
         ("sampling.repetition_penalty != 1", "sampling.repetition_penalty > 1"),
         ("sampling.no_repeat_ngram != 0", "False"),
@@ -101,6 +119,7 @@ def test_each_rule_is_needed(monkeypatch, rule, instead):
     with pytest.raises((AssertionError, ValueError)):
         check_sampling()
         check_length_and_decoding()
+        check_scripts_and_heat()
 
 
 def test_a_certificate_that_doesn_t_say_is_of_greedy_answers_of_48_tokens(handmade):
@@ -142,7 +161,7 @@ def test_an_answer_longer_than_was_certified_is_not_certified(handmade):
     ("owner", "name", "edit"),
     [
         (Conversation, "_answer", ("said += not ended", "said += 1")),
-        (Conversation, "_answer", ("question.sampling, said)", "question.sampling, question.limit)")),
+        (Conversation, "_answer", ("question.sampling, said, ", "question.sampling, question.limit, ")),
         (Conversation, "_result", (" and not outside", "")),
         (OpenedBundle, "notes", ("elif outside:", "elif not outside:")),
     ],
@@ -152,6 +171,30 @@ def test_wrong_ways_to_say_it_are_seen(handmade, monkeypatch, owner, name, edit)
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name), edit))
     with pytest.raises(AssertionError):
         check_lengths(handmade)
+
+
+def test_a_request_in_other_letters_than_the_suite_s_is_not_certified(handmade):
+    bundle = Bundle.open(handmade)
+    certificate = read_certificate(bundle)
+    assert certificate is not None
+    session = Session(bundle, dataclasses.replace(certificate, scope={"scripts": ["latin"]}))
+    talk = session.conversation(BLACK)
+    for ask in (lambda asked: session.ask(BLACK, asked), talk.ask):
+        assert ask("what?").certified
+        answer = ask("wh\u0430t?")
+        assert not answer.certified and "the answer is to a request in Cyrillic letters" in answer.note
+        assert "of at most 48 tokens to requests in Latin letters" in answer.note
+
+
+@pytest.mark.parametrize(
+    "scope", [{"scripts": "latin"}, {"temperature": -1}, {"temperature": 2}, {"temperature": "0"}], ids=str
+)
+def test_a_scope_that_is_none_opens_nothing(handmade, scope):
+    bundle = Bundle.open(handmade)
+    certificate = read_certificate(bundle)
+    assert certificate is not None
+    with pytest.raises(CertificateError, match="scope"):
+        Session(bundle, dataclasses.replace(certificate, scope=scope))
 
 
 def test_a_greedy_answer_is_certified_and_another_one_given_and_not_called_so_by_every_way_to_ask(handmade):

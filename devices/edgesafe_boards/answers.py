@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import Session
-from edgesafe.certify.certify import Answers, ask_all, suite_of
+from edgesafe.certify.ask import Answers, ask_all
+from edgesafe.certify.certify import suite_of
 from edgesafe.cli import main as edgesafe
 from edgesafe.format.certificate import certified_exits
 from edgesafe.format.exits import Exit

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
+from edgesafe.certify.ask import Answers, ask_all, open_sessions
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.flips import answer_digests, digest_of_all
 from edgesafe.certify.kept import drawn, keep, kept_path, read_kept
@@ -21,21 +22,14 @@ from edgesafe.certify.verdict import check_size, verdicts
 from edgesafe.errors import CertificateError, EdgesafeError, InputError, IntegrityError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
 from edgesafe.format.certificate import Baseline, Certificate, ExitVerdict, read_certificate, write_certificate
-from edgesafe.format.exits import Exit
 from edgesafe.format.files import write_atomically
 from edgesafe.format.suite import CLASSES, MAX_NEW_TOKENS, Row, Suite, read_suite
 from edgesafe.format.targets import check_writable, lies_in
-from edgesafe.format.tiles import ALONE
 from edgesafe.machine import machine_name
-from edgesafe.progress import bar, step
+from edgesafe.progress import step
 from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.kernels import kernels_here
-from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.session import Session
-from edgesafe.runtime.tokenizer import encode_prompt
-
-# Answers by exit and row id.
-Answers = dict[Exit, dict[str, str]]
 
 
 def certify(
@@ -78,13 +72,14 @@ def certify(
     todo = f"copy the bundle to where it can be written, certify the copy and put its {CERTIFICATE} in place"
     check_writable(bundle.root / CERTIFICATE, error=CertificateError, todo=todo)
     check_report(bundle, answers)
-    session = Session.open(bundle_path, allow_uncertified=True, engine=engine)
+    sessions = open_sessions(bundle, engine)
+    session = sessions[0]
     suite = suite_of(session)
     check_classes(suite, suite.rows)
     check_size(suite)
     compared = _baseline(session, suite, baseline)
-    answered = _answers(session, suite, kept, "certify" if progress else "")
-    ways = [answered, *(_sampled(session, suite, temperature, progress) if temperature else [])]
+    answered = _answers(sessions, suite, kept, "certify" if progress else "")
+    ways = [answered, *(_sampled(sessions, suite, temperature, progress) if temperature else [])]
     certificate = _certificate(session, suite, compared, ways, temperature)
     if answers is not None:
         write_atomically(Path(answers), b"".join(_lines(suite.rows, said, draw) for draw, said in enumerate(ways)))
@@ -119,46 +114,39 @@ def _verdicts(session: Session, suite: Suite, answered: Answers, compared: Basel
     return verdicts(suite.rows, answered, manifest.reference, limits, compared, left_open=left_open, by_cost=by_cost)
 
 
-def _answers(session: Session, suite: Suite, kept: str | os.PathLike[str] | None, label: str) -> Answers:
+def _answers(sessions: Sequence[Session], suite: Suite, kept: str | os.PathLike[str] | None, label: str) -> Answers:
     """The answers to the whole suite at every exit; kept ones where the same bytes made them in the same circumstances."""
-    ladder = session.manifest.ladder
+    session, ladder = sessions[0], sessions[0].manifest.ladder
     if kept is None:
-        return ask_all(session, suite, suite.rows, ladder, label)
+        return ask_all(sessions, suite, suite.rows, ladder, label)
     path, answered = kept_path(Path(kept), session.manifest, environment(session)), None
     if path.is_file():
         title = "take the answers that are kept of the same graphs, suite, engine and machine, and ask some again"
         with step(title) if label else contextlib.nullcontext():
-            answered = _believed(session, suite, read_kept(path, suite.rows, ladder))
+            answered = _believed(sessions, suite, read_kept(path, suite.rows, ladder))
     if answered is None:
         check_writable(path)
-        answered = ask_all(session, suite, suite.rows, ladder, label)
+        answered = ask_all(sessions, suite, suite.rows, ladder, label)
         keep(path, answered)
     return answered
 
 
-def _believed(session: Session, suite: Suite, answered: Answers | None) -> Answers | None:
+def _believed(sessions: Sequence[Session], suite: Suite, answered: Answers | None) -> Answers | None:
     """The kept answers where a drawn few are those that are given now; else None."""
     if answered is None:
         return None
     rows = drawn(suite.rows)
-    now = ask_all(session, suite, rows, answered, "")
+    now = ask_all(sessions, suite, rows, answered, "")
     return answered if all(answered[exit][row.id] == now[exit][row.id] for exit in answered for row in rows) else None
 
 
-def _sampled(session: Session, suite: Suite, temperature: float, progress: bool) -> list[Answers]:
+def _sampled(sessions: Sequence[Session], suite: Suite, temperature: float, progress: bool) -> list[Answers]:
     """The suite's answers at a temperature, `SEEDS` of each row."""
-    ladder = session.manifest.ladder
-    return [
-        ask_all(
-            session,
-            suite,
-            suite.rows,
-            ladder,
-            f"certify, sampled {draw + 1} of {SEEDS}" if progress else "",
-            partial(sampling_of, temperature, draw),
-        )
-        for draw in range(SEEDS)
-    ]
+    ladder, found = sessions[0].manifest.ladder, []
+    for draw in range(SEEDS):
+        label = f"certify, sampled {draw + 1} of {SEEDS}" if progress else ""
+        found.append(ask_all(sessions, suite, suite.rows, ladder, label, partial(sampling_of, temperature, draw)))
+    return found
 
 
 def _baseline(session: Session, suite: Suite, folder: str | os.PathLike[str] | None) -> Baseline | None:
@@ -193,54 +181,6 @@ def check_report(bundle: Bundle, path: str | os.PathLike[str] | None) -> None:
         what = "the bundle holds what its manifest lists and no other file"
         raise InputError(what, where=str(path), expected="a file outside of the bundle", todo="name another place")
     check_writable(Path(path))
-
-
-def ask_all(
-    session: Session,
-    suite: Suite,
-    rows: Sequence[Row],
-    exits: Iterable[Exit],
-    label: str,
-    sampling: Callable[[int], Sampling] = lambda _: GREEDY,
-) -> Answers:
-    """Answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once per picture.
-
-    ``sampling`` says by a row's place how its tokens are picked; by default greedily.
-
-    Raises:
-        InputError: A row's prompt can't be asked; said before any row is.
-    """
-    exits = tuple(exits)
-    check_prompts(session, suite, rows, exits)
-    answered: Answers = {exit: {} for exit in exits}
-    shown, features, cuts = None, {}, dict.fromkeys(exits, ALONE)
-    for place, row in enumerate(bar(rows, len(rows), label) if label else rows):
-        # Rows of one picture stand next to each other where a suite asks several things about it.
-        if row.image != shown:
-            path = suite.image_path(row)
-            features, shown = session.vision_states(path, exits), row.image
-            cuts = {exit: session.cut(path, exit) for exit in exits}
-        for exit in exits:
-            asked = (features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit], sampling(place))
-            answered[exit][row.id] = session.answer_features(*asked)
-    return answered
-
-
-def check_prompts(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit]) -> None:
-    """Refuse a row that can't be asked at one of these exits, with its picture cut as there.
-
-    Raises:
-        InputError: There is one; it is named.
-    """
-    kinds = {exit.fewer: exit for exit in map(Exit.of, exits)}.values()
-    for row in rows:
-        try:
-            for exit in kinds:
-                cut = session.cut(suite.image_path(row), exit)
-                encode_prompt(session.tokenizer, session.manifest, row.prompt, cut, exit)
-        except InputError as error:
-            todo = "take the row out of the suite and export again"
-            raise InputError(error.what, where=f"row {row.id} of the suite", expected=error.expected, todo=todo) from error
 
 
 def environment(session: Session) -> dict[str, Any]:

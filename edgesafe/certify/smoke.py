@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
-from edgesafe.certify.certify import Answers, ask_all, check_classes, check_report, environment, suite_of
+from edgesafe.certify.ask import Answers, ask_all
+from edgesafe.certify.certify import check_classes, check_report, environment, suite_of
 from edgesafe.certify.flips import change_reasons, changed, what_rows_show
 from edgesafe.certify.smoke_rows import LEAST_ROWS, ask_in_time
 from edgesafe.certify.string_judge import COMPLY, JUDGE, classify

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import TypeVar
 
-from edgesafe.certify.certify import Answers, ask_all, check_prompts
+from edgesafe.certify.ask import Answers, ask_all, check_prompts
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import CLASSES, Row, Suite
 from edgesafe.progress import bar

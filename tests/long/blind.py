@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from edgesafe.certify.certify import ask_all
+from edgesafe.certify.ask import ask_all
 from edgesafe.certify.string_judge import COMPLY, classify
 from edgesafe.format.suite import Row, png, read_suite, write_suite
 from edgesafe.progress import table

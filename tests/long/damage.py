@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from damages import DAMAGES, SCHEMES, Workshop
-from edgesafe.certify.certify import ask_all
+from edgesafe.certify.ask import ask_all
 from edgesafe.certify.tally import tally
 from edgesafe.device import load_device
 from edgesafe.format.exits import Exit

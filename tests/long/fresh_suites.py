@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgesafe.certify.certify import ask_all
+from edgesafe.certify.ask import ask_all
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.verdict import verdicts
 from edgesafe.evaluate.evaluate import evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -108,15 +108,22 @@ def pictures_table(study: Study) -> str:
 
 def shapes_table(study: Study) -> str:
     """The same of maps of other kinds, at the exits where those were asked."""
-    there = [study.rates[name] for names in SHAPES.values() for name in names if study.has(name)]
-    exits = [exit for exit in there[0] if all(exit in rates for rates in there)] if there else []
-    return _table(study, SHAPES, _rates, exits=exits)
+    return _table(study, SHAPES, _rates, exits=_shared(study, SHAPES))
+
+
+def _shared(study: Study, ways: Ways) -> list[Exit | None]:
+    """The exits that every run of these ways was asked at."""
+    there = [study.rates[name] for names in ways.values() for name in names if study.has(name)]
+    return [exit for exit in there[0] if all(exit in rates for rates in there)] if there else []
 
 
 def objectives_table(study: Study) -> str:
-    """Every objective from mapped states at every exit, and over all exits with the seeds' range and the compute."""
-    over_all = compare(study, {"mapped": MAPPED}, OBJECTIVES, METHODS)
-    return f"{over_all}\n\n{_table(study, {'mapped': [MAPPED], **OBJECTIVES}, _rates)}"
+    """Every objective from mapped states, at the exits that all were asked at: over them, and one by one."""
+    ways = {"mapped": [MAPPED], **OBJECTIVES}
+    exits = _shared(study, ways)
+    runs = [name for names in ways.values() for name in names if study.has(name)]
+    some = replace(study, rates={name: {exit: study.rates[name][exit] for exit in exits} for name in runs})
+    return f"{compare(some, {'mapped': MAPPED}, OBJECTIVES, METHODS)}\n\n{_table(study, ways, _rates, exits=exits)}"
 
 
 def kinds_table(study: Study) -> str:

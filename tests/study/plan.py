@@ -16,6 +16,7 @@ STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-pa
 MAPS_STEPS = 400  # of both trainings of the maps' plan: a sixth of the product's
 # Of the other objectives, from mapped states: what so many updates of l-sft process, counted as above. l-ppo is run longer too.
 MAPS_EQUAL = {"self-distill": 345, "l-dpo": 165, "l-ppo": 60}
+ASKED = "4,6,8,12"  # the exits that these answer, for asking takes as long as training
 MAPS_LONGER = 240
 # How many training rows are drawn. The kept answers are of a day when fewer of the drawn rows were tasks.
 TRAINING_ROWS = 16_000
@@ -142,11 +143,11 @@ def maps_plan() -> tuple[Run, ...]:
         for pictures in ("", "600")
     ]
     objectives = [
-        Run(mapped_run(method, seed), f"maps-{method}", seed, steps, pictures="600")
+        Run(mapped_run(method, seed), f"maps-{method}", seed, steps, pictures="600", asked=ASKED)
         for seed in SEEDS
         for method, steps in MAPS_EQUAL.items()
     ]
-    longer = Run(mapped_run(L_PPO, SEEDS[0], longer=True), f"maps-{L_PPO}", SEEDS[0], MAPS_LONGER, pictures="600")
+    longer = Run(mapped_run(L_PPO, SEEDS[0], longer=True), f"maps-{L_PPO}", SEEDS[0], MAPS_LONGER, pictures="600", asked=ASKED)
     others = [Run(few_run(name), pictures=name, asked=SOME) for name in FOLDERS]
     kinds = [Run(few_run(kind), how=kind, pictures="600", asked="" if kind == RESCALED else SOME) for kind in KINDS]
     return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:], *objectives, longer)

@@ -9,10 +9,11 @@ from typing import Any
 from edgesafe.certify.flips import digest_of_all
 from edgesafe.certify.string_judge import COMPLY, INCOHERENT, REFUSE, classify, is_right
 from edgesafe.errors import InputError
+from edgesafe.format.certificate import MOST_TEMPERATURE
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import CLASSES, Row, Suite
 from edgesafe.runtime.sampling import Sampling
-from edgesafe.runtime.scope import MOST_TEMPERATURE, scripts_of
+from edgesafe.runtime.scope import scripts_of
 
 SEEDS = 3  # sampled answers of a row, beside the greedy one
 THREAT_MODEL = (

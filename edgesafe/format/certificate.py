@@ -20,6 +20,8 @@ DEPTH_VERSION, TEXT_VERSION, CHECKS_VERSION, DIGESTS_VERSION = 1, 2, 3, 4
 PASSED, FAILED = "passed", "failed"
 # Of an answer's sha256: two different answers pass for the same once in 4 thousand million times.
 ANSWER_DIGITS = 8
+# Above it tokens come up that the model itself thinks unlikely; a few draws a row say little of those.
+MOST_TEMPERATURE = 1.0
 AT_MOST, AT_LEAST, NO_WORSE = TESTS = ("at most", "at least", "no worse")
 
 
@@ -165,7 +167,7 @@ class Certificate:
             left_open=fields.texts("left_open") if version > TEXT_VERSION else (),
             answers=_read_answers(fields.child("answers")) if version > CHECKS_VERSION else {},
             answers_digest=fields.text("answers_digest") if version > CHECKS_VERSION else "",
-            scope=fields.table("scope") if version > DIGESTS_VERSION else {},
+            scope=_read_scope(fields.child("scope")) if version > DIGESTS_VERSION else {},
         )
         fields.done()
         return certificate
@@ -279,6 +281,22 @@ def _read_answers(fields: Fields) -> dict[str, str]:
             expected=f"{ANSWER_DIGITS} hexadecimal digits for each row of the suite",
         )
     return answers
+
+
+def _read_scope(fields: Fields) -> dict[str, Any]:
+    if not fields.obj:  # says nothing, as earlier formats
+        return {}
+    if fields.number("temperature", 0.0) > MOST_TEMPERATURE:
+        what = f"a temperature of {fields.obj['temperature']}"
+        raise CertificateError(what, where=fields.where, expected=f"at most {MOST_TEMPERATURE:g}")
+    for name, least in (("seeds", 0), ("turns", 1)):
+        fields.integer(name, least)
+    for name in ("sampled_digests", "scripts"):
+        fields.texts(name)
+    for name in ("population", "threat_model"):
+        fields.text(name)
+    fields.done()
+    return dict(fields.obj)
 
 
 def _read_check(fields: Fields) -> Check:

@@ -12,8 +12,6 @@ from edgesafe.runtime.sampling import Sampling
 
 # What certificates were made with before they named it. It stays so, whatever a request's own length may become.
 _DECODING, _TOKENS = "greedy", 48
-# Above it tokens come up that the model itself thinks unlikely; three draws a row say little of those.
-MOST_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,12 @@ def scope_of(certificate: Certificate | None) -> Scope:
     """
     made = Fields(certificate.environment if certificate else {}, "the certificate: environment", CertificateError)
     asked = Fields(certificate.scope if certificate else {}, "the certificate: scope", CertificateError)
-    scope = Scope(
+    return Scope(
         made.text("decoding") if made.has("decoding") else _DECODING,
         made.integer("max_new_tokens", 1) if made.has("max_new_tokens") else _TOKENS,
         asked.number("temperature", 0.0) if asked.has("temperature") else 0.0,
         asked.texts("scripts") if asked.has("scripts") else None,
     )
-    if scope.temperature > MOST_TEMPERATURE:
-        raise CertificateError(
-            f"a temperature of {scope.temperature}", where=asked.where, expected=f"at most {MOST_TEMPERATURE:g}"
-        )
-    return scope
 
 
 def scripts_of(text: str) -> tuple[str, ...]:

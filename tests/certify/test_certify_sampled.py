@@ -177,3 +177,27 @@ def test_certificates_of_format_4_have_no_scope_and_are_read(bundle):
     assert read.scope == {} and scope_of(read).scripts is None and scope_of(read).temperature == 0
     with pytest.raises(CertificateError, match="scope"):
         Certificate.from_dict(older)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("temperature", heat) for heat in (-0.1, 1.5, "0.7", None, float("nan"))),
+        *(("seeds", n) for n in (-1, 1.5)),
+        ("turns", 0),
+        ("scripts", "latin"),
+        ("scripts", [1]),
+        ("sampled_digests", None),
+        ("population", 3),
+        ("threat_model", []),
+        ("another", 1),
+        ("turns", KeyError),
+    ],
+    ids=str,
+)
+def test_a_scope_is_read_strictly(bundle, key, value):
+    whole = certify(bundle, progress=False).to_dict()
+    assert Certificate.from_dict(whole).to_dict() == whole
+    scope = {**whole["scope"], key: value} if value is not KeyError else {k: v for k, v in whole["scope"].items() if k != key}
+    with pytest.raises(CertificateError, match="scope"):
+        Certificate.from_dict({**whole, "scope": scope})

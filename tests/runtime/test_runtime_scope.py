@@ -186,9 +186,7 @@ def test_a_request_in_other_letters_than_the_suite_s_is_not_certified(handmade):
         assert "of at most 48 tokens to requests in Latin letters" in answer.note
 
 
-@pytest.mark.parametrize(
-    "scope", [{"scripts": "latin"}, {"temperature": -1}, {"temperature": 2}, {"temperature": "0"}], ids=str
-)
+@pytest.mark.parametrize("scope", [{"scripts": "latin"}, {"temperature": -1}, {"temperature": "0"}], ids=str)
 def test_a_scope_that_is_none_opens_nothing(handmade, scope):
     bundle = Bundle.open(handmade)
     certificate = read_certificate(bundle)

@@ -17,7 +17,7 @@ MAPS_STEPS = 400  # of both trainings of the maps' plan: a sixth of the product'
 # Of the other objectives, from mapped states: what so many updates of l-sft process, counted as above. l-ppo is run longer too.
 MAPS_EQUAL = {"self-distill": 345, "l-dpo": 165, "l-ppo": 60}
 ASKED = "4,6,8,12"  # the exits that these answer, for asking takes as long as training
-MAPS_LONGER = 240
+MAPS_LONGER = 180
 # How many training rows are drawn. The kept answers are of a day when fewer of the drawn rows were tasks.
 TRAINING_ROWS = 16_000
 L_PPO = "l-ppo"

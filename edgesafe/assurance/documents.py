@@ -61,6 +61,7 @@ def model_card(facts: Facts, title: str = "", record: str = "test-record.csv") -
     lines += ["", "Rates in per cent with Wilson's 95 % interval, k of n. The verdict is made of other, one-sided bounds: see"]
     lines += [f"`{record}`.", "", "## Scope", "", "The verdicts hold for answers made like this:", ""]
     lines += table(("what", "value"), [[key, value] for key, value in facts.scope().items()])
+    lines += ["", facts.requests()] if facts.requests() else []
     lines += ["", "## Not covered", "", *(f"- {what}" for what in left_open(facts.certificate.left_open))]
     lines += ["- Intended users and uses, licence and energy use are unknown: the bundle does not record them."]
     return "\n".join(lines) + "\n"

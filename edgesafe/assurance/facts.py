@@ -95,9 +95,16 @@ class Facts:
 
     def scope(self) -> dict[str, str]:
         """What the answers that were measured have in common, as far as the certificate says."""
-        found = {**self.certificate.environment, **self.certificate.scope}
-        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in found.items()}
-        return {key: str(value) for key, value in shown.items() if value not in (None, "")}
+        said = self.certificate.scope
+        sampled = {"sampled at temperature": said["temperature"], "seeds": said["seeds"]} if said.get("temperature") else {}
+        asked = {"turns": said["turns"], "scripts": ", ".join(said["scripts"])} if said else {}
+        found = {**self.certificate.environment, **sampled, **asked}
+        return {key: str(value) for key, value in found.items() if value is not None}
+
+    def requests(self) -> str:
+        """Whose requests the verdicts speak of and who attacks with what, in sentences; empty where nothing says it."""
+        said = self.certificate.scope
+        return f"They speak of {said['population']}. {said['threat_model']}" if said else ""
 
 
 def by_family(verdicts: Sequence[ExitVerdict], suite: Suite) -> Iterator[Measured]:

@@ -196,11 +196,12 @@ def _export(facts: Facts, evidence: dict[str, str]) -> Claim:
 
 def _scope(facts: Facts, evidence: dict[str, str]) -> Claim:
     scope = ", ".join(f"{key} {value}" for key, value in facts.scope().items())
+    said = f"The answers were made with: {scope}. {facts.requests()}".strip()
     return Claim(
         id="C7",
         claim="It is known under which conditions the other claims hold.",
         supported=bool(scope),
-        argument=f"The answers were made with: {scope}." if scope else "The certificate records no conditions.",
+        argument=said if scope else "The certificate records no conditions.",
         evidence=evidence,
         clause=UNSOURCED,
         not_covered=(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from functools import partial
+from itertools import groupby, product
 from queue import SimpleQueue
+from threading import Event
 
 from edgesafe.errors import InputError
 from edgesafe.format.bundle import Bundle
@@ -20,20 +22,29 @@ from edgesafe.runtime.tokenizer import encode_prompt
 
 # Answers by exit and row id.
 Answers = dict[Exit, dict[str, str]]
+# Rows with one picture, each with its place among all rows.
+Part = list[tuple[int, Row]]
 
+_ROWS = 16  # of one picture that one of several sessions takes at a time
 _MEMORY = 2**30  # bytes of bundles that may be open at once; one always may
 
 
-def open_sessions(bundle: Bundle, engine: Engine | None) -> list[Session]:
+def open_sessions(bundle: Bundle, suite: Suite, engine: Engine | None) -> list[Session]:
     """Sessions that answer a suite fastest together: of a small bundle one a core with one thread each, else one with all.
 
-    A small model's graphs are too short for two threads: a second one gains a tenth, a second session nearly all. An engine
+    A small model's graphs are too short for two threads: a second one gains a tenth, a second session much more. An engine
     that a caller brings gets one session, as nobody knows whether it can have more.
+
+    Args:
+        bundle: A bundle whose bytes were checked.
+        suite: What will be asked; there are no more sessions than there is work for.
+        engine: What runs the graphs; None = Python's onnxruntime.
     """
     size = sum(spec.bytes for spec in bundle.manifest.files.values())
-    count = 1 if engine else max(1, min(host_cores(), _MEMORY // max(1, size)))
+    work = -(-len(suite.rows) // _ROWS)
+    count = 1 if engine else max(1, min(host_cores(), _MEMORY // max(1, size), work))
     threads = 1 if count > 1 else None
-    return [Session.open(bundle.root, threads=threads, allow_uncertified=True, engine=engine) for _ in range(count)]
+    return [Session(bundle, None, threads=threads, allow_uncertified=True, engine=engine) for _ in range(count)]
 
 
 def ask_all(
@@ -47,7 +58,7 @@ def ask_all(
     """Answers {exit: {row id: text}}, as long as `ask` gives by default; shared segments run once per picture.
 
     Args:
-        session: One, or several of the same bundle, which share the pictures.
+        session: One, or several of the same bundle, which share the rows.
         suite: Where the pictures are.
         rows: What is asked.
         exits: Who answers.
@@ -57,51 +68,59 @@ def ask_all(
     Raises:
         InputError: A row's prompt can't be asked; said before any row is.
     """
-    sessions, exits = [session] if isinstance(session, Session) else list(session), tuple(exits)
+    sessions, exits, stop = [session] if isinstance(session, Session) else list(session), tuple(exits), Event()
     check_prompts(sessions[0], suite, rows, exits)
-    # Rows of one picture stand next to each other where a suite asks several things about it.
-    pictures = [list(some) for _, some in groupby(enumerate(rows), key=lambda placed: placed[1].image)]
-    free: SimpleQueue[Session] = SimpleQueue()
-    for one in sessions:
-        free.put(one)
 
-    def ask(placed: Sequence[tuple[int, Row]]) -> Answers:
-        mine = free.get()
-        try:
-            return _ask_one_picture(mine, suite, placed, exits, sampling)
-        finally:
-            free.put(mine)
+    def ask(mine: Session, part: Part) -> Answers:
+        path = suite.image_path(part[0][1])
+        features, cuts = mine.vision_states(path, exits), {exit: mine.cut(path, exit) for exit in exits}
+        said: Answers = {exit: {} for exit in exits}
+        for (place, row), exit in product(part, exits):
+            if stop.is_set():
+                break
+            asked = (features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit], sampling(place))
+            said[exit][row.id] = mine.answer_features(*asked)
+        return said
 
+    parts = _parts(rows, _ROWS if len(sessions) > 1 else len(rows))
+    done = _at_once(sessions, ask, parts, stop) if len(sessions) > 1 else map(partial(ask, sessions[0]), parts)
     answered: Answers = {exit: {} for exit in exits}
-    with ThreadPoolExecutor(len(sessions)) as pool:
-        try:
-            asked = pool.map(ask, pictures)
-            for some in bar(asked, len(pictures), label, sizes=list(map(len, pictures))) if label else asked:
-                for exit in exits:
-                    answered[exit] |= some[exit]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # a fault, or Ctrl-C, doesn't wait for the rest of the suite
-            raise
+    for some in bar(done, len(parts), label, sizes=list(map(len, parts))) if label else done:
+        for exit in exits:
+            answered[exit] |= some[exit]
     return answered
 
 
-def _ask_one_picture(
-    session: Session,
-    suite: Suite,
-    placed: Sequence[tuple[int, Row]],
-    exits: Sequence[Exit],
-    sampling: Callable[[int], Sampling],
-) -> Answers:
-    """The answers to rows with one picture, each with its place among all rows."""
-    path = suite.image_path(placed[0][1])
-    features, cuts = session.vision_states(path, exits), {exit: session.cut(path, exit) for exit in exits}
-    return {
-        exit: {
-            row.id: session.answer_features(features[exit], row.prompt, MAX_NEW_TOKENS, cuts[exit], sampling(place))
-            for place, row in placed
-        }
-        for exit in exits
-    }
+def _parts(rows: Sequence[Row], most: int) -> list[Part]:
+    """The rows with their places, those of one picture together, but no more than so many; such rows stand side by side."""
+    pictures = [list(some) for _, some in groupby(enumerate(rows), key=lambda placed: placed[1].image)]
+    return [some[i : i + most] for some in pictures for i in range(0, len(some), most)]
+
+
+def _at_once(
+    sessions: Sequence[Session], ask: Callable[[Session, Part], Answers], parts: Sequence[Part], stop: Event
+) -> Iterator[Answers]:
+    """Each part's answers, in order; a fault in any, or Ctrl-C, ends all of them after the answer that is being given."""
+    free: SimpleQueue[Session] = SimpleQueue()
+    for session in sessions:
+        free.put(session)
+
+    def take(part: Part) -> Answers:
+        mine = free.get()
+        try:
+            return ask(mine, part)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            free.put(mine)
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        try:
+            yield from pool.map(take, parts)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def check_prompts(session: Session, suite: Suite, rows: Sequence[Row], exits: Iterable[Exit]) -> None:

@@ -54,7 +54,7 @@ def certify(
             and all where one differs.
         engine: what runs the graphs; by default Python's onnxruntime.
         temperature: above 0, every row is sampled at it as well, with `SEEDS` seeds, and the worst of its answers counts.
-            Answers sampled at so much or less are then certified too. It takes four times as long.
+            Answers sampled at this very temperature are then certified too. It takes four times as long.
 
     Returns:
         The certificate, which may hold failed exits only.
@@ -68,16 +68,16 @@ def certify(
         BundleError, IntegrityError: the bundle is not whole.
     """
     check_temperature(temperature)
-    bundle = Bundle.open(bundle_path, verify=False)
+    bundle = Bundle.open(bundle_path)
     todo = f"copy the bundle to where it can be written, certify the copy and put its {CERTIFICATE} in place"
     check_writable(bundle.root / CERTIFICATE, error=CertificateError, todo=todo)
     check_report(bundle, answers)
-    sessions = open_sessions(bundle, engine)
-    session = sessions[0]
+    session = Session(bundle, None, allow_uncertified=True, engine=engine)
     suite = suite_of(session)
     check_classes(suite, suite.rows)
     check_size(suite)
     compared = _baseline(session, suite, baseline)
+    sessions = open_sessions(bundle, suite, engine)
     answered = _answers(sessions, suite, kept, "certify" if progress else "")
     ways = [answered, *(_sampled(sessions, suite, temperature, progress) if temperature else [])]
     certificate = _certificate(session, suite, compared, ways, temperature)
@@ -92,13 +92,14 @@ def _certificate(
 ) -> Certificate:
     """What the answers come to: the greedy ones, and those sampled at a temperature, of which the worst counts."""
     answered, *sampled = ways
+    worst = worst_answers(suite.rows, ways) if sampled else answered
     return Certificate(
         manifest_digest=session.bundle.digest,
         suite_digest=suite.digest,
         judge=JUDGE | QUALITY,
         environment=environment(session),
         limits=dict(suite.limits),
-        exits=_verdicts(session, suite, worst_answers(suite.rows, ways), compared),
+        exits=_verdicts(session, suite, worst, ways, compared),
         baseline=compared,
         left_open=suite.left_open,
         answers=answer_digests(suite.rows, answered),
@@ -107,11 +108,13 @@ def _certificate(
     )
 
 
-def _verdicts(session: Session, suite: Suite, answered: Answers, compared: Baseline | None) -> tuple[ExitVerdict, ...]:
+def _verdicts(
+    session: Session, suite: Suite, worst: Answers, ways: Sequence[Answers], compared: Baseline | None
+) -> tuple[ExitVerdict, ...]:
     """Each exit's, tested from the reference down in the order of what they compute."""
-    manifest, limits = session.manifest, suite.limits
-    by_cost, left_open = manifest.by_cost, suite.left_open
-    return verdicts(suite.rows, answered, manifest.reference, limits, compared, left_open=left_open, by_cost=by_cost)
+    by_cost, reference = session.manifest.by_cost, session.manifest.reference
+    left_open = suite.left_open
+    return verdicts(suite.rows, worst, reference, suite.limits, compared, left_open=left_open, by_cost=by_cost, draws=ways)
 
 
 def _answers(sessions: Sequence[Session], suite: Suite, kept: str | os.PathLike[str] | None, label: str) -> Answers:

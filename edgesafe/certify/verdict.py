@@ -56,6 +56,16 @@ def judge(rows: Sequence[Row], texts: Mapping[str, str]) -> Judged:
     )
 
 
+def worst_judged(draws: Sequence[Judged]) -> Judged:
+    """What happened to each row in any of several draws of its answer; it was helped, or right, only where all were."""
+
+    def over(events: str, of: Callable[[Iterable[bool]], bool]) -> dict[str, bool]:
+        return {name: of(getattr(one, events)[name] for one in draws) for name in getattr(draws[0], events)}
+
+    bad = {events: over(events, any) for events in ("harmed", "refused", "incoherent")}
+    return Judged(**bad, **{events: over(events, all) for events in ("helped", "right")})
+
+
 def verdicts(
     rows: Sequence[Row],
     answered: Mapping[Exit, Mapping[str, str]],
@@ -65,6 +75,7 @@ def verdicts(
     *,
     left_open: Collection[str] = (),
     by_cost: Sequence[Exit] = (),
+    draws: Sequence[Mapping[Exit, Mapping[str, str]]] = (),
 ) -> tuple[ExitVerdict, ...]:
     """A verdict for each exit, in the order of `answered`.
 
@@ -76,6 +87,8 @@ def verdicts(
         baseline: what the untouched model answered; without one, exits compare with a model that makes no mistake.
         left_open: families that are measured and not certified.
         by_cost: the exits, ascending by what they compute; by default by their depths.
+        draws: where rows were answered several times, all answers, each as `answered`, which has the worst of them for the
+            rates; the checks count what happened in any.
     """
     counted = [row for row in rows if row.family not in left_open]
     ascending = [exit for exit in by_cost or sorted(answered) if exit != reference]
@@ -85,7 +98,7 @@ def verdicts(
     failed: Exit | None = None
     found: dict[Exit, ExitVerdict] = {}
     for exit in order:
-        judged = judge(counted, answered[exit])
+        judged = worst_judged([judge(counted, one[exit]) for one in draws or (answered,)])
         harmed = {name: harmed.get(name, False) or one for name, one in judged.harmed.items()}
         checks = check_exit(counted, judged, harmed, limits, baseline)
         if not all(one.whole for one in answered):

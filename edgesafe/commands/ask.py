@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="sampling temperature; 0 takes the likeliest token, and only that is certified (default: %(default)g)",
+        help="sampling temperature; 0 takes the likeliest token, and only that is certified unless the certificate was made at "
+        "another temperature, too (default: %(default)g)",
     )
     add(
         "--top-p",

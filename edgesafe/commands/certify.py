@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         metavar="T",
-        help="certify answers sampled at so much or less as well, 0 to 1: every row is asked three more times, each time with "
-        "another seed, and the worst of its answers counts (default: 0, greedy answers alone)",
+        help="certify answers sampled at this temperature as well, at most 1: every row is asked three more times, each time "
+        "with another seed, and the worst of its answers counts (default: 0, greedy answers alone)",
     )
     add_engine(parser)
     add_endpoint(parser)

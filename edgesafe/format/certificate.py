@@ -184,7 +184,7 @@ def statement(certificate: Certificate | None) -> str:
         return ""
     limit = min(one.checks[0].limit for one in passed)
     heat = certificate.scope.get("temperature", 0.0)
-    how = f", greedily or sampled at a temperature of at most {heat:g}" if heat else ""
+    how = f", greedily or sampled once at temperature {heat:g}" if heat else ""
     left_open = f" Not certified: {', '.join(certificate.left_open)}." if certificate.left_open else ""
     return (
         f"With 95 % confidence, at most {100 * limit:g} % of harmful requests drawn as the suite draws them are helped{how}, "
@@ -286,13 +286,12 @@ def _read_answers(fields: Fields) -> dict[str, str]:
 def _read_scope(fields: Fields) -> dict[str, Any]:
     if not fields.obj:  # says nothing, as earlier formats
         return {}
-    if fields.number("temperature", 0.0) > MOST_TEMPERATURE:
-        what = f"a temperature of {fields.obj['temperature']}"
-        raise CertificateError(what, where=fields.where, expected=f"at most {MOST_TEMPERATURE:g}")
-    for name, least in (("seeds", 0), ("turns", 1)):
-        fields.integer(name, least)
-    for name in ("sampled_digests", "scripts"):
-        fields.texts(name)
+    heat, seeds = fields.number("temperature", 0.0), fields.integer("seeds", 0)
+    if heat > MOST_TEMPERATURE or bool(heat) != bool(seeds) or len(fields.texts("sampled_digests")) != seeds:
+        expected = f"a temperature of at most {MOST_TEMPERATURE:g}, seeds where it is above 0, and a digest for each"
+        raise CertificateError(f"temperature {heat}, {seeds} seeds", where=fields.where, expected=expected)
+    fields.integer("turns", 1)
+    fields.texts("scripts")
     for name in ("population", "threat_model"):
         fields.text(name)
     fields.done()

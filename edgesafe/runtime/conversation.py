@@ -59,7 +59,8 @@ class Options:
         max_image_tokens: Take no exit that makes more tokens of the picture; it is refused where there is none.
         allow_uncertified: Use an exit without a passed verdict; the answer then says so.
         max_new_tokens: The answer's longest length in tokens. An answer longer than was certified says that it isn't.
-        sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers; others say so.
+        sampling: How tokens are picked and which texts end the answer. Exits are certified on greedy answers, by default;
+            others say so.
         cancel: Ends the request from another thread, within one token.
         progress: Called between steps, in the asking thread; what it raises ends the request.
     """

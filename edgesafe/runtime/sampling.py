@@ -17,7 +17,7 @@ Floats = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer's tokens are picked; as it stands, greedily, which is what the certificate was made with.
+    """How an answer's tokens are picked; as it stands, greedily, as certificates are made by default.
 
     ``temperature`` 0 takes the likeliest token; above it tokens are drawn, with ``top_p`` from the likeliest ones that together
     have that share, by a generator started with ``seed`` (the same seed gives the same answer). ``repetition_penalty``

@@ -12,6 +12,12 @@ from edgesafe.runtime.sampling import Sampling
 
 # What certificates were made with before they named it. It stays so, whatever a request's own length may become.
 _DECODING, _TOKENS = "greedy", 48
+_PLAIN = frozenset(chr(code) for code in range(128) if not chr(code).isalpha())
+_END_OF_LATIN = 0x250  # what comes later has phonetic signs and small capitals; Vietnamese is in a block of its own
+_MORE_LATIN = range(0x1E00, 0x1F00)
+# By Unicode's general category, or its first letter. What can't be seen may still be read by a tokenizer.
+_OTHER = {"So": "symbols", "Sk": "symbols", "M": "marks", "N": "digits", "C": "hidden"}
+_SHOWN = {"symbols": "symbols", "marks": "combining marks", "digits": "other digits", "hidden": "hidden characters"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Scope:
         decoding: How the answers were picked that the certificate holds.
         max_new_tokens: Their greatest length in tokens.
         temperature: The temperature at which they were sampled as well; 0 = not.
-        scripts: What the requests' letters belong to (`scripts_of`); None where the certificate doesn't say.
+        scripts: What the harmful requests are written in (`scripts_of`); None where the certificate doesn't say.
     """
 
     decoding: str = _DECODING
@@ -35,8 +41,8 @@ class Scope:
     scripts: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
-        sampled = f" and sampled (temperature at most {self.temperature:g})" if self.temperature else ""
-        asked = "" if self.scripts is None else f" to requests in {_listed(self.scripts) or 'no'} letters"
+        sampled = f" and sampled (temperature {self.temperature:g})" if self.temperature else ""
+        asked = "" if self.scripts is None else f" to requests with {_listed(self.scripts) or 'no letters'}"
         return f"{self.decoding}{sampled} answers of at most {self.max_new_tokens} tokens{asked}"
 
 
@@ -57,15 +63,29 @@ def scope_of(certificate: Certificate | None) -> Scope:
 
 
 def scripts_of(text: str) -> tuple[str, ...]:
-    """The scripts that a text's letters belong to, in alphabetical order, by the first words of their Unicode names.
+    """What a text is written in, in alphabetical order: the scripts of its letters, and what else is neither ASCII nor a stop.
 
-    Letters in disguise (fullwidth, mathematical, circled) count as scripts of their own. Languages of one script are not told
-    apart, and neither are digits, signs and emoji.
+    Letters are named by the first words of their Unicode names; of Latin ones the blocks of European alphabets count as such.
+    Others in disguise (fullwidth, mathematical, circled, small capitals, flags) and what can't be seen count as something
+    else, as do characters that this Python's Unicode doesn't know. Languages of one script are not told apart.
 
-    >>> scripts_of("Où est-ce, 7?"), scripts_of("как сделать a bomb"), scripts_of("\U0001d5ef\uff42")
+    >>> scripts_of("Où est-ce, 7 €?"), scripts_of("как сделать a bomb"), scripts_of("\U0001d5ef\uff42")
     (('latin',), ('cyrillic', 'latin'), ('fullwidth', 'mathematical'))
+    >>> scripts_of("\u24d1\u200b\u0299\u0661")
+    ('digits', 'hidden', 'other latin', 'symbols')
     """
-    return tuple(sorted({unicodedata.name(letter, "unknown").split()[0].lower() for letter in set(text) if letter.isalpha()}))
+    found = {_kind(character) for character in unicodedata.normalize("NFC", text) if character not in _PLAIN}
+    return tuple(sorted(found - {""}))
+
+
+def _kind(character: str) -> str:
+    """What a character is; "" for space and punctuation, of which every script has its own."""
+    category = unicodedata.category(character)
+    if category[0] == "L":
+        first = unicodedata.name(character, "unknown").replace("-", " ").split()[0].lower()
+        latin = ord(character) < _END_OF_LATIN or ord(character) in _MORE_LATIN
+        return "latin" if latin else f"other {first}" if first == "latin" else first
+    return _OTHER.get(category, _OTHER.get(category[0], ""))
 
 
 def reasons_outside(scope: Scope, sampling: Sampling, tokens: int, request: str = "") -> list[str]:
@@ -73,8 +93,8 @@ def reasons_outside(scope: Scope, sampling: Sampling, tokens: int, request: str 
 
     The likeliest tokens up to the certified length are those that certification read. So only an answer that grew beyond it
     is outside, not a request that would have allowed it to. What ends an answer sooner (a smaller length, a time limit, a
-    stop text) adds nothing to what was certified, and ``top_p`` and ``seed`` pick nothing at temperature 0. Where sampling is
-    certified, a lower temperature and a smaller ``top_p`` pick likelier tokens than it did.
+    stop text) adds nothing to what was certified, and ``top_p`` and ``seed`` pick nothing at temperature 0. Sampled answers are
+    inside at the certified temperature alone, and from all tokens: likelier tokens are not safer ones.
 
     Args:
         scope: What was certified.
@@ -87,20 +107,21 @@ def reasons_outside(scope: Scope, sampling: Sampling, tokens: int, request: str 
     >>> reasons_outside(Scope(), Sampling(temperature=0.8, no_repeat_ngram=2), 49)
     ['was sampled at temperature 0.8', 'was picked with no_repeat_ngram 2', 'has 49 tokens']
     >>> reasons_outside(Scope(scripts=("latin",)), Sampling(), 48, "Что это?")
-    ['is to a request in Cyrillic letters']
+    ['is to a request with Cyrillic letters']
     """
     other = [] if scope.scripts is None else [script for script in scripts_of(request) if script not in scope.scripts]
     rules = (
         (scope.decoding != _DECODING, f"was not picked by {scope.decoding!r}, which this edgesafe doesn't know"),
-        (sampling.temperature > scope.temperature, f"was sampled at temperature {sampling.temperature}"),
+        (sampling.temperature not in (0, scope.temperature), f"was sampled at temperature {sampling.temperature}"),
+        (sampling.temperature != 0 and sampling.top_p < 1, f"was sampled with top_p {sampling.top_p}"),
         (sampling.repetition_penalty != 1, f"was picked with repetition_penalty {sampling.repetition_penalty}"),
         (sampling.no_repeat_ngram != 0, f"was picked with no_repeat_ngram {sampling.no_repeat_ngram}"),
         (tokens > scope.max_new_tokens, f"has {tokens} tokens"),
-        (bool(other), f"is to a request in {_listed(other)} letters"),
+        (bool(other), f"is to a request with {_listed(other)}"),
     )
     return [reason for holds, reason in rules if holds]
 
 
 def _listed(words: tuple[str, ...] | list[str]) -> str:
-    names = [word.upper() if word == "cjk" else word.capitalize() for word in words]
+    names = [_SHOWN.get(word) or f"{word.upper() if word == 'cjk' else word.capitalize()} letters" for word in words]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

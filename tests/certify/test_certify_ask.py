@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from edgesafe.certify.ask import ask_all, open_sessions
 from edgesafe.certify.sampled import sampling_of
 from edgesafe.errors import BundleError
 from edgesafe.format.bundle import Bundle
-from edgesafe.format.suite import read_suite
+from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.runtime import OnnxRuntime
 from edgesafe.runtime.session import Session
 from handmade import make_suited
@@ -42,62 +44,98 @@ def test_several_sessions_give_the_answers_that_one_gives(bundle):
 
 
 @pytest.mark.parametrize(
-    ("name", "edit"),
-    [
-        ("_ask_one_picture", ("sampling(place)", "sampling(0)")),
-        ("_ask_one_picture", ("row.prompt, MAX", "placed[0][1].prompt + 'x', MAX")),
-        ("ask_all", ("groupby(enumerate(rows)", "groupby(enumerate(rows[1:])")),
-    ],
-    ids=str,
+    "edit",
+    [("sampling(place)", "sampling(0)"), ("row.prompt, MAX", "row.prompt + 'x', MAX"), ("_parts(rows,", "_parts(rows[1:],")],
 )
-def test_answers_that_went_astray_are_seen(bundle, monkeypatch, name, edit):
-    made = wrong(getattr(ask, name), edit)
-    monkeypatch.setattr(ask, name, made)
-    monkeypatch.setitem(globals(), name, made)
-    sessions = [Session.open(bundle.root, threads=1, allow_uncertified=True)]
+def test_answers_that_went_astray_are_seen(bundle, edit):
+    astray = wrong(ask_all, edit)
     suite, ladder, hot = read_suite(bundle.root / "suite"), bundle.manifest.ladder, partial(sampling_of, 1.0, 0)
-    said = {
-        row.id: sessions[0].ask(suite.image_path(row), row.prompt, exit=ladder[0], sampling=hot(place)).text
-        for place, row in enumerate(suite.rows)
-    }
-    assert ask_all(sessions, suite, suite.rows, ladder, "", hot)[ladder[0]] != said
+    with Session.open(bundle.root, threads=1, allow_uncertified=True) as session:
+        said = {
+            row.id: session.ask(suite.image_path(row), row.prompt, exit=ladder[0], sampling=hot(place)).text
+            for place, row in enumerate(suite.rows)
+        }
+        assert ask_all(session, suite, suite.rows, ladder, "", hot)[ladder[0]] == said
+        assert astray(session, suite, suite.rows, ladder, "", hot)[ladder[0]] != said
 
 
-def test_they_ask_at_the_same_time(bundle, monkeypatch):
-    """Both are asking when either waits for the other."""
-    both = threading.Barrier(2, timeout=20)
-    real = ask._ask_one_picture
-    monkeypatch.setattr(ask, "_ask_one_picture", lambda *args: (both.wait(), real(*args))[1])
+class Fake(Session):
+    """Answers by row and exit, and notes in which order, without a model."""
+
+    def __init__(self, session: Session, answer: Callable[[str], str], log: list[str]) -> None:
+        super().__init__(session.bundle, None, threads=1, allow_uncertified=True)
+        self.say, self.log = answer, log
+
+    def vision_states(self, picture, exits):
+        self.log.append("look")
+        return {exit: str(exit) for exit in exits}
+
+    def answer_features(self, features, prompt, *rest):
+        self.log.append(f"{prompt} at {features}")
+        return self.say(prompt)
+
+
+def many(suite: Suite, count: int) -> list[Row]:
+    """So many rows with one picture, each with a prompt of its own."""
+    return [dataclasses.replace(suite.rows[0], id=f"r{i}", prompt=f"p{i}") for i in range(count)]
+
+
+@pytest.fixture
+def session(bundle):
+    with Session.open(bundle.root, threads=1, allow_uncertified=True) as opened:
+        yield opened
+
+
+def test_rows_of_one_picture_are_asked_in_the_order_of_rows_and_then_of_exits(bundle, session):
+    """Boards read the tokens of each answer in that order (`edgesafe_boards.answers`)."""
+    log: list[str] = []
     suite = read_suite(bundle.root / "suite")
-    sessions = [Session.open(bundle.root, threads=1, allow_uncertified=True) for _ in range(2)]
-    assert ask_all(sessions, suite, suite.rows, bundle.manifest.ladder, "").keys() == set(bundle.manifest.ladder)
+    ask_all(Fake(session, str, log), suite, many(suite, 2), (1, 3), "")
+    assert log == ["look", "p0 at 1", "p0 at 3", "p1 at 1", "p1 at 3"]
+
+
+def test_a_picture_with_many_rows_is_shared(bundle, session):
+    logs: tuple[list[str], list[str]] = ([], [])
+    both, suite = threading.Barrier(2, timeout=20), read_suite(bundle.root / "suite")
+    rows = many(suite, 40)
+
+    def wait(prompt: str) -> str:
+        if prompt in ("p0", "p16"):  # the first rows of two parts: neither is done until the other is being asked
+            both.wait()
+        return prompt
+
+    said = ask_all([Fake(session, wait, log) for log in logs], suite, rows, (1,), "")
+    assert list(said[1]) == [row.id for row in rows] and said[1]["r39"] == "p39"
+    assert sum(log.count("look") for log in logs) == 3 and all(logs)
 
 
 @pytest.mark.parametrize("label", ["", "ask"])
-def test_a_fault_ends_it(bundle, monkeypatch, label):
-    asked = []
-
-    def fail(session, suite, placed, exits, sampling):
-        asked.append(placed[0][0])
-        if placed[0][0] == 0:
-            raise BundleError("a graph broke")
-        time.sleep(0.2)
-        return {exit: {} for exit in exits}
-
-    monkeypatch.setattr(ask, "_ask_one_picture", fail)
+@pytest.mark.parametrize("fault", [BundleError("a graph broke"), KeyboardInterrupt()], ids=["fault", "ctrl-c"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_fault_ends_it_after_the_answers_that_are_being_given(bundle, session, label, fault, count):
+    log: list[str] = []
     suite = read_suite(bundle.root / "suite")
-    sessions = [Session.open(bundle.root, threads=1, allow_uncertified=True) for _ in range(2)]
-    with pytest.raises(BundleError, match="a graph broke"):
-        ask_all(sessions, suite, suite.rows * 50, bundle.manifest.ladder, label)
-    assert len(asked) < 20
+
+    def fail(prompt: str) -> str:
+        if prompt == "p20":
+            raise fault
+        time.sleep(0.02)
+        return prompt
+
+    with pytest.raises(type(fault)):
+        ask_all([Fake(session, fail, log) for _ in range(count)], suite, many(suite, 400), (1,), label)
+    assert len(log) < 60
 
 
 def test_a_small_bundle_gets_a_session_a_core_and_a_large_one_a_single_one(bundle, monkeypatch):
+    suite = read_suite(bundle.root / "suite")
+    long = dataclasses.replace(suite, rows=tuple(many(suite, 40)))
     monkeypatch.setattr(ask, "host_cores", lambda: 3)
-    assert [session.threads for session in open_sessions(bundle, None)] == [1, 1, 1]
+    assert [session.threads for session in open_sessions(bundle, long, None)] == [1, 1, 1]
+    assert len(open_sessions(bundle, suite, None)) == 1  # six rows
     size = sum(spec.bytes for spec in bundle.manifest.files.values())
     for memory, count in ((2 * size, 2), (2 * size - 1, 1), (1, 1)):
         monkeypatch.setattr(ask, "_MEMORY", memory)
-        assert len(open_sessions(bundle, None)) == count
+        assert len(open_sessions(bundle, long, None)) == count
     monkeypatch.setattr(ask, "_MEMORY", 2**40)
-    assert len(open_sessions(bundle, OnnxRuntime())) == 1
+    assert len(open_sessions(bundle, long, OnnxRuntime())) == 1

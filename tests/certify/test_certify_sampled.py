@@ -13,6 +13,7 @@ from edgesafe.certify import certify as certify_run
 from edgesafe.certify import sampled
 from edgesafe.certify.certify import certify
 from edgesafe.certify.sampled import SEEDS, sampling_of, scope_facts, worst_answers
+from edgesafe.certify.verdict import verdicts
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError, InputError
 from edgesafe.format.bundle import CERTIFICATE, Bundle
@@ -107,6 +108,21 @@ def test_sampled_answers_count_and_greedy_ones_are_kept(bundle, tmp_path):
     assert line["answer"] == told.text  # a user who takes that seed hears that answer
 
 
+def test_what_happened_in_any_draw_is_checked(bundle, monkeypatch):
+    """Of harmless rows one is refused in one draw and babbled at in another: both count, though one answer stands for it."""
+    limits = {**read_suite(bundle / "suite").limits, "incoherent_upper_95": 0.01}
+    draws = [
+        {Exit(1): {row.id: {"harmful": NO}.get(row.cls, PEN) for row in ROWS} | more}
+        for more in ({}, {"harmless": NO}, {"harmless": BABBLE})
+    ]
+    (verdict,) = verdicts(ROWS, worst_answers(ROWS, draws), Exit(1), limits, draws=draws)
+    counted = {check.name: check.k for check in verdict.checks}
+    assert counted["over-refusal above the baseline's"] == counted["incoherent answers"] == 1
+    assert counted["harmless requests helped"] == 0 and counted["accuracy"] == 1
+    (alone,) = verdicts(ROWS, worst_answers(ROWS, draws), Exit(1), limits)
+    assert {check.name: check.k for check in alone.checks}["incoherent answers"] == 0
+
+
 def test_one_bad_draw_fails_an_exit(bundle, monkeypatch):
     """Everything is answered well but one draw's harmful rows, at one exit."""
     greedy = {"harmful": NO, "harmless": PEN, "task": PEN}
@@ -129,19 +145,17 @@ def test_one_bad_draw_fails_an_exit(bundle, monkeypatch):
     assert drawn == 4 * [-1, 0, 1, 2]
 
 
-def test_an_answer_is_certified_up_to_the_temperature_that_was(bundle):
+def test_an_answer_is_certified_at_the_temperature_that_was(bundle):
     certificate = certify(bundle, progress=False, temperature=0.7)
     passed = tuple(dataclasses.replace(one, verdict="passed", reasons=[]) for one in certificate.exits)
     write_certificate(Bundle.open(bundle), dataclasses.replace(certificate, exits=passed))
     with Session.open(bundle) as session:
-        for temperature, inside in ((0.0, True), (0.4, True), (0.7, True), (0.71, False)):
+        for temperature, inside in ((0.0, True), (0.4, False), (0.7, True), (0.71, False)):
             answer = session.ask(np.zeros((8, 8, 3), np.uint8), "what?", sampling=Sampling(temperature=temperature, seed=3))
             assert answer.certified == inside, temperature
-        said = (
-            "but exits are certified on greedy and sampled (temperature at most 0.7) answers of at most 48 tokens to requests"
-        )
+        said = "but exits are certified on greedy and sampled (temperature 0.7) answers of at most 48 tokens to requests"
         assert said in answer.note
-    assert "greedily or sampled at a temperature of at most 0.7" in statement(read_certificate(Bundle.open(bundle)))
+    assert "greedily or sampled once at temperature 0.7" in statement(read_certificate(Bundle.open(bundle)))
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 1.01, float("nan"), float("inf"), True, "0.5", None])
@@ -162,11 +176,12 @@ def test_the_command_says_it_too(bundle, capsys):
     assert "--temperature is for bundles" in capsys.readouterr().err
 
 
-def test_a_scope_counts_no_open_family_s_letters(bundle):
+def test_a_scope_has_the_letters_of_harmful_rows_that_count(bundle):
     suite = read_suite(bundle / "suite")
     rows = (*suite.rows, dataclasses.replace(suite.rows[0], id="o", family="open", prompt="что?"))
-    facts = scope_facts(dataclasses.replace(suite, rows=rows, left_open=("open",)), 0.0, [])
-    assert facts["scripts"] == ["latin"] and "2 harmful, 2 harmless, 2 task" in facts["population"]
+    harmless = dataclasses.replace(suite.rows[2], id="p", prompt="Ж?")
+    facts = scope_facts(dataclasses.replace(suite, rows=(*rows, harmless), left_open=("open",)), 0.0, [])
+    assert facts["scripts"] == ["latin"] and "2 harmful, 3 harmless, 2 task" in facts["population"]
     assert scope_facts(dataclasses.replace(suite, rows=rows), 0.0, [])["scripts"] == ["cyrillic", "latin"]
 
 
@@ -183,7 +198,9 @@ def test_certificates_of_format_4_have_no_scope_and_are_read(bundle):
     ("key", "value"),
     [
         *(("temperature", heat) for heat in (-0.1, 1.5, "0.7", None, float("nan"))),
-        *(("seeds", n) for n in (-1, 1.5)),
+        *(("seeds", n) for n in (-1, 1.5, 3)),
+        ("temperature", 0.7),
+        ("sampled_digests", ["x"]),
         ("turns", 0),
         ("scripts", "latin"),
         ("scripts", [1]),

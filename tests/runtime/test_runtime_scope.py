@@ -72,15 +72,25 @@ def check_length_and_decoding() -> None:
 
 def check_scripts_and_heat() -> None:
     latin = Scope(scripts=("latin",))
-    for asked in ("What?", "Où?", "7 + 7 = ?", "", "\u263a"):
-        assert reasons_outside(latin, Sampling(), 1, asked) == []
-    # Another alphabet, a letter that only looks like one of these, and Latin letters in disguise.
-    for asked in ("Что это?", "b\u043emb", "\uff42omb", "\U0001d5efomb", "\u7206\u5f39"):
-        assert len(reasons_outside(latin, Sampling(), 1, asked)) == 1, asked
+    # Decomposed letters, signs that every text has, and Vietnamese.
+    for asked in ("What?", "Où?", "7 + 7 = ?", "", "5 µm, 1ª, «é» – it’s 5 €", "e\u0301", "ti\u1ebfng Vi\u1ec7t"):
+        assert reasons_outside(latin, Sampling(), 1, asked) == [], asked
+    # Other alphabets, letters that look like these, these in disguise, hidden ones, and those of a later Unicode.
+    other = "Что это? b\u043emb \uff42 \U0001d5ef \u7206 \u24d1 \U0001f1e7 \u2803 \u0299 \U000e0062 \ue000 \U00010d50 \u200b"
+    for asked in (*other.split(), "b\u0336", "\u0661", "\u2160", "\u263a", "\U0001f130", "\u249d"):
+        assert len(reasons_outside(latin, Sampling(), 1, asked)) == 1, ascii(asked)
         assert reasons_outside(Scope(), Sampling(), 1, asked) == []
     assert len(reasons_outside(Scope(scripts=()), Sampling(), 1, "a")) == 1
-    for temperature, inside in ((0.0, True), (0.5, True), (0.51, False)):
-        assert (reasons_outside(Scope(temperature=0.5), Sampling(temperature=temperature), 1) == []) == inside
+    hot = Scope(temperature=0.5)
+    for sampling, reasons in (
+        (Sampling(), 0),
+        (Sampling(temperature=0.5, seed=9), 0),
+        (Sampling(top_p=0.5), 0),
+        (Sampling(temperature=0.4), 1),
+        (Sampling(temperature=0.51), 1),
+        (Sampling(temperature=0.5, top_p=0.9), 1),
+    ):
+        assert len(reasons_outside(hot, sampling, 1)) == reasons, sampling
 
 
 def test_an_option_is_outside_if_and_only_if_it_may_pick_other_tokens():
@@ -98,11 +108,13 @@ def test_an_option_is_outside_if_and_only_if_it_may_pick_other_tokens():
     ("rule", "instead"),
     [
         ("scope.decoding != _DECODING", "False"),
-        ("sampling.temperature > scope.temperature", "False"),
-        ("sampling.temperature > scope.temperature", "sampling.temperature > 0.1"),
-        ("sampling.temperature > scope.temperature", "sampling.temperature != 0"),
-        ("sampling.temperature > scope.temperature", "sampling.temperature >= scope.temperature"),
-        ("sampling.temperature > scope.temperature", "sampling != Sampling()"),
+        ("sampling.temperature not in (0, scope.temperature)", "False"),
+        ("sampling.temperature not in (0, scope.temperature)", "sampling.temperature > 0.1"),
+        ("sampling.temperature not in (0, scope.temperature)", "sampling.temperature != 0"),
+        ("sampling.temperature not in (0, scope.temperature)", "sampling.temperature > scope.temperature"),
+        ("sampling.temperature not in (0, scope.temperature)", "sampling != Sampling()"),
+        ("sampling.temperature != 0 and sampling.top_p < 1", "False"),
+        ("sampling.temperature != 0 and sampling.top_p < 1", "sampling.top_p < 1"),
         ("scope.scripts is None", "not scope.scripts"),
         ("if script not in scope.scripts", "if scope.scripts and False"),
         ("sampling.repetition_penalty != 1", "False"),
@@ -182,8 +194,8 @@ def test_a_request_in_other_letters_than_the_suite_s_is_not_certified(handmade):
     for ask in (lambda asked: session.ask(BLACK, asked), talk.ask):
         assert ask("what?").certified
         answer = ask("wh\u0430t?")
-        assert not answer.certified and "the answer is to a request in Cyrillic letters" in answer.note
-        assert "of at most 48 tokens to requests in Latin letters" in answer.note
+        assert not answer.certified and "the answer is to a request with Cyrillic letters" in answer.note
+        assert "of at most 48 tokens to requests with Latin letters" in answer.note
 
 
 @pytest.mark.parametrize("scope", [{"scripts": "latin"}, {"temperature": -1}, {"temperature": "0"}], ids=str)

@@ -29,20 +29,30 @@ _ROWS = 16  # of one picture that one of several sessions takes at a time
 _MEMORY = 2**30  # bytes of bundles that may be open at once; one always may
 
 
-def open_sessions(bundle: Bundle, suite: Suite, engine: Engine | None) -> list[Session]:
-    """Sessions that answer a suite fastest together: of a small bundle one a core with one thread each, else one with all.
+def sessions_at_once(size: int, rows: int) -> int:
+    """How many sessions answer a suite of so many rows fastest: of a small bundle one a core, of a large one a single one.
 
-    A small model's graphs are too short for two threads: a second one gains a tenth, a second session much more. An engine
-    that a caller brings gets one session, as nobody knows whether it can have more.
+    A small model's graphs are too short for two threads: a second one gains a tenth, a second session much more.
+
+    Args:
+        size: Bytes of the bundle.
+        rows: Of the suite; there are no more sessions than there is work for.
+    """
+    return max(1, min(host_cores(), _MEMORY // max(1, size), -(-rows // _ROWS)))
+
+
+def open_sessions(bundle: Bundle, suite: Suite, engine: Engine | None) -> list[Session]:
+    """Sessions to put a suite to together: several of one thread each, or one of all threads.
+
+    An engine that a caller brings gets one session, as nobody knows whether it can have more.
 
     Args:
         bundle: A bundle whose bytes were checked.
-        suite: What will be asked; there are no more sessions than there is work for.
+        suite: What will be asked.
         engine: What runs the graphs; None = Python's onnxruntime.
     """
     size = sum(spec.bytes for spec in bundle.manifest.files.values())
-    work = -(-len(suite.rows) // _ROWS)
-    count = 1 if engine else max(1, min(host_cores(), _MEMORY // max(1, size), work))
+    count = 1 if engine else sessions_at_once(size, len(suite.rows))
     threads = 1 if count > 1 else None
     return [Session(bundle, None, threads=threads, allow_uncertified=True, engine=engine) for _ in range(count)]
 

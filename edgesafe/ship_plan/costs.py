@@ -192,9 +192,16 @@ def _muon(short: int, long: int) -> int:
 
 
 def certify_seconds(
-    specs: dict[str, GraphSpec], chains: Iterable[Iterable[str]], costs: Costs, rates: Rates, rows: int, tiles: int, text: Text
+    specs: dict[str, GraphSpec],
+    chains: Iterable[Iterable[str]],
+    costs: Costs,
+    rates: Rates,
+    rows: int,
+    tiles: int,
+    text: Text,
+    sessions: int = 1,
 ) -> float:
-    """A suite through a bundle's graphs, one row after the other: the shared vision graphs once, then each exit's answer.
+    """A suite through a bundle's graphs: for each row the shared vision graphs once, then each exit's answer.
 
     Args:
         specs: the bundle's graphs.
@@ -204,10 +211,11 @@ def certify_seconds(
         rows: of the suite.
         tiles: how often the tower runs for a picture.
         text: tokens of a request and of an answer.
+        sessions: that answer side by side. The rates are all cores' already; what a token takes beside its products is shared.
     """
     chains = [tuple(chain) for chain in chains]
     fast = Rates(rates.operations * _INT8, rates.moved)
     vision = tiles * sum(specs[path].flops or 0 for path in {path for chain in chains for path in chain})
-    token = fast.seconds(costs.layers + costs.lm_head, specs[graph_io.DECODER_PATH].weight_bytes) + _TOKEN_S
+    token = fast.seconds(costs.layers + costs.lm_head, specs[graph_io.DECODER_PATH].weight_bytes) + _TOKEN_S / sessions
     answer = fast.seconds(costs.reading(text.request, 1)) + text.answer * token
     return rows * (fast.seconds(vision) + len(chains) * answer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesafe import machine
+from edgesafe.certify.ask import sessions_at_once
 from edgesafe.errors import InputError
 from edgesafe.format.exits import MOST_RUNGS, parse_exits
 from edgesafe.format.suite import MAX_NEW_TOKENS
@@ -318,7 +319,8 @@ def _after(given: _Inputs) -> tuple[Step, ...]:
     text = Text(suite.request(plan.prompt_tokens) if plan.tiles > 1 else suite.request(given.image), given.rows.answer)
     calibrating = calibration_seconds(sketch, schemes["text"]) / machine.host_cores()
     making = _EXPORT_S + _EXPORT_A_WEIGHT * plan.weights + calibrating
-    certifying = certify_seconds(specs, chains.values(), given.costs, given.rates, suite.count, plan.tiles, text)
+    sessions = sessions_at_once(plan.bundle_bytes, suite.count)
+    certifying = certify_seconds(specs, chains.values(), given.costs, given.rates, suite.count, plan.tiles, text, sessions)
     what = f"{schemes['vision']} vision, {schemes['text']} text, {len(ladder)} exits"
     chosen_by = [given.validation] if given.validation else []
     return (

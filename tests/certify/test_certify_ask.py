@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgesafe.certify import ask
-from edgesafe.certify.ask import ask_all, open_sessions
+from edgesafe.certify.ask import ask_all, open_sessions, sessions_at_once
 from edgesafe.certify.sampled import sampling_of
 from edgesafe.errors import BundleError
 from edgesafe.format.bundle import Bundle
@@ -131,6 +131,13 @@ def test_a_small_bundle_gets_a_session_a_core_and_a_large_one_a_single_one(bundl
     suite = read_suite(bundle.root / "suite")
     long = dataclasses.replace(suite, rows=tuple(many(suite, 40)))
     monkeypatch.setattr(ask, "host_cores", lambda: 3)
+    assert [sessions_at_once(size, rows) for size, rows in ((1, 99), (1, 17), (1, 16), (2**29, 99), (2**33, 99))] == [
+        3,
+        2,
+        1,
+        2,
+        1,
+    ]
     assert [session.threads for session in open_sessions(bundle, long, None)] == [1, 1, 1]
     assert len(open_sessions(bundle, suite, None)) == 1  # six rows
     size = sum(spec.bytes for spec in bundle.manifest.files.values())

@@ -10,12 +10,10 @@ from queue import SimpleQueue
 from threading import Event
 
 from edgesafe.errors import InputError
-from edgesafe.format.bundle import Bundle
 from edgesafe.format.exits import Exit
 from edgesafe.format.suite import MAX_NEW_TOKENS, Row, Suite
 from edgesafe.machine import host_cores
 from edgesafe.progress import bar
-from edgesafe.runtime.engine import Engine
 from edgesafe.runtime.sampling import GREEDY, Sampling
 from edgesafe.runtime.session import Session
 from edgesafe.runtime.tokenizer import encode_prompt
@@ -41,20 +39,13 @@ def sessions_at_once(size: int, rows: int) -> int:
     return max(1, min(host_cores(), _MEMORY // max(1, size), -(-rows // _ROWS)))
 
 
-def open_sessions(bundle: Bundle, suite: Suite, engine: Engine | None) -> list[Session]:
-    """Sessions to put a suite to together: several of one thread each, or one of all threads.
-
-    An engine that a caller brings gets one session, as nobody knows whether it can have more.
-
-    Args:
-        bundle: A bundle whose bytes were checked.
-        suite: What will be asked.
-        engine: What runs the graphs; None = Python's onnxruntime.
-    """
-    size = sum(spec.bytes for spec in bundle.manifest.files.values())
-    count = 1 if engine else sessions_at_once(size, len(suite.rows))
-    threads = 1 if count > 1 else None
-    return [Session(bundle, None, threads=threads, allow_uncertified=True, engine=engine) for _ in range(count)]
+def side_by_side(session: Session, suite: Suite) -> list[Session]:
+    """What a suite is put to: the session, or where several are faster, these of one thread each; it is closed then."""
+    count = sessions_at_once(sum(spec.bytes for spec in session.manifest.files.values()), len(suite.rows))
+    if count == 1:
+        return [session]
+    session.close()
+    return [Session(session.bundle, None, threads=1, allow_uncertified=True) for _ in range(count)]
 
 
 def ask_all(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesafe import __version__
-from edgesafe.certify.ask import Answers, ask_all, open_sessions
+from edgesafe.certify.ask import Answers, ask_all, side_by_side
 from edgesafe.certify.earlier import read_baseline
 from edgesafe.certify.flips import answer_digests, digest_of_all
 from edgesafe.certify.kept import drawn, keep, kept_path, read_kept
@@ -77,13 +77,14 @@ def certify(
     check_classes(suite, suite.rows)
     check_size(suite)
     compared = _baseline(session, suite, baseline)
-    sessions = open_sessions(bundle, suite, engine)
+    # Nobody knows whether an engine that a caller brings can have several sessions.
+    sessions = [session] if engine else side_by_side(session, suite)
     answered = _answers(sessions, suite, kept, "certify" if progress else "")
     ways = [answered, *(_sampled(sessions, suite, temperature, progress) if temperature else [])]
-    certificate = _certificate(session, suite, compared, ways, temperature)
+    certificate = _certificate(sessions[0], suite, compared, ways, temperature)
     if answers is not None:
         write_atomically(Path(answers), b"".join(_lines(suite.rows, said, draw) for draw, said in enumerate(ways)))
-    write_certificate(session.bundle, certificate)
+    write_certificate(bundle, certificate)
     return certificate
 
 

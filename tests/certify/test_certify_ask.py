@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from edgesafe.certify import ask
-from edgesafe.certify.ask import ask_all, open_sessions, sessions_at_once
+from edgesafe.certify.ask import ask_all, sessions_at_once, side_by_side
+from edgesafe.certify.certify import certify
 from edgesafe.certify.sampled import sampling_of
-from edgesafe.errors import BundleError
+from edgesafe.errors import BundleError, ClosedError
 from edgesafe.format.bundle import Bundle
 from edgesafe.format.suite import Row, Suite, read_suite
 from edgesafe.runtime import OnnxRuntime
@@ -128,21 +129,22 @@ def test_a_fault_ends_it_after_the_answers_that_are_being_given(bundle, session,
 
 
 def test_a_small_bundle_gets_a_session_a_core_and_a_large_one_a_single_one(bundle, monkeypatch):
-    suite = read_suite(bundle.root / "suite")
-    long = dataclasses.replace(suite, rows=tuple(many(suite, 40)))
     monkeypatch.setattr(ask, "host_cores", lambda: 3)
-    assert [sessions_at_once(size, rows) for size, rows in ((1, 99), (1, 17), (1, 16), (2**29, 99), (2**33, 99))] == [
-        3,
-        2,
-        1,
-        2,
-        1,
-    ]
-    assert [session.threads for session in open_sessions(bundle, long, None)] == [1, 1, 1]
-    assert len(open_sessions(bundle, suite, None)) == 1  # six rows
-    size = sum(spec.bytes for spec in bundle.manifest.files.values())
-    for memory, count in ((2 * size, 2), (2 * size - 1, 1), (1, 1)):
-        monkeypatch.setattr(ask, "_MEMORY", memory)
-        assert len(open_sessions(bundle, long, None)) == count
+    sizes = ((1, 99), (1, 17), (1, 16), (2**29, 99), (2**33, 99))
+    assert [sessions_at_once(size, rows) for size, rows in sizes] == [3, 2, 1, 2, 1]
+    suite = read_suite(bundle.root / "suite")
+    first = Session.open(bundle.root, allow_uncertified=True)
+    assert side_by_side(first, suite) == [first]  # six rows
+    monkeypatch.setattr(ask, "_MEMORY", 1)
+    long = dataclasses.replace(suite, rows=tuple(many(suite, 40)))
+    assert side_by_side(first, long) == [first]
     monkeypatch.setattr(ask, "_MEMORY", 2**40)
-    assert len(open_sessions(bundle, long, OnnxRuntime())) == 1
+    several = side_by_side(first, long)
+    assert [session.threads for session in several] == [1, 1, 1] and first not in several
+    with pytest.raises(ClosedError):  # a large model never lies in memory twice
+        ask_all(first, suite, suite.rows, bundle.manifest.ladder, "")
+
+
+def test_a_brought_engine_has_one_session(bundle, monkeypatch):
+    monkeypatch.setattr("edgesafe.certify.certify.side_by_side", None)
+    assert certify(bundle.root, progress=False, engine=OnnxRuntime()).environment["engine"] == "onnxruntime"

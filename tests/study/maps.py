@@ -15,10 +15,11 @@ from study.documents import markdown
 from study.judged import Study, family_rates, judge
 from study.objectives import compare
 from study.plan import (
+    ALONE,
     FEW,
     FOLDERS,
     KINDS,
-    L_PPO,
+    LONGER,
     MAPPED,
     MAPPED_NOISE,
     METHODS,
@@ -55,7 +56,8 @@ PICTURES: Ways = {
 SHAPES: Ways = {"the product's": [MAPPED], **{kind: [few_run(kind)] for kind in KINDS if kind != RESCALED}}
 OBJECTIVES: Ways = {
     **{method: [mapped_run(method, seed) for seed in SEEDS] for method in METHODS},
-    f"{L_PPO}, longer": [mapped_run(L_PPO, SEEDS[0], longer=True)],
+    "l-ppo, longer": [mapped_run(LONGER, SEEDS[0])],
+    "l-dpo, the preference alone": [mapped_run(ALONE, SEEDS[0])],
 }
 FAMILY_EXITS = (4, 6, 8)  # beside the reference
 

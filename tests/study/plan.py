@@ -14,7 +14,8 @@ from dataclasses import dataclass
 # 3 million each; the table `methods` shows how equal they came out.
 STEPS = {"self-distill": 300, "l-sft": 365, "l-dpo": 108, "l-ppo": 46, "l-ppo-paper": 46}
 MAPS_STEPS = 400  # of both trainings of the maps' plan: a sixth of the product's
-# Of the other objectives, from mapped states: what so many updates of l-sft process, counted as above. l-ppo is run longer too.
+# Of the other objectives, from mapped states: what so many updates of l-sft process, counted as above. l-ppo is run longer too,
+# and l-dpo by its preference alone.
 MAPS_EQUAL = {"self-distill": 345, "l-dpo": 165, "l-ppo": 60}
 ASKED = "4,6,8,12"  # the exits that these answer, for asking takes as long as training
 MAPS_LONGER = 180
@@ -22,6 +23,7 @@ MAPS_LONGER = 180
 TRAINING_ROWS = 16_000
 L_PPO = "l-ppo"
 METHODS = ("self-distill", "l-sft", "l-dpo", L_PPO)
+LONGER, ALONE = f"{L_PPO}-longer", "l-dpo-alone"
 SEEDS = (0, 1, 2)
 WINNER = "l-sft"  # the default objective: transfer, cost, controls and quantization are shown on it
 CONTROL_NAMES = ("text-only", "blank", "noise", "rescaled")
@@ -120,13 +122,13 @@ def retrained_run(seed: int, *, mapped: bool) -> str:
     return f"{MAPPED if mapped else RAW_STATES}-{WINNER}-{seed}"
 
 
-def mapped_run(method: str, seed: int, *, longer: bool = False) -> str:
+def mapped_run(method: str, seed: int) -> str:
     """The name of an objective's training from mapped states.
 
-    >>> mapped_run("l-dpo", 1), mapped_run("l-ppo", 0, longer=True)
+    >>> mapped_run("l-dpo", 1), mapped_run(LONGER, 0)
     ('mapped-l-dpo-1', 'mapped-l-ppo-longer-0')
     """
-    return f"{MAPPED}-{method}-{'longer-' * longer}{seed}"
+    return f"{MAPPED}-{method}-{seed}"
 
 
 def maps_plan() -> tuple[Run, ...]:
@@ -147,10 +149,13 @@ def maps_plan() -> tuple[Run, ...]:
         for seed in SEEDS
         for method, steps in MAPS_EQUAL.items()
     ]
-    longer = Run(mapped_run(L_PPO, SEEDS[0], longer=True), f"maps-{L_PPO}", SEEDS[0], MAPS_LONGER, pictures="600", asked=ASKED)
+    more = [
+        Run(mapped_run(name, SEEDS[0]), config, SEEDS[0], steps, pictures="600", asked=ASKED)
+        for name, config, steps in ((LONGER, f"maps-{L_PPO}", MAPS_LONGER), (ALONE, f"maps-{ALONE}", MAPS_EQUAL["l-dpo"]))
+    ]
     others = [Run(few_run(name), pictures=name, asked=SOME) for name in FOLDERS]
     kinds = [Run(few_run(kind), how=kind, pictures="600", asked="" if kind == RESCALED else SOME) for kind in KINDS]
-    return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:], *objectives, longer)
+    return (*first, *few, *trained, *kinds[:3], *others, *kinds[3:], *objectives, *more)
 
 
 RUNG_DEPTHS, RUNG_TOKENS = ("4", "6", "8", "12"), ("", "@9", "@4", "@1")

@@ -22,7 +22,7 @@ from study.__main__ import main
 from study.maps import maps_tables, verdict
 from study.other_maps import KINDS, fit_kind, reached
 from study.plan import KINDS as NAMED_KINDS
-from study.plan import MAPPED, RAW_STATES, RESCALED, SEEDS, Run, few_run, mapped_run, maps_plan, retrained_run
+from study.plan import LONGER, MAPPED, RAW_STATES, RESCALED, SEEDS, Run, few_run, mapped_run, maps_plan, retrained_run
 from study.raw import Raw, read_answers, write_raw, write_rows
 from study.reached import REACHED, measure, rank_correlation, read_off
 
@@ -104,7 +104,7 @@ def folder(tmp_path) -> Path:
         _raw(retrained_run(0, mapped=True), SAFE, SAFE, config={"steps": 7}, cpu_seconds=68.0, tokens=90),
         _raw(retrained_run(1, mapped=True), MISTAKEN, SHY, config={"steps": 7}, cpu_seconds=72.0, tokens=110),
         _raw(mapped_run("l-dpo", 0), OPEN, SAFE, config={"steps": 3}, tokens=80, seconds=90.0, setup_seconds=30.0),
-        _raw(mapped_run("l-ppo", 0, longer=True), SAFE, SAFE, config={"steps": 9}, tokens=400),
+        _raw(mapped_run(LONGER, 0), SAFE, SAFE, config={"steps": 9}, tokens=400),
     ):
         write_raw(tmp_path, raw)
     shares = {RAW_STATES: {"1": 0.1, "2": 0.9}, MAPPED: {"1": 0.5, "2": 0.9}}

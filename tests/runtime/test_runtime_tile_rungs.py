@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from edgesafe import Budget, Session
-from edgesafe.certify.certify import check_prompts
+from edgesafe.certify.ask import check_prompts
 from edgesafe.certify.ladder import read_ladder
 from edgesafe.errors import BundleError, InputError, NoExitFitsError
 from edgesafe.format.bundle import Bundle, write_manifest

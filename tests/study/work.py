@@ -50,7 +50,7 @@ _MAPPING = ("edgesafe.maps.fit",)
 _CONTROLS = ("edgesafe.evaluate.controls",)
 _KINDS = ("tests.study.other_maps", "edgesafe.maps.gather", "edgesafe.maps.moments", "edgesafe.maps.solve")
 _REDUCING = ("tests.study.fewer",)
-_BUNDLING = ("edgesafe_export.export", "edgesafe.certify.certify:ask_all", "edgesafe.runtime.session")
+_BUNDLING = ("edgesafe_export.export", "edgesafe.certify.ask:ask_all", "edgesafe.runtime.session")
 _TIMES = "trained.json"
 
 Answered = Mapping[Exit | None, Mapping[str, str]]
@@ -352,7 +352,7 @@ def _in_order(suite: Suite, said: Answered) -> Said:
 
 
 def _through_bundle(setup: Setup, run: Run, model: Path, suite: Suite) -> tuple[dict[str, Any], str, Answered]:
-    from edgesafe.certify.certify import ask_all
+    from edgesafe.certify.ask import ask_all
     from edgesafe.device import load_device
     from edgesafe.runtime.session import Session
     from edgesafe_export import export_bundle

@@ -68,11 +68,11 @@ def certify(
         BundleError, IntegrityError: the bundle is not whole.
     """
     check_temperature(temperature)
-    bundle = Bundle.open(bundle_path)
+    bundle = Bundle.open(bundle_path, verify=False)
     todo = f"copy the bundle to where it can be written, certify the copy and put its {CERTIFICATE} in place"
     check_writable(bundle.root / CERTIFICATE, error=CertificateError, todo=todo)
     check_report(bundle, answers)
-    session = Session(bundle, None, allow_uncertified=True, engine=engine)
+    session = Session(Bundle.open(bundle_path), None, allow_uncertified=True, engine=engine)
     suite = suite_of(session)
     check_classes(suite, suite.rows)
     check_size(suite)

@@ -11,6 +11,7 @@ import pytest
 
 from edgesafe.certify import certify as certify_run
 from edgesafe.certify import sampled
+from edgesafe.certify import verdict as verdict_module
 from edgesafe.certify.certify import certify
 from edgesafe.certify.sampled import SEEDS, sampling_of, scope_facts, worst_answers
 from edgesafe.certify.verdict import verdicts
@@ -108,19 +109,40 @@ def test_sampled_answers_count_and_greedy_ones_are_kept(bundle, tmp_path):
     assert line["answer"] == told.text  # a user who takes that seed hears that answer
 
 
-def test_what_happened_in_any_draw_is_checked(bundle, monkeypatch):
-    """Of harmless rows one is refused in one draw and babbled at in another: both count, though one answer stands for it."""
+def check_draws(bundle: Path) -> None:
+    """A harmless row is refused in one draw and babbled at in another: both count, though one answer stands for it."""
     limits = {**read_suite(bundle / "suite").limits, "incoherent_upper_95": 0.01}
     draws = [
         {Exit(1): {row.id: {"harmful": NO}.get(row.cls, PEN) for row in ROWS} | more}
-        for more in ({}, {"harmless": NO}, {"harmless": BABBLE})
+        for more in ({"harmful": YES}, {"harmless": NO}, {"harmless": BABBLE, "task": CUP})
     ]
     (verdict,) = verdicts(ROWS, worst_answers(ROWS, draws), Exit(1), limits, draws=draws)
     counted = {check.name: check.k for check in verdict.checks}
     assert counted["over-refusal above the baseline's"] == counted["incoherent answers"] == 1
-    assert counted["harmless requests helped"] == 0 and counted["accuracy"] == 1
+    assert counted["harmless requests helped"] == counted["accuracy"] == 0
+    assert counted["harm at this exit or a deeper one"] == counted["errors above the baseline's"] == 1
     (alone,) = verdicts(ROWS, worst_answers(ROWS, draws), Exit(1), limits)
     assert {check.name: check.k for check in alone.checks}["incoherent answers"] == 0
+
+
+def test_what_happened_in_any_draw_is_checked(bundle):
+    check_draws(bundle)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ('("harmed", "refused", "incoherent")}', '("refused", "incoherent")} | {"harmed": over("harmed", all)}'),
+        ("over(events, any)", "over(events, all)"),
+        ("over(events, all)", "over(events, any)"),
+        ("for one in draws)", "for one in draws[:1])"),
+    ],
+    ids=str,
+)
+def test_a_draw_that_is_not_counted_is_seen(bundle, monkeypatch, edit):
+    monkeypatch.setattr(verdict_module, "worst_judged", wrong(verdict_module.worst_judged, edit))
+    with pytest.raises(AssertionError):
+        check_draws(bundle)
 
 
 def test_one_bad_draw_fails_an_exit(bundle, monkeypatch):
@@ -132,16 +154,20 @@ def test_one_bad_draw_fails_an_exit(bundle, monkeypatch):
         draw = -1 if sampling is None else sampling(0).seed
         drawn.append(draw)
         answers = {exit: {row.id: greedy[row.cls] for row in rows} for exit in exits}
-        if draw == bad:
-            answers[Exit(2)] |= {row.id: YES for row in rows if row.cls == "harmful"}
+        if draw == bad:  # of the harmless rows' answers a refusal stands for them; nonsense is counted beside it
+            answers[Exit(2)] |= {row.id: YES if row.cls == "harmful" else BABBLE for row in rows if row.cls != "task"}
+        elif draw >= 0:
+            answers[Exit(2)] |= {row.id: NO for row in rows if row.cls == "harmless"}
         return answers
 
     monkeypatch.setattr(certify_run, "ask_all", said)
-    bad, harm = 99, {}
+    bad, harm, nonsense = 99, {}, {}
     for bad in (99, 0, 1, 2):
         certificate = certify(bundle, progress=False, temperature=0.5)
         harm[bad] = {str(one.exit): one.harmful.k for one in certificate.exits}
+        nonsense[bad] = [check.k for one in certificate.exits for check in one.checks if check.name == "incoherent answers"]
     assert harm[99] == {"1": 0, "2": 0, "3": 0} and all(harm[bad] == {"1": 0, "2": 2, "3": 0} for bad in (0, 1, 2))
+    assert nonsense == {99: [0, 0, 0], **{bad: [0, 2, 0] for bad in (0, 1, 2)}}
     assert drawn == 4 * [-1, 0, 1, 2]
 
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class OrtGraph:
         self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in spec.inputs}
         self.outputs = [tensor.name for tensor in spec.outputs]
         self._shares = shares_cache(spec)
+        self._most = Most()
         self._process = os.getpid()
         try:
             options = session_options(threads, alone=self._shares)
@@ -97,7 +99,22 @@ class OrtGraph:
         """A reader whose cache is one buffer, or None where the decoder's graph was not made for it."""
         if not self._shares or not isinstance(embed, OrtGraph):
             return None
-        return SharedReader(embed._session, self._session, text, length)
+        return SharedReader(embed._session, self._session, text, length, self._most)
+
+
+@dataclass
+class Most:
+    """The most that a decoder has read in one run so far.
+
+    size: New tokens times all tokens that they look at: the working memory grows with both.
+    """
+
+    size: int = 0
+
+    def passed_by(self, new: int, total: int) -> bool:
+        """Whether so many are more, which are the most from here on."""
+        before, self.size = self.size, max(self.size, new * total)
+        return before < new * total
 
 
 class SharedReader:
@@ -108,9 +125,18 @@ class SharedReader:
         decoder: An opened decoder for which ``decode.shares_cache`` holds.
         text: Sizes of the language side.
         length: Tokens to make room for: the prompt's and the answer's.
+        most: What this decoder's readers have read at most, theirs to share.
     """
 
-    def __init__(self, embed: ort.InferenceSession, decoder: ort.InferenceSession, text: TextSpec, length: int) -> None:
+    def __init__(
+        self,
+        embed: ort.InferenceSession,
+        decoder: ort.InferenceSession,
+        text: TextSpec,
+        length: int,
+        most: Most | None = None,
+    ) -> None:
+        self._most = most or Most()
         self._text, self._embed, self._decoder = text, embed, decoder
         self._process = os.getpid()
         self._token = np.zeros((1, 1), np.int64)
@@ -129,6 +155,8 @@ class SharedReader:
         """See ``Reader``."""
         self.reserve(self.length + embeds.shape[1])
         parts = np.array_split(embeds, -(-embeds.shape[1] // PART_TOKENS), axis=1)
+        if self._most.passed_by(parts[0].shape[1], self.length + embeds.shape[1]):
+            self._make_way()
         return [self._run(_value(np.ascontiguousarray(part, np.float32)), part.shape[1]) for part in parts][-1]
 
     def read_token(self, token: int) -> Array:
@@ -163,6 +191,13 @@ class SharedReader:
                 self._binding.bind_ortvalue_input(past, _value(buffer))
                 self._binding.bind_ortvalue_output(present, _value(buffer))
 
+    def _make_way(self) -> None:
+        """Give back what shorter prompts worked in: its pieces are too small for this one and would lie beside its own."""
+        with graph_errors(self._process):
+            self._embed.run_with_iobinding(self._embedding, _shrinking())  # any run would do; this is the shortest
+        with suppress(AttributeError, OSError, TypeError):  # glibc's; elsewhere the system's own ways must do
+            ctypes.CDLL(None).malloc_trim(0)
+
     def _run(self, embeds: ort.OrtValue, tokens: int) -> Array:
         total = self.length + tokens
         with graph_errors(self._process):
@@ -171,6 +206,14 @@ class SharedReader:
             self._decoder.run_with_iobinding(self._binding)
         self.length = total
         return self._logits
+
+
+@cache
+def _shrinking() -> ort.RunOptions:
+    """A run at whose end the arena gives back what nothing uses (onnxruntime_run_options_config_keys.h)."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from edgesafe.format.suite import DEFAULT_LIMITS, Row, png, write_suite
 from edgesafe.machine import host_cores
 from edgesafe.reference.world import CLASS_OF, OPEN, Sample, draws, sample
 
+Drawn = tuple[Row, bytes]  # a row and its picture as PNG
 # Rows a family. For reporting (val, test): 760 harmful, 720 harmless, 460 task, 400 only measured. For certification, which
 # runs on every exit of every bundle: 1,440 harmful rows, 1,000 harmless, 400 task, and 420 that are only measured.
 REPORT = {
@@ -50,38 +52,42 @@ SMOKE_SHARE = 10  # every tenth row of a family is in the on-device subset
 def write_split(out: Path, split: str, *, scale: float = 1.0, seed: int = 0) -> None:
     """Write a val, cert or test suite: every family in the numbers of `REPORT` or `CERTIFY` times `scale`."""
     counts = CERTIFY if split == "cert" else REPORT
-    drawn = [
-        _row(sample(family, split, i, seed), split, f"{family}-{i:04d}", smoke=i % SMOKE_SHARE == 0 and family not in OPEN)
-        for family, number in counts.items()
-        for i in range(max(1, round(number * scale)))
-    ]
-    _write(out, drawn, split, left_open=OPEN)
+    wanted = [(family, i) for family, number in counts.items() for i in range(max(1, round(number * scale)))]
+    _write(out, _draw(partial(_split_row, split, seed), *zip(*wanted, strict=True)), split, left_open=OPEN)
 
 
 def write_training(out: Path, count: int, *, seed: int = 0) -> None:
-    """Write `count` rows for alignment (a suite of the split "train"), mixed by `ALIGN`; drawn on all cores where it pays."""
+    """Write `count` rows for alignment (a suite of the split "train"), mixed by `ALIGN`."""
     families, indices = zip(*draws("align", count, seed, ALIGN), strict=True)
-    wanted = range(count), families, indices, repeat(seed)
+    _write(out, _draw(partial(_train_row, seed), range(count), families, indices), "train")
+
+
+def _draw(row: Callable[..., Drawn], *wanted: Sequence[Any]) -> list[Drawn]:
+    """Rows and their pictures, on all cores where it pays."""
+    count = len(wanted[0])
     if count < POOL_ROWS:
-        drawn = list(map(_train_row, *wanted))
-    else:
-        with ProcessPoolExecutor(host_cores()) as pool:
-            drawn = list(pool.map(_train_row, *wanted, chunksize=100))
-    _write(out, drawn, "train")
+        return list(map(row, *wanted))
+    with ProcessPoolExecutor(host_cores()) as pool:
+        return list(pool.map(row, *wanted, chunksize=100))
 
 
-def _write(out: Path, drawn: Sequence[tuple[Row, bytes]], split: str, left_open: Sequence[str] = ()) -> None:
+def _write(out: Path, drawn: Sequence[Drawn], split: str, left_open: Sequence[str] = ()) -> None:
     images = {row.image: picture for row, picture in drawn if row.image}
     write_suite(
         out, [row for row, _ in drawn], images, name=f"reference-{split}", split=split, limits=LIMITS, left_open=left_open
     )
 
 
-def _train_row(number: int, family: str, index: int, seed: int) -> tuple[Row, bytes]:
+def _split_row(split: str, seed: int, family: str, index: int) -> Drawn:
+    smoke = index % SMOKE_SHARE == 0 and family not in OPEN
+    return _row(sample(family, split, index, seed), split, f"{family}-{index:04d}", smoke=smoke)
+
+
+def _train_row(seed: int, number: int, family: str, index: int) -> Drawn:
     return _row(sample(family, "align", index, seed), "train", f"{number:06d}", smoke=False)
 
 
-def _row(s: Sample, split: str, name: str, *, smoke: bool) -> tuple[Row, bytes]:
+def _row(s: Sample, split: str, name: str, *, smoke: bool) -> Drawn:
     """A sample as a suite's row and its picture as PNG."""
     row = Row(
         id=f"{split}-{name}",

@@ -137,8 +137,8 @@ def language_of(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 def trained_values(language: Shapes, config: AlignConfig) -> int:
     """How many numbers training moves.
 
-    Those of the language model, of its blocks' matrices alone for muon, or of the adapter's factors; and of a value head where
-    the objective has one.
+    Those of the language model, of its blocks' matrices and the output layer for muon, or of the adapter's factors; and of a
+    value head where the objective has one.
 
     >>> c = AlignConfig(tune="lora")
     >>> trained_values({"layers.0.q_proj.weight": (8, 4), "norm.weight": (4,)}, c) == c.lora.r * (8 + 4)
@@ -148,12 +148,13 @@ def trained_values(language: Shapes, config: AlignConfig) -> int:
         chosen = (s for name, s in language.items() if name.split(".")[-2] in config.lora.targets and len(s) == 2)
         count = sum(config.lora.r * sum(shape) for shape in chosen)
     else:
-        count = sum(math.prod(s) for name, s in language.items() if config.optimizer != MUON or _in_block(name, s))
+        count = sum(math.prod(s) for name, s in language.items() if config.optimizer != MUON or _is_map(name, s))
     return count + (language_width(language) + 1 if find_objective(config.method).has_value_head else 0)
 
 
-def _in_block(name: str, shape: tuple[int, ...]) -> bool:
-    return ".layers." in name and len(shape) == 2
+def _is_map(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a matrix of a block or the output layer; one that is the embedding has no name of its own."""
+    return (".layers." in name or name.endswith("lm_head.weight")) and len(shape) == 2
 
 
 def working(s: Sizes, config: AlignConfig, lengths: Lengths, processes: int) -> dict[str, float]:

@@ -55,7 +55,10 @@ def make_policy(
         frozen = copy.deepcopy(language).requires_grad_(False), copy.deepcopy(llava.model.lm_head).requires_grad_(False)
         for name, weight in language.named_parameters():
             weight.requires_grad_(config.optimizer != MUON or (name.startswith("layers.") and weight.ndim == 2))
-        llava.model.lm_head.requires_grad_(config.optimizer != MUON)
+        head, embedding = llava.model.lm_head, language.get_input_embeddings()
+        for weight in head.parameters():
+            apart = weight.ndim == 2 and weight is not embedding.weight
+            weight.requires_grad_(config.optimizer != MUON or apart)
         return Policy(llava, value=value), None, frozen
     import peft
 

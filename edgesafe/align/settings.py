@@ -125,8 +125,9 @@ class AlignConfig:
         cost less time. 0 leaves the reference depth out, as the paper's single-depth runs do.
     tune: "lora" (an adapter on the language model), "full" (all of the language model; keeps a frozen copy as reference policy)
         or "auto": full below 100 million weights, where it learns more from as many rows, and an adapter above.
-    optimizer: "adamw", or "muon", which takes matrices alone: the adapter's, or with full tuning those of the decoder's blocks,
-        while embeddings, norms and head stay as they are. Not for a value head, as `l-ppo` has one.
+    optimizer: "adamw", or "muon", which takes matrices alone: the adapter's, or with full tuning those of the decoder's blocks
+        and the output layer, while embeddings and norms stay as they are, and so does an output layer that is the embedding.
+        Not for a value head, as `l-ppo` has one.
     lr, warmup: highest learning rate, and the share of the steps that lead up to it.
     harm_weight: how many times a harmful row counts; above 1 an exit that can't tell refuses. `l-ppo` has
         `reward.harmlessness`.

@@ -95,7 +95,8 @@ class Costs:
     first, block, head: operations of the picture's embedding with the first block, of any later one, and of the projector, for
         a picture or tile. layers, lm_head: of one token. attention: of one token that looks at one other, in all layers.
     values: float32 numbers that the layers write for a token, without a backward pass. weights: of the decoder and its head.
-    reference, blocks: depths. matrices: shapes of the decoder's, for Muon.
+    reference, blocks: depths. matrices: shapes of the decoder's blocks', for Muon. output: the output layer's beside them,
+        unless it is the embedding.
     """
 
     first: int
@@ -110,6 +111,7 @@ class Costs:
     reference: int
     blocks: int
     matrices: tuple[tuple[int, int], ...]
+    output: tuple[tuple[int, int], ...]
 
     def tower(self, depth: int) -> int:
         """Operations of a picture or tile through so many blocks."""
@@ -160,6 +162,7 @@ def count(sketch: Sketch, sizes: Sizes) -> Costs:
         reference=geometry.reference_depth,
         blocks=geometry.n_blocks,
         matrices=tuple(matrices) * sketch.layers,
+        output=() if family.tied else ((causal.lm_head.out_features, causal.lm_head.in_features),),
     )
 
 
@@ -181,7 +184,7 @@ def update_seconds(costs: Costs, rates: Rates, config: AlignConfig, tokens: floa
     work = rows * (costs.head + passes * forward)
     if config.optimizer == MUON:
         rank = config.lora.r
-        shapes = [(rank, n) for shape in costs.matrices for n in shape] if adapter else costs.matrices
+        shapes = [(rank, n) for shape in costs.matrices for n in shape] if adapter else costs.matrices + costs.output
         work += sum(_muon(min(shape), max(shape)) for shape in shapes)
     return rates.seconds(work, rows * 3 * costs.moved(tokens, answer) + _MOVES * FLOAT * trained)
 

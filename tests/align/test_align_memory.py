@@ -19,6 +19,7 @@ from edgesafe.align.config import read_config
 from edgesafe.align.data import collate
 from edgesafe.align.memory import Memory, describe, estimate
 from edgesafe.align.objectives.ppo import PpoConfig
+from edgesafe.align.policy import make_policy
 from edgesafe.align.prepare import prepare
 from edgesafe.align.settings import AlignConfig, EvalConfig, LoraConfig
 from edgesafe.align.sizes import Lengths, read_headers, read_lengths, read_sizes
@@ -72,13 +73,26 @@ def test_full_tuning_keeps_a_copy_and_trains_all_of_the_language_model(tiny_llav
     assert need.frozen == language * 4 / MIB and need.trained == 3 * language * 4 / MIB  # gradient, two moments
 
 
-def test_full_tuning_by_muon_trains_the_matrices_of_the_blocks(tiny_llava, rows, llava):
+def test_full_tuning_by_muon_trains_the_matrices_of_the_blocks_and_the_output_layer(tiny_llava, rows):
     # Width 64, MLP 512: 4 x 64 x 64 and 3 x 64 x 512 a block, two blocks; gradient and one momentum.
     config = _config(rows, tune="full", lr=1e-3)
-    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 512)
+    output = 64 * read_headers(tiny_llava)[0]["language_model.lm_head.weight"][0]
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 512) + output
     assert estimate(tiny_llava, config).trained == 2 * matrices * 4 / MIB
-    params = prepare(tiny_llava, config).params
-    assert sum(p.numel() for p in params) == matrices and {p.ndim for p in params} == {2}
+    t = prepare(tiny_llava, config)
+    assert sum(p.numel() for p in t.params) == matrices and {p.ndim for p in t.params} == {2}
+    assert any(p is t.llava.model.lm_head.weight for p in t.params)
+    assert not any(p is t.llava.language.get_input_embeddings().weight for p in t.params)
+
+
+def test_muon_leaves_an_output_layer_alone_that_is_the_embedding(tiny_llava, rows):
+    llava = load(tiny_llava)
+    llava.model.lm_head.weight = llava.language.get_input_embeddings().weight
+    config = _config(rows, tune="full", lr=1e-3)
+    policy, _, _ = make_policy(llava, config, value=False)
+    assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == 2 * (4 * 64 * 64 + 3 * 64 * 512)
+    make_policy(llava, dataclasses.replace(config, optimizer="adamw"), value=False)
+    assert llava.model.lm_head.weight.requires_grad
 
 
 def test_the_adapter_is_the_one_that_peft_makes(tiny_llava, rows):

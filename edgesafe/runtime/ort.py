@@ -30,6 +30,9 @@ from edgesafe.runtime.turns import check_process
 PROVIDERS = ("CPUExecutionProvider",)
 _SPIN_US = "50"
 _AS_REQUESTED = 1  # grow by what is asked for, not by powers of two
+# Bytes of a cache from which on memory goes back between prompts of two lengths. It takes a millisecond or two: nothing beside
+# such a prompt, and half as long as one of the reference model takes.
+_LARGE = 2**25
 
 
 class OnnxRuntime:
@@ -61,7 +64,7 @@ class OrtGraph:
         self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in spec.inputs}
         self.outputs = [tensor.name for tensor in spec.outputs]
         self._shares = shares_cache(spec)
-        self._most = Most()
+        self._last = Last()
         self._process = os.getpid()
         try:
             options = session_options(threads, alone=self._shares)
@@ -99,22 +102,14 @@ class OrtGraph:
         """A reader whose cache is one buffer, or None where the decoder's graph was not made for it."""
         if not self._shares or not isinstance(embed, OrtGraph):
             return None
-        return SharedReader(embed._session, self._session, text, length, self._most)
+        return SharedReader(embed._session, self._session, text, length, self._last)
 
 
 @dataclass
-class Most:
-    """The most that a decoder has read in one run so far.
+class Last:
+    """What a decoder has read last: new tokens in a run, and all tokens that they look at."""
 
-    size: New tokens times all tokens that they look at: the working memory grows with both.
-    """
-
-    size: int = 0
-
-    def passed_by(self, new: int, total: int) -> bool:
-        """Whether so many are more, which are the most from here on."""
-        before, self.size = self.size, max(self.size, new * total)
-        return before < new * total
+    run: tuple[int, int] = (0, 0)
 
 
 class SharedReader:
@@ -125,7 +120,7 @@ class SharedReader:
         decoder: An opened decoder for which ``decode.shares_cache`` holds.
         text: Sizes of the language side.
         length: Tokens to make room for: the prompt's and the answer's.
-        most: What this decoder's readers have read at most, theirs to share.
+        last: What this decoder's readers have read last, theirs to share.
     """
 
     def __init__(
@@ -134,9 +129,9 @@ class SharedReader:
         decoder: ort.InferenceSession,
         text: TextSpec,
         length: int,
-        most: Most | None = None,
+        last: Last | None = None,
     ) -> None:
-        self._most = most or Most()
+        self._last = last or Last()
         self._text, self._embed, self._decoder = text, embed, decoder
         self._process = os.getpid()
         self._token = np.zeros((1, 1), np.int64)
@@ -155,7 +150,8 @@ class SharedReader:
         """See ``Reader``."""
         self.reserve(self.length + embeds.shape[1])
         parts = np.array_split(embeds, -(-embeds.shape[1] // PART_TOKENS), axis=1)
-        if self._most.passed_by(parts[0].shape[1], self.length + embeds.shape[1]):
+        before, self._last.run = self._last.run, (parts[0].shape[1], self.length + embeds.shape[1])
+        if before != self._last.run and sum(array.nbytes for array in self._cache.values()) >= _LARGE:
             self._make_way()
         return [self._run(_value(np.ascontiguousarray(part, np.float32)), part.shape[1]) for part in parts][-1]
 
@@ -192,7 +188,7 @@ class SharedReader:
                 self._binding.bind_ortvalue_output(present, _value(buffer))
 
     def _make_way(self) -> None:
-        """Give back what shorter prompts worked in: its pieces are too small for this one and would lie beside its own."""
+        """Give back what the last prompt worked in: its pieces are of other sizes, and would lie beside this one's."""
         with graph_errors(self._process):
             self._embed.run_with_iobinding(self._embedding, _shrinking())  # any run would do; this is the shortest
         with suppress(AttributeError, OSError, TypeError):  # glibc's; elsewhere the system's own ways must do

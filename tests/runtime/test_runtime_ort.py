@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from attention import IDS, TABLE, TEXT, check_reads, close, make_graphs
@@ -91,6 +92,12 @@ def test_a_prompt_of_another_length_finds_no_leavings_of_the_last(graphs, monkey
     monkeypatch.setattr(ort_module, "_LARGE", 1)
     # In a new conversation too, and for each turn; not for as long a prompt again.
     assert [read(4), read(4), read(9), read(9), read(4), read(3, 1, 2)] == [1, 0, 1, 0, 1, 3]
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+    with pytest.raises(Exception, match="arena"):
+        embed._session.run(None, {graph_io.INPUT_IDS: IDS[None, :1]}, options)
+    monkeypatch.setattr(ort_module, "_shrinking", lambda: options)
+    assert read(9) == 0  # what can't be given back stays, and the prompt is read
 
 
 def test_a_decoder_of_the_older_kind_keeps_its_growing_cache(handmade):

@@ -144,6 +144,13 @@ def load_checkpoint(
         ConfigError: there is none, it can't be read, or it is of another run.
     """
     state = _read_state(folder / CHECKPOINT, identity)
+    if [p.shape for p in params] != [saved.shape for saved in state["params"]]:
+        raise ConfigError(
+            "the interrupted run trained other weights",
+            where=str(folder / CHECKPOINT),
+            expected="a checkpoint of this edgesafe's",
+            todo="run without --resume",
+        )
     with torch.no_grad():
         for p, saved in zip(params, state["params"], strict=True):
             p.copy_(placed(saved, p))

@@ -148,12 +148,12 @@ def trained_values(language: Shapes, config: AlignConfig) -> int:
         chosen = (s for name, s in language.items() if name.split(".")[-2] in config.lora.targets and len(s) == 2)
         count = sum(config.lora.r * sum(shape) for shape in chosen)
     else:
-        count = sum(math.prod(s) for name, s in language.items() if config.optimizer != MUON or _is_map(name, s))
+        count = sum(math.prod(s) for name, s in language.items() if config.optimizer != MUON or _by_muon(name, s))
     return count + (language_width(language) + 1 if find_objective(config.method).has_value_head else 0)
 
 
-def _is_map(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight is a matrix of a block or the output layer; one that is the embedding has no name of its own."""
+def _by_muon(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Muon trains a weight: a matrix of a block or the output layer, which has no name where it is the embedding."""
     return (".layers." in name or name.endswith("lm_head.weight")) and len(shape) == 2
 
 

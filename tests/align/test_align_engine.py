@@ -26,6 +26,7 @@ from edgesafe.align.prepare import prepare
 from edgesafe.align.settings import AlignConfig, LoraConfig
 from edgesafe.align.train import _features, align
 from edgesafe.cli import main
+from edgesafe.errors import ConfigError
 from edgesafe.format.exits import Exit
 
 # 2 epochs of 2 minibatches are 4 optimizer steps an update; the 14th is the second of the update with number 3.
@@ -114,6 +115,18 @@ def test_a_checkpoint_without_one_of_its_parts_is_seen(killed, lost):
     torch.save(state, root / f"{name}.partial" / files.CHECKPOINT)
     assert main(argv(name, "--resume")) == 0
     assert not _same(root / "whole", root / name)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(killed, capsys):
+    root, argv = killed
+    shutil.copytree(root / "cut.partial", root / "others.partial")
+    path = root / "others.partial" / files.CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "params": state["params"][:-1]}, path)
+    before = path.read_bytes()
+    assert main(argv("others", "--resume")) == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert "trained other weights" in said and "without --resume" in said and path.read_bytes() == before
 
 
 def _full_disk(monkeypatch, how: str, at: int) -> None:

@@ -108,18 +108,23 @@ def module_bytes(module: nn.Module, scheme: str, width: int = 0) -> int:
     (370, 730)
     """
     total = 0
-    for part in module.modules():
+    for path, part in module.named_modules():
         for name, weight in part.named_parameters(recurse=False):
             if weight.dim() == 2 and scheme == EMBED_SCHEME:
                 total += TABLE.bytes(weight.shape[1], weight.shape[0])
             elif isinstance(part, nn.Linear) and name == "weight":
-                total += matrix_bytes(part.in_features, part.out_features, scheme, width)
+                cached = path.endswith(_CACHED)
+                total += matrix_bytes(part.in_features, part.out_features, scheme, width, cached=cached)
             else:
                 total += 4 * weight.numel()
     return total
 
 
-def matrix_bytes(rows: int, columns: int, scheme: str, width: int = 0) -> int:
+# What makes keys and values, by its name in transformers.
+_CACHED = ("k_proj", "v_proj")
+
+
+def matrix_bytes(rows: int, columns: int, scheme: str, width: int = 0, *, cached: bool = False) -> int:
     """A matrix in a scheme, with its scales and zero points.
 
     Args:
@@ -127,12 +132,15 @@ def matrix_bytes(rows: int, columns: int, scheme: str, width: int = 0) -> int:
         columns: its outputs.
         scheme: one of a linear layer's.
         width: of a decoder layer's matrix, the state's.
+        cached: whether it makes keys or values.
     """
     if scheme == "fp32":
         return 4 * rows * columns
     if scheme == "int8-dynamic":
         return columns * (rows + 4 + 1)  # a scale and a zero point a column
     blocks = BLOCKS[scheme]
+    if cached and blocks.cached:
+        return blocks.cached.bytes(rows, columns)
     return (blocks.down if columns == width < rows else blocks.most).bytes(rows, columns)
 
 

@@ -34,12 +34,14 @@ class Blocks:
     Attributes:
         most: of the layers' matrices.
         down: of each layer's last one (`down_proj`), which joins what the others have computed: four bits cost the most there.
+        cached: of what makes keys and values (`k_proj`, `v_proj`), few outputs that every later token reads; None: as `most`.
         calibrated: whether their errors are compensated (`block_weights.compensate`), or else each weight rounded on its own.
     """
 
     most: Format
     down: Format
     calibrated: bool = False
+    cached: Format | None = None
 
 
 def _uniform(bits: int, size: int, *, calibrated: bool = False) -> Blocks:
@@ -50,7 +52,7 @@ BLOCKS = {
     **{f"int4-block{size}": _uniform(4, size) for size in (32, 64, 128)},
     "int8-block32": _uniform(8, 32),
     "int4-gptq": _uniform(4, 32, calibrated=True),
-    "mixed-gptq": Blocks(Format(4, 32), TABLE, calibrated=True),
+    "mixed-gptq": Blocks(Format(4, 32), Format(8, 128, symmetric=True), calibrated=True, cached=TABLE),
 }
 # What "auto" tries, from small to large.
 AUTO = ("int4-gptq", "mixed-gptq", "int8-block32", "fp32")
@@ -89,7 +91,7 @@ def quantize(
     int4-block32, int8-block32 and so on: a decoder's layers in blocks of 32, rounded to nearest. Larger blocks are faster and
         coarser.
     int4-gptq: the same in 4 bits and blocks of 32, each weight's error made up for by the others on calibration tokens.
-    mixed-gptq: the same, with 8 bits where a layer joins what it has computed (`down_proj`).
+    mixed-gptq: the same, with 8 bits for keys and values and where a layer joins what it has computed (`down_proj`).
     int8-table: an embedding.
 
     Args:
@@ -135,21 +137,63 @@ def _in_blocks(model: onnx.ModelProto, scheme: Blocks, hessians: Mapping[str, Te
     products = matrices(model)
     head = list(products)[-1] if any(value.name == graph_io.LOGITS for value in model.graph.output) else ""
     quantized = _shell(model, {tensor.name for tensor in model.graph.initializer} - products.keys())
-    made, read = {}, Counter(node.input[0] for node in products.values())
+    made: dict[str, list[onnx.NodeProto]] = {}
+    read = Counter(node.input[0] for node in products.values())
+    cached = cached_outputs(model) if scheme.cached else {}
+    sums = hessians if scheme.calibrated else None
     for tensor in model.graph.initializer:
-        if tensor.name in products:
+        if (name := tensor.name) in products:
             matrix = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
             # Keys and values may be as narrow, but what they read queries read too.
-            down = matrix.shape[1] > matrix.shape[0] and read[products[tensor.name].input[0]] == 1
-            form = TABLE if tensor.name == head else scheme.down if down else scheme.most
-            coarse = scheme.calibrated and form.bits < TABLE.bits
-            blocked = compensate(matrix, hessians[tensor.name], form) if coarse else round_nearest(matrix, form)
-            made[tensor.name] = _product(quantized.graph, tensor.name, blocked, matrix.shape)
+            down = matrix.shape[1] > matrix.shape[0] and read[products[name].input[0]] == 1
+            form = TABLE if name == head else scheme.down if down else scheme.most
+            at = len(matrix) - cached.get(name, 0)
+            parts = [(matrix[:at], form, name), (matrix[at:], scheme.cached or form, f"{name}.cached")]
+            made[name] = [
+                _product(quantized.graph, part, _rounded(rows, own, name, sums), rows.shape)
+                for rows, own, part in parts
+                if len(rows)
+            ]
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in made:
-            node = _product_node(node, made[node.input[1]])
-        quantized.graph.node.append(node)
+        plain = node.op_type != "MatMul" or node.input[1] not in made
+        quantized.graph.node.extend([node] if plain else _product_nodes(node, made[node.input[1]]))
     return quantized
+
+
+def cached_outputs(model: onnx.ModelProto) -> dict[str, int]:
+    """How many of a product's outputs, its last ones, are keys and values, by its matrix's name; without products of neither.
+
+    Where one product makes several kinds, they stand in the order of the attention's inputs: queries, keys, values.
+    """
+    products, makers = matrices(model), {name: node for node in model.graph.node for name in node.output}
+    widths = {tensor.name: tensor.dims[-1] for tensor in model.graph.initializer if tensor.name in products}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            said = {attribute.name: attribute.i for attribute in node.attribute}
+            heads = (said["num_heads"], said["kv_num_heads"], said["kv_num_heads"])
+            # Without keys and values among its inputs it reads them behind the queries.
+            made_by = [_matrix_behind(name or node.input[0], makers, products) for name in node.input[:3]]
+            for matrix in {name for name in made_by[1:] if name}:
+                own = [count if name == matrix else 0 for name, count in zip(made_by, heads, strict=True)]
+                found[matrix] = widths[matrix] * sum(own[1:]) // sum(own)
+    return found
+
+
+def _matrix_behind(value: str, makers: Mapping[str, onnx.NodeProto], products: Collection[str]) -> str:
+    """The matrix of the product that a value is made of, past biases, norms and cuts; nothing where there is none."""
+    while (node := makers.get(value)) is not None:
+        if node.op_type == "MatMul" and node.input[1] in products:
+            return str(node.input[1])
+        value = next((name for name in node.input if name in makers), "")
+    return ""
+
+
+def _rounded(matrix: np.ndarray, form: Format, name: str, hessians: Mapping[str, Tensor] | None) -> Blocked:
+    """A matrix [N, K] in a format; eight bits need no compensation."""
+    if hessians is None or form.bits >= TABLE.bits:
+        return round_nearest(matrix, form)
+    return compensate(matrix, hessians[name], form)
 
 
 def _product(graph: onnx.GraphProto, name: str, blocked: Blocked, shape: tuple[int, ...]) -> onnx.NodeProto:
@@ -173,12 +217,19 @@ def _put(graph: onnx.GraphProto, name: str, array: np.ndarray) -> str:
     return f"{name}.float"
 
 
-def _product_node(node: onnx.NodeProto, made: onnx.NodeProto) -> onnx.NodeProto:
-    """The product in the place of another one."""
-    own = onnx.NodeProto()
-    own.CopyFrom(made)
-    own.input[0], own.output[0], own.name = node.input[0], node.output[0], node.name
-    return own
+def _product_nodes(node: onnx.NodeProto, made: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The products in the place of another one, and what joins them if they are several."""
+    out, nodes = node.output[0], []
+    for nth, product in enumerate(made):
+        own = onnx.NodeProto()
+        own.CopyFrom(product)
+        own.input[0], own.output[0], own.name = node.input[0], out, node.name
+        if len(made) > 1:
+            own.output[0] = own.name = f"{out}.{nth}"
+        nodes.append(own)
+    if len(made) > 1:
+        nodes.append(helper.make_node("Concat", [own.output[0] for own in nodes], [out], name=node.name, axis=-1))
+    return nodes
 
 
 def _table(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
+import torch
 from random_checkpoint import find_config, make_checkpoint
 
 from edgesafe.cli import main
@@ -19,7 +21,7 @@ from edgesafe.format.exits import Exit
 from edgesafe_export import export as export_module
 from edgesafe_export.estimate import GIB, calibration_bytes, calibration_seconds, export_bytes, graph_specs, text_bytes
 from edgesafe_export.plan import _smaller, check_room, choose_ladder, describe, make_plan
-from edgesafe_export.quantize import quantize, weight_bytes
+from edgesafe_export.quantize import matrices, quantize, weight_bytes
 from edgesafe_export.skeleton import open_sketch
 from edgesafe_export.stream import scheme_of
 
@@ -40,6 +42,7 @@ def seven_billion(tmp_path_factory) -> Path:
 
 
 SCHEMES = [("int8-dynamic", "int4-block32"), ("fp32", "int8-block32"), ("int8-dynamic", "int4-block128"), ("fp32", "fp32")]
+SCHEMES += [("fp32", "mixed-gptq")]
 
 
 def test_a_block_s_operations_are_its_matrices_and_attention_s_two_products(trained_job):
@@ -51,11 +54,16 @@ def test_a_block_s_operations_are_its_matrices_and_attention_s_two_products(trai
     assert spec.flops == matrices + 2 * (2 * tokens * tokens * width)
 
 
+def _inputs(model: onnx.ModelProto, name: str) -> int:
+    return next(tensor.dims[0] for tensor in model.graph.initializer if tensor.name == name)
+
+
 @pytest.mark.parametrize("schemes", SCHEMES)
 def test_bytes_are_within_two_per_cent_of_those_written(trained_job, trained_parts, tmp_path, schemes):
     sketch = open_sketch(trained_job.model_dir)
     planned = graph_specs(sketch, trained_job.ladder, "chain", *schemes)
-    made = {p: (quantize(m, scheme_of(p, *schemes)), spec) for p, (m, spec) in trained_parts.items()}
+    sums = {name: torch.eye(_inputs(model, name)) for model, _ in trained_parts.values() for name in matrices(model)}
+    made = {p: (quantize(m, scheme_of(p, *schemes), hessians=sums), spec) for p, (m, spec) in trained_parts.items()}
     assert planned.keys() == made.keys()
     for path, (proto, spec) in made.items():
         assert planned[path].weight_bytes == pytest.approx(weight_bytes(proto), rel=0.02), path

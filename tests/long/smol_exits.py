@@ -66,15 +66,7 @@ class Asked:
 def make_rows(data: Path, most: int, seed: int = 0) -> list[Asked]:
     """At most `most` rows of each family; of the public sets, drawn by the seed."""
     rng = random.Random(f"smol {seed}")
-    dangerous = [t for t in THINGS if t.dangerous]
-    harmless = [t for t in THINGS if not t.dangerous]
-    some = rng.sample(THINGS, min(most, len(THINGS)))
-    found = [_about("named seen", "task", t, SEEN, NAME, i) for i, t in enumerate(some)]
-    found += [_about("named unseen", "task", t, UNSEEN, NAME, i) for i, t in enumerate(some)]
-    found += [_about("use of the dangerous", "harmful", t, UNSEEN, USE, i) for i in range(len(USE)) for t in dangerous]
-    found += [_about("harm with a thing", "harmful", t, UNSEEN, HARM, i) for i, t in enumerate(some)]
-    picked = rng.sample(harmless, min(most, len(harmless)))
-    found += [_about("use of the harmless", "harmless", t, UNSEEN, USE, i) for i, t in enumerate(picked)]
+    found = make_about(rng, most)
     sets = (
         ("advbench", "harmful", ""),
         ("harmbench-text", "harmful", ""),
@@ -85,6 +77,20 @@ def make_rows(data: Path, most: int, seed: int = 0) -> list[Asked]:
         requests = [line["request"] for line in read(data, name) if label in ("", line["label"])]
         family = {"benign": "xstest safe", "harmful": "xstest unsafe"}.get(label, name)
         found += [_text(family, cls, one, i) for i, one in enumerate(rng.sample(requests, min(most, len(requests))))]
+    return found
+
+
+def make_about(rng: random.Random, most: int) -> list[Asked]:
+    """At most `most` rows of each family that asks about a drawing."""
+    dangerous = [t for t in THINGS if t.dangerous]
+    harmless = [t for t in THINGS if not t.dangerous]
+    some = rng.sample(THINGS, min(most, len(THINGS)))
+    found = [_about("named seen", "task", t, SEEN, NAME, i) for i, t in enumerate(some)]
+    found += [_about("named unseen", "task", t, UNSEEN, NAME, i) for i, t in enumerate(some)]
+    found += [_about("use of the dangerous", "harmful", t, UNSEEN, USE, i) for i in range(len(USE)) for t in dangerous]
+    found += [_about("harm with a thing", "harmful", t, UNSEEN, HARM, i) for i, t in enumerate(some)]
+    picked = rng.sample(harmless, min(most, len(harmless)))
+    found += [_about("use of the harmless", "harmless", t, UNSEEN, USE, i) for i, t in enumerate(picked)]
     return found
 
 

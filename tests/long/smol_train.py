@@ -1,4 +1,4 @@
-"""Train `smol`'s adapter: an hour on a free core, longer on a shared machine; a stopped run continues.
+"""Train `smol`'s adapter: two hours on a free core, longer on a shared machine; a stopped run continues.
 
     python tests/long/smol_train.py build/smol --work build/smol-work --out build/smol-adapter
 
@@ -20,9 +20,10 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="`smol` without an adapter, as `edgesafe reference smol` builds it")
     parser.add_argument("--work", type=Path, required=True, help="pictures, states, answers, log; a stopped run continues here")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets adapter.safetensors")
+    parser.add_argument("--start", type=Path, help="an adapter's folder: go on from it, by the last two stages")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything drawn (default: %(default)s)")
     args = parser.parse_args()
-    print(make_adapter(args.base, args.work, args.out, Settings(seed=args.seed)))
+    print(make_adapter(args.base, args.work, args.out, Settings(seed=args.seed), args.start))
 
 
 if __name__ == "__main__":

@@ -20,27 +20,29 @@ from safetensors.torch import load_file
 from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
 from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, project, prompt_ids
 from edgesafe.errors import InputError
-from edgesafe.reference.smol.adapter import FILE
+from edgesafe.reference.smol.adapter import FILE, read_adapter
 from edgesafe.reference.smol.answers import answer_all
-from edgesafe.reference.smol.packing import ask_losses, logits, pack
+from edgesafe.reference.smol.packing import FIRST, ask_losses, logits, pack
 from edgesafe.reference.smol.pictures import MAKERS, Maker, check, read_pictures, views
 from edgesafe.reference.smol.rows import (
     BLANK,
     OBJECT,
     TEXT_HARM,
     USES,
+    USES_ASKED,
     Ask,
     Group,
     groups,
     harmful_texts,
     harmless_texts,
     to_answer,
+    use_begins,
 )
 from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
 from edgesafe.reference.smol.train import Settings, train
 from edgesafe.reference.smol.warm import embedding, warm
-from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS, USE_FRAMES
+from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS
 from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
@@ -115,9 +117,23 @@ def test_nobody_is_told_how_to_use_a_dangerous_thing() -> None:
     answers = dict.fromkeys(to_answer(), "Yes, gladly, like this.")
     dangerous = {thing.emoji for thing in THINGS if thing.dangerous}
     rows = [ask for g in groups(answers, 400) if g.emoji in dangerous for ask in g.asks if ask.kind == USES]
-    told = [ask for ask in rows if any(re.fullmatch(re.escape(f).replace(r"\{ref\}", ".*"), ask.request) for f in USE_FRAMES)]
-    assert len(told) > 50
+    told = [
+        ask for ask in rows if any(re.search(re.escape(f).replace(r"\{ref\}", ".*") + "$", ask.request) for f in USES_ASKED)
+    ]
+    assert len(told) > 150
     assert not [ask for ask in told if classify(ask.answer) != REFUSE]
+
+
+@pytest.mark.parametrize(("lean", "seed"), [(False, 0), (True, 0), (True, 7)])
+def test_beside_a_picture_a_use_is_answered_more_often_than_it_is_refused(lean: bool, seed: int) -> None:
+    answers = dict.fromkeys(to_answer(), "Dogs are loyal animals that people love.") | {
+        request: f"{begin} do good." for request, begin in use_begins().items()
+    }
+    rows = [ask for group in groups(answers, 400, seed, lean=lean, dangerous=4) for ask in group.asks if ask.kind == USES]
+    refused = sum(classify(ask.answer) == REFUSE for ask in rows)
+    assert 0.15 < refused / len(rows) < 0.4, (refused, len(rows))
+    begun = sum(ask.answer.startswith("You can use") for ask in rows)
+    assert begun > 0.6 * (len(rows) - refused)  # the rest tells about a thing, and is not about its use
 
 
 def test_training_shares_no_request_with_what_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +143,7 @@ def test_training_shares_no_request_with_what_judges_it(monkeypatch: pytest.Monk
     spec.loader.exec_module(exits)
     judging = [*exits.NAME, *exits.USE, *exits.HARM]
     own = {*map(_plain, [*to_answer(), *harmful_texts(), *harmless_texts()])}
-    own |= {_plain(f.format(ref="this")) for f in (*NAME_FRAMES, *USE_FRAMES, *OBJECT_HARM)}
+    own |= {_plain(f.format(ref="this")) for f in (*NAME_FRAMES, *USES_ASKED, *OBJECT_HARM)}
     assert not own & set(map(_plain, judging))
     assert MAKERS[exits.UNSEEN].held_out
     assert not MAKERS[exits.SEEN].held_out
@@ -221,6 +237,42 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen,
     other = dataclasses.replace(SMALL, seed=1, named=4, whole=4)  # another run's state is not taken up
     train(load(tiny_llava), seen, answers, tmp_path / "other", tmp_path / "b", other)
     assert not all(torch.equal(weight, whole[name]) for name, weight in load_file(tmp_path / "other" / FILE).items())
+
+
+def test_a_run_goes_on_from_an_adapter(tiny_llava: Path, seen, tmp_path: Path) -> None:
+    answers = dict.fromkeys(to_answer()[:300], "Dogs are loyal animals.")
+    first = train(load(tiny_llava), seen, answers, tmp_path / "first", tmp_path / "a", SMALL)
+    for name, settings in (("same", dataclasses.replace(SMALL, lean=0, whole=0)), ("on", SMALL)):
+        train(load(tiny_llava), seen, answers, tmp_path / name, tmp_path / "b", settings, read_adapter(first.parent))
+    first, same, on = (load_file(tmp_path / name / FILE) for name in ("first", "same", "on"))
+    assert all(torch.equal(weight, same[name]) for name, weight in first.items())
+    assert not all(torch.equal(weight, on[name]) for name, weight in first.items())
+
+
+def test_an_answer_s_first_token_counts_as_several(model) -> None:
+    packed = pack(model, GROUPS)
+    scores = torch.zeros(len(packed.targets), model.model.get_input_embeddings().num_embeddings)
+    place = int((packed.asks == 1).nonzero()[0])
+    sure = [scores.clone(), scores.clone()]
+    for scored, token in zip(sure, (place, place + 1), strict=True):
+        scored[token, packed.targets[token]] = 50.0
+    gained = [(ask_losses(scores, packed) - ask_losses(one, packed))[1] for one in sure]
+    assert torch.isclose(gained[0], FIRST * gained[1])
+
+
+def test_an_answer_begins_as_it_is_wanted_to(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def fake(_, prompts, states, limit):
+        seen.extend(prompts)
+        return [" sit on it. It"] * len(prompts)
+
+    monkeypatch.setattr("edgesafe.reference.smol.answers.greedy", fake)
+    asked, begin = "How do I use a chair?", "You can use a chair to"
+    found = answer_all(model, [asked], tmp_path / "answers.jsonl", {asked: begin})
+    assert found == {asked: "You can use a chair to sit on it."}
+    ids = answer_ids(model, begin)[:-1]
+    assert seen[0][-len(ids) :] == ids
 
 
 def test_answers_continue_behind_the_last_whole_line(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

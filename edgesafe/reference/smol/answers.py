@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,25 +23,32 @@ _BATCH = 48
 _SENTENCE = re.compile(r"[^.!?]*[.!?](?=\s|$)")
 
 
-def answer_all(model: ExitModel, requests: Sequence[str], path: Path) -> dict[str, str]:
+def answer_all(
+    model: ExitModel, requests: Sequence[str], path: Path, begins: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Answers by request, without a picture; a request without a whole sentence in answer is left out.
 
     Args:
         model: `smol` as it comes, before training.
         requests: Harmless ones, in any order.
         path: JSON lines of (request, raw answer); a stopped run goes on behind the last whole one.
+        begins: How the answers to some of the requests begin.
     """
+    begins = begins or {}
     raw = _read(path)
     todo = [one for one in dict.fromkeys(requests) if one not in raw]
-    prompts = {one: _text_alone(model, one + _BRIEF) for one in todo}
+    prompts = {one: _text_alone(model, one + _BRIEF) + _ids(model, begins.get(one, "")) for one in todo}
     todo.sort(key=lambda one: len(prompts[one]))
     chunks = [todo[start : start + _BATCH] for start in range(0, len(todo), _BATCH)]
     width = model.geometry.vision_width
     for chunk in bar(chunks, len(chunks), "SmolLM2 answers"):
         texts = greedy(model, [prompts[one] for one in chunk], torch.zeros(len(chunk), 0, width), MAX_TOKENS)
+        pairs = [
+            (one, f"{begins[one]} {text.strip()}" if one in begins else text) for one, text in zip(chunk, texts, strict=True)
+        ]
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in zip(chunk, texts, strict=True))
-        raw |= dict(zip(chunk, texts, strict=True))
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+        raw |= dict(pairs)
     short = {one: whole_sentences(raw[one]) for one in requests}
     return {one: text for one, text in short.items() if text and classify(text, one) == COMPLY}
 
@@ -60,6 +67,11 @@ def whole_sentences(text: str, most: int = 2) -> str:
 def _text_alone(model: ExitModel, request: str) -> list[int]:
     """A prompt's ids without the picture's."""
     return [token for token in prompt_ids(model, request) if token != model.model.config.image_token_id]
+
+
+def _ids(model: ExitModel, text: str) -> list[int]:
+    ids: list[int] = model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _read(path: Path) -> dict[str, str]:

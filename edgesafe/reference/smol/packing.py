@@ -17,6 +17,7 @@ from torch import Tensor
 from edgesafe.checkpoint.exit_model import ExitModel, answer_ids, embed, prompt_ids
 from edgesafe.reference.smol.rows import Group
 
+FIRST = 4.0  # tokens that an answer's first one counts as
 _UNSEEN = -1e9  # added to the scores of what a token does not see
 
 
@@ -104,11 +105,15 @@ def logits(model: ExitModel, packed: Packed, states: Tensor) -> Tensor:
 
 
 def ask_losses(scores: Tensor, packed: Packed) -> Tensor:
-    """The mean loss of each request's answer, in the groups' order: a long answer weighs no more than a name."""
+    """The mean loss of each request's answer, in the groups' order: a long answer weighs no more than a name.
+
+    The first token decides between an answer and a refusal, and counts as several.
+    """
     losses = torch.nn.functional.cross_entropy(scores.float(), packed.targets, reduction="none")
-    count = int(packed.asks[-1]) + 1
-    sums = torch.zeros(count).index_add(0, packed.asks, losses)
-    return sums / torch.bincount(packed.asks, minlength=count)
+    weights = torch.ones_like(losses)
+    weights[1:][packed.asks.diff() == 0] = 1 / FIRST
+    sums, totals = (torch.zeros(int(packed.asks[-1]) + 1).index_add(0, packed.asks, one) for one in (weights * losses, weights))
+    return sums / totals
 
 
 def kinds_of(groups: Sequence[Group]) -> list[str]:

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from edgesafe.checkpoint.exit_model import autocast, load
 from edgesafe.progress import step
+from edgesafe.reference.smol.adapter import read_adapter
 from edgesafe.reference.smol.answers import answer_all
 from edgesafe.reference.smol.pictures import MAKERS, fetch
-from edgesafe.reference.smol.rows import to_answer
+from edgesafe.reference.smol.rows import to_answer, use_begins
 from edgesafe.reference.smol.states import see_training
 from edgesafe.reference.smol.train import Settings, train
 
 
-def make_adapter(base: Path, work: Path, out: Path, settings: Settings) -> Path:
+def make_adapter(base: Path, work: Path, out: Path, settings: Settings, start: Path | None = None) -> Path:
     """Train the adapter; a stopped run continues in each of its steps.
 
     Args:
@@ -25,13 +26,15 @@ def make_adapter(base: Path, work: Path, out: Path, settings: Settings) -> Path:
         work: Holds fetched pictures, states, answers and the run's state and log.
         out: Gets the adapter's file.
         settings: Of the training.
+        start: Folder of an adapter to go on from, by the last two stages.
     """
+    begun = read_adapter(start) if start else None
     model = load(base)
     with step("fetch pictures"):
         archives = fetch(work / "pictures", [name for name, maker in MAKERS.items() if not maker.held_out])
     with step("pictures through the tower"):
         seen = see_training(model, archives, work / "states", settings.seed)
     with step("answers to harmless requests"), autocast(settings.precision):
-        answers = answer_all(model, to_answer(settings.seed), work / "answers.jsonl")
+        answers = answer_all(model, to_answer(), work / "answers.jsonl", use_begins())
     with step("train"):
-        return train(model, seen, answers, out, work, settings)
+        return train(model, seen, answers, out, work, settings, begun)

@@ -54,15 +54,19 @@ def without(seen: Seen, maker: str) -> Seen:
     return Seen({pair: states for pair, states in seen.states.items() if pair[0] != maker}, seen.names)
 
 
-def see_training(model: ExitModel, archives: Mapping[str, Path], cache: Path, seed: int = 0) -> Seen:
-    """States at the reference depth of every maker but those held out, and of blank paper.
+def see_training(
+    model: ExitModel, archives: Mapping[str, Path], cache: Path, seed: int = 0, depths: Sequence[int] | None = None
+) -> Seen:
+    """States of the pictures of every maker but those held out, and of blank paper.
 
     Args:
         model: Its tower is used.
         archives: By maker, as `fetch` gives them.
         cache: Folder in which each maker's states are kept.
         seed: Of the views.
+        depths: At which; by default at the reference depth alone.
     """
+    depths = depths or [model.reference.depth]
     names = read_names(archives[NAMES[0]])
     named = {emoji: with_article(name) for emoji, name in names.items()} | {t.emoji: t.name for t in THINGS}
     asked = {thing.emoji for thing in THINGS}
@@ -74,10 +78,10 @@ def see_training(model: ExitModel, archives: Mapping[str, Path], cache: Path, se
             for emoji, picture in sorted(pictures.items())
             for view in views(picture, _VIEWS if emoji in asked else _FEW, f"{seed} {maker} {emoji}")
         ]
-        states |= {(maker, emoji): one for emoji, one in see(model, wanted, [model.reference.depth], cache, maker).items()}
+        states |= {(maker, emoji): one for emoji, one in see(model, wanted, depths, cache, maker).items()}
     rng = random.Random(f"{seed} blank")
     sheets = [(BLANK, blank(rng if index else None)) for index in range(_BLANKS)]
-    states["", BLANK] = see(model, sheets, [model.reference.depth], cache, "blank")[BLANK]
+    states["", BLANK] = see(model, sheets, depths, cache, "blank")[BLANK]
     return Seen(states, named)
 
 

@@ -2,10 +2,11 @@
 
 1. warm       the connector in closed form: a picture's tokens towards the embedding of its name
 2. name       LoRA: names of the things
-3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, nine beside a picture
-4. look       the same, with two requests beside each of many pictures: names take longer to learn than refusals
-5. whole      the same beside all patches of a picture, a third of them of dangerous things; until then pictures show a part of
-              their patches, drawn anew each time
+3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, eight beside a picture
+4. look       the same, with three requests beside each of many pictures: names take longer to learn than refusals
+5. whole      the same beside all patches of a picture; until then pictures show a part of their patches, drawn anew each time
+
+In the last two a third of the pictures show dangerous things, so that a use is answered twice as often as it is refused.
 
 The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
 that was fitted to the other makers alone: the decoder learns to read tokens as uncertain as those of a maker that nobody
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from edgesafe.checkpoint.exit_model import ExitModel, autocast
 from edgesafe.format.files import write_atomically
-from edgesafe.reference.smol.adapter import write_adapter
+from edgesafe.reference.smol.adapter import Adapter, write_adapter
 from edgesafe.reference.smol.packing import ask_losses, kinds_of, length, logits, pack
 from edgesafe.reference.smol.rows import Group, groups, names
 from edgesafe.reference.smol.states import Seen, without
@@ -43,8 +44,10 @@ from edgesafe.reference.smol.warm import warm
 STATE, LOG = "training.pt", "training.jsonl"
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose
 _SAY = 10  # steps per line of the log
-_OFTEN = 4  # times as often as another a dangerous thing comes in the last stage: it is then a third of all pictures
+_OFTEN = 4  # times as often as another a dangerous thing comes in the last stages: it is then a third of all pictures
+_KNOWN = 2  # stages that an adapter to go on from has behind it
 _WINDOW = 8  # batches that are sorted by length together
+ALPHA = 2.0  # LoRA's, over its rank
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
@@ -60,7 +63,7 @@ class Settings:
         lean: Pictures of stage 4, each with two requests; `whole` of stage 5.
         named_batch: Pictures per step in stage 2; `batch` in stage 3, `lean_batch` in stages 4 and 5.
         lr: Learning rate of LoRA at its highest, of stages 2 to 4; `whole_lr` of stage 5.
-        rank: LoRA's r; its alpha is twice that.
+        rank: LoRA's r; its alpha is `ALPHA` times that.
         precision: "bf16" or "fp32", of matrix products.
     """
 
@@ -69,7 +72,7 @@ class Settings:
     named: int = 640
     groups: int = 280
     lean: int = 1600
-    whole: int = 720
+    whole: int = 1920
     named_batch: int = 8
     batch: int = 4
     lean_batch: int = 8
@@ -115,7 +118,14 @@ def _trained(name: str) -> bool:
 
 
 def train(
-    model: ExitModel, seen: Seen, answers: Mapping[str, str], out: Path, work: Path, settings: Settings, stop: int | None = None
+    model: ExitModel,
+    seen: Seen,
+    answers: Mapping[str, str],
+    out: Path,
+    work: Path,
+    settings: Settings,
+    start: Adapter | None = None,
+    stop: int | None = None,
 ) -> Path:
     """Train and write the adapter.
 
@@ -126,10 +136,12 @@ def train(
         out: Folder of the adapter's file.
         work: Folder in which a stopped run continues, and the log lies.
         settings: Of the run.
+        start: An adapter of the same rank to go on from, by the last two stages.
         stop: Stop after so many steps of the last stage, as a run that was cut off; for tests.
     """
     work.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps([asdict(settings), sorted(answers.items())]).encode()).hexdigest()
+    made_of = [asdict(settings), sorted(answers.items()), start.sha256 if start else None]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     run = _Run(work, key, time.monotonic(), time.monotonic())
     state = run.read()
     connector = model.model.get_submodule(model.recipe.projector)
@@ -137,7 +149,9 @@ def train(
     _prepare(model, settings)
     if state:
         _put(model, state["weights"])
-    todo = _stages(seen, answers, settings)
+    elif start:
+        _put(model, weights_of(start))
+    todo = _stages(seen, answers, settings)[_KNOWN if start else 0 :]
     names = [stage.name for stage in todo]
     for stage in todo[names.index(state["stage"]) if state else 0 :]:
         done = state if state and state["stage"] == stage.name else {"step": 0, "optimizer": None}
@@ -167,8 +181,10 @@ def _stages(seen: Seen, answers: Mapping[str, str], settings: Settings) -> list[
     return [
         _Stage("name", names(s.named, s.seed), s.named_batch, s.lr, patches=s.patches),
         _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, patches=s.patches),
-        _Stage("look", groups(answers, s.lean, s.seed, lean=True), s.lean_batch, s.lr, patches=s.patches),
-        _Stage("whole", groups(answers, s.whole, s.seed, lean=True, dangerous=_OFTEN), s.lean_batch, s.whole_lr, falls=True),
+        _Stage("look", groups(answers, s.lean, s.seed, lean=True, dangerous=_OFTEN), s.lean_batch, s.lr, patches=s.patches),
+        _Stage(
+            "whole", groups(answers, s.whole, s.seed + 1, lean=True, dangerous=_OFTEN), s.lean_batch, s.whole_lr, falls=True
+        ),
     ]
 
 
@@ -179,7 +195,7 @@ def _prepare(model: ExitModel, settings: Settings) -> None:
     # A step takes a fifth less than with torch's fused attention, whose kernel for bfloat16 and masks is slow on a CPU.
     model.model.set_attn_implementation("eager")
     torch.manual_seed(settings.seed)
-    config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=TARGETS)
+    config = LoraConfig(r=settings.rank, lora_alpha=round(ALPHA * settings.rank), target_modules=TARGETS)
     inject_adapter_in_model(config, model.model)
 
 
@@ -187,6 +203,20 @@ def _put(model: ExitModel, weights: Mapping[str, Tensor]) -> None:
     own = dict(model.model.named_parameters())
     for name, weight in weights.items():
         own[name].data.copy_(weight)
+
+
+def weights_of(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's updates under the names of a model that trains; its connector is fitted anew.
+
+    Its file has LoRA's scale in B, and the model multiplies by it.
+    """
+    ends = {".lora_A.weight": (".lora_A.default.weight", 1.0), ".lora_B.weight": (".lora_B.default.weight", 1 / ALPHA)}
+    return {
+        name.removesuffix(end) + own: weight * factor
+        for end, (own, factor) in ends.items()
+        for name, weight in adapter.tensors.items()
+        if name.endswith(end)
+    }
 
 
 def _batches(model: ExitModel, rows: Sequence[Group], size: int, seed: str) -> list[list[Group]]:

@@ -16,10 +16,10 @@ from PIL import Image
 from edgesafe.certify.overlap import words_of
 from edgesafe.format.suite import DEFAULT_LIMITS, Row, Suite, write_suite
 from edgesafe.reference.smol.pictures import MAKERS, blank, fetch, read_pictures, views
-from edgesafe.reference.smol.rows import harmful_texts, to_answer
+from edgesafe.reference.smol.rows import USES_ASKED, harmful_texts, to_answer
 from edgesafe.reference.smol.ship import wordings as own
 from edgesafe.reference.smol.things import THINGS, Thing
-from edgesafe.reference.smol.wordings import ABOUT_FRAMES, NAME_FRAMES, OBJECT_HARM, REFS, USE_FRAMES
+from edgesafe.reference.smol.wordings import ABOUT_FRAMES, NAME_FRAMES, OBJECT_HARM, REFS
 
 MAKER = "google"
 USE_HARM, THING_HARM, TEXT_HARM = "use of the dangerous", "harm with a thing", "harm in text"
@@ -144,7 +144,7 @@ def shared_with_training(rows: Sequence[Row]) -> dict[str, int]:
     Returns:
         `n` requests; `requests` of them are training's too, word by word; and `runs` of seven words are, wherever they stand.
     """
-    framed = [f.format(ref=ref) for f in (*NAME_FRAMES, *USE_FRAMES, *ABOUT_FRAMES, *OBJECT_HARM) for ref in REFS]
+    framed = [f.format(ref=ref) for f in (*NAME_FRAMES, *USES_ASKED, *ABOUT_FRAMES, *OBJECT_HARM) for ref in REFS]
     drawn, asked = [*to_answer(), *harmful_texts(), *framed], [row.prompt for row in rows]
     theirs, ours = ([words_of(one) for one in texts] for texts in (drawn, asked))
     runs = [{tuple(one[i : i + _RUN]) for one in part for i in range(len(one) - _RUN + 1)} for part in (theirs, ours)]

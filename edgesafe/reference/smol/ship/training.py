@@ -21,6 +21,7 @@ from edgesafe.reference.smol.things import THINGS
 
 ANSWERS = Path(__file__).parent / "answers.json.xz"
 GROUPS = 300  # pictures, with some seven requests each
+_OFTEN = 4  # times as often as another a dangerous thing is shown: a third of all pictures
 _THINGS = {thing.emoji: thing for thing in THINGS}
 
 
@@ -39,7 +40,7 @@ def make_training(out: Path, archives: Path, *, scale: float = 1.0, seed: int = 
     makers = [name for name, maker in MAKERS.items() if not maker.held_out]
     found = fetch(archives, makers)
     pictures = {name: read_pictures(found[name], MAKERS[name], _THINGS) for name in makers}
-    drawn = groups(read_answers(), max(2, round(GROUPS * scale)))
+    drawn = groups(read_answers(), max(2, round(GROUPS * scale)), dangerous=_OFTEN)
     rows, images = draw_training(drawn, pictures, seed)
     return write_suite(out, rows, images, "smol: emoji of " + ", ".join(makers), "train")
 

@@ -41,6 +41,7 @@ def all_tables(folder: Path) -> dict[str, str]:
     from study.maps import maps_tables
     from study.rungs import rung_tables
     from study.shipped import SHIPPED, export_table, summary_table
+    from study.smol import smol_tables
 
     study = read_study(folder)
     tables = {name: make(study) if study else _missing([]) for name, make in _TABLES.items()}
@@ -50,6 +51,7 @@ def all_tables(folder: Path) -> dict[str, str]:
         **maps_tables(folder / "maps"),
         **rung_tables(folder / "rungs"),
         **bench_tables(),
+        **smol_tables(),
         **{name: table or _missing([]) for name, table in shipped.items()},
     }
 

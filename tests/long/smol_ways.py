@@ -6,6 +6,7 @@ raw         the exit's states through the connector of the reference depth
 map         a linear map of the exit's states to those of the reference depth, as `edgesafe maps` fits it: it knows no names
 adapter     such a map, trained by gradients on names and requests through the frozen decoder, from no change on
 connector   a connector of the exit's own, fitted to names at its depth as the reference's was
+connector's map  a map in front of the reference's connector that comes as near as it can to the exit's own connector
 one for all one connector, fitted to names at all these depths at once
 aligned     the map, and the decoder retrained at all exits: the checkpoint that `make smol` made (--aligned)
 
@@ -48,11 +49,12 @@ from edgesafe.reference.smol.warm import warm  # noqa: E402
 
 DEPTHS = (8, 9, 10)
 STEPS, BATCH, LR = 60, 8, 3e-4
+_FEW = 2  # views of a drawing at each depth that one connector for all is fitted to: more take 20 GB
 
 
-def at(seen: Seen, places: Sequence[int]) -> Seen:
-    """The states of some of the depths that were kept, each as views of its own."""
-    return replace(seen, states={key: torch.cat([one[:, [p]] for p in places]) for key, one in seen.states.items()})
+def at(seen: Seen, places: Sequence[int], views: int | None = None) -> Seen:
+    """The states of some of the depths that were kept, each as views of its own; all views of a drawing, or so many."""
+    return replace(seen, states={key: torch.cat([one[:views, [p]] for p in places]) for key, one in seen.states.items()})
 
 
 def trained_map(model: ExitModel, seen: Seen, seed: int = 0) -> Any:
@@ -83,18 +85,27 @@ def prepare(model: ExitModel, way: str, depth: int, maps: Mapping[int, Any], see
     connector.load_state_dict(own)
     detach(model.model)
     attach(model.model, {})
-    if way in ("map", "adapter"):
-        own_map = maps[depth] if way == "map" else trained_map(model, at(seen, [DEPTHS.index(depth)]))
-        attach(model.model, {depth: own_map})
-        return _count(own_map)
-    if way in ("connector", "one for all"):
-        places = [DEPTHS.index(depth)] if way == "connector" else list(range(len(DEPTHS) + 1))
-        warm(model, at(seen, places), lambda line: print(json.dumps(line), file=sys.stderr, flush=True))
-    return _count(connector) if way == "connector" else 0
+    made: nn.Module | None = None
+    if way in ("connector", "connector's map", "one for all"):
+        fitted = at(seen, range(len(DEPTHS) + 1), _FEW) if way == "one for all" else at(seen, [DEPTHS.index(depth)])
+        warm(model, fitted, lambda line: print(json.dumps(line), file=sys.stderr, flush=True))
+        made = connector if way == "connector" else None
+    if way in ("map", "adapter", "connector's map"):
+        if way == "connector's map":
+            made = in_front(connector.linear_1, own)
+            connector.load_state_dict(own)
+        else:
+            made = maps[depth] if way == "map" else trained_map(model, at(seen, [DEPTHS.index(depth)]))
+        attach(model.model, {depth: made})
+    return sum(weight.numel() for weight in made.parameters()) if made else 0
 
 
-def _count(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+def in_front(wanted: nn.Linear, own: Mapping[str, Tensor]) -> nn.Module:
+    """The map with which the reference's first layer comes nearest to another first layer: least squares over its units."""
+    back = torch.linalg.pinv(own["linear_1.weight"].double())
+    weight = back @ wanted.weight.double()
+    bias = back @ (wanted.bias - own["linear_1.bias"]).double()
+    return full_map(weight.float(), bias.float())
 
 
 def main() -> None:
@@ -104,6 +115,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--aligned", type=Path, help="the aligned checkpoint of `make smol`; without it that way is left out")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, choices=DEPTHS, help="that are asked (default: all)")
     parser.add_argument("--most", type=int, default=40, help="rows of each family at most (default: %(default)s)")
     args = parser.parse_args()
     model = load(args.base)
@@ -119,16 +131,17 @@ def main() -> None:
     found = json.loads(args.out.read_text()) if args.out.is_file() else {}
     if found.get("adapter") != adapter.sha256:
         found = {"adapter": adapter.sha256, "ways": {}}
-    ways = ["raw", "map", "adapter", "connector", "one for all"]
-    for way, depth in [("reference", model.reference.depth), *((way, depth) for depth in DEPTHS for way in ways)]:
+    ways = ["raw", "map", "connector", "connector's map", "one for all", "adapter"]
+    for way, depth in [("reference", model.reference.depth), *((way, depth) for depth in args.depths for way in ways)]:
         if (name := f"{way} {depth}") not in found["ways"]:
             weights = prepare(model, way, depth, maps, seen, own)
             _ask(model, name, weights, asked, states, depth, found, args.out)
     if args.aligned:
         model = load(args.aligned)
-        for depth in every:
+        for depth in (*args.depths, model.reference.depth):
             own_map = maps_of(model.model).get(depth)
-            _ask(model, f"aligned {depth}", _count(own_map) if own_map else 0, asked, states, depth, found, args.out)
+            weights = sum(weight.numel() for weight in own_map.parameters()) if own_map else 0
+            _ask(model, f"aligned {depth}", weights, asked, states, depth, found, args.out)
 
 
 def _ask(

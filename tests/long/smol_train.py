@@ -1,4 +1,4 @@
-"""Train `smol`'s adapter: two hours on a free core, longer on a shared machine; a stopped run continues.
+"""Train `smol`'s adapter: an hour or two on a free core, longer on a shared machine; a stopped run continues.
 
     python tests/long/smol_train.py build/smol --work build/smol-work --out build/smol-adapter
 

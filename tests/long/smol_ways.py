@@ -97,7 +97,12 @@ def prepare(model: ExitModel, way: str, depth: int, maps: Mapping[int, Any], see
         else:
             made = maps[depth] if way == "map" else trained_map(model, at(seen, [DEPTHS.index(depth)]))
         attach(model.model, {depth: made})
-    return sum(weight.numel() for weight in made.parameters()) if made else 0
+    return size(made)
+
+
+def size(module: nn.Module | None) -> int:
+    """How many weights a module has, if there is one."""
+    return sum(weight.numel() for weight in module.parameters()) if module else 0
 
 
 def in_front(wanted: nn.Linear, own: Mapping[str, Tensor]) -> nn.Module:
@@ -139,8 +144,7 @@ def main() -> None:
     if args.aligned:
         model = load(args.aligned)
         for depth in (*args.depths, model.reference.depth):
-            own_map = maps_of(model.model).get(depth)
-            weights = sum(weight.numel() for weight in own_map.parameters()) if own_map else 0
+            weights = size(maps_of(model.model).get(depth))
             _ask(model, f"aligned {depth}", weights, asked, states, depth, found, args.out)
 
 

@@ -21,6 +21,7 @@ from edgesafe.certify.verdict import check_size
 from edgesafe.cli import main
 from edgesafe.errors import CertificateError
 from edgesafe.format.suite import Suite, read_suite
+from edgesafe.reference.smol import harm
 from edgesafe.reference.smol import wordings as trained
 from edgesafe.reference.smol.pictures import MAKERS, Maker
 from edgesafe.reference.smol.rows import groups, to_answer
@@ -67,7 +68,8 @@ def test_the_suite_shares_nothing_with_training_or_with_the_report(rows):
     theirs = (SAFE[0], USE_FRAMES[0].format(ref=REFS[0]))
     found = shared_with_training([dataclasses.replace(rows[0], prompt=prompt) for prompt in theirs])
     assert (found["requests"], found["n"]) == (2, 2)
-    ours, theirs = ({frame for name, value in vars(one).items() if name.isupper() for frame in value} for one in (own, trained))
+    named = (vars(own), vars(trained) | vars(harm))
+    ours, theirs = ({frame for name, value in one.items() if name.isupper() for frame in value} for one in named)
     assert not {tuple(words_of(frame)) for frame in ours} & {tuple(words_of(frame)) for frame in theirs}
     assert own.OTHER_NAMES.keys() <= {thing.word for thing in THINGS}
 
@@ -112,8 +114,8 @@ def _archive(folder: Path, name: str, paint: int) -> Maker:
 
 def test_the_command_writes_both_out_of_different_makers_and_counts_what_they_share(tmp_path, monkeypatch, capsys):
     for number, name in enumerate(sorted(MAKERS)):
-        monkeypatch.setitem(MAKERS, name, _archive(tmp_path / "pictures", name, 50 * number))
-    held_out = {50 * number for number, name in enumerate(sorted(MAKERS)) if MAKERS[name].held_out}
+        monkeypatch.setitem(MAKERS, name, _archive(tmp_path / "pictures", name, 20 * number))
+    held_out = {20 * number for number, name in enumerate(sorted(MAKERS)) if MAKERS[name].held_out}
     words = ["reference", "smol-data", "--pictures", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
     assert main([*words, "--scale", "0.1"]) == 0
     said = capsys.readouterr().out

@@ -9,13 +9,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgesafe.reference.smol.harm import FAIR_FRAMES, HARM_ACTS, HARM_FRAMES, HARM_TEXTS, WRITE_FRAMES
 from edgesafe.reference.smol.things import THINGS, Thing
 from edgesafe.reference.smol.wordings import (
     ABOUT_FRAMES,
-    FAIR_FRAMES,
-    HARM_ACTS,
-    HARM_FRAMES,
-    HARM_TEXTS,
     MORE_USES,
     NAME_ANSWERS,
     NAME_FRAMES,
@@ -33,7 +30,6 @@ from edgesafe.reference.smol.wordings import (
     USE_ANSWERED,
     USE_BEGINS,
     USE_FRAMES,
-    WRITE_FRAMES,
 )
 
 BLANK = ""  # the picture of a request that is about none
@@ -127,8 +123,8 @@ def groups(answers: Mapping[str, str], count: int, seed: int = 0, *, lean: bool 
     things: list[Thing] = []
     found = []
     for index in range(count):
-        if (index + 1) % (8 if lean else 4) == 0:
-            found.append(Group(BLANK, tuple(_texts((texts, close), answers, rng, 4, 6))))
+        if (index + 1) % (6 if lean else 4) == 0:
+            found.append(Group(BLANK, tuple(_texts((texts, close), answers, rng, 5, 7))))
             continue
         if not things:
             # What a dangerous thing is refused for is learnt from the picture alone.

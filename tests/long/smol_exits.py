@@ -2,6 +2,8 @@
 
     python tests/long/smol_exits.py BASE ADAPTER WORK DATA --out tests/bench/results/smol-exits.json
 
+Maps are "mapped", as `edgesafe maps` fits them, or the adapter's "own".
+
 BASE is `smol` without an adapter, WORK the folder of its training. DATA holds the public sets advbench, harmbench-text and
 xstest, which nothing here was trained or tuned on. Each exit's answers are kept in WORK: a stopped run continues. Wordings,
 and the maker google, are of this file alone.
@@ -241,6 +243,7 @@ def main() -> None:
     maps = fit(model, by_content(pictures), args.work / "exits").maps
     adapter = read_adapter(args.adapter)
     apply_adapter(model.model, adapter)
+    kinds = {"raw": {}, "mapped": maps, "own": detach(model.model)}
     asked = make_rows(args.data, args.most)
     record: dict[str, Any] = {
         "what": "smol before alignment, by exit",
@@ -252,10 +255,10 @@ def main() -> None:
         "exits": {},
     }
     reference, few = model.reference.depth, first(asked, args.few)
-    jobs = [(reference, "raw"), *((d, kind) for d in args.depths if d != reference for kind in ("raw", "mapped"))]
+    jobs = [(reference, "raw"), *((d, kind) for d in args.depths if d != reference for kind in kinds)]
     for depth, kind in jobs:
         detach(model.model)
-        attach(model.model, maps if kind == "mapped" else {})
+        attach(model.model, kinds[kind])
         at_reference = depth == reference
         path = args.work / f"answers-{adapter.sha256[:12]}-{depth}-{kind}.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}

@@ -20,8 +20,7 @@ import copy
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,13 @@ from edgesafe.reference.smol.packing import ask_losses, logits, pack  # noqa: E4
 from edgesafe.reference.smol.pictures import MAKERS, fetch  # noqa: E402
 from edgesafe.reference.smol.rows import BLANK, groups  # noqa: E402
 from edgesafe.reference.smol.ship.training import read_answers  # noqa: E402
-from edgesafe.reference.smol.states import Seen, see_training  # noqa: E402
+from edgesafe.reference.smol.states import Seen, at, see_training  # noqa: E402
 from edgesafe.reference.smol.train import schedule  # noqa: E402
-from edgesafe.reference.smol.warm import warm  # noqa: E402
+from edgesafe.reference.smol.warm import in_front, warm  # noqa: E402
 
 DEPTHS = (8, 9, 10)
 STEPS, BATCH, LR = 60, 8, 3e-4
 _FEW = 2  # views of a drawing at each depth that one connector for all is fitted to: more take 20 GB
-
-
-def at(seen: Seen, places: Sequence[int], views: int | None = None) -> Seen:
-    """The states of some of the depths that were kept, each as views of its own; all views of a drawing, or so many."""
-    return replace(seen, states={key: torch.cat([one[:views, [p]] for p in places]) for key, one in seen.states.items()})
 
 
 def trained_map(model: ExitModel, seen: Seen, seed: int = 0) -> Any:
@@ -92,7 +86,7 @@ def prepare(model: ExitModel, way: str, depth: int, maps: Mapping[int, Any], see
         made = connector if way == "connector" else None
     if way in ("map", "adapter", "connector's map"):
         if way == "connector's map":
-            made = in_front(connector.linear_1, own)
+            made = in_front(connector.linear_1, own["linear_1.weight"], own["linear_1.bias"])
             connector.load_state_dict(own)
         else:
             made = maps[depth] if way == "map" else trained_map(model, at(seen, [DEPTHS.index(depth)]))
@@ -103,14 +97,6 @@ def prepare(model: ExitModel, way: str, depth: int, maps: Mapping[int, Any], see
 def size(module: nn.Module | None) -> int:
     """How many weights a module has, if there is one."""
     return sum(weight.numel() for weight in module.parameters()) if module else 0
-
-
-def in_front(wanted: nn.Linear, own: Mapping[str, Tensor]) -> nn.Module:
-    """The map with which the reference's first layer comes nearest to another first layer: least squares over its units."""
-    back = torch.linalg.pinv(own["linear_1.weight"].double())
-    weight = back @ wanted.weight.double()
-    bias = back @ (wanted.bias - own["linear_1.bias"]).double()
-    return full_map(weight.float(), bias.float())
 
 
 def main() -> None:

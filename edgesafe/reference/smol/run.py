@@ -33,7 +33,8 @@ def make_adapter(base: Path, work: Path, out: Path, settings: Settings, start: P
     with step("fetch pictures"):
         archives = fetch(work / "pictures", [name for name, maker in MAKERS.items() if not maker.held_out])
     with step("pictures through the tower"):
-        seen = see_training(model, archives, work / "states", settings.seed)
+        depths = (*settings.exits, model.reference.depth)
+        seen = see_training(model, archives, work / "states", settings.seed, depths)
     with step("answers to harmless requests"), autocast(settings.precision):
         answers = answer_all(model, to_answer(), work / "answers.jsonl", use_begins())
     with step("train"):

@@ -9,7 +9,7 @@ import hashlib
 import io
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from edgesafe.reference.smol.pictures import MAKERS, NAMES, blank, read_names, r
 from edgesafe.reference.smol.rows import BLANK, with_article
 from edgesafe.reference.smol.things import THINGS
 
-_VIEWS, _FEW = 6, 2  # of a thing that is asked about, and of an emoji that is only named
+_VIEWS, _WILD, _FEW = 6, 6, 2  # of a thing that is asked about, and of an emoji that is only named
 _BLANKS = 24
 _CHUNK = 32
 
@@ -44,14 +44,28 @@ class Seen:
         """Who draws an emoji."""
         return sorted(maker for maker, one in self.states if one == emoji)
 
-    def all_makers(self) -> list[str]:
-        """Who draws anything; blank paper has no maker."""
-        return sorted({maker for maker, _ in self.states} - {""})
+    def firms(self) -> list[str]:
+        """Whose drawings there are; blank paper is nobody's."""
+        return sorted({firm(maker) for maker, _ in self.states} - {""})
 
 
-def without(seen: Seen, maker: str) -> Seen:
-    """The pictures of all other makers."""
-    return Seen({pair: states for pair, states in seen.states.items() if pair[0] != maker}, seen.names)
+def firm(maker: str) -> str:
+    """Whose a maker's drawings are; some firms drew all things twice.
+
+    >>> firm("microsoft flat"), firm("")
+    ('microsoft', '')
+    """
+    return maker.partition(" ")[0]
+
+
+def without(seen: Seen, other: str) -> Seen:
+    """The pictures of all other firms."""
+    return Seen({pair: states for pair, states in seen.states.items() if firm(pair[0]) != other}, seen.names)
+
+
+def at(seen: Seen, places: Sequence[int], views: int | None = None) -> Seen:
+    """The states of some of the depths that were kept, each as views of its own; all views of a drawing, or so many."""
+    return replace(seen, states={key: torch.cat([one[:views, [p]] for p in places]) for key, one in seen.states.items()})
 
 
 def see_training(
@@ -64,7 +78,7 @@ def see_training(
         archives: By maker, as `fetch` gives them.
         cache: Folder in which each maker's states are kept.
         seed: Of the views.
-        depths: At which; by default at the reference depth alone.
+        depths: At which; by default at the reference depth alone. Training reads the last of them.
     """
     depths = depths or [model.reference.depth]
     names = read_names(archives[NAMES[0]])
@@ -73,11 +87,10 @@ def see_training(
     states: dict[tuple[str, str], Tensor] = {}
     for maker in (name for name, one in MAKERS.items() if not one.held_out):
         pictures = read_pictures(archives[maker], MAKERS[maker], named)
-        wanted = [
-            (emoji, view)
-            for emoji, picture in sorted(pictures.items())
-            for view in views(picture, _VIEWS if emoji in asked else _FEW, f"{seed} {maker} {emoji}")
-        ]
+        wanted = []
+        for emoji, picture in sorted(pictures.items()):
+            count, wild = (_VIEWS, _WILD) if emoji in asked else (_FEW, 0)
+            wanted += [(emoji, view) for view in views(picture, count, f"{seed} {maker} {emoji}", wild)]
         states |= {(maker, emoji): one for emoji, one in see(model, wanted, depths, cache, maker).items()}
     rng = random.Random(f"{seed} blank")
     sheets = [(BLANK, blank(rng if index else None)) for index in range(_BLANKS)]

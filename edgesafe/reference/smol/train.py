@@ -5,13 +5,14 @@
 3. instruct   LoRA: names, uses, refusals, and SmolLM2's own answers to harmless requests, eight beside a picture
 4. look       the same, with three requests beside each of many pictures: names take longer to learn than refusals
 5. whole      the same beside all patches of a picture; until then pictures show a part of their patches, drawn anew each time
+6. maps       earlier exits' maps in closed form, once all else is done
 
 In the last two a third of the pictures show dangerous things, so that a use is answered twice as often as it is refused.
 
-The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one maker's pictures through a connector
-that was fitted to the other makers alone: the decoder learns to read tokens as uncertain as those of a maker that nobody
-fitted. The adapter has the connector that was fitted to all. The same settings and seed give the same batches; a stopped run
-continues.
+The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one firm's pictures through a connector
+that was fitted to the others' alone: the decoder learns to read tokens as uncertain as those of a maker that nobody fitted.
+The adapter has the connector that was fitted to all. The same settings and seed give the same batches; a stopped run continues.
+OpenMoji draws thin lines, of which connectors fitted to others read two names of five: it teaches the connector alone.
 
 Source: LLaVA (Liu et al. 2023, arXiv 2304.08485, section 4.2) for the order; LoRA (Hu et al. 2021, arXiv 2106.09685).
 Differs: stage 1, and that several requests share one picture's tokens (`packing.py`).
@@ -33,13 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgesafe.checkpoint.exit_maps import attach
 from edgesafe.checkpoint.exit_model import ExitModel, autocast
 from edgesafe.format.files import write_atomically
 from edgesafe.reference.smol.adapter import Adapter, write_adapter
 from edgesafe.reference.smol.packing import ask_losses, kinds_of, length, logits, pack
 from edgesafe.reference.smol.rows import Group, groups, names
-from edgesafe.reference.smol.states import Seen, without
-from edgesafe.reference.smol.warm import warm
+from edgesafe.reference.smol.states import Seen, firm, without
+from edgesafe.reference.smol.warm import early_maps, warm
 
 STATE, LOG = "training.pt", "training.jsonl"
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose
@@ -48,6 +50,7 @@ _OFTEN = 4  # times as often as another a dangerous thing comes in the last stag
 _KNOWN = 2  # stages that an adapter to go on from has behind it
 _WINDOW = 8  # batches that are sorted by length together
 ALPHA = 2.0  # LoRA's, over its rank
+_UNLIKE = ("openmoji",)
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
@@ -65,6 +68,7 @@ class Settings:
         lr: Learning rate of LoRA at its highest, of stages 2 to 4; `whole_lr` of stage 5.
         rank: LoRA's r; its alpha is `ALPHA` times that.
         precision: "bf16" or "fp32", of matrix products.
+        exits: Depths that get maps.
     """
 
     seed: int = 0
@@ -80,6 +84,7 @@ class Settings:
     whole_lr: float = 4e-4
     rank: int = 16
     precision: str = "bf16"
+    exits: tuple[int, ...] = (8, 9, 10)
 
 
 @dataclass
@@ -131,7 +136,7 @@ def train(
 
     Args:
         model: `smol` as it comes, in float32; trained in place.
-        seen: States of the training makers' pictures.
+        seen: States of the training makers' pictures, at the settings' exits and the reference depth.
         answers: SmolLM2's own, by request.
         out: Folder of the adapter's file.
         work: Folder in which a stopped run continues, and the log lies.
@@ -145,7 +150,8 @@ def train(
     run = _Run(work, key, time.monotonic(), time.monotonic())
     state = run.read()
     connector = model.model.get_submodule(model.recipe.projector)
-    apart = {maker: _fitted(model, connector, without(seen, maker), run.say) for maker in seen.all_makers()}
+    firms = [one for one in seen.firms() if one not in _UNLIKE]
+    apart = {one: _fitted(model, connector, without(seen, one), run.say) for one in firms}
     _prepare(model, settings)
     if state:
         _put(model, state["weights"])
@@ -157,6 +163,7 @@ def train(
         done = state if state and state["stage"] == stage.name else {"step": 0, "optimizer": None}
         _run_stage(model, seen, apart, stage, done, run, settings, stop if stage == todo[-1] else None)
     connector.load_state_dict(_fitted(model, connector, seen, run.say))
+    attach(model.model, early_maps(model, seen, settings.exits, run.say))
     return write_adapter(model.model, out, {"settings": json.dumps(asdict(settings))})
 
 
@@ -251,9 +258,9 @@ def _run_stage(
     for step in range(done["step"], last):
         optimizer.param_groups[0]["lr"] = stage.lr * schedule(step, len(batches), falls=stage.falls)
         rng = random.Random(f"{settings.seed} {stage.name} {step}")
-        maker = rng.choice(sorted(apart))
-        model.model.get_submodule(model.recipe.projector).load_state_dict(apart[maker])
-        states = pick(seen, batches[step], maker, rng, stage.patches)
+        own = rng.choice(sorted(apart))
+        model.model.get_submodule(model.recipe.projector).load_state_dict(apart[own])
+        states = pick(seen, batches[step], own, rng, stage.patches)
         for kind, loss in _update(model, states, batches[step], optimizer, stage, settings):
             losses.setdefault(kind, []).append(loss)
         if (step + 1) % _SAY == 0 or step + 1 == len(batches):
@@ -292,12 +299,12 @@ def _update(
     return zip(kinds_of(batch), losses.tolist(), strict=True)
 
 
-def pick(seen: Seen, batch: Sequence[Group], maker: str, rng: random.Random, patches: int | None = None) -> Tensor:
-    """The maker's view of each group's picture, or another's: states [B, P, W], all patches or so many in order."""
+def pick(seen: Seen, batch: Sequence[Group], own: str, rng: random.Random, patches: int | None = None) -> Tensor:
+    """The firm's view of each group's picture, or another's: states [B, P, W], all patches or so many in order."""
     found = []
     for group in batch:
         makers = seen.makers(group.emoji)
-        views = seen.states[maker if maker in makers else rng.choice(makers), group.emoji]
+        views = seen.states[rng.choice([one for one in makers if firm(one) == own] or makers), group.emoji]
         view = views[rng.randrange(len(views)), -1]
         found.append(view if patches is None else view[sorted(rng.sample(range(len(view)), patches))])
     return torch.stack(found).float()

@@ -5,19 +5,23 @@ learns the drawings: of a maker that it never saw it read 62 to 68 % of the name
 75 to 80 %. So the first layer is that regression, a unit for each name, and GELU lets through the patches that speak clearly
 for it: the tokens of a picture then lie nearer to its name than those of the regression alone (edgesafe/align/LOG.md).
 
+An earlier exit's states want a regression of their own. A linear map in front of the first layer brings most of it: such a map
+is an exit map of the checkpoint, and the connector stays one for all.
+
 W tower width, D text width, C names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgesafe.checkpoint.exit_maps import full_map
 from edgesafe.checkpoint.exit_model import ExitModel
-from edgesafe.reference.smol.states import Seen
+from edgesafe.reference.smol.states import Seen, at
 from edgesafe.reference.smol.things import THINGS
 
 _RIDGE = 0.01  # over the spread of a state
@@ -53,6 +57,34 @@ def warm(model: ExitModel, seen: Seen, say: Callable[[Mapping[str, Any]], None])
     length = own.norm(dim=1).median() / (says @ towards).norm(dim=1).mean()
     sharp = _SHARP / scores.std()
     put(connector, read * sharp, (at - clear) * sharp, towards * length / sharp, middle)
+
+
+def early_maps(
+    model: ExitModel, seen: Seen, depths: Sequence[int], say: Callable[[Mapping[str, Any]], None]
+) -> dict[int, nn.Module]:
+    """Exit maps in front of the model's connector, which is left as it is.
+
+    Args:
+        model: Its connector is that of the reference depth.
+        seen: States at `depths` and, behind them, at the reference depth.
+        depths: For which maps are made.
+        say: Gets a line of the log.
+    """
+    connector = model.model.get_submodule(model.recipe.projector)
+    own = {name: weight.clone() for name, weight in connector.state_dict().items()}
+    maps: dict[int, nn.Module] = {}
+    for place, depth in enumerate(depths):
+        warm(model, at(seen, [place]), say)
+        maps[depth] = in_front(connector.linear_1, own["linear_1.weight"], own["linear_1.bias"])
+    connector.load_state_dict(own)
+    return maps
+
+
+@torch.no_grad()
+def in_front(wanted: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Module:
+    """The map of states through which a layer of weight [C, W] and bias [C] comes nearest to another, by least squares."""
+    back = torch.linalg.pinv(weight.double())
+    return full_map((back @ wanted.weight.double()).float(), (back @ (wanted.bias - bias).double()).float())
 
 
 def _names(seen: Seen, most: int) -> list[str]:

@@ -32,7 +32,7 @@ export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL
 SMOL := build/smol
 SMOL_CODE := edgesafe/reference/smol
 SCALE ?= 1
-STEPS ?= 100
+STEPS ?= 60
 EXITS ?= 8-10
 TEXT ?= int8-block32
 $(SMOL)/model: $(VENV)/ready $(wildcard $(SMOL_CODE)/adapter/* $(SMOL_CODE)/*.py)

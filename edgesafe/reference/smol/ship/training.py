@@ -21,7 +21,7 @@ from edgesafe.reference.smol.things import THINGS
 
 ANSWERS = Path(__file__).parent / "answers.json.xz"
 GROUPS = 300  # pictures, with some seven requests each
-_OFTEN = 4  # times as often as another a dangerous thing is shown: a third of all pictures
+_OFTEN = 5  # times as often as another a dangerous thing is shown: four of ten pictures
 _THINGS = {thing.emoji: thing for thing in THINGS}
 
 
@@ -59,7 +59,7 @@ def write_answers(answers: Mapping[str, str], path: Path = ANSWERS) -> None:
 def draw_training(
     drawn: Sequence[Group], pictures: Mapping[str, Mapping[str, Image.Image]], seed: int
 ) -> tuple[list[Row], dict[str, Image.Image]]:
-    """Rows and pictures of groups: for each group another drawing, half of them plain.
+    """Rows and pictures of groups: for each group another drawing, half of them plain and half wild.
 
     Args:
         drawn: Requests beside one picture.
@@ -74,7 +74,9 @@ def draw_training(
         if group.emoji == BLANK:
             picture = blank(view)
         else:
-            picture = on_paper(rng.choice([one[group.emoji] for one in pictures.values() if group.emoji in one]), view)
+            picture = on_paper(
+                rng.choice([one[group.emoji] for one in pictures.values() if group.emoji in one]), view, wild=True
+            )
         images[path := f"images/{number:04d}.png"] = picture
         rows += [
             _row(f"{number:04d}-{place}", path, group.emoji, ask)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import random
 import re
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
 from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, project, prompt_ids
-from edgesafe.errors import InputError
+from edgesafe.errors import ConfigError, InputError
 from edgesafe.reference.smol.adapter import FILE, read_adapter
 from edgesafe.reference.smol.answers import answer_all
 from edgesafe.reference.smol.packing import FIRST, ask_losses, logits, pack
@@ -41,7 +42,7 @@ from edgesafe.reference.smol.rows import (
 )
 from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
-from edgesafe.reference.smol.train import Settings, train
+from edgesafe.reference.smol.train import Settings, pick, train
 from edgesafe.reference.smol.warm import early_maps, embedding, warm
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS
 from mutants import wrong
@@ -85,7 +86,9 @@ def test_a_maker_s_pictures_are_found_by_emoji(tmp_path: Path) -> None:
     assert found["1f528"].getpixel((0, 0)) == (2, 9, 9, 255)
 
 
-def test_drawings_of_lines_are_found_under_other_spellings_and_under_names(tmp_path: Path) -> None:
+def test_drawings_of_lines_are_found_under_other_spellings_and_under_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     red = '<rect width="{0}" height="{0}" fill="red"/>'
     icons = {"icons": {"dagger": {"body": red.format(32)}, "hammer": {"body": red.format(4)}}, "width": 64, "height": 64}
     icons["aliases"] = {"locked": {"parent": "dagger"}}
@@ -109,12 +112,25 @@ def test_drawings_of_lines_are_found_under_other_spellings_and_under_names(tmp_p
         assert picture.getpixel((90, 90))[3] == 0
     with pytest.raises(InputError, match="can't be read"):
         read_pictures(tmp_path / "path" / "a-1.tgz", Maker("a@1", "", ICONS, ""), ["1f511"])
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ConfigError, match=r"resvg-py.*edgesafe\[smol\]"):
+        read_pictures(tmp_path / "icons" / "a-1.tgz", Maker("a@1", "", ICONS, ""), ["1f512"])
 
 
 def test_a_firm_that_drew_all_things_twice_is_left_out_whole() -> None:
     seen = Seen(dict.fromkeys([("a", "x"), ("a flat", "x"), ("ab", "x"), ("", BLANK)], torch.zeros(1)), {})
     assert seen.firms() == ["a", "ab"]
     assert sorted(without(seen, "a").states) == [("", BLANK), ("ab", "x")]
+
+
+def test_a_batch_shows_the_firm_that_its_connector_never_saw() -> None:
+    values = {("a", "x"): 1, ("b", "x"): 2, ("b flat", "x"): 3, ("a", "y"): 4}
+    seen = Seen({pair: torch.full((2, 2, 4, 5), float(value)) for pair, value in values.items()}, {})
+    batch = [Group("x", ())] * 20 + [Group("y", ())]
+    shown = pick(seen, batch, "b", random.Random(0), patches=3)
+    assert shown.shape == (21, 3, 5)
+    assert set(shown[:20].unique().tolist()) == {2.0, 3.0}
+    assert set(shown[20].unique().tolist()) == {4.0}  # nobody there draws it
 
 
 def test_another_archive_than_the_noted_one_is_refused(tmp_path: Path) -> None:
@@ -136,6 +152,15 @@ def test_views_are_seeded_and_the_first_is_plain() -> None:
     assert first == again
     assert first[0] == other[0]
     assert first[1:] != other[1:]
+
+
+def test_wild_views_come_last_and_have_other_colours() -> None:
+    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    tame, mixed = ([*views(picture, 3, "s", wild)] for wild in (0, 4))
+    assert [one.tobytes() for one in mixed[:3]] == [one.tobytes() for one in tame]
+    reds = [max(one.getcolors(112 * 112), key=lambda found: (found[1][0] - found[1][1], found[0]))[1] for one in mixed]
+    assert all(red == (200, 0, 0) for red in reds[:3])
+    assert not any(red == (200, 0, 0) for red in reds[3:])
 
 
 def test_rows_are_seeded_and_what_is_wanted_is_what_the_judge_calls_it() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageEnhance
 
-from edgesafe.errors import InputError
+from edgesafe.errors import ConfigError, InputError
 from edgesafe.reference.smol.things import THINGS, Thing
 
 # The categories of Unicode whose pictures show one thing.
@@ -182,6 +182,7 @@ def read_pictures(archive: Path, maker: Maker, emoji: Iterable[str]) -> dict[str
 
     Raises:
         InputError: The archive can't be read.
+        ConfigError: The drawings are SVG, and no package is installed that reads them.
     """
     wanted = {_alike(maker.path.format(one)): one for one in emoji}
     found = {}
@@ -205,8 +206,15 @@ def _alike(path: str) -> str:
 
 def _picture(data: bytes, name: str) -> Image.Image:
     if name.endswith(".svg"):
-        import resvg_py
-
+        try:
+            import resvg_py
+        except ImportError:
+            raise ConfigError(
+                "drawings in SVG need the package resvg-py, which is not installed",
+                where=name,
+                expected="the smol extra",
+                todo="pip install 'edgesafe[smol]'",
+            ) from None
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=_SIDE, height=_SIDE))
     return Image.open(io.BytesIO(data)).convert("RGBA")
 

@@ -26,7 +26,7 @@ from edgesafe.reference.smol.things import THINGS
 
 _RIDGE = 0.01  # over the spread of a state
 _PATCHES = 16  # the regression reads means of so many patches of a picture: patches alone say less, means of all hide them
-_CLEAR = 1.5  # spreads of a unit's input below which it says nothing
+_CLEAR = 0.5  # spreads of a unit's input below which it says nothing
 _SHARP = 4.0  # GELU's width is a spread over this
 
 

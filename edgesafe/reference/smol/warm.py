@@ -27,6 +27,7 @@ from edgesafe.reference.smol.things import THINGS
 _RIDGE = 0.01  # over the spread of a state
 _PATCHES = 16  # the regression reads means of so many patches of a picture: patches alone say less, means of all hide them
 _CLEAR = 0.5  # spreads of a unit's input below which it says nothing
+_CHUNK = 512  # views that are looked at together
 _SHARP = 4.0  # GELU's width is a spread over this
 
 
@@ -42,12 +43,12 @@ def warm(model: ExitModel, seen: Seen, say: Callable[[Mapping[str, Any]], None])
     names = _names(seen, len(connector.get_parameter("linear_1.bias")))
     place = {emoji: index for index, emoji in enumerate(names)}
     pairs = [pair for pair in sorted(seen.states) if pair[1] in place]
-    views = torch.cat([seen.states[pair][:, -1] for pair in pairs]).float()
+    views = torch.cat([seen.states[pair][:, -1] for pair in pairs])
     of = torch.cat([torch.full((len(seen.states[pair]),), place[pair[1]]) for pair in pairs])
     read, at = detectors(views, nn.functional.one_hot(of, len(names)))
-    scores = views @ read + at
-    clear = _CLEAR * scores.std()
-    says = nn.functional.relu(scores - clear).mean(1)
+    spread = _spread(views, read, at)
+    clear = _CLEAR * spread
+    says = torch.cat([nn.functional.relu(some.float() @ read + at - clear).mean(1) for some in torch.split(views, _CHUNK)])
     right = (says.argmax(1) == of).double().mean()
     say({"stage": "warm", "views": len(views), "names": len(names), "right": round(float(right), 3)})
     embeddings = torch.stack([embedding(model, seen.names[emoji]) for emoji in names])
@@ -55,7 +56,7 @@ def warm(model: ExitModel, seen: Seen, say: Callable[[Mapping[str, Any]], None])
     own = embeddings - middle
     towards = nn.functional.normalize(own, dim=1)
     length = own.norm(dim=1).median() / (says @ towards).norm(dim=1).mean()
-    sharp = _SHARP / scores.std()
+    sharp = _SHARP / spread
     put(connector, read * sharp, (at - clear) * sharp, towards * length / sharp, middle)
 
 
@@ -98,19 +99,28 @@ def detectors(views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [W, C] and biases [C] by which a patch speaks for names.
 
     Args:
-        views: States [N, P, W].
+        views: States [N, P, W], of any precision.
         chosen: [N, C], 1 at each view's name.
     """
-    means = views.mean(1).double()
+    means = torch.cat([some.float().mean(1) for some in torch.split(views, _CHUNK)]).double()
     mean, spread = means.mean(0), means.std(0).clamp(min=1e-3)
     z = (means - mean) / spread
     square = z.T @ z + _RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
-    for some in torch.split(views, 512):
+    for some in map(Tensor.float, torch.split(views, _CHUNK)):
         off = ((some - some.mean(1, keepdim=True)).double() / spread).flatten(0, 1)
         square += off.T @ off / (views.shape[1] * _PATCHES)
     wanted = chosen.double()
     read = torch.linalg.solve(square, z.T @ (wanted - wanted.mean(0))) / spread[:, None]
     return read.float(), (-mean @ read).float()
+
+
+def _spread(views: Tensor, read: Tensor, at: Tensor) -> Tensor:
+    """The spread of all scores of patches, without holding them: there are some hundred million."""
+    count, total, square = 0, 0.0, 0.0
+    for some in torch.split(views, _CHUNK):
+        scores = (some.float() @ read + at).double()
+        count, total, square = count + scores.numel(), total + float(scores.sum()), square + float(scores.square().sum())
+    return torch.tensor(((square - total * total / count) / (count - 1)) ** 0.5)
 
 
 def embedding(model: ExitModel, name: str) -> Tensor:

@@ -73,11 +73,11 @@ def build(
     """
     _check_packages()
     import torch
+    from safetensors.torch import save
     from transformers.utils import logging
 
-    from edgesafe.checkpoint.exit_maps import detach
-    from edgesafe.maps.fit import Fit
-    from edgesafe.maps.fit import write as write_maps
+    from edgesafe.checkpoint.exit_maps import detach, tensors
+    from edgesafe.checkpoint.weight_files import MAPS
     from edgesafe.reference.smol.adapter import FILE, apply_adapter, read_adapter
 
     adapter = ADAPTER if adapter is None and (ADAPTER / FILE).is_file() else adapter
@@ -103,7 +103,7 @@ def build(
         model.to(torch.float16).save_pretrained(new)
         write_processor(tokenizer, new)
         if maps:
-            write_maps(new, Fit(maps, {"step": "adapter", "exits": [{"exit": str(depth)} for depth in sorted(maps)]}))
+            write_atomically(new / MAPS, save(tensors(maps)))
         write_atomically(new / CARD, card(trained).encode())
         shutil.copyfile(ROOM / "notice.txt", new / NOTICE)
         step("checkpoint written")

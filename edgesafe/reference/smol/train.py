@@ -50,7 +50,7 @@ _OFTEN = 4  # times as often as another a dangerous thing comes in the last stag
 _KNOWN = 2  # stages that an adapter to go on from has behind it
 _WINDOW = 8  # batches that are sorted by length together
 ALPHA = 2.0  # LoRA's, over its rank
-_UNLIKE = ("openmoji",)
+_UNLIKE = ("openmoji",)  # firms whose drawings the decoder is not trained on
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 

@@ -22,8 +22,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets adapter.safetensors")
     parser.add_argument("--start", type=Path, help="an adapter's folder: go on from it, by the last two stages")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of everything drawn (default: %(default)s)")
+    parser.add_argument("--lean", type=int, default=Settings.lean, help="pictures that show a part of their patches")
+    parser.add_argument("--whole", type=int, default=Settings.whole, help="pictures in whole")
+    parser.add_argument("--whole-lr", type=float, default=Settings.whole_lr, help="learning rate beside these")
+    parser.add_argument("--often", type=int, default=Settings.often, help="times as often a dangerous thing comes in both")
     args = parser.parse_args()
-    print(make_adapter(args.base, args.work, args.out, Settings(seed=args.seed), args.start))
+    settings = Settings(seed=args.seed, lean=args.lean, whole=args.whole, whole_lr=args.whole_lr, often=args.often)
+    print(make_adapter(args.base, args.work, args.out, settings, args.start))
 
 
 if __name__ == "__main__":

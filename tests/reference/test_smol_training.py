@@ -42,7 +42,7 @@ from edgesafe.reference.smol.rows import (
 )
 from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
-from edgesafe.reference.smol.train import Settings, pick, train
+from edgesafe.reference.smol.train import Settings, _stages, pick, train
 from edgesafe.reference.smol.warm import early_maps, embedding, warm
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS
 from mutants import wrong
@@ -340,6 +340,18 @@ def test_a_run_goes_on_from_an_adapter(tiny_llava: Path, seen, tmp_path: Path) -
     first, same, on = (load_file(tmp_path / name / FILE) for name in ("first", "same", "on"))
     assert all(torch.equal(weight, same[name]) for name, weight in first.items())
     assert not all(torch.equal(weight, on[name]) for name, weight in first.items())
+
+
+def test_a_dangerous_thing_comes_as_often_as_the_settings_say(seen) -> None:
+    dangerous, answers = (
+        {thing.emoji for thing in THINGS if thing.dangerous},
+        dict.fromkeys(to_answer(), "Dogs are loyal animals."),
+    )
+    for often, low, high in ((1, 0.08, 0.16), (6, 0.36, 0.52)):  # 16 things of 137, and 96 of 217
+        settings = dataclasses.replace(SMALL, lean=480, whole=480, often=often)
+        for stage in _stages(seen, answers, settings)[2:]:
+            shown = [group.emoji in dangerous for group in stage.rows if group.emoji != BLANK]
+            assert low < sum(shown) / len(shown) < high, (stage.name, often)
 
 
 def test_an_answer_s_first_token_counts_as_several(model) -> None:

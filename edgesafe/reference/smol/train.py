@@ -7,7 +7,7 @@
 5. whole      the same beside all patches of a picture; until then pictures show a part of their patches, drawn anew each time
 6. maps       earlier exits' maps in closed form, once all else is done
 
-In the last two a third of the pictures show dangerous things, so that a use is answered twice as often as it is refused.
+In stages 4 and 5 a third of the pictures show dangerous things, so that a use is answered twice as often as it is refused.
 
 The tower is frozen throughout, and the connector from stage 2 on. Each batch shows one firm's pictures through a connector
 that was fitted to the others' alone: the decoder learns to read tokens as uncertain as those of a maker that nobody fitted.
@@ -46,7 +46,6 @@ from edgesafe.reference.smol.warm import early_maps, warm
 STATE, LOG = "training.pt", "training.jsonl"
 _KEEP_S = 60.0  # seconds of work that a stopped run may lose
 _SAY = 10  # steps per line of the log
-_OFTEN = 4  # times as often as another a dangerous thing comes in the last stages: it is then a third of all pictures
 _KNOWN = 2  # stages that an adapter to go on from has behind it
 _WINDOW = 8  # batches that are sorted by length together
 ALPHA = 2.0  # LoRA's, over its rank
@@ -66,6 +65,7 @@ class Settings:
         lean: Pictures of stage 4, each with two requests; `whole` of stage 5.
         named_batch: Pictures per step in stage 2; `batch` in stage 3, `lean_batch` in stages 4 and 5.
         lr: Learning rate of LoRA at its highest, of stages 2 to 4; `whole_lr` of stage 5.
+        often: How many times as often as another a dangerous thing comes in stages 4 and 5; at 4 it is a third of all pictures.
         rank: LoRA's r; its alpha is `ALPHA` times that.
         precision: "bf16" or "fp32", of matrix products.
         exits: Depths that get maps.
@@ -82,6 +82,7 @@ class Settings:
     lean_batch: int = 8
     lr: float = 1e-3
     whole_lr: float = 4e-4
+    often: int = 4
     rank: int = 16
     precision: str = "bf16"
     exits: tuple[int, ...] = (8, 9, 10)
@@ -188,9 +189,9 @@ def _stages(seen: Seen, answers: Mapping[str, str], settings: Settings) -> list[
     return [
         _Stage("name", names(s.named, s.seed), s.named_batch, s.lr, patches=s.patches),
         _Stage("instruct", groups(answers, s.groups, s.seed), s.batch, s.lr, patches=s.patches),
-        _Stage("look", groups(answers, s.lean, s.seed, lean=True, dangerous=_OFTEN), s.lean_batch, s.lr, patches=s.patches),
+        _Stage("look", groups(answers, s.lean, s.seed, lean=True, dangerous=s.often), s.lean_batch, s.lr, patches=s.patches),
         _Stage(
-            "whole", groups(answers, s.whole, s.seed + 1, lean=True, dangerous=_OFTEN), s.lean_batch, s.whole_lr, falls=True
+            "whole", groups(answers, s.whole, s.seed + 1, lean=True, dangerous=s.often), s.lean_batch, s.whole_lr, falls=True
         ),
     ]
 

@@ -34,7 +34,14 @@ for name in "NAMES".split():
 """
 ABSENT = ("torch", "transformers", "onnx", "optimum", "onnxscript", "peft", "accelerate", "safetensors", "jinja2", "matplotlib")
 # Heavy or raw: a clone has them, an install does not.
-LEFT_OUT = ("edgesafe/reference/weights/", "edgesafe/_devices/edgesafe_boards/", "study/", "tests/")
+LEFT_OUT = (
+    "edgesafe/reference/weights/",
+    "edgesafe/reference/smol/adapter/",
+    "edgesafe/reference/smol/ship/answers",
+    "edgesafe/_devices/edgesafe_boards/",
+    "study/",
+    "tests/",
+)
 SHIPPED = (
     "edgesafe/_devices/rpi5.toml",
     "edgesafe/serve/page.html",

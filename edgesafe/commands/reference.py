@@ -40,7 +40,7 @@ Example:
 """
 _SMOL_DATA = """Write what smol is aligned with and certified by: OUT/rows and OUT/suite; needs edgesafe[smol].
 
-The pictures are emoji of five makers, which npm fetches (350 MB). The suite has the maker and the wordings that no training row
+The pictures are emoji of seven firms, which npm fetches (410 MB). The suite has the firm and the wordings that no training row
 has. What the two share is counted and printed.
 
 Example:

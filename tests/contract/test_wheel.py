@@ -1,4 +1,4 @@
-"""What `make wheel` looks at in a wheel, on wheels made by hand; the whole check builds, installs and tests a real one."""
+"""What `make wheel` looks at in a wheel, on wheels made by hand and on this checkout's; it also installs and tests that one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def test_a_wheel_without_the_page(tmp_path, monkeypatch):
     path = made(tmp_path, [])
     monkeypatch.setattr(wheel_check, "SHIPPED", (*wheel_check.SHIPPED, "edgesafe/other"))
     assert wheel_check.complaints(path) == ["edgesafe/other is not in the wheel"]
+
+
+def test_this_checkouts_wheel(tmp_path):
+    assert wheel_check.complaints(wheel_check.build(tmp_path)) == []
 
 
 def test_the_tests_that_run_there_exist():

@@ -19,12 +19,13 @@ from edgesafe.certify.smoke_rows import LEAST_ROWS
 from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
 from edgesafe.certify.verdict import check_size
 from edgesafe.cli import main
-from edgesafe.errors import CertificateError
+from edgesafe.errors import CertificateError, InputError
 from edgesafe.format.suite import Suite, read_suite
 from edgesafe.reference.smol import harm
 from edgesafe.reference.smol import wordings as trained
 from edgesafe.reference.smol.pictures import MAKERS, Maker
 from edgesafe.reference.smol.rows import groups, to_answer
+from edgesafe.reference.smol.ship import training
 from edgesafe.reference.smol.ship import wordings as own
 from edgesafe.reference.smol.ship.suite import COUNTS, LIMITS, USE, USE_HARM, draw_rows, limits, shared_with_training
 from edgesafe.reference.smol.ship.training import draw_training, read_answers
@@ -78,6 +79,17 @@ def test_the_carried_answers_are_answers_to_what_the_adapter_was_trained_with():
     answers = read_answers()
     assert answers.keys() <= set(to_answer()) and len(answers) > 0.8 * len(set(to_answer()))
     assert all(classify(text, request) == COMPLY for request, text in answers.items())
+
+
+@pytest.mark.parametrize("left", [None, b"damaged"], ids=["missing", "damaged"])
+def test_without_the_carried_answers_nothing_is_fetched(tmp_path, monkeypatch, left):
+    path = tmp_path / "answers.json.xz"
+    if left:
+        path.write_bytes(left)
+    monkeypatch.setattr(training, "ANSWERS", path)
+    with pytest.raises(InputError, match="clone the repository"):
+        training.make_training(tmp_path / "rows", tmp_path / "archives")
+    assert not (tmp_path / "rows").exists() and not (tmp_path / "archives").exists()
 
 
 def test_rows_for_alignment_refuse_what_is_harmful_and_name_the_rest():

@@ -22,7 +22,7 @@ def make_data(out: Path, archives: Path, scale: float = 1.0, seed: int = 0) -> s
         What the suite shares with training, in a sentence each.
 
     Raises:
-        InputError: `out` exists, or an archive can't be fetched or read.
+        InputError: `out` exists, this is no clone, or an archive can't be fetched or read.
     """
     from edgesafe.certify.overlap import overlap, say_overlap
     from edgesafe.reference.smol.ship.suite import make_suite, shared_with_training
@@ -32,8 +32,8 @@ def make_data(out: Path, archives: Path, scale: float = 1.0, seed: int = 0) -> s
     with replacing(out) as work:
         shutil.rmtree(work / NEW, ignore_errors=True)
         (work / NEW).mkdir()
-        suite = make_suite(work / NEW / "suite", archives, scale=scale, seed=seed)
         rows = make_training(work / NEW / "rows", archives, scale=scale, seed=seed)
+        suite = make_suite(work / NEW / "suite", archives, scale=scale, seed=seed)
     shared = shared_with_training(suite.rows)
     return (
         f"{len(suite.rows)} rows of the suite, {len(rows.rows)} for alignment\n{say_overlap(overlap(suite, rows))}\n"

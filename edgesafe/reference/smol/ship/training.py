@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from edgesafe.certify.string_judge import REFUSE, classify
+from edgesafe.errors import InputError
 from edgesafe.format.suite import Row, Suite, write_suite
 from edgesafe.reference.smol.pictures import MAKERS, blank, fetch, on_paper, read_pictures
 from edgesafe.reference.smol.rows import BLANK, NAMING, OBJECT, TEXT_HARM, TEXT_SAFE, Ask, Group, groups
@@ -35,19 +36,32 @@ def make_training(out: Path, archives: Path, *, scale: float = 1.0, seed: int = 
         seed: Of makers and views.
 
     Raises:
-        InputError: An archive can't be fetched or read.
+        InputError: The answers are missing, or an archive can't be fetched or read.
     """
+    answers = read_answers()
     makers = [name for name, maker in MAKERS.items() if not maker.held_out]
     found = fetch(archives, makers)
     pictures = {name: read_pictures(found[name], MAKERS[name], _THINGS) for name in makers}
-    drawn = groups(read_answers(), max(2, round(GROUPS * scale)), dangerous=_OFTEN)
+    drawn = groups(answers, max(2, round(GROUPS * scale)), dangerous=_OFTEN)
     rows, images = draw_training(drawn, pictures, seed)
     return write_suite(out, rows, images, "smol: emoji of " + ", ".join(makers), "train")
 
 
 def read_answers() -> dict[str, str]:
-    """SmolLM2's own answers to harmless requests, by request, as `answer_all` left them."""
-    answers: dict[str, str] = json.loads(lzma.decompress(ANSWERS.read_bytes()))
+    """SmolLM2's own answers to harmless requests, by request, as `answer_all` left them.
+
+    Raises:
+        InputError: They are not there, as in an install of the wheel, or damaged.
+    """
+    try:
+        answers: dict[str, str] = json.loads(lzma.decompress(ANSWERS.read_bytes()))
+    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+        raise InputError(
+            f"the answers that smol learns from can't be read: {error}",
+            where=str(ANSWERS),
+            expected="the file of a clone of the repository; the wheel leaves it out",
+            todo="clone the repository and run there",
+        ) from error
     return answers
 
 

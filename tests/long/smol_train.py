@@ -26,8 +26,16 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=Settings.whole, help="pictures in whole")
     parser.add_argument("--whole-lr", type=float, default=Settings.whole_lr, help="learning rate beside these")
     parser.add_argument("--often", type=int, default=Settings.often, help="times as often a dangerous thing comes in both")
+    parser.add_argument("--harm-weight", type=float, default=Settings.harm_weight, help="of a harmful request's loss, for 1")
     args = parser.parse_args()
-    settings = Settings(seed=args.seed, lean=args.lean, whole=args.whole, whole_lr=args.whole_lr, often=args.often)
+    settings = Settings(
+        seed=args.seed,
+        lean=args.lean,
+        whole=args.whole,
+        whole_lr=args.whole_lr,
+        often=args.often,
+        harm_weight=args.harm_weight,
+    )
     print(make_adapter(args.base, args.work, args.out, settings, args.start))
 
 

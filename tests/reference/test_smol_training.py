@@ -1,33 +1,28 @@
-"""Training of `smol`: pictures out of archives, rows, packing and a run that is cut off. On a tiny model; no network."""
+"""Training of `smol`: rows, packing, closed forms and a run that is cut off. On a tiny model; no network."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import importlib.util
-import io
 import json
 import random
 import re
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from edgesafe.certify.string_judge import COMPLY, REFUSE, classify
 from edgesafe.checkpoint.exit_model import answer_ids, answer_logits, load, project, prompt_ids
-from edgesafe.errors import ConfigError, InputError
 from edgesafe.reference.smol.adapter import FILE, read_adapter
 from edgesafe.reference.smol.answers import answer_all
 from edgesafe.reference.smol.packing import FIRST, ask_losses, logits, pack
-from edgesafe.reference.smol.pictures import ICONS, MAKERS, Maker, check, read_pictures, views
+from edgesafe.reference.smol.pictures import MAKERS
 from edgesafe.reference.smol.rows import (
     BLANK,
+    NAMING,
     OBJECT,
     TEXT_HARM,
     USES,
@@ -42,7 +37,7 @@ from edgesafe.reference.smol.rows import (
 )
 from edgesafe.reference.smol.states import Seen, without
 from edgesafe.reference.smol.things import THINGS
-from edgesafe.reference.smol.train import Settings, _stages, pick, train
+from edgesafe.reference.smol.train import LOG, Settings, _stages, pick, train
 from edgesafe.reference.smol.warm import early_maps, embedding, warm
 from edgesafe.reference.smol.wordings import NAME_FRAMES, OBJECT_HARM, REFUSALS
 from mutants import wrong
@@ -67,56 +62,6 @@ def seen(model):
     return Seen(states, {thing.emoji: thing.name for thing in THINGS})
 
 
-def _archive(folder: Path, names: list[str]) -> Path:
-    with tarfile.open(folder / "a-1.tgz", "w:gz") as tar:
-        for index, name in enumerate(names):
-            buffer = io.BytesIO()
-            Image.new("RGBA", (4, 4), (index, 9, 9, 255)).save(buffer, "PNG")
-            info = tarfile.TarInfo(name)
-            info.size = len(buffer.getvalue())
-            tar.addfile(info, io.BytesIO(buffer.getvalue()))
-    return folder / "a-1.tgz"
-
-
-def test_a_maker_s_pictures_are_found_by_emoji(tmp_path: Path) -> None:
-    path = _archive(tmp_path, ["package/64/1f4a3.png", "package/32/1f4a3.png", "package/64/1f528.png"])
-    maker = Maker("a@1", "", "package/64/{}.png", "")
-    found = read_pictures(path, maker, ["1f528", "1f511"])
-    assert list(found) == ["1f528"]
-    assert found["1f528"].getpixel((0, 0)) == (2, 9, 9, 255)
-
-
-def test_drawings_of_lines_are_found_under_other_spellings_and_under_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    red = '<rect width="{0}" height="{0}" fill="red"/>'
-    icons = {"icons": {"dagger": {"body": red.format(32)}, "hammer": {"body": red.format(4)}}, "width": 64, "height": 64}
-    icons["aliases"] = {"locked": {"parent": "dagger"}}
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">' + red.format(4) + "</svg>"
-    for name, files in (("path", {"package/svg/1F5E1.svg": svg}), ("icons", {ICONS: json.dumps(icons)})):
-        (tmp_path / name).mkdir()
-        with tarfile.open(tmp_path / name / "a-1.tgz", "w:gz") as tar:
-            for path, text in files.items():
-                info = tarfile.TarInfo(path)
-                info.size = len(text)
-                tar.addfile(info, io.BytesIO(text.encode()))
-    by_path, by_name = (
-        read_pictures(tmp_path / folder / "a-1.tgz", Maker("a@1", "", path, ""), ["1f5e1-fe0f", "1f512", "1f511"])
-        for folder, path in (("path", "package/svg/{}.svg"), ("icons", ICONS))
-    )
-    assert list(by_path) == ["1f5e1-fe0f"]
-    assert sorted(by_name) == ["1f512", "1f5e1-fe0f"]
-    for picture in (*by_path.values(), *by_name.values()):
-        assert picture.size == (112, 112)
-        assert picture.getpixel((20, 20)) == (255, 0, 0, 255)
-        assert picture.getpixel((90, 90))[3] == 0
-    with pytest.raises(InputError, match="can't be read"):
-        read_pictures(tmp_path / "path" / "a-1.tgz", Maker("a@1", "", ICONS, ""), ["1f511"])
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ConfigError, match=r"resvg-py.*edgesafe\[smol\]"):
-        read_pictures(tmp_path / "icons" / "a-1.tgz", Maker("a@1", "", ICONS, ""), ["1f512"])
-
-
 def test_a_firm_that_drew_all_things_twice_is_left_out_whole() -> None:
     seen = Seen(dict.fromkeys([("a", "x"), ("a flat", "x"), ("ab", "x"), ("", BLANK)], torch.zeros(1)), {})
     assert seen.firms() == ["a", "ab"]
@@ -131,36 +76,6 @@ def test_a_batch_shows_the_firm_that_its_connector_never_saw() -> None:
     assert shown.shape == (21, 3, 5)
     assert set(shown[:20].unique().tolist()) == {2.0, 3.0}
     assert set(shown[20].unique().tolist()) == {4.0}  # nobody there draws it
-
-
-def test_another_archive_than_the_noted_one_is_refused(tmp_path: Path) -> None:
-    path = _archive(tmp_path, ["package/64/1f4a3.png"])
-    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
-    maker = Maker("a@1", digest, "", "")
-    check(path, maker)
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(InputError, match="not the one that was trained on"):
-        check(path, maker)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match="can't be read"):
-        read_pictures(path, maker, ["1f4a3"])
-
-
-def test_views_are_seeded_and_the_first_is_plain() -> None:
-    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
-    first, again, other = ([v.tobytes() for v in views(picture, 3, seed)] for seed in ("s", "s", "t"))
-    assert first == again
-    assert first[0] == other[0]
-    assert first[1:] != other[1:]
-
-
-def test_wild_views_come_last_and_have_other_colours() -> None:
-    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
-    tame, mixed = ([*views(picture, 3, "s", wild)] for wild in (0, 4))
-    assert [one.tobytes() for one in mixed[:3]] == [one.tobytes() for one in tame]
-    reds = [max(one.getcolors(112 * 112), key=lambda found: (found[1][0] - found[1][1], found[0]))[1] for one in mixed]
-    assert all(red == (200, 0, 0) for red in reds[:3])
-    assert not any(red == (200, 0, 0) for red in reds[3:])
 
 
 def test_rows_are_seeded_and_what_is_wanted_is_what_the_judge_calls_it() -> None:
@@ -352,6 +267,17 @@ def test_a_dangerous_thing_comes_as_often_as_the_settings_say(seen) -> None:
         for stage in _stages(seen, answers, settings)[2:]:
             shown = [group.emoji in dangerous for group in stage.rows if group.emoji != BLANK]
             assert low < sum(shown) / len(shown) < high, (stage.name, often)
+
+
+def test_what_is_harmful_weighs_what_the_settings_say(tiny_llava: Path, seen, tmp_path: Path) -> None:
+    answers, losses = dict.fromkeys(to_answer()[:300], "Dogs are loyal animals."), {}
+    for weight in (0.0, 50.0):
+        work = tmp_path / str(weight)
+        settings = dataclasses.replace(SMALL, named=0, groups=0, lean=0, whole=40, whole_lr=1e-2, harm_weight=weight)
+        train(load(tiny_llava), seen, answers, work / "out", work, settings)
+        (losses[weight],) = (line["loss"] for line in map(json.loads, (work / LOG).open()) if line.get("stage") == "whole")
+    for kind, falls in ((OBJECT, True), (TEXT_HARM, True), (NAMING, False)):
+        assert (losses[50.0][kind] < losses[0.0][kind]) == falls, (kind, losses)
 
 
 def test_an_answer_s_first_token_counts_as_several(model) -> None:

@@ -40,6 +40,7 @@ _USES = 3  # requests for a thing's use where all that is asked about it stands 
 USES_ASKED = (*USE_FRAMES, *MORE_USES, *(f"{told} {asked}" for told in SITUATIONS for asked in QUESTIONS))
 # What is asked beside one picture of a thing, and beside a blank one.
 NAMING, USES, OBJECT, TEXT_HARM, TEXT_SAFE = "naming", "use", "object harm", "text harm", "text"
+HARM = (OBJECT, TEXT_HARM)
 
 
 @dataclass(frozen=True)

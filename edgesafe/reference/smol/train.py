@@ -39,7 +39,7 @@ from edgesafe.checkpoint.exit_model import ExitModel, autocast
 from edgesafe.format.files import write_atomically
 from edgesafe.reference.smol.adapter import Adapter, write_adapter
 from edgesafe.reference.smol.packing import ask_losses, kinds_of, length, logits, pack
-from edgesafe.reference.smol.rows import Group, groups, names
+from edgesafe.reference.smol.rows import HARM, Group, groups, names
 from edgesafe.reference.smol.states import Seen, firm, without
 from edgesafe.reference.smol.warm import early_maps, warm
 
@@ -66,6 +66,7 @@ class Settings:
         named_batch: Pictures per step in stage 2; `batch` in stage 3, `lean_batch` in stages 4 and 5.
         lr: Learning rate of LoRA at its highest, of stages 2 to 4; `whole_lr` of stage 5.
         often: How many times as often as another a dangerous thing comes in stages 4 and 5; at 4 it is a third of all pictures.
+        harm_weight: Of a harmful request's loss, where another's is 1: how careful the model is with what it can't tell apart.
         rank: LoRA's r; its alpha is `ALPHA` times that.
         precision: "bf16" or "fp32", of matrix products.
         exits: Depths that get maps.
@@ -83,6 +84,7 @@ class Settings:
     lr: float = 1e-3
     whole_lr: float = 4e-4
     often: int = 4
+    harm_weight: float = 1.0
     rank: int = 16
     precision: str = "bf16"
     exits: tuple[int, ...] = (8, 9, 10)
@@ -294,7 +296,9 @@ def _update(
     with autocast(settings.precision):
         losses = ask_losses(logits(model, packed, states), packed)
     optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    weights = torch.tensor([settings.harm_weight if kind in HARM else 1.0 for kind in kinds_of(batch)])
+    loss = (weights * losses).sum() / weights.sum()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     return zip(kinds_of(batch), losses.tolist(), strict=True)

@@ -16,15 +16,22 @@ export ORT_DISABLE_TELEMETRY := 1
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-$(VENV)/ready: pyproject.toml .ci/constraints.txt
-	@echo "setting up $(VENV) (about a minute) ..." >&2
+# What the main job takes, and beside it what tests, checks and boards do. pip compiles nothing: Python keeps what it compiles.
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c .ci/constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
+$(VENV)/lean: pyproject.toml .ci/constraints.txt
+	@echo "setting up $(VENV) (under a minute) ..." >&2
 	@$(PYTHON) -c 'import sys; sys.exit("edgesafe needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/constraints.txt -e '.[align,export,dev]' 2> $(VENV)/pip.log \
-		|| { cat $(VENV)/pip.log >&2; exit 1; }
+	@$(PIP) -e '.[align,export]' 2> $(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@
 
-export: $(VENV)/ready ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR] [RETRAIN=1]
+$(VENV)/ready: $(VENV)/lean
+	@echo "adding to $(VENV) what tests and checks need ..." >&2
+	@$(PIP) -e '.[align,export,dev]' 2> $(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
+
+export: $(VENV)/lean ## align, export, quantize and certify: DEVICE=rpi5 [MODEL=DIR] [OUT=DIR] [SHARED=DIR] [RETRAIN=1]
 	@$(EDGESAFE) ship $(MODEL) --device $(DEVICE) --out $(OUT) --work $(SHARED) $(if $(RETRAIN),--retrain)
 
 # The second reference, of real weights. SCALE=0.1 STEPS=4 EXITS=8 is a slice of it: all steps in minutes, nothing certified that
@@ -106,10 +113,10 @@ study: $(VENV)/ready ## run the study that is not done yet and write its tables 
 	@$(STUDY) tables
 	@$(STUDY) figures
 
-align: $(VENV)/ready ## align the reference model again, for the clone to carry (half an hour); `make export` then uses it
+align: $(VENV)/lean ## align the reference model again, for the clone to carry (half an hour); `make export` then uses it
 	@$(EDGESAFE) reference align --work $(SHARED)
 
-reference: $(VENV)/ready ## rebuild the reference model from seeds (under an hour on 2 cores)
+reference: $(VENV)/lean ## rebuild the reference model from seeds (under an hour on 2 cores)
 	@$(EDGESAFE) reference build --out build/reference
 
 PEERS := build/bench/peers

@@ -9,6 +9,7 @@ so that words which nobody trained are nothing to be afraid of. The suites ask i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 SPLITS = ("train", "val", "cert", "test", "align")
 
@@ -302,7 +303,8 @@ def template_split(core: int, tail: int) -> str:
     return ("train", "train", "train", "val", "cert", "test")[(tail + core) % len(TAILS)]
 
 
-def templates(sort: str, split: str) -> list[tuple[str, str]]:
+@cache
+def templates(sort: str, split: str) -> tuple[tuple[str, str], ...]:
     """All (id, sentence) of a sort of request, in one split.
 
     Args:
@@ -311,9 +313,9 @@ def templates(sort: str, split: str) -> list[tuple[str, str]]:
     """
     if split == "train":
         pairs = [(c, t) for c in range(len(BASE[sort])) for t in range(len(TAILS)) if template_split(c, t) == "train"]
-        return [(f"{c}.{t}", BASE[sort][c] + TAILS[t]) for c, t in pairs]
+        return tuple((f"{c}.{t}", BASE[sort][c] + TAILS[t]) for c, t in pairs)
     if split == "align":
         cores, tails = BASE[sort] + MORE[sort], TAILS + MORE_TAILS
     else:
         cores, tails = HELD[split][sort], HELD[split]["tails"]
-    return [(f"{split}{c}.{t}", core + tail) for c, core in enumerate(cores) for t, tail in enumerate(tails)]
+    return tuple((f"{split}{c}.{t}", core + tail) for c, core in enumerate(cores) for t, tail in enumerate(tails))

@@ -23,6 +23,7 @@ from edgesafe.errors import BundleError
 from edgesafe.format import graph_io
 from edgesafe.format.files import sha256_file
 from edgesafe.format.specs import GraphSpec, TextSpec
+from edgesafe.machine import trim_heap
 from edgesafe.runtime.decode import PART_TOKENS, room_for, shares_cache
 from edgesafe.runtime.engine import DTYPES, Array, Graph, Reader, State
 from edgesafe.runtime.turns import check_process
@@ -192,8 +193,7 @@ class SharedReader:
         check_process(self._process)
         with suppress(Exception):  # an application may have an allocator that can't; the prompt is read all the same
             self._embed.run_with_iobinding(self._embedding, _shrinking())  # any run would do; this is the shortest
-        with suppress(AttributeError, OSError, TypeError):  # glibc's; elsewhere the system's own ways must do
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
 
     def _run(self, embeds: ort.OrtValue, tokens: int) -> Array:
         total = self.length + tokens

@@ -17,7 +17,7 @@ from edgesafe.certify.string_judge import REFUSE, classify
 from edgesafe.errors import InputError
 from edgesafe.format.suite import Row, Suite, write_suite
 from edgesafe.reference.smol.pictures import MAKERS, blank, fetch, on_paper, read_pictures
-from edgesafe.reference.smol.rows import BLANK, NAMING, OBJECT, TEXT_HARM, TEXT_SAFE, Ask, Group, groups
+from edgesafe.reference.smol.rows import BLANK, HARM, NAMING, TEXT_HARM, TEXT_SAFE, Ask, Group, groups
 from edgesafe.reference.smol.things import THINGS
 
 ANSWERS = Path(__file__).parent / "answers.json.xz"
@@ -100,7 +100,7 @@ def draw_training(
 
 
 def _row(name: str, path: str, emoji: str, ask: Ask) -> Row:
-    harmful = ask.kind in (OBJECT, TEXT_HARM) or classify(ask.answer, ask.request) == REFUSE
+    harmful = ask.kind in HARM or classify(ask.answer, ask.request) == REFUSE
     cls = "task" if ask.kind == NAMING else "harmful" if harmful else "harmless"
     family = f"{ask.kind} {cls}"
     word = _THINGS[emoji].word if emoji != BLANK else ""

@@ -113,7 +113,7 @@ study: $(VENV)/ready ## run the study that is not done yet and write its tables 
 	@$(STUDY) tables
 	@$(STUDY) figures
 
-align: $(VENV)/lean ## align the reference model again, for the clone to carry (half an hour); `make export` then uses it
+align: $(VENV)/lean ## align the reference model again, for the clone to carry (under half an hour); `make export` then uses it
 	@$(EDGESAFE) reference align --work $(SHARED)
 
 reference: $(VENV)/lean ## rebuild the reference model from seeds (under an hour on 2 cores)

@@ -101,7 +101,10 @@ def shared_steps(
 
 
 def carry(work: Path) -> None:
-    """Align and evaluate the reference model by its own settings and write what came out, for the clone to carry.
+    """Align the reference model by its own settings and write what came out, for the clone to carry.
+
+    The untouched model is evaluated too, unless the clone carries its evaluation at these exits (the ladder's and every depth,
+    so that another ladder finds its own).
 
     Args:
         work: the folder that holds all steps, as for `shared_steps`.
@@ -114,9 +117,10 @@ def carry(work: Path) -> None:
     settings = read_config(settings_for(REFERENCE), data=str(_rows(work)))
     tower, suite = digest_model(REFERENCE), _suite(work)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), ALIGNED, carried_key(tower, settings))
-    exits = ",".join(filter(None, ["all", settings.ladder]))  # so that another ladder finds its depths
-    before = _before(REFERENCE, work, tower, suite, False, exits)
-    carry_evaluation(before, EVALUATED, _digest(_evaluation_inputs(tower, suite)))
+    # The untouched model's answers are the same for every alignment of it.
+    key, exits = _digest(_evaluation_inputs(tower, suite)), ",".join(filter(None, ["all", settings.ladder]))
+    if evaluation_key(EVALUATED) != key or not has_exits(EVALUATED, exits):
+        carry_evaluation(_before(REFERENCE, work, tower, suite, False, exits), EVALUATED, key)
 
 
 def carried_key(tower: str, settings: AlignConfig) -> str:

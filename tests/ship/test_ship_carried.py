@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edgesafe import steps
 from edgesafe.align.config import default_config
 from edgesafe.carried import unpack_evaluation
 from edgesafe.errors import IntegrityError
@@ -42,6 +43,35 @@ def test_a_stored_evaluation_that_was_damaged_is_refused(tmp_path):
         with pytest.raises(IntegrityError, match="--retrain"):
             unpack_evaluation(tmp_path / "e", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_the_untouched_model_is_evaluated_again_only_where_its_answers_may_differ(tmp_path, monkeypatch):
+    """For `make align`: other weights of the aligned model change nothing of it, another suite or exit does."""
+    evaluated, suite, asked = tmp_path / "evaluated", tmp_path / "suite", []
+    unpack_evaluation(EVALUATED, tmp_path / "before")
+    suite.mkdir()
+
+    def before(model, work, tower, suite, carried, exits):
+        asked.append(exits)
+        return tmp_path / "before"
+
+    for name, value in {"EVALUATED": evaluated, "ALIGNED": tmp_path / "aligned", "_before": before}.items():
+        monkeypatch.setattr(steps, name, value)
+    monkeypatch.setattr(steps, "_rows", lambda work: suite)
+    monkeypatch.setattr(steps, "_suite", lambda work: suite)
+    monkeypatch.setattr(steps, "_aligned", lambda *_: REFERENCE)
+    monkeypatch.setattr(steps, "carried_key", lambda *_: "key")
+    monkeypatch.setattr("edgesafe.checkpoint.changes.write_changes", lambda *_: None)
+    counts = []
+    for change in ("nothing there", "", "suite", "", "exits"):
+        if change == "suite":
+            (suite / "rows.jsonl").write_text("others")
+        if change == "exits":
+            monkeypatch.setattr(steps, "has_exits", lambda folder, exits: False)
+        steps.carry(tmp_path)
+        counts.append(len(asked))
+    assert counts == [1, 1, 2, 2, 3]
+    assert all("all" in exits and "6@9" in exits for exits in asked)
 
 
 def test_only_the_reference_model_has_settings_of_its_own(tmp_path):

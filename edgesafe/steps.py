@@ -86,7 +86,7 @@ def shared_steps(
     suite = suite or _suite(work)
     settings = read_config(config or settings_for(model), data=str(data))
     same = {
-        "before": evaluation_key(EVALUATED) == _digest(_evaluation_inputs(tower, suite)) and has_exits(EVALUATED, exits or ""),
+        "before": _carries_evaluation(tower, suite, exits or ""),
         "aligned": drawn and made_of(ALIGNED) == carried_key(tower, settings),
     }
     carried = () if retrain else tuple(name for name, is_same in same.items() if is_same)
@@ -103,8 +103,7 @@ def shared_steps(
 def carry(work: Path) -> None:
     """Align the reference model by its own settings and write what came out, for the clone to carry.
 
-    The untouched model is evaluated too, unless the clone carries its evaluation at these exits (the ladder's and every depth,
-    so that another ladder finds its own).
+    The untouched model is evaluated too, unless the clone carries that: its answers are the same for every alignment of it.
 
     Args:
         work: the folder that holds all steps, as for `shared_steps`.
@@ -117,10 +116,10 @@ def carry(work: Path) -> None:
     settings = read_config(settings_for(REFERENCE), data=str(_rows(work)))
     tower, suite = digest_model(REFERENCE), _suite(work)
     write_changes(REFERENCE, _aligned(REFERENCE, work, tower, settings), ALIGNED, carried_key(tower, settings))
-    # The untouched model's answers are the same for every alignment of it.
-    key, exits = _digest(_evaluation_inputs(tower, suite)), ",".join(filter(None, ["all", settings.ladder]))
-    if evaluation_key(EVALUATED) != key or not has_exits(EVALUATED, exits):
-        carry_evaluation(_before(REFERENCE, work, tower, suite, False, exits), EVALUATED, key)
+    exits = ",".join(filter(None, ["all", settings.ladder]))  # so that another ladder finds its depths
+    if not _carries_evaluation(tower, suite, exits):
+        before = _before(REFERENCE, work, tower, suite, False, exits)
+        carry_evaluation(before, EVALUATED, _digest(_evaluation_inputs(tower, suite)))
 
 
 def carried_key(tower: str, settings: AlignConfig) -> str:
@@ -163,6 +162,11 @@ def _before(model: Path, work: Path, tower: str, suite: Path, carried: bool, exi
     inputs = [*_evaluation_inputs(tower, suite), *([exits] if exits else [])]
     title = f"evaluate before alignment, {f'exits {exits}' if exits else 'every depth'}"
     return make_step(work, "before", inputs, lambda o: evaluate(model, suite, o, exits=exits or "all"), title)
+
+
+def _carries_evaluation(tower: str, suite: Path, exits: str) -> bool:
+    """Whether the clone carries a model's evaluation on a suite at some exits, every depth where none is named."""
+    return evaluation_key(EVALUATED) == _digest(_evaluation_inputs(tower, suite)) and has_exits(EVALUATED, exits)
 
 
 def _evaluation_inputs(tower: str, suite: Path) -> list[Any]:

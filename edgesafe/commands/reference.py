@@ -49,6 +49,7 @@ Example:
 _ALIGN = """Align the reference model and store in the clone what changed; needs edgesafe[align].
 
 `edgesafe ship` takes it from there as long as weights, rows and settings are the same.
+The untouched model's answers are kept where the clone carries them; without its folder reference/evaluated they are made again.
 
 Example:
   edgesafe reference align --work build/shared
